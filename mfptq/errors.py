@@ -1,0 +1,124 @@
+"""Everything that can go wrong, by whose fault it is.
+
+    MfptqError
+    |- UsageError 2            RuleError
+    |- SourceError 3           HeaderError, IndexMismatchError, UnsafePathError,
+    |                          UnsupportedTensorError, NonFiniteWeightError, SourceChangedError
+    |- ScaleError 4
+    |- DestinationError 5      DestinationExistsError, DestinationLockedError, PlanMismatchError, StorageError
+    |- VerificationError 6
+    |- HubError 7
+    `- MemoryBudgetError 8
+
+The number is the exit code of the command line. Messages are one line: what, where, expected, got, what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar
+
+MAX_QUOTED = 200
+
+
+def quote(name: object) -> str:
+    """Return untrusted text as one printable line: `repr` keeps control characters off the terminal."""
+    text = ascii(str(name)) if not str(name).isprintable() else repr(str(name))
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 4]}...{text[-1]}"
+
+
+class MfptqError(Exception):
+    """Base of every error that mfptq raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(MfptqError):
+    """The call itself cannot be carried out as given."""
+
+    exit_code = 2
+
+
+class RuleError(UsageError):
+    """An ignore or target pattern is invalid, matches nothing, or splits a fused group."""
+
+
+class SourceError(MfptqError):
+    """The source checkpoint cannot be converted."""
+
+    exit_code = 3
+
+
+class HeaderError(SourceError):
+    """The bytes of a shard break a rule of the safetensors format."""
+
+
+class IndexMismatchError(SourceError):
+    """Index, folder and shards disagree about which tensor is where."""
+
+
+class UnsafePathError(SourceError):
+    """A name in the source would lead outside of the source or of the destination."""
+
+
+class UnsupportedTensorError(SourceError):
+    """A weight is to be quantized whose shape or dtype the format cannot hold."""
+
+
+class NonFiniteWeightError(SourceError):
+    """A weight that is to be quantized holds NaN or infinity."""
+
+
+class SourceChangedError(SourceError):
+    """The source changed between planning and reading."""
+
+
+class ScaleError(MfptqError):
+    """Input scales or calibration statistics are unusable."""
+
+    exit_code = 4
+
+
+class DestinationError(MfptqError):
+    """The destination cannot be written."""
+
+    exit_code = 5
+
+
+class DestinationExistsError(DestinationError):
+    """The destination holds files that are not an unfinished conversion of ours."""
+
+
+class DestinationLockedError(DestinationError):
+    """Another run is writing this destination."""
+
+
+class PlanMismatchError(DestinationError):
+    """The destination holds an unfinished conversion with other settings or of another source."""
+
+
+class StorageError(DestinationError):
+    """The operating system refused a read or a write; `errno` says why."""
+
+    def __init__(self, action: str, path: object, cause: OSError) -> None:
+        self.errno = cause.errno
+        code = errno.errorcode.get(cause.errno or 0, "error")
+        super().__init__(f"cannot {action} {quote(path)}: {cause.strerror or cause} ({code})")
+
+
+class VerificationError(MfptqError):
+    """A finished checkpoint has faults."""
+
+    exit_code = 6
+
+
+class HubError(MfptqError):
+    """The Hub refused, or could not be reached."""
+
+    exit_code = 7
+
+
+class MemoryBudgetError(MfptqError):
+    """The work does not fit into the memory that was allowed."""
+
+    exit_code = 8

@@ -1,0 +1,171 @@
+"""Bytes to shard header and back: every rule of the safetensors format, without IO.
+
+Format: https://github.com/huggingface/safetensors#format. A shard is an 8-byte little-endian length, that many bytes of
+JSON, then the data that the JSON's offsets must cover exactly, without overlap or hole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import HeaderError, quote
+from .limits import MAX_DIMENSION, MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSOR_NAME_BYTES, MAX_TENSORS
+from .strict_json import StrictJsonError, parse_json
+
+PREFIX_BYTES = 8
+METADATA_KEY = "__metadata__"
+
+# In the order of safetensors' own enumeration: its writer sorts by it, largest first, so that data stays aligned.
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+_DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a shard: `start` and `end` are bytes from the beginning of the shard's data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """A shard's tensors in the order of their data; `data_start` is the offset of the data in the file, in bytes."""
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of the data behind the header, in bytes."""
+        return self.tensors[-1].end if self.tensors else 0
+
+
+def header_length(prefix: bytes, file_size: int) -> int:
+    """Return how many bytes of JSON follow the first 8 bytes of a shard of `file_size` bytes, or raise HeaderError."""
+    if file_size < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
+        raise HeaderError(f"shard is {file_size} bytes, need at least {PREFIX_BYTES}")
+    length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(f"header length is {length}, expected at most {MAX_HEADER_BYTES}")
+    if length > file_size - PREFIX_BYTES:
+        raise HeaderError(f"header length is {length}, but only {file_size - PREFIX_BYTES} bytes follow: truncated?")
+    return length
+
+
+def parse_header(raw: bytes, file_size: int) -> ShardHeader:
+    """Return the header whose JSON is `raw`, of a shard of `file_size` bytes in all.
+
+    Raises HeaderError for anything that the format does not allow, and nothing else, for any bytes.
+    """
+    if raw[:1] != b"{":
+        raise HeaderError("header does not begin with '{'")
+    try:
+        entries = parse_json(raw.rstrip(b" "))
+    except StrictJsonError as error:
+        raise HeaderError(f"header: {error}") from None
+    metadata = _metadata(entries.pop(METADATA_KEY, {}))
+    if len(entries) > MAX_TENSORS:
+        raise HeaderError(f"{len(entries)} tensors, expected at most {MAX_TENSORS}")
+    tensors = sorted((_tensor(name, entry) for name, entry in entries.items()), key=lambda t: (t.start, t.end))
+    data_start = PREFIX_BYTES + len(raw)
+    _check_cover(tensors, file_size - data_start)
+    return ShardHeader(tuple(tensors), metadata, data_start)
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise HeaderError(f"{METADATA_KEY} is not an object of strings")
+    return value
+
+
+def _tensor(name: str, entry: Any) -> TensorInfo:
+    try:
+        if len(name.encode()) > MAX_TENSOR_NAME_BYTES:
+            raise HeaderError(f"tensor name {quote(name)} is longer than {MAX_TENSOR_NAME_BYTES} bytes")
+    except UnicodeEncodeError:
+        raise HeaderError(f"tensor name {quote(name)} is not valid Unicode") from None
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError(f"tensor {quote(name)}: expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise HeaderError(f"tensor {quote(name)}: unsupported dtype {quote(dtype)}")
+    if not _are_naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise HeaderError(f"tensor {quote(name)}: shape is not a list of at most {MAX_DIMENSIONS} whole numbers")
+    if not _are_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise HeaderError(f"tensor {quote(name)}: data_offsets are not [begin, end] with begin <= end")
+    expected = tensor_bytes(dtype, shape)
+    if expected != offsets[1] - offsets[0]:
+        raise HeaderError(
+            f"tensor {quote(name)}: {dtype} {shape} needs {expected} bytes, data_offsets give {offsets[1] - offsets[0]}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _are_naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_DIMENSION for item in value)
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int | None:
+    """Return the size in bytes of a tensor, or None if its last byte would be shared (sub-byte dtypes)."""
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    return bits // 8 if bits % 8 == 0 else None
+
+
+def _check_cover(tensors: list[TensorInfo], data_bytes: int) -> None:
+    end = 0
+    for tensor in tensors:
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before it"
+            raise HeaderError(f"tensor {quote(tensor.name)} begins at byte {tensor.start}, expected {end}: it {what}")
+        end = tensor.end
+    if end != data_bytes:
+        hint = "truncated?" if end > data_bytes else "bytes that belong to no tensor"
+        raise HeaderError(f"tensors end at byte {end} of the data, but the shard holds {data_bytes}: {hint}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be written: everything but its place."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def encode_header(specs: Iterable[TensorSpec]) -> tuple[bytes, ShardHeader]:
+    """Return a shard's leading bytes, length prefix included, and the header they stand for.
+
+    The bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}: largest
+    dtype first, then by name; compact JSON, padded with spaces to a multiple of 8.
+    """
+    entries: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
+    tensors: list[TensorInfo] = []
+    end = 0
+    for spec in sorted(specs, key=lambda s: (-_DTYPE_RANK[s.dtype], s.name.encode())):
+        size = tensor_bytes(spec.dtype, spec.shape)
+        assert size is not None
+        tensors.append(TensorInfo(spec.name, spec.dtype, spec.shape, end, end + size))
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % PREFIX_BYTES)
+    header = ShardHeader(tuple(tensors), {"format": "pt"}, PREFIX_BYTES + len(text))
+    return len(text).to_bytes(PREFIX_BYTES, "little") + text, header

@@ -1,0 +1,61 @@
+"""JSON for files that nobody vouches for: no duplicate keys, no NaN, bounded digits and nesting."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from .errors import quote
+from .limits import MAX_INTEGER_DIGITS
+
+
+class StrictJsonError(ValueError):
+    """The text is not JSON as RFC 8259 has it, or is ambiguous."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise StrictJsonError(f"key {quote(key)} appears twice")
+            seen.add(key)
+    return result
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS + 1:
+        raise StrictJsonError(f"an integer of {len(digits)} digits, expected at most {MAX_INTEGER_DIGITS}")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise StrictJsonError(f"number {digits[:40]} is out of range")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise StrictJsonError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+
+
+def parse_json(raw: bytes) -> Any:
+    """Return the value of `raw`, UTF-8 JSON (RFC 8259), or raise `StrictJsonError`; nothing else escapes."""
+    try:
+        return _DECODER.decode(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise StrictJsonError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise StrictJsonError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise StrictJsonError(f"not JSON at character {error.pos}: {error.msg}") from None
+
+
+def dump_json(value: Any) -> str:
+    """Return `value` as the indented UTF-8 text that Hugging Face config files use, ending in a newline."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
