@@ -41,13 +41,17 @@ def _constant(name: str) -> NoReturn:
     raise StrictJsonError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+_WITH_INFINITY = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float)
 
 
-def parse_json(raw: bytes) -> Any:
-    """Return the value of `raw`, UTF-8 JSON (RFC 8259), or raise `StrictJsonError`; nothing else escapes."""
+def parse_json(raw: bytes, *, infinity: bool = False) -> Any:
+    """Return the value of `raw`, UTF-8 JSON (RFC 8259), or raise `StrictJsonError`; nothing else escapes.
+
+    With `infinity`, NaN and Infinity are numbers: Hugging Face configs hold them (`time_step_limit` of Mamba models).
+    """
     try:
-        return _DECODER.decode(raw.decode("utf-8"))
+        return (_WITH_INFINITY if infinity else _STRICT).decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise StrictJsonError(f"not UTF-8 at byte {error.start}") from None
     except RecursionError:
