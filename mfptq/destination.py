@@ -1,0 +1,249 @@
+"""The output folder: ours alone, complete or resumable, never mistaken for whole.
+
+Protocol for each file: a unique temporary in `.mfptq/`, preallocated, written at positions, fsynced, renamed, the folder
+fsynced, then a journal line. `config.json` comes last: without it no engine takes the folder for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .checkpoint import CONFIG, INDEX
+from .errors import (
+    DestinationError,
+    DestinationExistsError,
+    DestinationLockedError,
+    PlanMismatchError,
+    SourceError,
+    UnsafePathError,
+    quote,
+)
+from .files import open_regular, plain_name, storage_errors
+from .journal import Journal, JournalState, ShardResult, read_journal
+from .partial import PARTIAL_SUFFIX, PartialFile, file_sha256, partial_path
+
+WORK = ".mfptq"
+JOURNAL = "journal"
+MANIFEST = "SHA256SUMS"
+REPORT = "mfptq_report.json"
+CARD = "README.md"
+SPACE_MARGIN = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a run is going to write: the plan's digests, its shards' sizes in bytes, and the source's folder."""
+
+    source: Path
+    digests: Mapping[str, str]
+    shards: Mapping[str, int]
+
+
+class Destination:
+    """A claimed output folder: `done` holds the shards that an earlier run finished, checked by content."""
+
+    def __init__(self, root: Path, journal: Journal, done: Mapping[str, ShardResult]) -> None:
+        self.root = root
+        self.done = dict(done)
+        self._journal = journal
+
+    def create(self, name: str, size: int) -> PartialFile:
+        """Return a new temporary of `size` bytes that will become `name`."""
+        return PartialFile(partial_path(self.root / WORK, name), self.root / name, size)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        file = self.create(name, len(data))
+        try:
+            file.write(data, 0)
+            file.commit()
+        except BaseException:
+            file.discard()
+            raise
+
+    def record(self, result: ShardResult) -> None:
+        """Note a committed shard as finished."""
+        self._journal.record(result)
+        self.done[result.name] = result
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+
+@contextmanager
+def open_destination(root: Path, claim: Claim, *, overwrite: bool = False) -> Iterator[Destination]:
+    """Claim the output folder, resume what is unfinished in it, and keep every other run out until the end.
+
+    Raises DestinationExistsError, DestinationLockedError, PlanMismatchError or StorageError, before touching anything.
+    """
+    _check_apart(root, claim.source)
+    existed = root.is_dir()
+    _check_space(root, claim, _inspect(root, claim, overwrite=overwrite).done)
+    with storage_errors("create", root):
+        (root / WORK).mkdir(parents=True, exist_ok=True)
+    with _locked(root):
+        done = _take_over(root, claim, _inspect(root, claim, overwrite=overwrite))
+        destination = Destination(root, Journal(root / WORK / JOURNAL, claim.digests, done), done)
+        try:
+            yield destination
+        except SourceError:  # no rerun of this plan can succeed, so nothing of it is worth keeping
+            destination.close()
+            _abandon(root, destination.done, existed=existed)
+            raise
+        except BaseException:
+            destination.close()
+            raise
+        destination.close()
+        shutil.rmtree(root / WORK, ignore_errors=True)
+
+
+def _check_apart(root: Path, source: Path) -> None:
+    real, origin = Path(os.path.realpath(root)), Path(os.path.realpath(source))
+    for inner, outer, text in ((real, origin, "inside the source"), (origin, real, "a folder that holds the source")):
+        for folder in (inner, *inner.parents):
+            if folder == outer or (folder.exists() and outer.exists() and folder.samefile(outer)):
+                what = "the source itself" if real == origin else text
+                raise DestinationError(f"output {quote(root)} is {what}: choose another folder")
+
+
+def _inspect(root: Path, claim: Claim, *, overwrite: bool) -> JournalState:
+    """Return what may be resumed in `root`, or raise; touches nothing."""
+    if not root.is_dir():
+        if root.exists() or root.is_symlink():
+            raise DestinationExistsError(f"output {quote(root)} exists and is not a folder")
+        if not root.parent.is_dir():
+            raise DestinationError(f"folder {quote(root.parent)} does not exist: create it first")
+        return JournalState(None, {})
+    with storage_errors("read folder", root):
+        names = set(os.listdir(root))  # noqa: PTH208 - names are data here
+    if names and WORK not in names:
+        _check_finished(root, names, overwrite=overwrite)
+    if not (root / WORK / JOURNAL).exists():
+        return JournalState(None, {})
+    state = read_journal(root / WORK / JOURNAL)
+    if state.digests is None or overwrite:
+        return JournalState(None, {})
+    changed = [part for part, digest in claim.digests.items() if state.digests.get(part) != digest]
+    if changed:
+        raise PlanMismatchError(
+            f"output {quote(root)} holds an unfinished conversion with other {' and '.join(changed)}: "
+            "rerun it as it was, choose another folder, or pass --overwrite to start anew"
+        )
+    return state
+
+
+def _check_finished(root: Path, names: set[str], *, overwrite: bool) -> None:
+    """Raise unless the folder is a finished conversion of ours that may be overwritten."""
+    if not {MANIFEST, REPORT} <= names:
+        raise DestinationExistsError(f"output {quote(root)} is not empty and not ours: choose another folder")
+    if not overwrite:
+        raise DestinationExistsError(f"output {quote(root)} holds a finished conversion: pass --overwrite to redo it")
+
+
+def _check_space(root: Path, claim: Claim, done: Mapping[str, ShardResult]) -> None:
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    with storage_errors("read free space of", existing):
+        status = os.statvfs(existing)
+    free = status.f_bavail * status.f_frsize
+    needed = sum(size for name, size in claim.shards.items() if name not in done) + SPACE_MARGIN
+    if free < needed:
+        raise DestinationError(f"output {quote(root)} needs {needed} bytes, {free} are free: make room or choose another disk")
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold the folder's lock; where the file system has none, unique temporaries and equal bytes still protect it."""
+    lock, owner = FileLock(root / WORK / "lock"), root / WORK / "pid"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        pid = owner.read_text(errors="replace").strip() if owner.exists() else "unknown"
+        raise DestinationLockedError(f"output {quote(root)} is in use by pid {quote(pid)}: wait for it, or stop it") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError):
+            with storage_errors("lock", root):
+                raise
+    try:
+        with storage_errors("write", owner):
+            owner.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        with suppress(OSError):
+            lock.release(force=True)
+
+
+def _take_over(root: Path, claim: Claim, state: JournalState) -> dict[str, ShardResult]:
+    """Remove what earlier runs left and is not to be kept; return the finished shards that are what they should be."""
+    _remove_stale(root / WORK)
+    if state.digests is None:
+        _remove_own(root, claim)
+        return {}
+    with storage_errors("remove", root / CONFIG):
+        (root / CONFIG).unlink(missing_ok=True)
+    return {name: result for name, result in state.done.items() if _is_intact(root, claim, result)}
+
+
+def _remove_stale(work: Path) -> None:
+    for path in work.glob(f"*{PARTIAL_SUFFIX}"):
+        pid = path.name.split(".")[-3]
+        if not pid.isdigit() or int(pid) == os.getpid() or not _is_alive(int(pid)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OverflowError:
+        return False
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def _remove_own(root: Path, claim: Claim) -> None:
+    """Remove the files of an earlier output of ours: what its manifest or this plan names, config.json first."""
+    listed: list[str] = []
+    if (root / MANIFEST).is_file():
+        lines = (root / MANIFEST).read_text(errors="replace").splitlines()
+        listed = [line[66:] for line in lines]
+    _remove_files(root, [CONFIG, *listed, *claim.shards, MANIFEST, REPORT])
+
+
+def _remove_files(root: Path, names: Iterable[str]) -> None:
+    for name in names:
+        with storage_errors("remove", root / name), suppress(UnsafePathError, FileNotFoundError):
+            (root / plain_name(name)).unlink()
+
+
+def _is_intact(root: Path, claim: Claim, result: ShardResult) -> bool:
+    """Return whether a finished shard still has the content that the journal says."""
+    if claim.shards.get(result.name) != result.size:
+        return False
+    try:
+        fd = open_regular(root / result.name)
+    except SourceError:
+        return False
+    with storage_errors("read", root / result.name):
+        try:
+            return os.fstat(fd).st_size == result.size and file_sha256(fd, result.size) == result.sha256
+        except EOFError:
+            return False
+        finally:
+            os.close(fd)
+
+
+def _abandon(root: Path, done: Mapping[str, ShardResult], *, existed: bool) -> None:
+    _remove_files(root, done)
+    shutil.rmtree(root / WORK, ignore_errors=True)
+    if not existed:
+        with suppress(OSError):
+            root.rmdir()

@@ -1,0 +1,85 @@
+"""The arithmetic, fast: one small interface, two implementations with the same bytes (numba, and torch on any device)."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError, quote
+from ..nvfp4 import ByteArray
+
+Tile = npt.NDArray[Any]
+STATISTICS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to quantize: the method, and the float32 divisor that the fused group shares."""
+
+    method: str
+    global_scale: float
+
+
+@dataclass(slots=True)
+class TileStats:
+    """What quantization did to some weights; sums add up over tiles, `worst_block` is a relative error."""
+
+    weights: int = 0
+    squared_error: float = 0.0
+    squared_weight: float = 0.0
+    rounding_squared_error: float = 0.0
+    worst_block: float = 0.0
+    zeroed: int = 0
+    saturated_blocks: int = 0
+    zero_blocks: int = 0
+
+    def add(self, other: TileStats) -> None:
+        """Take in the statistics of other weights."""
+        self.weights += other.weights
+        self.squared_error += other.squared_error
+        self.squared_weight += other.squared_weight
+        self.rounding_squared_error += other.rounding_squared_error
+        self.worst_block = max(self.worst_block, other.worst_block)
+        self.zeroed += other.zeroed
+        self.saturated_blocks += other.saturated_blocks
+        self.zero_blocks += other.zero_blocks
+
+    @property
+    def relative_error(self) -> float:
+        """Relative Frobenius error: norm of the difference over norm of the weights."""
+        return float((self.squared_error / self.squared_weight) ** 0.5) if self.squared_weight else 0.0
+
+    @classmethod
+    def from_array(cls, weights: int, values: npt.NDArray[np.float64]) -> TileStats:
+        """Return statistics from a kernel's seven numbers, in the order of the fields after `weights`."""
+        error, weight, rounding, worst = (float(value) for value in values[:4])
+        return cls(weights, error, weight, rounding, worst, *(int(value) for value in values[4:]))
+
+
+class Kernel(Protocol):
+    """What quantizes tiles: `[R, K]` C-contiguous, K a multiple of 16; uint16 means raw bfloat16 bits."""
+
+    name: str
+
+    def amax(self, tile: Tile) -> float:
+        """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
+
+    def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
+        """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
+
+
+def load_kernel(device: str = "cpu") -> Kernel:
+    """Return the kernel for a device: numba on the CPU where it is installed, torch for everything else."""
+    if device == "cpu" and importlib.util.find_spec("numba") is not None:
+        from .cpu import NumbaKernel
+
+        return NumbaKernel()
+    if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        raise UsageError(f"device {quote(device)} is unknown, expected cpu, cuda or cuda:N")
+    from .torch import TorchKernel
+
+    return TorchKernel(device)

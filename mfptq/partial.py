@@ -1,0 +1,92 @@
+"""One output file: a temporary that becomes the real file whole, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from .files import read_exact, storage_errors, sync_folder, write_all
+
+HASH_CHUNK = 2**20
+PARTIAL_SUFFIX = ".partial"
+_NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+def partial_path(folder: Path, name: str) -> Path:
+    """Return a name for a temporary that no other run uses."""
+    return folder / f"{name}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
+
+
+class PartialFile:
+    """A file that does not exist under its name until `commit`."""
+
+    def __init__(self, path: Path, target: Path, size: int) -> None:
+        self.path = path
+        self.target = target
+        self.size = size
+        with storage_errors("create", target):
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with storage_errors("reserve space for", target):
+                _preallocate(self.fd, size)
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write bytes at an offset."""
+        with storage_errors("write", self.target):
+            write_all(self.fd, data, offset)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of what was written, hexadecimal."""
+        with storage_errors("read back", self.target):
+            return file_sha256(self.fd, self.size)
+
+    def sync(self) -> None:
+        """Make the content durable; a failure is final, the temporary must be discarded."""
+        with storage_errors("sync", self.target):
+            os.fsync(self.fd)
+
+    def commit(self) -> None:
+        """Make the file durable under its name."""
+        self.sync()
+        with storage_errors("rename to", self.target):
+            os.close(self.fd)
+            self.fd = -1
+            os.replace(self.path, self.target)
+            sync_folder(self.target.parent)
+
+    def discard(self) -> None:
+        """Remove the temporary, if it is still one; a failure to do so never hides what led here."""
+        with suppress(OSError):
+            if self.fd >= 0:
+                os.close(self.fd)
+        self.fd = -1
+        with suppress(OSError):
+            os.unlink(self.path)  # noqa: PTH108 - every system call goes through `os`
+
+
+def file_sha256(fd: int, size: int) -> str:
+    """Return the SHA-256 of the first `size` bytes of an open file, hexadecimal."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(HASH_CHUNK, max(size, 1))))
+    for offset in range(0, size, HASH_CHUNK):
+        part = buffer[: min(HASH_CHUNK, size - offset)]
+        read_exact(fd, part, offset)
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _preallocate(fd: int, size: int) -> None:
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in _NO_PREALLOCATION:
+                raise
+    os.ftruncate(fd, size)
