@@ -6,6 +6,7 @@ fsynced, then a journal line. `config.json` comes last: without it no engine tak
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,11 +22,12 @@ from .errors import (
     DestinationExistsError,
     DestinationLockedError,
     PlanMismatchError,
+    SourceChangedError,
     SourceError,
     UnsafePathError,
     quote,
 )
-from .files import open_regular, plain_name, storage_errors
+from .files import Range, copy_range, open_regular, plain_name, storage_errors
 from .journal import Journal, JournalState, ShardResult, read_journal
 from .partial import PARTIAL_SUFFIX, PartialFile, file_sha256, partial_path
 
@@ -58,11 +60,31 @@ class Destination:
         """Return a new temporary of `size` bytes that will become `name`."""
         return PartialFile(partial_path(self.root / WORK, name), self.root / name, size)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
-        file = self.create(name, len(data))
-        try:
+    def write(self, name: str, data: bytes) -> str:
+        """Write a small file, whole or not at all; return its SHA-256, hexadecimal."""
+        with self._new(name, len(data)) as file:
             file.write(data, 0)
+        return hashlib.sha256(data).hexdigest()
+
+    def copy(self, name: str, path: Path) -> str:
+        """Copy a companion file of the source, whole or not at all; return its SHA-256, hexadecimal."""
+        fd = open_regular(path)
+        try:
+            size = os.fstat(fd).st_size
+            with self._new(name, size) as file, storage_errors("copy into", file.target):
+                copy_range(Range(fd, 0, size), file.fd, 0)
+                return file.sha256()
+        except EOFError:
+            raise SourceChangedError(f"{quote(name)} was truncated while being copied: start again") from None
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _new(self, name: str, size: int) -> Iterator[PartialFile]:
+        """Lend a temporary that is committed when the block ends well, and discarded otherwise."""
+        file = self.create(name, size)
+        try:
+            yield file
             file.commit()
         except BaseException:
             file.discard()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .header import DTYPE_BITS
 from .layout import Weight
 from .nvfp4 import GROUP_SIZE
-from .plan import QuantizeWeight
+from .planning import QuantizeWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,11 @@ def tiles(weight: Weight, tile_bytes: int) -> Iterator[Tile]:
     for row in range(weight.rows):
         for column in range(0, weight.columns, width):
             yield Tile(weight, row * weight.columns + column, 1, min(width, weight.columns - column))
+
+
+def whole_tile(weight: Weight) -> Tile:
+    """Return a weight as one tile."""
+    return Tile(weight, 0, weight.rows, weight.columns)
 
 
 @dataclass(frozen=True, slots=True)

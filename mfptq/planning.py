@@ -37,6 +37,12 @@ class CopyTensor:
     offset: int
     size: int
 
+    def pieces(self, limit: int) -> Iterator[CopyTensor]:
+        """Yield the copy in pieces of at most `limit` bytes, so that one huge tensor is not one worker's alone."""
+        for start in range(0, self.size, limit):
+            size = min(limit, self.size - start)
+            yield CopyTensor(self.name, self.source_offset + start, self.offset + start, size)
+
 
 @dataclass(frozen=True, slots=True)
 class InputScale:
@@ -126,6 +132,11 @@ class Plan:
         """Size of all output tensors, in bytes."""
         return sum(shard.tensor_bytes for shard in self.shards)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What deserves a second look, one line each."""
+        return self.input_scales.warnings if self.input_scales is not None else ()
+
     def members(self, weight: Weight) -> tuple[Weight, ...]:
         """Return the weights fused with `weight`, itself included, wherever they lie."""
         return tuple(self._weights[module] for module in self._group_of[weight.module].members)
@@ -174,7 +185,12 @@ def build_plan(checkpoint: Checkpoint, settings: Settings, scales: InputScales |
     scheme = _scheme(settings, scales)
     selection = select(list(candidates(checkpoint.tensors())), settings.rules)
     fates = {item.candidate.tensor.info.name: item for item in selection.tensors}
-    kept = [item.candidate.module for item in selection.tensors if not item.decision.quantize]
+    kept = [
+        name
+        for item in selection.tensors
+        if not item.decision.quantize
+        for name in (item.candidate.module, *(weight.module for weight in item.candidate.weights))
+    ]
     assigned = assign_input_scales(scales, selection.groups, kept=kept) if scales is not None else None
     places: dict[str, str] = {}
     shards = tuple(_plan_shard(shard, fates, places, with_input=assigned is not None) for shard in checkpoint.shards)

@@ -1,0 +1,100 @@
+"""What one worker thread owns: a kernel, memory that is used again and again, and a record of where its time went."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import NonFiniteWeightError, quote
+from .files import FolderSource
+from .kernels import Kernel, Recipe, Tile as TileArray, TileStats
+from .nvfp4 import GROUP_SIZE, as_float32
+from .tiles import Tile
+
+_NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+
+class Buffers:
+    """One worker's memory: `tile_bytes` of source data, and what they become."""
+
+    def __init__(self, kernel: Kernel, tile_bytes: int) -> None:
+        self.kernel = kernel
+        self.tile_bytes = tile_bytes
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._source = np.empty(tile_bytes, np.uint8)
+        self._packed = np.empty(tile_bytes // 4, np.uint8)
+        self._scales = np.empty(tile_bytes // 2 // GROUP_SIZE, np.uint8)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time that the block takes to a phase."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - begin
+
+    def read(self, source: FolderSource, tiles: Sequence[Tile]) -> list[TileArray]:
+        """Return each tile's data; together they must fit into the buffer. The next call overwrites them."""
+        with self.timed("read"):
+            start = 0
+            arrays = []
+            for shard, offset, size in _runs(tiles):
+                source.read_into(shard, offset, memoryview(self._source)[start : start + size])
+                start += size
+            start = 0
+            for tile in tiles:
+                view = self._source[start : start + tile.nbytes].view(_NUMPY_DTYPES[tile.weight.dtype])
+                arrays.append(view.reshape(tile.rows, tile.columns))
+                start += tile.nbytes
+            return arrays
+
+    def amax(self, data: TileArray, tile: Tile) -> float:
+        """Return the tile's largest magnitude; raises NonFiniteWeightError for NaN or infinity."""
+        with self.timed("amax"):
+            found = self.kernel.amax(data)
+        if not np.isfinite(found):
+            bad = int(np.flatnonzero(~np.isfinite(as_float32(data.reshape(-1))))[0])
+            weight = tile.weight
+            raise NonFiniteWeightError(
+                f"{quote(weight.module)} in {quote(weight.shard)} holds {as_float32(data.reshape(-1))[bad]} at flat index "
+                f"{tile.start + bad}: it cannot be quantized; --ignore it or repair the source"
+            )
+        return found
+
+    def quantize(self, data: TileArray, recipe: Recipe) -> Quantized:
+        """Return what the tile becomes; the next call overwrites it."""
+        packed = self._packed[: data.size // 2].reshape(data.shape[0], -1)
+        scales = self._scales[: data.size // GROUP_SIZE].reshape(data.shape[0], -1)
+        with self.timed("quantize"):
+            return Quantized(packed, scales, self.kernel.quantize(data, recipe, packed, scales))
+
+
+class Quantized:
+    """A quantized tile: uint8 `[R, K/2]` packed values, uint8 `[R, K/16]` scale codes, and what it cost."""
+
+    __slots__ = ("packed", "scales", "stats")
+
+    def __init__(self, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8], stats: TileStats) -> None:
+        self.packed = packed
+        self.scales = scales
+        self.stats = stats
+
+
+def _runs(tiles: Sequence[Tile]) -> Iterator[tuple[str, int, int]]:
+    """Yield (shard, offset, bytes) of each contiguous stretch, so that neighbours are read at once."""
+    shard, offset, size = "", 0, 0
+    for tile in tiles:
+        if size and tile.weight.shard == shard and tile.offset == offset + size:
+            size += tile.nbytes
+            continue
+        if size:
+            yield shard, offset, size
+        shard, offset, size = tile.weight.shard, tile.offset, tile.nbytes
+    if size:
+        yield shard, offset, size

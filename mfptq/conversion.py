@@ -1,0 +1,179 @@
+"""The whole story: read headers, plan, claim the output, run, finish with config.json."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .buffers import Buffers
+from .card import card_text
+from .checkpoint import CONFIG, INDEX
+from .config import Scheme
+from .destination import CARD, MANIFEST, REPORT, Claim, Destination, open_destination
+from .errors import SourceError, UsageError
+from .execute import Execution, Progress, ProgressCallback
+from .files import confined, read_small
+from .hub import HubOptions, open_checkpoint
+from .kernels import Kernel, load_kernel
+from .limits import MAX_CONFIG_BYTES
+from .memory import INTERPRETER, MemoryPlan, parse_size, peak_bytes, plan_memory, resident_bytes
+from .planning import Plan, Settings, build_plan
+from .report import Report, gather, kind_reports, report_text, suspicions, total_error
+from .rules import Rules
+from .scales import read_input_scales
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run may use; none of it changes the output. `max_memory` is a ceiling for the process, in bytes or text."""
+
+    max_memory: str | int = "1GiB"
+    workers: int | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A conversion about to start."""
+
+    plan: Plan
+    kernel: Kernel
+    memory: MemoryPlan
+    begun: float = field(default_factory=time.monotonic)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    scheme: Scheme | None = None,
+    method: str = "search",
+    ignore: Iterable[str] = (),
+    targets: Iterable[str] = (),
+    default_ignore: bool = True,
+    input_scales: str | Path | None = None,
+    input_scales_kind: str | None = None,
+    hub: HubOptions | None = None,
+    max_memory: str | int = "1GiB",
+    workers: int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Convert a checkpoint to NVFP4 and return what was done.
+
+    `source` is a folder in Hugging Face layout or a Hub repo id, `destination` a folder that does not exist, is empty,
+    or holds an unfinished run with the same settings, which is resumed. `scheme` None means W4A4 (`NVFP4`) when
+    `input_scales` are given and weight-only `NVFP4A16` otherwise. `max_memory` is a ceiling for the whole process; what a
+    calling program already holds does not count. `progress` is called from worker threads.
+
+    Raises MfptqError and its subclasses; see `mfptq.errors`. The source is only read.
+    """
+    held = max(0, resident_bytes() - INTERPRETER)
+    settings = Settings(Rules(tuple(ignore), tuple(targets), default_ignore), method, scheme)
+    plan = make_plan(source, settings, (input_scales, input_scales_kind), hub)
+    try:
+        run = prepare(plan, Resources(max_memory, workers, device), held)
+        return carry_out(run, Path(destination), overwrite=overwrite, progress=progress or _ignore)
+    finally:
+        plan.checkpoint.source.close()
+
+
+def _ignore(_progress: Progress) -> None:
+    """Take no notice of progress."""
+
+
+def make_plan(
+    source: str | Path,
+    settings: Settings,
+    input_scales: tuple[str | Path | None, str | None] = (None, None),
+    hub: HubOptions | None = None,
+) -> Plan:
+    """Return the plan of a conversion: what `convert` would do, from headers alone."""
+    path, kind = input_scales
+    scales = read_input_scales(path, kind) if path is not None else None
+    return build_plan(open_checkpoint(source, hub), settings, scales)
+
+
+def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
+    """Return a run that fits into its memory; `held` bytes of the process are the caller's own."""
+    workers = resources.workers if resources.workers is not None else _cores()
+    if workers < 1:
+        raise UsageError(f"{workers} workers cannot do anything: use at least 1")
+    budget = parse_size(resources.max_memory) + held
+    kernel = load_kernel(resources.device)
+    return Run(plan, kernel, plan_memory(budget, resident_bytes(), workers))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: ProgressCallback) -> Report:
+    """Do the work of a run and return its report."""
+    plan, memory = run.plan, run.memory
+    claim = Claim(plan.checkpoint.origin.folder, plan.digests, {shard.name: shard.size for shard in plan.shards})
+    buffers = [Buffers(run.kernel, memory.tile_bytes) for _ in range(memory.workers)]
+    with open_destination(destination, claim, overwrite=overwrite) as out:
+        resumed = len(out.done)
+        Execution(plan, out, buffers, progress).run()
+        _finalize(plan, out)
+        return _report(run, out, buffers, resumed)
+
+
+def _finalize(plan: Plan, out: Destination) -> None:
+    """Write everything that is not a shard; config.json last, since it makes the folder a checkpoint."""
+    kinds = gather(out.done.values())
+    root = plan.checkpoint.origin.folder
+    sums = {result.name: result.sha256 for result in out.done.values()}
+    for name in plan.checkpoint.companions:
+        sums[name] = out.copy(name, confined(root, name))
+    texts = {REPORT: report_text(plan, kinds), CARD: card_text(plan, kinds, _source_card(root))}
+    if plan.index_text is not None:
+        texts[INDEX] = plan.index_text
+    for name, text in texts.items():
+        sums[name] = out.write(name, text.encode())
+    config = plan.config_text.encode()
+    sums[CONFIG] = hashlib.sha256(config).hexdigest()
+    out.write(MANIFEST, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+    out.write(CONFIG, config)
+
+
+def _source_card(root: Path) -> str:
+    try:
+        return read_small(confined(root, CARD), MAX_CONFIG_BYTES).decode(errors="replace")
+    except SourceError:
+        return ""
+
+
+def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int) -> Report:
+    plan, kinds = run.plan, gather(out.done.values())
+    kept = sum(not item.decision.quantize for item in plan.selection.tensors)
+    timings: Counter[str] = Counter()
+    for buffer in buffers:
+        timings.update(buffer.seconds)
+    reports = kind_reports(plan, kinds)
+    return Report(
+        source=str(plan.checkpoint.origin),
+        destination=str(out.root),
+        scheme=plan.scheme,
+        method=plan.settings.method,
+        kernel=run.kernel.name,
+        source_bytes=plan.checkpoint.tensor_bytes,
+        output_bytes=plan.tensor_bytes,
+        tensors=sum(shard.tensors for shard in plan.shards),
+        quantized=sum(1 for _ in plan.weights()),
+        kept=kept,
+        relative_error=total_error(kinds),
+        kinds=reports,
+        warnings=plan.warnings + suspicions(reports),
+        resumed_shards=resumed,
+        seconds=time.monotonic() - run.begun,
+        peak_memory=peak_bytes(),
+        timings=dict(timings),
+    )

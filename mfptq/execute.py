@@ -1,0 +1,229 @@
+"""Run a plan's shards: tiles through reused buffers on worker threads, finished files behind them.
+
+Every fused group is gone through twice: its largest magnitude, then its bytes. Groups that fit into a tile are read once;
+larger ones stream, and their second reading comes from the page cache. Nothing here decides: the plan has decided.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+from .buffers import Buffers, Quantized
+from .destination import Destination
+from .errors import MemoryBudgetError, SourceChangedError, quote
+from .files import COPY_CHUNK, Range, copy_range, storage_errors
+from .journal import ShardResult
+from .kernels import Recipe, TileStats
+from .layout import Weight, numbers_removed
+from .nvfp4 import GROUP_SIZE
+from .partial import PartialFile
+from .planning import CopyTensor, Plan, QuantizeWeight, ShardJob
+from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
+from .tiles import GroupStep, Tile, bundles, group_steps, tiles, whole_tile
+from .workers import Task, Workers
+
+MAX_FINISHING = 4
+BufferTask = Task[Buffers]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What has just happened: `source_bytes` are dealt with; `finished` names a shard that is complete."""
+
+    source_bytes: int = 0
+    finished: str = ""
+    resumed: bool = False
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(slots=True)
+class OpenShard:
+    """An output file being filled: when none of its work is left, it is finished."""
+
+    job: ShardJob
+    file: PartialFile
+    left: int = 1
+    kinds: dict[str, TileStats] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, module: str, stats: TileStats) -> None:
+        """Add the statistics of some of a module's weights."""
+        kind = numbers_removed(module)
+        with self.lock:
+            self.kinds.setdefault(kind, TileStats()).add(stats)
+
+    def expect(self, tasks: int) -> None:
+        """Note that more work has been found."""
+        with self.lock:
+            self.left += tasks
+
+    def settle(self) -> bool:
+        """Note that a piece of work is done; return whether it was the last."""
+        with self.lock:
+            self.left -= 1
+            return self.left == 0
+
+
+class Execution:
+    """One run of a plan into a destination; `run` returns when every shard is durable."""
+
+    def __init__(self, plan: Plan, destination: Destination, buffers: Sequence[Buffers], progress: ProgressCallback) -> None:
+        self._plan = plan
+        self._source = plan.checkpoint.source
+        self._destination = destination
+        self._tile_bytes = buffers[0].tile_bytes
+        self._progress = progress
+        self._scales = GlobalScales(plan.settings.method)
+        self._open: dict[str, OpenShard] = {}
+        self._finisher = ThreadPoolExecutor(2, "mfptq-finish")
+        self._finishing: list[Future[None]] = []
+        self._workers: Workers[Buffers] = Workers(self._supply(), buffers)
+
+    def run(self) -> None:
+        """Do all the work that is not done yet; raise the first error, leaving no temporary behind."""
+        try:
+            self._workers.run()
+            self._wait_for_finishing(0)
+        except MemoryError:
+            raise MemoryBudgetError("memory ran out: allow more with --max-memory, or use fewer --max-workers") from None
+        finally:
+            self._finisher.shutdown(wait=True, cancel_futures=True)
+            for shard in self._open.values():
+                shard.file.discard()
+
+    def _wait_for_finishing(self, allowed: int) -> None:
+        """Wait until at most `allowed` shards are being made durable; raise what went wrong with any."""
+        while len(self._finishing) > allowed:
+            self._finishing.pop(0).result()
+        for future in [future for future in self._finishing if future.done()]:
+            self._finishing.remove(future)
+            future.result()
+
+    def _supply(self) -> Iterator[BufferTask]:
+        """Yield tasks shard by shard; a shard is opened when its first task is asked for."""
+        for shard in self._plan.shards:
+            if shard.name in self._destination.done:
+                read = self._plan.checkpoint.shard(shard.name).header.data_bytes
+                self._progress(Progress(read, shard.name, resumed=True))
+                continue
+            self._wait_for_finishing(MAX_FINISHING)
+            job = self._plan.job(shard.name)
+            opened = OpenShard(job, self._destination.create(job.name, job.size))
+            self._open[job.name] = opened
+            opened.file.write(job.head, 0)
+            for task in self._shard_tasks(opened):
+                opened.expect(1)
+                yield task
+            self._settle(opened)
+
+    def _shard_tasks(self, shard: OpenShard) -> Iterator[BufferTask]:
+        steps = group_steps(shard.job.weights)
+        small = [step for step in steps if step.nbytes <= self._tile_bytes and self._is_complete(step)]
+        names = {step.name for step in small}
+        for step in steps:
+            if step.name not in names:
+                yield partial(self._start_group, shard, step)
+        for bundle in bundles(small, self._tile_bytes):
+            yield partial(self._convert_bundle, shard, bundle)
+        for copy in shard.job.copies:
+            for piece in copy.pieces(COPY_CHUNK):
+                yield partial(self._copy, shard, piece)
+
+    def _members(self, step: GroupStep) -> tuple[Weight, ...]:
+        return self._plan.members(step.weights[0].weight)
+
+    def _is_complete(self, step: GroupStep) -> bool:
+        return len(self._members(step)) == len(step.weights)
+
+    def _start_group(self, shard: OpenShard, step: GroupStep, _buffers: Buffers) -> None:
+        """Find the largest magnitude over all members, wherever they lie; then quantize those of this shard."""
+        members = self._members(step)
+        found = [tile for weight in members for tile in tiles(weight, self._tile_bytes)]
+        waiter = partial(self._quantize_group, shard, step)
+        if self._scales.begin(step.name, AmaxSearch(members, len(found)), waiter):
+            self._workers.add(partial(self._find_amax, step.name, tile) for tile in found)
+
+    def _find_amax(self, group: str, tile: Tile, buffers: Buffers) -> None:
+        [data] = buffers.read(self._source, [tile])
+        self._scales.found(group, buffers.amax(data, tile))
+
+    def _quantize_group(self, shard: OpenShard, step: GroupStep, scale: float) -> None:
+        work = []
+        for weight in step.weights:
+            _write_scalars(shard.file, weight, scale)
+            work += [partial(self._quantize_tile, shard, (weight, tile), scale) for tile in self._tiles(weight)]
+        shard.expect(len(work))
+        self._workers.add(work)
+        self._settle(shard)
+
+    def _tiles(self, step: QuantizeWeight) -> Iterator[Tile]:
+        return tiles(step.weight, self._tile_bytes)
+
+    def _quantize_tile(self, shard: OpenShard, work: tuple[QuantizeWeight, Tile], scale: float, buffers: Buffers) -> None:
+        weight, tile = work
+        [data] = buffers.read(self._source, [tile])
+        self._write_tile(shard, weight, tile, buffers.quantize(data, self._recipe(scale)), buffers)
+        self._settle(shard)
+
+    def _convert_bundle(self, shard: OpenShard, bundle: Sequence[GroupStep], buffers: Buffers) -> None:
+        """Quantize small groups whole, from a single reading."""
+        steps = [weight for group in bundle for weight in group.weights]
+        parts = [whole_tile(step.weight) for step in steps]
+        data = dict(zip([step.weight.module for step in steps], buffers.read(self._source, parts), strict=True))
+        places = {step.weight.module: part for step, part in zip(steps, parts, strict=True)}
+        for group in bundle:
+            modules = [step.weight.module for step in group.weights]
+            amax = max(buffers.amax(data[module], places[module]) for module in modules)
+            scale = global_scale(self._plan.settings.method, amax, self._members(group))
+            for step, module in zip(group.weights, modules, strict=True):
+                _write_scalars(shard.file, step, scale)
+                quantized = buffers.quantize(data[module], self._recipe(scale))
+                self._write_tile(shard, step, places[module], quantized, buffers)
+        self._settle(shard)
+
+    def _recipe(self, scale: float) -> Recipe:
+        return Recipe(self._plan.settings.method, scale)
+
+    def _write_tile(self, shard: OpenShard, step: QuantizeWeight, tile: Tile, quantized: Quantized, buffers: Buffers) -> None:
+        with buffers.timed("write"):
+            shard.file.write(quantized.packed.data, step.packed + tile.start // 2)
+            shard.file.write(quantized.scales.data, step.scale + tile.start // GROUP_SIZE)
+        shard.note(step.weight.module, quantized.stats)
+        self._progress(Progress(tile.nbytes))
+
+    def _copy(self, shard: OpenShard, piece: CopyTensor, buffers: Buffers) -> None:
+        with buffers.timed("copy"), self._source.descriptor(shard.job.name) as fd:
+            try:
+                with storage_errors("copy into", shard.file.target):
+                    copy_range(Range(fd, piece.source_offset, piece.size), shard.file.fd, piece.offset)
+            except EOFError:
+                raise SourceChangedError(f"{quote(shard.job.name)} ended early: it was truncated while being read") from None
+        self._progress(Progress(piece.size))
+        self._settle(shard)
+
+    def _settle(self, shard: OpenShard) -> None:
+        if shard.settle():
+            self._finishing.append(self._finisher.submit(self._finish, shard))
+
+    def _finish(self, shard: OpenShard) -> None:
+        """Make a shard durable under its name and note it, after its source proved unchanged."""
+        name = shard.job.name
+        self._source.check_unchanged(name)
+        digest = shard.file.sha256()
+        shard.file.commit()
+        kinds = {kind: asdict(stats) for kind, stats in sorted(shard.kinds.items())}
+        self._destination.record(ShardResult(name, digest, shard.job.size, kinds))
+        del self._open[name]
+        self._progress(Progress(finished=name))
+
+
+def _write_scalars(file: PartialFile, step: QuantizeWeight, scale: float) -> None:
+    file.write(scalar(scale), step.global_scale)
+    if step.input_scale is not None:
+        file.write(scalar(step.input_scale.divisor), step.input_scale.offset)

@@ -1,0 +1,99 @@
+"""How much memory the process has, may have, and will use: a budget is kept by choosing tiles, or refused at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import MemoryBudgetError, UsageError, quote
+
+DEFAULT_BUDGET = 2**30
+MAX_TILE = 4 * 2**20
+MIN_TILE = 256 * 2**10
+PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
+RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
+INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything of its own
+KERNEL_BYTES = {"numba": 110 * 2**20, "torch": 330 * 2**20}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str | int) -> int:
+    """Return bytes from a number or a text like 4GB, 512MiB (decimal and binary units), or raise UsageError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError(f"size {quote(text)} is not understood: write it as 500MB, 4GB or 1GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds now, in bytes."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of a fresh process counts its parent's memory before exec
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """Return the memory that the machine, or the group this process is confined to, can still give; None if unknown."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        limits += [int(found[1]) * 1024] if found else []
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(name).read_text().strip() if Path(name).is_file() else ""
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a budget is spent: `peak` is the most the process will hold, in bytes."""
+
+    workers: int
+    tile_bytes: int
+    peak: int
+
+
+def worker_bytes(tile_bytes: int) -> int:
+    """Return what one worker holds: a tile, what it becomes, and scratch."""
+    return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER
+
+
+def plan_memory(budget: int, held: int, workers: int) -> MemoryPlan:
+    """Return tiles and workers that fit into `budget` bytes when the process already holds `held`.
+
+    Tiles shrink first, then workers; raises MemoryBudgetError, naming the least that works, when one small tile is too
+    much.
+    """
+    base = held + RESERVE
+    least = base + worker_bytes(MIN_TILE)
+    if budget < least:
+        raise MemoryBudgetError(f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}")
+    count = min(workers, (budget - base) // worker_bytes(MIN_TILE))
+    tile = MAX_TILE
+    while tile > MIN_TILE and base + count * worker_bytes(tile) > budget:
+        tile //= 2
+    return MemoryPlan(count, tile, base + count * worker_bytes(tile))
+
+
+def _megabytes(size: int, *, up: bool = False) -> str:
+    return f"{-(-size // 10**6) if up else size // 10**6} MB"

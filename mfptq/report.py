@@ -1,0 +1,122 @@
+"""What was done, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ._version import __version__
+from .journal import ShardResult
+from .kernels import TileStats
+from .layout import numbers_removed
+from .planning import Plan
+from .strict_json import dump_json
+
+SUSPICIOUS_ERROR = 0.10
+SUSPICIOUS_BLOCK = 0.20
+
+
+@dataclass(frozen=True, slots=True)
+class KindReport:
+    """One kind of module (names that differ in numbers only): how many weights, and the error they took."""
+
+    kind: str
+    weights: int
+    elements: int
+    relative_error: float
+    worst_block: float
+    zeroed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of a conversion. Sizes are in bytes; errors are relative Frobenius norms of weights."""
+
+    source: str
+    destination: str
+    scheme: str
+    method: str
+    kernel: str
+    source_bytes: int
+    output_bytes: int
+    tensors: int
+    quantized: int
+    kept: int
+    relative_error: float
+    kinds: tuple[KindReport, ...]
+    warnings: tuple[str, ...]
+    resumed_shards: int
+    seconds: float
+    peak_memory: int
+    timings: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self)
+
+
+def gather(results: Iterable[ShardResult]) -> dict[str, TileStats]:
+    """Return the statistics of all shards by kind of module."""
+    kinds: dict[str, TileStats] = {}
+    for result in sorted(results, key=lambda result: result.name):
+        for kind, values in result.kinds.items():
+            kinds.setdefault(kind, TileStats()).add(TileStats(**values))  # type: ignore[arg-type]
+    return kinds
+
+
+def kind_reports(plan: Plan, kinds: Mapping[str, TileStats]) -> tuple[KindReport, ...]:
+    """Return a line for each kind of module, in name order."""
+    counts = Counter(numbers_removed(weight.module) for weight in plan.weights())
+    return tuple(
+        KindReport(
+            kind,
+            counts[kind],
+            stats.weights,
+            _rounded(stats.relative_error),
+            _rounded(stats.worst_block),
+            _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
+        )
+        for kind, stats in sorted(kinds.items())
+    )
+
+
+def total_error(kinds: Mapping[str, TileStats]) -> float:
+    """Return the relative error over all quantized weights together."""
+    total = TileStats()
+    for stats in kinds.values():
+        total.add(stats)
+    return _rounded(total.relative_error)
+
+
+def suspicions(reports: Iterable[KindReport]) -> tuple[str, ...]:
+    """Return a warning for each kind whose error no sound weight has."""
+    return tuple(
+        f"{report.kind}: relative error {report.relative_error:.1%}, worst block {report.worst_block:.1%}: look at these weights"
+        for report in reports
+        if report.relative_error > SUSPICIOUS_ERROR or report.worst_block > SUSPICIOUS_BLOCK
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def report_text(plan: Plan, kinds: Mapping[str, TileStats]) -> str:
+    """Return the report that stays with the output: the same text for the same plan, wherever and however it ran."""
+    origin = plan.checkpoint.origin
+    return dump_json({
+        "tool": "mfptq",
+        "version": __version__,
+        "source": {"repo_id": origin.repo_id, "revision": origin.revision},
+        "scheme": plan.scheme,
+        "method": plan.settings.method,
+        "plan": plan.digest,
+        "source_bytes": plan.checkpoint.tensor_bytes,
+        "output_bytes": plan.tensor_bytes,
+        "input_scales_filled": plan.input_scales.filled if plan.input_scales else None,
+        "relative_error": total_error(kinds),
+        "kinds": [asdict(report) for report in kind_reports(plan, kinds)],
+        "shards": {shard.name: shard.digest for shard in plan.checkpoint.shards},
+    })  # fmt: skip
