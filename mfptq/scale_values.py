@@ -83,7 +83,10 @@ class Meaning:
         number = _checked(module, value)
         if kind == "input_global_scale":
             return number
-        return _quotient(INPUT_SCALE_NUMERATOR if kind == "amax" else self._numerator(module), number)
+        if kind == "amax":
+            return _quotient(INPUT_SCALE_NUMERATOR, number)
+        numerator = self._numerator(module)
+        return _quotient(numerator, number) if number != 1 else 1.0  # 1 is what an unset scale holds, FP8's too
 
     def _numerator(self, module: str) -> float:
         algorithm = self.algorithms.of(module)
