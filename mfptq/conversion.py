@@ -177,3 +177,17 @@ def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int
         peak_memory=peak_bytes(),
         timings=dict(timings),
     )
+
+
+def plan(
+    source: str | Path,
+    *,
+    scheme: Scheme | None = None,
+    method: str = "search",
+    ignore: Iterable[str] = (),
+    targets: Iterable[str] = (),
+    input_scales: str | Path | None = None,
+    hub: HubOptions | None = None,
+) -> Plan:
+    """Return what `convert` with the same arguments would do, from headers alone; raises what it would raise."""
+    return make_plan(source, Settings(Rules(tuple(ignore), tuple(targets)), method, scheme), (input_scales, None), hub)

@@ -32,9 +32,10 @@ BufferTask = Task[Buffers]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What has just happened: `source_bytes` are dealt with; `finished` names a shard that is complete."""
+    """What has just happened: `source_bytes` are dealt with; `total` is all there is; `finished` names a complete shard."""
 
     source_bytes: int = 0
+    total: int = 0
     finished: str = ""
     resumed: bool = False
 
@@ -107,10 +108,11 @@ class Execution:
 
     def _supply(self) -> Iterator[BufferTask]:
         """Yield tasks shard by shard; a shard is opened when its first task is asked for."""
+        self._progress(Progress(total=self._plan.checkpoint.tensor_bytes))
         for shard in self._plan.shards:
             if shard.name in self._destination.done:
                 read = self._plan.checkpoint.shard(shard.name).header.data_bytes
-                self._progress(Progress(read, shard.name, resumed=True))
+                self._progress(Progress(read, finished=shard.name, resumed=True))
                 continue
             self._wait_for_finishing(MAX_FINISHING)
             job = self._plan.job(shard.name)

@@ -1,0 +1,118 @@
+"""NVFP4 for tensors in hand: what a pipeline that already holds its weights calls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import NonFiniteWeightError, UnsupportedTensorError, UsageError
+from .fusion import fused_groups
+from .kernels import Recipe, TileStats, load_kernel
+from .layout import WEIGHT_SUFFIX, Weight
+from .nvfp4 import GROUP_SIZE, dequantize
+from .planning import METHODS
+from .scaling import global_scale as find_global_scale
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Tensor:
+    """A quantized weight: `packed` uint8 `[N, K/2]`, `scale` E4M3 `[N, K/16]` (as uint8 codes in numpy), one divisor."""
+
+    packed: Any
+    scale: Any
+    global_scale: float
+    stats: TileStats
+
+
+def _is_torch(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _as_tile(weight: Any) -> np.ndarray[Any, Any]:
+    if _is_torch(weight):
+        torch = sys.modules["torch"]
+        weight = weight.detach().cpu().contiguous()
+        weight = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
+        weight = weight.numpy()
+    array = np.ascontiguousarray(weight)
+    if array.dtype not in (np.uint16, np.float16, np.float32):
+        raise UnsupportedTensorError(f"weight is {array.dtype}, expected bfloat16 (raw uint16 in numpy), float16 or float32")
+    if array.ndim != 2 or array.shape[1] % GROUP_SIZE or not array.size:
+        raise UnsupportedTensorError(f"weight is {list(array.shape)}, expected [N, K] with K a multiple of {GROUP_SIZE}")
+    return array
+
+
+_CODES = {"uint16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def _members(tiles: Iterable[np.ndarray[Any, Any]]) -> list[Weight]:
+    return [Weight("", "", _CODES[tile.dtype.name], 0, *tile.shape) for tile in tiles]
+
+
+def _amax(tile: np.ndarray[Any, Any]) -> float:
+    found = load_kernel().amax(tile)
+    if not np.isfinite(found):
+        raise NonFiniteWeightError("weight holds NaN or infinity: it cannot be quantized")
+    return found
+
+
+def quantize_nvfp4(weight: Any, *, method: str = "search", global_scale: float | None = None) -> Nvfp4Tensor:
+    """Quantize one weight `[N, K]`, torch or numpy, bfloat16 (raw uint16 bits in numpy), float16 or float32.
+
+    `global_scale` is the divisor shared with fused partners; by default the weight's own. Raises UnsupportedTensorError
+    for other shapes and dtypes, NonFiniteWeightError for NaN or infinity. Source: compressed-tensors
+    `nvfp4-pack-quantized`.
+    """
+    if method not in METHODS:
+        raise UsageError(f"method {method!r} is unknown, expected one of {', '.join(METHODS)}")
+    tile = _as_tile(weight)
+    amax = _amax(tile)
+    scale = global_scale if global_scale is not None else find_global_scale(method, amax, _members([tile]))
+    packed = np.empty((tile.shape[0], tile.shape[1] // 2), np.uint8)
+    scales = np.empty((tile.shape[0], tile.shape[1] // GROUP_SIZE), np.uint8)
+    stats = load_kernel().quantize(tile, Recipe(method, scale), packed, scales)
+    if not _is_torch(weight):
+        return Nvfp4Tensor(packed, scales, scale, stats)
+    torch = sys.modules["torch"]
+    codes = torch.from_numpy(scales).view(torch.float8_e4m3fn)
+    return Nvfp4Tensor(torch.from_numpy(packed), codes, scale, stats)
+
+
+def dequantize_nvfp4(tensor: Nvfp4Tensor) -> Any:
+    """Return the float32 weight `[N, K]` that a quantized one stands for, as torch or numpy like its parts."""
+    if not _is_torch(tensor.packed):
+        return dequantize(tensor.packed, tensor.scale, tensor.global_scale)
+    torch = sys.modules["torch"]
+    codes = tensor.scale.view(torch.uint8).numpy()
+    return torch.from_numpy(dequantize(tensor.packed.numpy(), codes, tensor.global_scale))
+
+
+def quantize_state_dict(state: Mapping[str, Any], modules: Iterable[str], *, method: str = "search") -> dict[str, Any]:
+    """Return `state` with `<module>.weight` of the given modules replaced by their NVFP4 tensors.
+
+    Fused partners among `modules` share their global scale. Global scales come as float32 `[1]`, torch or numpy like the
+    weight. Raises UsageError for a module that `state` does not hold, and what `quantize_nvfp4` raises.
+    """
+    modules = list(modules)
+    missing = [module for module in modules if module + WEIGHT_SUFFIX not in state]
+    if missing:
+        raise UsageError(f"no weight of module {missing[0]!r} in the state dict")
+    result = dict(state)
+    for group in fused_groups(modules):
+        tiles = [_as_tile(state[member + WEIGHT_SUFFIX]) for member in group.members]
+        scale = find_global_scale(method, max(_amax(tile) for tile in tiles), _members(tiles))
+        for member in group.members:
+            weight = result.pop(member + WEIGHT_SUFFIX)
+            quantized = quantize_nvfp4(weight, method=method, global_scale=scale)
+            value: Any = np.array([scale], np.float32)
+            if _is_torch(weight):
+                value = sys.modules["torch"].from_numpy(value)
+            result[f"{member}.weight_packed"] = quantized.packed
+            result[f"{member}.weight_scale"] = quantized.scale
+            result[f"{member}.weight_global_scale"] = value
+    return result

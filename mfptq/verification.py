@@ -1,0 +1,239 @@
+"""Proof that an output is what it says: structure, config, fused scales, digests, and the source bit for bit."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import INDEX, Checkpoint, Origin, read_checkpoint, read_object
+from .config import FORMAT, QUANTIZATION_CONFIG
+from .destination import MANIFEST
+from .errors import MfptqError, SourceError, quote
+from .files import FolderSource, open_regular, read_small
+from .fusion import fused_groups
+from .hub import HubOptions, open_checkpoint
+from .kernels import TileStats
+from .layout import WEIGHT_SUFFIX, Candidate, StoredTensor, Weight, candidates, numbers_removed
+from .limits import MAX_INDEX_BYTES
+from .nvfp4 import GROUP_SIZE, as_float32, dequantize
+from .partial import file_sha256
+from .patterns import REGEX_PREFIX
+from .tiles import tiles
+
+PACKED = ".weight_packed"
+TILE_BYTES = 4 * 2**20
+MAX_RELATIVE_ERROR = 0.20
+_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was checked, the faults that were found, and relative error by kind of module where a source was given."""
+
+    tensors: int = 0
+    quantized: int = 0
+    faults: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    digests: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether no fault was found."""
+        return not self.faults
+
+
+def verify(output: str | Path, source: str | Path | None = None, hub: HubOptions | None = None) -> Verification:
+    """Check a converted checkpoint and return what was found; with `source`, also against what it was made from.
+
+    Faults are collected, not raised; SourceError is raised only if `source` itself cannot be read.
+    """
+    result = Verification()
+    try:
+        checkpoint = read_checkpoint(Origin(Path(output)))
+    except SourceError as error:
+        result.faults.append(str(error))
+        return result
+    try:
+        _check_output(checkpoint, result)
+        if source is not None:
+            original = open_checkpoint(source, hub)
+            try:
+                _check_source(checkpoint, original, result)
+            finally:
+                original.source.close()
+    except MfptqError as error:
+        if source is not None and not isinstance(error, SourceError):
+            raise
+        result.faults.append(str(error))
+    finally:
+        checkpoint.source.close()
+    return result
+
+
+def _check_output(checkpoint: Checkpoint, result: Verification) -> None:
+    stored = {tensor.info.name: tensor for tensor in checkpoint.tensors()}
+    modules = sorted(name.removesuffix(PACKED) for name in stored if name.endswith(PACKED))
+    result.tensors, result.quantized = len(stored), len(modules)
+    config = checkpoint.config.get(QUANTIZATION_CONFIG)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        result.faults.append(f"config.json has no {QUANTIZATION_CONFIG} of format {FORMAT}")
+        return
+    groups = config.get("config_groups")
+    first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    with_input = isinstance(first, dict) and first.get("input_activations") is not None
+    for module in modules:
+        result.faults += _shape_faults(module, stored, with_input=with_input)
+    linear = [item.module for item in candidates(stored.values()) if item.weights and not item.is_stack]
+    result.faults += _ignore_faults(config.get("ignore"), modules, linear)
+    if not result.faults:
+        result.faults += _fusion_faults(checkpoint.source, stored, modules, linear)
+    if checkpoint.has_index:
+        total = read_object(checkpoint.origin.folder, INDEX, MAX_INDEX_BYTES).get("metadata", {}).get("total_size")
+        if total != checkpoint.tensor_bytes:
+            result.faults.append(f"{INDEX} says total_size {total}, the tensors have {checkpoint.tensor_bytes}")
+    _check_manifest(checkpoint.origin.folder, result)
+
+
+def _shape_faults(module: str, stored: Mapping[str, StoredTensor], *, with_input: bool) -> Iterator[str]:
+    packed = stored[module + PACKED].info
+    if packed.dtype != "U8" or len(packed.shape) != 2 or packed.shape[1] % (GROUP_SIZE // 2):
+        yield f"{quote(packed.name)} is {packed.dtype} {list(packed.shape)}, expected U8 [N, K/2]"
+        return
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        ".weight_scale": ("F8_E4M3", (packed.shape[0], packed.shape[1] * 2 // GROUP_SIZE)),
+        ".weight_global_scale": ("F32", (1,)),
+    }
+    if with_input:
+        expected[".input_global_scale"] = ("F32", (1,))
+    for suffix, (dtype, shape) in expected.items():
+        found = stored.get(module + suffix)
+        if found is None or (found.info.dtype, found.info.shape) != (dtype, shape):
+            got = "missing" if found is None else f"{found.info.dtype} {list(found.info.shape)}"
+            yield f"{quote(module + suffix)} is {got}, expected {dtype} {list(shape)}"
+    for suffix in (WEIGHT_SUFFIX, *(() if with_input else (".input_global_scale",))):
+        if module + suffix in stored:
+            yield f"{quote(module + suffix)} does not belong to a quantized module of this scheme"
+
+
+def _ignore_faults(ignore: object, modules: Iterable[str], linear: Iterable[str]) -> Iterator[str]:
+    entries = [entry for entry in ignore if isinstance(entry, str)] if isinstance(ignore, list) else []
+    names = set(entries)
+    try:
+        regexes = [re.compile(e.removeprefix(REGEX_PREFIX)) for e in entries if e.startswith(REGEX_PREFIX)]
+    except re.error as error:
+        yield f"config.json: an ignore pattern is not a regex: {error}"
+        return
+    for module in modules:
+        if module in names or any(regex.match(module) for regex in regexes):
+            yield f"{quote(module)} is quantized, but config.json ignores it"
+    for module in linear:
+        if module not in names and not any(regex.match(module) for regex in regexes):
+            yield f"{quote(module)} is not quantized, but config.json does not ignore it"
+
+
+def _fusion_faults(
+    source: FolderSource, stored: Mapping[str, StoredTensor], modules: list[str], linear: list[str]
+) -> Iterator[str]:
+    quantized = set(modules)
+    for group in fused_groups([*modules, *linear]):
+        inside = [member for member in group.members if member in quantized]
+        if inside and len(inside) != len(group.members):
+            yield f"fused group {quote(group.name)} is quantized in part: {', '.join(map(quote, inside))}"
+        for suffix in (".weight_global_scale", ".input_global_scale"):
+            values = {_scalar(source, stored[m + suffix]) for m in inside if m + suffix in stored}
+            if len(values) > 1 or any(not math.isfinite(value) or value <= 0 for value in values):
+                yield f"fused group {quote(group.name)} has {suffix[1:]} {sorted(values)}, expected one positive value"
+
+
+def _scalar(source: FolderSource, tensor: StoredTensor) -> float:
+    return float(_data(source, tensor, 0, 4).view(np.float32)[0])
+
+
+def _data(source: FolderSource, tensor: StoredTensor, start: int, size: int) -> np.ndarray:  # type: ignore[type-arg]
+    buffer = np.empty(size, np.uint8)
+    source.read_into(tensor.shard, tensor.offset + start, memoryview(buffer))
+    return buffer
+
+
+def _check_manifest(folder: Path, result: Verification) -> None:
+    """Compare every file with SHA256SUMS, where the output has one."""
+    if not (folder / MANIFEST).is_file():
+        return
+    for line in read_small(folder / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").splitlines():
+        digest, name = line[:64], line[66:]
+        try:
+            fd = open_regular(folder / Path(name).name)
+        except SourceError as error:
+            result.faults.append(f"{MANIFEST}: {error}")
+            continue
+        try:
+            if file_sha256(fd, os.fstat(fd).st_size) != digest:
+                result.faults.append(f"{quote(name)} is not what {MANIFEST} says: its content changed")
+        finally:
+            os.close(fd)
+        result.digests += 1
+
+
+def _check_source(output: Checkpoint, original: Checkpoint, result: Verification) -> None:
+    stored = {tensor.info.name: tensor for tensor in output.tensors()}
+    kinds: dict[str, TileStats] = {}
+    for item in candidates(original.tensors()):
+        kept = stored.pop(item.tensor.info.name, None)
+        if kept is not None:
+            if not _is_equal(original.source, item.tensor, output.source, kept):
+                result.faults.append(f"kept tensor {quote(kept.info.name)} differs from the source")
+        elif not item.weights or any(weight.module + PACKED not in stored for weight in item.weights):
+            result.faults.append(f"tensor {quote(item.tensor.info.name)} of the source is missing")
+        else:
+            _compare_weights(item, stored, (original.source, output.source), kinds)
+    result.faults += [f"tensor {quote(name)} has no origin in the source" for name in sorted(stored)[:20]]
+    result.errors = {kind: stats.relative_error for kind, stats in sorted(kinds.items())}
+    for kind, error in result.errors.items():
+        if not error <= MAX_RELATIVE_ERROR:
+            result.faults.append(f"{kind} has relative error {error:.1%}, expected at most {MAX_RELATIVE_ERROR:.0%}")
+
+
+def _is_equal(one: FolderSource, first: StoredTensor, other: FolderSource, second: StoredTensor) -> bool:
+    a, b = first.info, second.info
+    if (a.dtype, a.shape, a.nbytes) != (b.dtype, b.shape, b.nbytes):
+        return False
+    for start in range(0, a.nbytes, TILE_BYTES):
+        size = min(TILE_BYTES, a.nbytes - start)
+        if not np.array_equal(_data(one, first, start, size), _data(other, second, start, size)):
+            return False
+    return True
+
+
+def _compare_weights(
+    item: Candidate,
+    stored: dict[str, StoredTensor],
+    sources: tuple[FolderSource, FolderSource],
+    kinds: dict[str, TileStats],
+) -> None:
+    original, output = sources
+    for weight in item.weights:
+        parts = {suffix: stored.pop(weight.module + suffix) for suffix in (PACKED, ".weight_scale", ".weight_global_scale")}
+        stored.pop(weight.module + ".input_global_scale", None)
+        stats = kinds.setdefault(numbers_removed(weight.module), TileStats())
+        stats.add(_error(weight, parts, original, output))
+
+
+def _error(weight: Weight, parts: Mapping[str, StoredTensor], original: FolderSource, output: FolderSource) -> TileStats:
+    stats = TileStats(weight.size)
+    scale = _scalar(output, parts[".weight_global_scale"])
+    for tile in tiles(weight, TILE_BYTES):
+        raw = np.empty(tile.nbytes, np.uint8)
+        original.read_into(weight.shard, tile.offset, memoryview(raw))
+        exact = as_float32(raw.view(_NUMPY[weight.dtype])).reshape(tile.rows, tile.columns)
+        packed = _data(output, parts[PACKED], tile.start // 2, tile.size // 2).reshape(tile.rows, -1)
+        codes = _data(output, parts[".weight_scale"], tile.start // GROUP_SIZE, tile.size // GROUP_SIZE)
+        found = dequantize(packed, codes.reshape(tile.rows, -1), scale)
+        stats.squared_error += float(np.square(found - exact, dtype=np.float64).sum())
+        stats.squared_weight += float(np.square(exact, dtype=np.float64).sum())
+    return stats
