@@ -84,7 +84,8 @@ class Meaning:
         if kind == "input_global_scale":
             return number
         if kind == "amax":
-            return _quotient(INPUT_SCALE_NUMERATOR, number)
+            # compressed-tensors' own two roundings: torch divides a number by a tensor through the reciprocal.
+            return _float32(INPUT_SCALE_NUMERATOR * _quotient(1.0, number))
         numerator = self._numerator(module)
         return _quotient(numerator, number) if number != 1 else 1.0  # 1 is what an unset scale holds, FP8's too
 

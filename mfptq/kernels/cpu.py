@@ -137,10 +137,11 @@ def _base_code(largest, global_scale):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _start(largest, global_scale, count, base, best):  # type: ignore[no-untyped-def]
+def _start(largest, global_scale, count, base, best, codes):  # type: ignore[no-untyped-def]
     for block in range(count):
         base[block] = _base_code(largest[block], global_scale)
         best[block] = np.float32(np.inf)
+        codes[block] = base[block]
 
 
 @_jit
@@ -288,7 +289,7 @@ def _search(source, kind, global_scale, packed, scales, stats):  # type: ignore[
         count = min(CHUNK, scales.size - start)
         _load(source, kind, start, count, magnitudes, signs)
         _largest(magnitudes, count, largest)
-        _start(largest, global_scale, count, base, best)
+        _start(largest, global_scale, count, base, best, codes)
         for offset in SEARCH_OFFSETS:
             _try_offset(magnitudes, base, np.int32(offset), step, count, best, codes)
             if offset == 0:
