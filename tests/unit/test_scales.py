@@ -615,7 +615,8 @@ def test_the_digest_follows_the_assignment_alone():
     divisors = dict(zip(ATTENTION, (120.0, 100.0, 150.0, 7.0), strict=True))
     digest = assign(divisors, ATTENTION).digest
     backwards = {name.removeprefix("model."): value for name, value in reversed(divisors.items())}
-    assert assign(backwards, list(reversed(ATTENTION))).digest == digest
+    groups = reversed(fused_groups(ATTENTION))
+    assert assign_input_scales(scales_of(backwards), groups).digest == digest
     assert assign(divisors | {ATTENTION[1]: math.nextafter(100.0, 101)}, ATTENTION).digest != digest
     assert len(bytes.fromhex(digest)) == 32
 
