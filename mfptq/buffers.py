@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from .errors import NonFiniteWeightError, quote
 from .files import FolderSource
-from .kernels import Kernel, Recipe, Tile as TileArray, TileStats
+from .kernels import Kernel, Recipe, TileStats
+from .kernels import Tile as TileArray
 from .nvfp4 import GROUP_SIZE, as_float32
 from .tiles import Tile
 
@@ -45,7 +46,7 @@ class Buffers:
             start = 0
             arrays = []
             for shard, offset, size in _runs(tiles):
-                source.read_into(shard, offset, memoryview(self._source)[start : start + size])
+                source.read_into(shard, offset, self._source.data[start : start + size])
                 start += size
             start = 0
             for tile in tiles:

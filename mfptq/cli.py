@@ -26,8 +26,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop; no handler of errors must catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -104,5 +104,5 @@ def _values(spec: TensorSpec, rng: np.random.Generator) -> bytes:
     flat = values.reshape(-1)
     flat[:: max(1, flat.size // 8)] *= 12  # trained weights have outliers
     if spec.dtype == "F32":
-        return values.tobytes()
-    return (round_bf16(values).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        return bytes(values.tobytes())
+    return bytes((round_bf16(values).view(np.uint32) >> 16).astype(np.uint16).tobytes())

@@ -12,7 +12,7 @@ from .errors import HubError, SourceError, quote
 
 logger = logging.getLogger(__name__)
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _UNWANTED = ["original/*", "consolidated*", "*/*"]
 

@@ -108,7 +108,7 @@ def dequantize(packed: ByteArray, scales: ByteArray, global_scale: float) -> Flo
     nibbles = unpack(packed)
     values = np.where(nibbles & 8, -E2M1_VALUES[nibbles & 7], E2M1_VALUES[nibbles & 7])
     factors = E4M3_VALUES[scales] / np.float32(global_scale)
-    return values * np.repeat(factors, GROUP_SIZE, axis=1)
+    return np.asarray(values * np.repeat(factors, GROUP_SIZE, axis=1), np.float32)
 
 
 def as_float32(weight: npt.NDArray[np.generic]) -> Float32Array:
@@ -118,6 +118,7 @@ def as_float32(weight: npt.NDArray[np.generic]) -> Float32Array:
     return weight.astype(np.float32)
 
 
+@np.errstate(over="ignore")  # an error beyond float32 is infinite, and never the least
 def quantize_search(weight: npt.NDArray[np.generic], global_scale: float) -> tuple[ByteArray, ByteArray]:
     """Return (packed, scale codes) of least squared error for each block, by the rule that defines `search`."""
     signed = as_float32(weight).reshape(-1, GROUP_SIZE)

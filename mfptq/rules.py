@@ -7,7 +7,7 @@ quality need in full precision; every other matrix that the format can hold is q
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import RuleError, UnsupportedTensorError, quote
@@ -139,7 +139,7 @@ def _user_hits(candidates: Sequence[Candidate], rules: Rules) -> _Hits:
     )
 
 
-def _check_targets(candidates: Sequence[Candidate], targets: Iterable[str], found: Mapping[str, Collection[str]]) -> None:
+def _check_targets(candidates: Sequence[Candidate], targets: Iterable[str], found: Mapping[str, frozenset[str]]) -> None:
     """Refuse a target that names, or matches only, what the format cannot hold."""
     for pattern in targets:
         matched = [item for item in candidates if not found[pattern].isdisjoint(_names(item))]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from .checkpoint import INDEX, Checkpoint, Origin, read_checkpoint, read_object
 from .config import FORMAT, QUANTIZATION_CONFIG
@@ -155,9 +156,9 @@ def _scalar(source: FolderSource, tensor: StoredTensor) -> float:
     return float(_data(source, tensor, 0, 4).view(np.float32)[0])
 
 
-def _data(source: FolderSource, tensor: StoredTensor, start: int, size: int) -> np.ndarray:  # type: ignore[type-arg]
+def _data(source: FolderSource, tensor: StoredTensor, start: int, size: int) -> npt.NDArray[np.uint8]:
     buffer = np.empty(size, np.uint8)
-    source.read_into(tensor.shard, tensor.offset + start, memoryview(buffer))
+    source.read_into(tensor.shard, tensor.offset + start, buffer.data)
     return buffer
 
 
@@ -229,7 +230,7 @@ def _error(weight: Weight, parts: Mapping[str, StoredTensor], original: FolderSo
     scale = _scalar(output, parts[".weight_global_scale"])
     for tile in tiles(weight, TILE_BYTES):
         raw = np.empty(tile.nbytes, np.uint8)
-        original.read_into(weight.shard, tile.offset, memoryview(raw))
+        original.read_into(weight.shard, tile.offset, raw.data)
         exact = as_float32(raw.view(_NUMPY[weight.dtype])).reshape(tile.rows, tile.columns)
         packed = _data(output, parts[PACKED], tile.start // 2, tile.size // 2).reshape(tile.rows, -1)
         codes = _data(output, parts[".weight_scale"], tile.start // GROUP_SIZE, tile.size // GROUP_SIZE)

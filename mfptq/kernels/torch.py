@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import UsageError
@@ -108,7 +109,7 @@ class TorchKernel:
         error = (difference * difference).sum(1)
         return _Done(self._nibbles(values, (signed < 0) & (y > 0)), codes, error, error, values)
 
-    def _tally(self, stats: np.ndarray, signed: torch.Tensor, done: _Done) -> None:  # type: ignore[type-arg]
+    def _tally(self, stats: npt.NDArray[np.float64], signed: torch.Tensor, done: _Done) -> None:
         norms = (signed * signed).sum(1)
         present = norms > 0
         worst = torch.where(present, done.error / torch.where(present, norms, 1), 0)
