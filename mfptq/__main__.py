@@ -1,0 +1,5 @@
+"""Run the command line with `python -m mfptq`."""
+
+from .cli import run
+
+run()
