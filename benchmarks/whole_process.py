@@ -45,11 +45,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--llmc-python")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--make", action="store_true", help="only make the checkpoint")
     options = parser.parse_args()
     source, out = options.folder / "source", options.folder / "out"
     options.folder.mkdir(exist_ok=True)
-    if not source.exists():
+    if options.make:
         write_demo(source, SHAPE, shards=1)
+        return
+    if not source.exists():
+        # in a process of its own: a child's peak memory begins with what its parent held
+        subprocess.run([sys.executable, __file__, str(options.folder), "--make"], check=True)
     convert = [sys.executable, "-m", "mfptq", "convert", str(source), str(out), "-q"]
     commands = {
         "`cp -r` and `sync`": ["sh", "-c", f"cp -r {source} {out} && sync"],

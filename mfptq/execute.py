@@ -206,6 +206,7 @@ class Execution:
                     copy_range(Range(fd, piece.source_offset, piece.size), shard.file.fd, piece.offset)
             except EOFError:
                 raise SourceChangedError(f"{quote(shard.job.name)} ended early: it was truncated while being read") from None
+        shard.file.flush(piece.offset, piece.size)
         self._progress(Progress(piece.size))
         self._settle(shard)
 
@@ -217,7 +218,10 @@ class Execution:
         """Make a shard durable under its name and note it, after its source proved unchanged."""
         name = shard.job.name
         self._source.check_unchanged(name)
-        digest = shard.file.sha256()
+        with ThreadPoolExecutor(1, "mfptq-sync") as pool:  # the disk and the hash work at the same time
+            synced = pool.submit(shard.file.sync)
+            digest = shard.file.sha256()
+            synced.result()
         shard.file.commit()
         kinds = {kind: asdict(stats) for kind, stats in sorted(shard.kinds.items())}
         self._destination.record(ShardResult(name, digest, shard.job.size, kinds))
