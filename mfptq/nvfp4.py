@@ -127,7 +127,7 @@ def quantize_search(weight: npt.NDArray[np.generic], global_scale: float) -> tup
     scaled = np.minimum(largest / np.float32(6) * np.float32(global_scale), np.float32(E4M3_MAX))
     base = np.clip(e4m3_encode(scaled).astype(np.int64), MIN_NORMAL_CODE, E4M3_MAX_CODE)
     best = np.full(len(x), np.inf, np.float32)
-    codes, values = base.copy(), np.zeros(x.shape, np.uint8)
+    codes = base.copy()
     for offset in SEARCH_OFFSETS:
         code = np.clip(base + offset, MIN_NORMAL_CODE, E4M3_MAX_CODE)
         scale = E4M3_VALUES[code] / np.float32(global_scale)
@@ -139,7 +139,7 @@ def quantize_search(weight: npt.NDArray[np.generic], global_scale: float) -> tup
         better = error < best
         best = np.where(better, error, best)
         codes = np.where(better, code, codes)
-        values = np.where(better[:, None], value, values)
+    values = e2m1_encode(x * (np.float32(1) / (E4M3_VALUES[codes] / np.float32(global_scale)))[:, None])
     codes = np.where(values.any(axis=1), codes, ZERO_BLOCK_CODE)
     nibbles = values | np.where((signed < 0) & (values > 0), 8, 0).astype(np.uint8)
     rows = weight.shape[0]

@@ -19,8 +19,8 @@ pytest.importorskip("vllm")
 import torch
 from safetensors.torch import save_file
 
-import mfptq
 from tests.clients.test_transformers import VALUES, dequantized
+from tests.conftest import command
 from tests.models import DENSE, write_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
@@ -30,7 +30,8 @@ PROMPTS = [list(range(start, start + 40)) for start in (1, 60, 130)]
 class DequantizingKernel:
     """What a GPU kernel computes, in two steps."""
 
-    input_quant_key = None
+    def input_quant_key(self) -> None:
+        """Activations are not quantized here."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         packed = layer.weight.data
@@ -89,7 +90,8 @@ def test_dense_split_layout_equals_its_bf16_twin(tmp_path: Path, monkeypatch: py
         compressed_tensors_w4a4_nvfp4, "init_nvfp4_linear_kernel", lambda *_, **__: DequantizingKernel()
     )
     source = write_checkpoint(tmp_path / "source", DENSE, "apart")
-    mfptq.convert(source, tmp_path / "out")
+    # in a process of its own: vLLM's search for kernels in loaded modules fails on llvmlite's
+    assert command("convert", source, tmp_path / "out").returncode == 0
     write_twin(tmp_path / "out", source, tmp_path / "twin")
     converted = log_probabilities(tmp_path / "out")
     config = json.loads((tmp_path / "source" / "config.json").read_text())
