@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from .errors import HeaderError, quote
@@ -18,6 +19,7 @@ from .strict_json import StrictJsonError, parse_json
 
 PREFIX_BYTES = 8
 METADATA_KEY = "__metadata__"
+PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 # In the order of safetensors' own enumeration: its writer sorts by it, largest first, so that data stays aligned.
 DTYPE_BITS: Mapping[str, int] = {
@@ -150,13 +152,15 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-def encode_header(specs: Iterable[TensorSpec]) -> tuple[bytes, ShardHeader]:
+def encode_header(
+    specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA
+) -> tuple[bytes, ShardHeader]:
     """Return a shard's leading bytes, length prefix included, and the header they stand for.
 
     The bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}: largest
     dtype first, then by name; compact JSON, padded with spaces to a multiple of 8.
     """
-    entries: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
+    entries: dict[str, Any] = {METADATA_KEY: dict(metadata)}
     tensors: list[TensorInfo] = []
     end = 0
     for spec in sorted(specs, key=lambda s: (-_DTYPE_RANK[s.dtype], s.name.encode())):
@@ -167,5 +171,5 @@ def encode_header(specs: Iterable[TensorSpec]) -> tuple[bytes, ShardHeader]:
         end += size
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % PREFIX_BYTES)
-    header = ShardHeader(tuple(tensors), {"format": "pt"}, PREFIX_BYTES + len(text))
+    header = ShardHeader(tuple(tensors), metadata, PREFIX_BYTES + len(text))
     return len(text).to_bytes(PREFIX_BYTES, "little") + text, header

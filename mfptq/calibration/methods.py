@@ -1,0 +1,66 @@
+"""From statistics to what a kernel needs: which method they allow, and how far a local Hessian is to be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..errors import ScaleError
+from ..kernels.calibrated import CALIBRATED_METHODS, Statistics
+from ..nvfp4 import GROUP_SIZE
+from .file import LEVELS, Float32Array, InputStatistics, Level
+
+SHRUNK_BELOW_TOKENS = 4_000
+SHRINKAGE = 0.2
+
+_NEEDS: Mapping[str, Level] = {"weighted": "moments", "hessian": "hessian", "hessian+": "hessian"}
+_STRONGEST: Mapping[Level, str] = {"amax": "search", "moments": "weighted", "hessian": "hessian+"}
+
+
+def choose_method(level: Level, requested: str, tokens: int | None) -> str:
+    """Return the method for an input of which `level` is known; raises ScaleError if that is less than it needs."""
+    if requested == "auto":
+        return _STRONGEST[level] if tokens is not None else "search"
+    needs = _NEEDS.get(requested)
+    if needs is not None and LEVELS.index(level) < LEVELS.index(needs):
+        raise ScaleError(f"method {requested} needs a calibration file with --statistics {needs}, this one has {level}")
+    return requested
+
+
+def prepare(statistics: InputStatistics, method: str) -> Statistics:
+    """Return the importance of each column, or the local Hessian, as the kernels take them."""
+    if method == "weighted":
+        assert statistics.second_moment is not None
+        return Statistics(importance(statistics.second_moment))
+    assert statistics.hessian is not None
+    assert statistics.tokens is not None
+    return Statistics(local_hessian(statistics.hessian, statistics.tokens))
+
+
+def importance(second_moment: Float32Array) -> Float32Array:
+    """Return float32 `[K]` weights of squared errors: relative to the block's mean, none quite zero.
+
+    Only ratios inside a block of 16 matter, since each block is searched alone; a block that is all zero counts as 1.
+    """
+    blocks = second_moment.reshape(-1, GROUP_SIZE).astype(np.float64)
+    mean = blocks.mean(axis=1, keepdims=True)
+    relative = np.divide(blocks, mean, out=np.ones_like(blocks), where=mean > 0) + 1e-6
+    return relative.reshape(-1).astype(np.float32)
+
+
+def local_hessian(blocks: Float32Array, tokens: int) -> Float32Array:
+    """Return float32 `[K/16, 16, 16]`, each block relative to its mean diagonal and shrunk towards it where text was short.
+
+    A block that is all zero, of channels that never spoke, counts as the identity.
+    """
+    exact = blocks.astype(np.float64)
+    diagonal = np.diagonal(exact, axis1=1, axis2=2)
+    mean = diagonal.mean(axis=1)[:, None, None]
+    identity = np.broadcast_to(np.eye(GROUP_SIZE), exact.shape)
+    relative = np.divide(exact, mean, out=identity.copy(), where=mean > 0)
+    kept = 1.0 - (SHRINKAGE if tokens < SHRUNK_BELOW_TOKENS else 0.0)
+    own = np.diagonal(relative, axis1=1, axis2=2)[:, :, None] * identity
+    relative = kept * relative + (1 - kept) * own
+    relative = (relative + relative.transpose(0, 2, 1)) / 2 + 1e-6 * identity
+    return relative.astype(np.float32)
