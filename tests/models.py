@@ -1,11 +1,12 @@
 """Tiny Qwen3.5 checkpoints in the published layout, built from the real model classes of transformers.
 
-Published checkpoints keep expert stacks 3-D and carry an MTP head; `save_pretrained` writes neither, so the tensors come
+Published checkpoints keep expert stacks 3-D and carry an MTP head, which `save_pretrained` leaves out: the tensors come
 from the model's own state and are stored with safetensors directly.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,13 @@ Shards = list[list[str]]
 
 HIDDEN, VOCABULARY = 128, 320
 HEAD_WEIGHTS = ("lm_head.weight", "model.language_model.embed_tokens.weight", "model.language_model.norm.weight")
-SPECIAL_TOKENS = {"<|endoftext|>": 256, "<|vision_start|>": 257, "<|vision_end|>": 258, "<|image_pad|>": 259, "<|video_pad|>": 260}
+SPECIAL_TOKENS = {
+    "<|endoftext|>": 256,
+    "<|vision_start|>": 257,
+    "<|vision_end|>": 258,
+    "<|image_pad|>": 259,
+    "<|video_pad|>": 260,
+}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -50,7 +57,12 @@ def tiny_config(kind: str):
         },
         "dtype": "bfloat16",
     }
-    experts = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2}
+    experts = {
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    }
     text |= {"intermediate_size": 320} if kind == DENSE else experts
     vision = {
         "depth": 2,
@@ -69,7 +81,9 @@ def tiny_config(kind: str):
         vision_start_token_id=SPECIAL_TOKENS["<|vision_start|>"],
         vision_end_token_id=SPECIAL_TOKENS["<|vision_end|>"],
     )
-    config.architectures = ["Qwen3_5ForConditionalGeneration" if kind == DENSE else "Qwen3_5MoeForConditionalGeneration"]
+    config.architectures = [
+        "Qwen3_5ForConditionalGeneration" if kind == DENSE else "Qwen3_5MoeForConditionalGeneration"
+    ]
     config.dtype = torch.bfloat16
     return config
 
@@ -96,7 +110,9 @@ def _mtp_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
     """Return the MTP head's tensors: one decoder layer with full attention, a projection and norms."""
     donor = "model.language_model.layers.3."
     layer = {name.replace(donor, "mtp.layers.0."): shape for name, shape in shapes.items() if name.startswith(donor)}
-    norms = {f"mtp.{name}.weight": torch.Size([HIDDEN]) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    norms = {
+        f"mtp.{name}.weight": torch.Size([HIDDEN]) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    }
     return {"mtp.fc.weight": torch.Size([HIDDEN, 2 * HIDDEN]), **norms, **layer}
 
 
@@ -134,7 +150,7 @@ def shard(tensors: Iterable[str], layout: str) -> Shards:
         return _apart(names)
     else:
         raise ValueError(f"unknown layout {layout!r}, expected one of {LAYOUTS}")
-    return [names[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False)]
+    return [names[begin:end] for begin, end in itertools.pairwise(cuts)]
 
 
 def _model_order(name: str) -> tuple[int, tuple[tuple[int, str], ...]]:

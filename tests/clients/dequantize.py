@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from models import Tensors, write_shards
+
+from tests.models import Tensors, write_shards
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)\.weight")
