@@ -69,7 +69,9 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
             for path in source.iterdir():
-                path.read_bytes() if path.stat().st_size < 2**20 else subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
+                path.read_bytes() if path.stat().st_size < 2**20 else subprocess.run(
+                    ["cat", path], stdout=subprocess.DEVNULL, check=True
+                )
             results[name].append(measure(command, options.folder / "log.txt"))
     shutil.rmtree(out, ignore_errors=True)
     copy = [seconds for seconds, _ in results["`cp -r` and `sync`"]]
@@ -78,7 +80,9 @@ def main() -> None:
         seconds = [each for each, _ in runs]
         ratio = statistics.median(each / base for each, base in zip(seconds, copy, strict=True))
         peak = max(megabytes for _, megabytes in runs)
-        print(f"| {name} | {statistics.median(seconds):.1f} | {', '.join(f'{each:.1f}' for each in seconds)} | {peak:.0f} | {ratio:.2f} |")
+        print(
+            f"| {name} | {statistics.median(seconds):.1f} | {', '.join(f'{each:.1f}' for each in seconds)} | {peak:.0f} | {ratio:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -61,8 +61,10 @@ def _summary(plan: Plan) -> str:
 
 def _table(plan: Plan, kinds: Mapping[str, TileStats]) -> str:
     rows = ["| kind of module | weights | relative error | worst block |", "|---|---|---|---|"]
-    for report in kind_reports(plan, kinds):
-        rows.append(f"| `{report.kind}` | {report.weights} | {report.relative_error:.2%} | {report.worst_block:.1%} |")
+    rows += [
+        f"| `{each.kind}` | {each.weights} | {each.relative_error:.2%} | {each.worst_block:.1%} |"
+        for each in kind_reports(plan, kinds)
+    ]
     return "\n".join([*rows, f"\nRelative error over all quantized weights: {total_error(kinds):.2%}."])
 
 

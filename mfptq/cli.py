@@ -17,10 +17,7 @@ from ._version import __version__
 from .errors import MfptqError, UsageError, VerificationError, quote
 
 if TYPE_CHECKING:
-    from .execute import Progress
     from .hub import HubOptions
-    from .planning import Plan
-    from .report import Report
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -88,12 +85,16 @@ def _source_options(function: Function) -> Function:
 
 def _rule_options(function: Function) -> Function:
     for option in (
-        click.option("--input-scales-kind", help="What bare numbers are: input_global_scale, input_scale, fp8_input_scale, amax."),
+        click.option(
+            "--input-scales-kind", help="What bare numbers are: input_global_scale, input_scale, fp8_input_scale, amax."
+        ),
         click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
         click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
         click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Quantize what a default keeps."),
         click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep: a module name, or re:REGEX."),
-        click.option("--method", default="search", show_default=True, help="search (least error) or minmax (rounding)."),
+        click.option(
+            "--method", default="search", show_default=True, help="search (least error) or minmax (rounding)."
+        ),
         click.option("--scheme", help="NVFP4 (W4A4) or NVFP4A16; by default what --input-scales allow."),
     ):
         function = option(function)
@@ -146,7 +147,7 @@ def convert(model: str, output: Path, **options: Any) -> None:
     from .conversion import convert as run_conversion
 
     shown = {name: options.pop(name) for name in ("dry_run", "timings", "as_json", "quiet")}
-    settings = _conversion_options({name: value for name, value in options.items()})
+    settings = _conversion_options(dict(options))
     for name in ("revision", "token", "cache_dir", "no_default_ignore"):
         settings.pop(name, None)
     settings["workers"] = settings.pop("max_workers")
@@ -180,7 +181,7 @@ def _show_plan(model: str, settings: dict[str, Any], *, as_json: bool) -> None:
 @_rule_options
 @_resource_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def plan(model: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - click passes flags by name
+def plan(model: str, as_json: bool, **options: Any) -> None:
     """Show what converting MODEL would do, and write nothing.
 
     Example: mfptq plan Qwen/Qwen3.5-27B --ignore 're:.*linear_attn.*'
@@ -194,7 +195,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001 - c
 @click.argument("path")
 @_source_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def inspect(path: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+def inspect(path: str, as_json: bool, **options: Any) -> None:
     """Show what the checkpoint PATH (folder or Hub repo) holds, from headers alone.
 
     Example: mfptq inspect ./Qwen3.5-27B-NVFP4
@@ -213,7 +214,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:  # noqa: FBT001
 @click.option("--source", help="What it was made from: folder or Hub repo.")
 @_source_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def verify(output: Path, source: str | None, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+def verify(output: Path, source: str | None, as_json: bool, **options: Any) -> None:
     """Check a converted checkpoint; exit code 6 if anything is wrong.
 
     Example: mfptq verify Qwen3.5-27B-NVFP4 --source Qwen/Qwen3.5-27B
@@ -253,4 +254,6 @@ def demo(output: Path) -> None:
         click.echo(terminal.verification_text(found) + "\n")
         if not found.ok:
             raise VerificationError(found.faults[0])
-    click.echo("Next, with a model of your own:\n  mfptq plan Qwen/Qwen3.5-27B\n  mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4")
+    click.echo(
+        "Next, with a model of your own:\n  mfptq plan Qwen/Qwen3.5-27B\n  mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4"
+    )

@@ -47,7 +47,7 @@ class Run:
     begun: float = field(default_factory=time.monotonic)
 
 
-def convert(
+def convert(  # noqa: PLR0913 - one keyword for each option of the command
     source: str | Path,
     destination: str | Path,
     *,

@@ -36,7 +36,9 @@ def demo_tensors(shape: DemoShape) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{_TEXT}norm.weight", "BF16", (hidden,))
     for layer in range(shape.layers):
         prefix = f"{_TEXT}layers.{layer}."
-        yield from _attention(prefix + "self_attn.", hidden) if layer % 4 == 3 else _delta(prefix + "linear_attn.", hidden)
+        yield from (
+            _attention(prefix + "self_attn.", hidden) if layer % 4 == 3 else _delta(prefix + "linear_attn.", hidden)
+        )
         yield from _mlp(prefix, shape)
     yield TensorSpec("model.visual.blocks.0.attn.qkv.weight", "BF16", (3 * 64, 64))
     yield TensorSpec("model.visual.patch_embed.proj.weight", "BF16", (64, 3, 2, 4, 4))

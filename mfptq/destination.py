@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .checkpoint import CONFIG, INDEX
+from .checkpoint import CONFIG
 from .errors import (
     DestinationError,
     DestinationExistsError,
@@ -177,7 +177,9 @@ def _check_space(root: Path, claim: Claim, done: Mapping[str, ShardResult]) -> N
     free = status.f_bavail * status.f_frsize
     needed = sum(size for name, size in claim.shards.items() if name not in done) + SPACE_MARGIN
     if free < needed:
-        raise DestinationError(f"output {quote(root)} needs {needed} bytes, {free} are free: make room or choose another disk")
+        raise DestinationError(
+            f"output {quote(root)} needs {needed} bytes, {free} are free: make room or choose another disk"
+        )
 
 
 @contextmanager
@@ -188,7 +190,9 @@ def _locked(root: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         pid = owner.read_text(errors="replace").strip() if owner.exists() else "unknown"
-        raise DestinationLockedError(f"output {quote(root)} is in use by pid {quote(pid)}: wait for it, or stop it") from None
+        raise DestinationLockedError(
+            f"output {quote(root)} is in use by pid {quote(pid)}: wait for it, or stop it"
+        ) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError):
             with storage_errors("lock", root):

@@ -28,6 +28,7 @@ from .workers import Task, Workers
 
 MAX_FINISHING = 4
 BufferTask = Task[Buffers]
+WeightTile = tuple[QuantizeWeight, Tile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,9 @@ class OpenShard:
 class Execution:
     """One run of a plan into a destination; `run` returns when every shard is durable."""
 
-    def __init__(self, plan: Plan, destination: Destination, buffers: Sequence[Buffers], progress: ProgressCallback) -> None:
+    def __init__(
+        self, plan: Plan, destination: Destination, buffers: Sequence[Buffers], progress: ProgressCallback
+    ) -> None:
         self._plan = plan
         self._source = plan.checkpoint.source
         self._destination = destination
@@ -92,7 +95,9 @@ class Execution:
             self._workers.run()
             self._wait_for_finishing(0)
         except MemoryError:
-            raise MemoryBudgetError("memory ran out: allow more with --max-memory, or use fewer --max-workers") from None
+            raise MemoryBudgetError(
+                "memory ran out: allow more with --max-memory, or use fewer --max-workers"
+            ) from None
         finally:
             self._finisher.shutdown(wait=True, cancel_futures=True)
             for shard in self._open.values():
@@ -167,10 +172,10 @@ class Execution:
     def _tiles(self, step: QuantizeWeight) -> Iterator[Tile]:
         return tiles(step.weight, self._tile_bytes)
 
-    def _quantize_tile(self, shard: OpenShard, work: tuple[QuantizeWeight, Tile], scale: float, buffers: Buffers) -> None:
-        weight, tile = work
+    def _quantize_tile(self, shard: OpenShard, work: WeightTile, scale: float, buffers: Buffers) -> None:
+        _, tile = work
         [data] = buffers.read(self._source, [tile])
-        self._write_tile(shard, weight, tile, buffers.quantize(data, self._recipe(scale)), buffers)
+        self._write_tile(shard, work, buffers.quantize(data, self._recipe(scale)), buffers)
         self._settle(shard)
 
     def _convert_bundle(self, shard: OpenShard, bundle: Sequence[GroupStep], buffers: Buffers) -> None:
@@ -186,13 +191,14 @@ class Execution:
             for step, module in zip(group.weights, modules, strict=True):
                 _write_scalars(shard.file, step, scale)
                 quantized = buffers.quantize(data[module], self._recipe(scale))
-                self._write_tile(shard, step, places[module], quantized, buffers)
+                self._write_tile(shard, (step, places[module]), quantized, buffers)
         self._settle(shard)
 
     def _recipe(self, scale: float) -> Recipe:
         return Recipe(self._plan.settings.method, scale)
 
-    def _write_tile(self, shard: OpenShard, step: QuantizeWeight, tile: Tile, quantized: Quantized, buffers: Buffers) -> None:
+    def _write_tile(self, shard: OpenShard, work: WeightTile, quantized: Quantized, buffers: Buffers) -> None:
+        step, tile = work
         with buffers.timed("write"):
             shard.file.write(quantized.packed.data, step.packed + tile.start // 2)
             shard.file.write(quantized.scales.data, step.scale + tile.start // GROUP_SIZE)
@@ -205,7 +211,9 @@ class Execution:
                 with storage_errors("copy into", shard.file.target):
                     copy_range(Range(fd, piece.source_offset, piece.size), shard.file.fd, piece.offset)
             except EOFError:
-                raise SourceChangedError(f"{quote(shard.job.name)} ended early: it was truncated while being read") from None
+                raise SourceChangedError(
+                    f"{quote(shard.job.name)} ended early: it was truncated while being read"
+                ) from None
         shard.file.flush(piece.offset, piece.size)
         self._progress(Progress(piece.size))
         self._settle(shard)

@@ -173,7 +173,9 @@ class FolderSource:
             try:
                 read_exact(fd, buffer, offset)
             except EOFError:
-                raise SourceChangedError(f"{quote(name)} ended before byte {offset + len(buffer)}: truncated?") from None
+                raise SourceChangedError(
+                    f"{quote(name)} ended before byte {offset + len(buffer)}: truncated?"
+                ) from None
             except OSError as error:
                 raise SourceError(f"cannot read {quote(name)} at byte {offset}: {error.strerror}") from None
 

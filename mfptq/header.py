@@ -152,9 +152,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-def encode_header(
-    specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA
-) -> tuple[bytes, ShardHeader]:
+def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> tuple[bytes, ShardHeader]:
     """Return a shard's leading bytes, length prefix included, and the header they stand for.
 
     The bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}: largest

@@ -13,7 +13,18 @@ from .errors import HubError, SourceError, quote
 logger = logging.getLogger(__name__)
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.md",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+]
 _UNWANTED = ["original/*", "consolidated*", "*/*"]
 
 
@@ -58,7 +69,9 @@ def _download(repo_id: str, options: HubOptions) -> Path:
             ignore_patterns=_UNWANTED,
         )
     except errors.GatedRepoError:
-        raise HubError(f"{quote(repo_id)} is gated: ask for access on its page, then pass --token or set HF_TOKEN") from None
+        raise HubError(
+            f"{quote(repo_id)} is gated: ask for access on its page, then pass --token or set HF_TOKEN"
+        ) from None
     except errors.RevisionNotFoundError:
         raise HubError(f"{quote(repo_id)} has no revision {quote(options.revision)}") from None
     except errors.RepositoryNotFoundError:

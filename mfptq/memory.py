@@ -87,7 +87,9 @@ def plan_memory(budget: int, held: int, workers: int) -> MemoryPlan:
     base = held + RESERVE
     least = base + worker_bytes(MIN_TILE)
     if budget < least:
-        raise MemoryBudgetError(f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}")
+        raise MemoryBudgetError(
+            f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
+        )
     count = min(workers, (budget - base) // worker_bytes(MIN_TILE))
     tile = MAX_TILE
     while tile > MIN_TILE and base + count * worker_bytes(tile) > budget:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -17,12 +18,17 @@ from .errors import RuleError, quote
 from .limits import MAX_RULE_SECONDS, MAX_RULES
 
 REGEX_PREFIX = "re:"
+START_SECONDS = 30.0  # what a busy machine may take to start an interpreter
 _WORKER = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-print("ready", flush=True)
+import json, re, signal, sys
+limit, patterns, names = json.load(sys.stdin)
+if hasattr(signal, "setitimer"):
+    signal.setitimer(signal.ITIMER_REAL, limit)
 compiled = [re.compile(pattern) for pattern in patterns]
-json.dump([[i for i, name in enumerate(names) if regex.match(name)] for regex in compiled], sys.stdout)
+hits = [[i for i, name in enumerate(names) if regex.match(name)] for regex in compiled]
+if hasattr(signal, "setitimer"):
+    signal.setitimer(signal.ITIMER_REAL, 0)
+json.dump(hits, sys.stdout)
 """
 
 
@@ -56,25 +62,24 @@ def match_names(patterns: Sequence[str], names: Sequence[str]) -> dict[str, froz
 
 
 def _match_apart(regexes: list[str], names: Sequence[str]) -> list[list[int]]:
-    """Match in another process: safe from any thread, and stoppable."""
+    """Match in another process: safe from any thread, and ended by its own alarm, which no match can delay."""
+    call = json.dumps([MAX_RULE_SECONDS, regexes, list(names)]).encode()
+    named = ", ".join(quote(REGEX_PREFIX + regex) for regex in regexes[:3])
     command = [sys.executable, "-I", "-S", "-c", _WORKER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as worker:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdin.write(json.dumps([regexes, list(names)]).encode())
-        worker.stdin.close()
-        worker.stdin = None
-        worker.stdout.readline()  # its start does not count against the pattern
-        try:
-            output, _ = worker.communicate(timeout=MAX_RULE_SECONDS)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            named = ", ".join(quote(REGEX_PREFIX + regex) for regex in regexes[:3])
-            raise RuleError(
-                f"matching {named} took longer than {MAX_RULE_SECONDS:g} s: avoid nested repetition"
-            ) from None
-    hits: list[list[int]] = json.loads(output)
+    try:
+        worker = subprocess.run(command, input=call, capture_output=True, timeout=START_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise _too_slow(named) from None
+    if worker.returncode == -getattr(signal, "SIGALRM", 0):
+        raise _too_slow(named)
+    if worker.returncode:
+        raise RuleError(f"matching {named} failed: the process that matched ended with {worker.returncode}")
+    hits: list[list[int]] = json.loads(worker.stdout)
     return hits
+
+
+def _too_slow(named: str) -> RuleError:
+    return RuleError(f"matching {named} took longer than {MAX_RULE_SECONDS:g} s: avoid nested repetition")
 
 
 def unmatched_error(pattern: str, option: str, names: Collection[str]) -> RuleError:

@@ -163,8 +163,10 @@ class Plan:
 
     def _step(self, weight: Weight, places: Mapping[str, int]) -> QuantizeWeight:
         group = self._group_of[weight.module].name
-        scale = None if self.input_scales is None else InputScale(
-            places[f"{weight.module}.input_global_scale"], self.input_scales.divisors[group]
+        scale = (
+            None
+            if self.input_scales is None
+            else InputScale(places[f"{weight.module}.input_global_scale"], self.input_scales.divisors[group])
         )
         return QuantizeWeight(
             weight,

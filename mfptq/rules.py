@@ -50,7 +50,9 @@ DEFAULT_RULES: tuple[DefaultRule, ...] = (
     DefaultRule(r"re:(model\.)?shared$", "embedding table"),
     DefaultRule(r"re:(.*\.)?\w*embeddings?(\..*)?$", "embedding table"),
     DefaultRule(r"re:(embed_out|output)$", "output head"),
-    DefaultRule(r"re:.*(vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower).*", "other modality"),
+    DefaultRule(
+        r"re:.*(vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower).*", "other modality"
+    ),
     DefaultRule(r"re:(.*\.)?conv1d$", "convolution"),
     DefaultRule(r"re:(.*[._])?(layer)?norm\w*$", "norm"),
     DefaultRule(r"re:(.*\.)?(A_log|dt_bias)$", "state-space parameter"),
@@ -139,7 +141,9 @@ def _user_hits(candidates: Sequence[Candidate], rules: Rules) -> _Hits:
     )
 
 
-def _check_targets(candidates: Sequence[Candidate], targets: Iterable[str], found: Mapping[str, frozenset[str]]) -> None:
+def _check_targets(
+    candidates: Sequence[Candidate], targets: Iterable[str], found: Mapping[str, frozenset[str]]
+) -> None:
     """Refuse a target that names, or matches only, what the format cannot hold."""
     for pattern in targets:
         matched = [item for item in candidates if not found[pattern].isdisjoint(_names(item))]

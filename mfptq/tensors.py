@@ -41,9 +41,13 @@ def _as_tile(weight: Any) -> np.ndarray[Any, Any]:
         weight = weight.numpy()
     array = np.ascontiguousarray(weight)
     if array.dtype not in (np.uint16, np.float16, np.float32):
-        raise UnsupportedTensorError(f"weight is {array.dtype}, expected bfloat16 (raw uint16 in numpy), float16 or float32")
+        raise UnsupportedTensorError(
+            f"weight is {array.dtype}, expected bfloat16 (raw uint16 in numpy), float16 or float32"
+        )
     if array.ndim != 2 or array.shape[1] % GROUP_SIZE or not array.size:
-        raise UnsupportedTensorError(f"weight is {list(array.shape)}, expected [N, K] with K a multiple of {GROUP_SIZE}")
+        raise UnsupportedTensorError(
+            f"weight is {list(array.shape)}, expected [N, K] with K a multiple of {GROUP_SIZE}"
+        )
     return array
 
 

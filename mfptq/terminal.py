@@ -114,7 +114,9 @@ def inspection_text(found: Inspection) -> str:
     """Return what a checkpoint holds as a table."""
     config = found.quantization or {}
     state = str(config.get("format") or config.get("quant_method") or "quantized") if config else "not quantized"
-    rows = [f"{found.origin}: {found.tensors} tensors in {found.shards} shards, {size_text(found.tensor_bytes)}, {ascii(state)}"]
+    rows = [
+        f"{found.origin}: {found.tensors} tensors in {found.shards} shards, {size_text(found.tensor_bytes)}, {state!a}"
+    ]
     return "\n".join([*rows, *(_kind_row(kind) for kind in found.kinds)])
 
 

@@ -219,13 +219,17 @@ def _compare_weights(
 ) -> None:
     original, output = sources
     for weight in item.weights:
-        parts = {suffix: stored.pop(weight.module + suffix) for suffix in (PACKED, ".weight_scale", ".weight_global_scale")}
+        parts = {
+            suffix: stored.pop(weight.module + suffix) for suffix in (PACKED, ".weight_scale", ".weight_global_scale")
+        }
         stored.pop(weight.module + ".input_global_scale", None)
         stats = kinds.setdefault(numbers_removed(weight.module), TileStats())
         stats.add(_error(weight, parts, original, output))
 
 
-def _error(weight: Weight, parts: Mapping[str, StoredTensor], original: FolderSource, output: FolderSource) -> TileStats:
+def _error(
+    weight: Weight, parts: Mapping[str, StoredTensor], original: FolderSource, output: FolderSource
+) -> TileStats:
     stats = TileStats(weight.size)
     scale = _scalar(output, parts[".weight_global_scale"])
     for tile in tiles(weight, TILE_BYTES):

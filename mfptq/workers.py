@@ -60,7 +60,7 @@ class Workers(Generic[State]):
                 with self._changed:
                     self._running -= 1
                     self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 - handed to run(), which raises it
+        except BaseException as error:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:

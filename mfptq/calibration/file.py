@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -175,7 +175,7 @@ def parse_description(metadata: Mapping[str, str]) -> Description:
     return Description(
         model=metadata.get("model", ""),
         revision=metadata.get("revision", ""),
-        statistics=cast("Level", level),
+        statistics=level,
         samples=_natural(metadata, "samples"),
         requested=_natural(metadata, "requested"),
         max_seq_length=_natural(metadata, "max_seq_length"),
@@ -204,7 +204,9 @@ def parse_inputs(metadata: Mapping[str, str]) -> tuple[InputInfo, ...]:
     for info in inputs:
         for module in info.modules:
             if owner.setdefault(module, info.name) != info.name:
-                raise ScaleError(f"module {quote(module)} has two inputs, {quote(owner[module])} and {quote(info.name)}")
+                raise ScaleError(
+                    f"module {quote(module)} has two inputs, {quote(owner[module])} and {quote(info.name)}"
+                )
     return inputs
 
 

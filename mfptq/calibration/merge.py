@@ -87,6 +87,8 @@ def _routed(files: Sequence[Calibration]) -> dict[str, Int64Array]:
     for file in files:
         for name, counts in file.routed().items():
             if name in result and result[name].shape != counts.shape:
-                raise ScaleError(f"{quote(name)} of {quote(file.path)} has {len(counts)} experts, not {len(result[name])}")
+                raise ScaleError(
+                    f"{quote(name)} of {quote(file.path)} has {len(counts)} experts, not {len(result[name])}"
+                )
             result[name] = result.get(name, 0) + counts
     return result

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import ScaleError
-from ..kernels.calibrated import CALIBRATED_METHODS, Statistics
+from ..kernels.calibrated import Statistics
 from ..nvfp4 import GROUP_SIZE
 from .file import LEVELS, Float32Array, InputStatistics, Level
 
@@ -46,7 +46,7 @@ def importance(second_moment: Float32Array) -> Float32Array:
     blocks = second_moment.reshape(-1, GROUP_SIZE).astype(np.float64)
     mean = blocks.mean(axis=1, keepdims=True)
     relative = np.divide(blocks, mean, out=np.ones_like(blocks), where=mean > 0) + 1e-6
-    return relative.reshape(-1).astype(np.float32)
+    return np.asarray(relative.reshape(-1), np.float32)
 
 
 def local_hessian(blocks: Float32Array, tokens: int) -> Float32Array:
@@ -63,4 +63,4 @@ def local_hessian(blocks: Float32Array, tokens: int) -> Float32Array:
     own = np.diagonal(relative, axis1=1, axis2=2)[:, :, None] * identity
     relative = kept * relative + (1 - kept) * own
     relative = (relative + relative.transpose(0, 2, 1)) / 2 + 1e-6 * identity
-    return relative.astype(np.float32)
+    return np.asarray(relative, np.float32)

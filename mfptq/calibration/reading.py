@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from ..errors import ScaleError, SourceError, quote
 from ..files import FolderSource
 from ..fusion import experts_parent
 from ..header import TensorInfo
-from ..kernels.calibrated import Statistics
+from ..kernels.calibrated import CALIBRATED_METHODS, Statistics
 from ..nvfp4 import GROUP_SIZE, INPUT_SCALE_NUMERATOR
 from ..partial import file_sha256
 from ..scales import InputScales
@@ -36,7 +37,7 @@ from .file import (
     parse_description,
     parse_inputs,
 )
-from .methods import CALIBRATED_METHODS, choose_method, prepare
+from .methods import choose_method, prepare
 
 PSD_TOLERANCE = 1e-5  # of a block's largest diagonal entry: float32 rounding of 256 entries stays below 4e-6
 KEPT_STATISTICS = 16
@@ -144,14 +145,12 @@ class Calibration:
     def routed(self) -> dict[str, Int64Array]:
         """Return, by the name of each layer's experts, how many tokens every expert was given by its router."""
         suffix = f".{ROUTED}"
-        return {
-            name.removesuffix(suffix): self._array(name, "<i8") for name in self._places if name.endswith(suffix)
-        }
+        return {name.removesuffix(suffix): self._array(name, "<i8") for name in self._places if name.endswith(suffix)}
 
     def _number(self, info: InputInfo, kind: str) -> float:
         return float(self._array(f"{info.name}.{kind}", "<f4")[0])
 
-    def _array(self, name: str, dtype: str) -> npt.NDArray[np.generic]:
+    def _array(self, name: str, dtype: str) -> npt.NDArray[Any]:
         info = self._places[name]
         data = bytearray(info.nbytes)
         self._source.read_into(self._shard.name, self._shard.header.data_start + info.start, memoryview(data))

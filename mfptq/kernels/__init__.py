@@ -78,7 +78,7 @@ def load_kernel(device: str = "cpu") -> Kernel:
         from .cpu import NumbaKernel
 
         return NumbaKernel()
-    if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+    if device.split(":", maxsplit=1)[0] not in ("cpu", "cuda", "mps", "xpu"):
         raise UsageError(f"device {quote(device)} is unknown, expected cpu, cuda or cuda:N")
     from .torch import TorchKernel
 

@@ -7,101 +7,37 @@ machine. All functions release the interpreter lock.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
-from typing import Any
-
-import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
-from ..nvfp4 import E4M3_MAX, GROUP_SIZE, MIN_NORMAL_CODE, SEARCH_OFFSETS, ZERO_BLOCK_CODE, ByteArray
+from ..nvfp4 import E4M3_MAX, GROUP_SIZE, SEARCH_OFFSETS, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
+from .pieces import (
+    BF16,
+    F16,
+    F16_TO_F32,
+    F32,
+    HIGHEST,
+    KINDS,
+    LOWEST,
+    ZERO_CODE,
+    base_code,
+    bits_of,
+    bounded,
+    count_bits,
+    e2m1_code,
+    float_of,
+    jit,
+    nonzero_nibbles,
+    round_e2m1,
+    scale_code,
+    scale_value,
+)
 
 CHUNK = 256
-BF16, F16, F32 = 0, 1, 2
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_F16_TO_F32 = np.float32(2.0**112)
-_ZERO_CODE = np.int32(ZERO_BLOCK_CODE)
-_LOWEST, _HIGHEST = np.int32(MIN_NORMAL_CODE), np.int32(126)
 
 
-def _choose_cache() -> None:
-    """Point numba's cache at a folder of our own where it would find none that is writable."""
-    if os.access(Path(__file__).parent, os.W_OK) or "NUMBA_CACHE_DIR" in os.environ:
-        return
-    home = Path.home()
-    if os.access(home, os.W_OK):
-        return
-    folder = Path(tempfile.gettempdir()) / f"mfptq-numba-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid == os.getuid():
-        numba.config.CACHE_DIR = str(folder)
-
-
-_choose_cache()
-_jit = numba.njit(nogil=True, error_model="numpy", cache=True)
-_inline = numba.njit(nogil=True, error_model="numpy", inline="always")
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _bits(_context: Any, _value: Any) -> Any:
-    def generate(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _float(_context: Any, _value: Any) -> Any:
-    def generate(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@_inline
-def _grid(y):  # type: ignore[no-untyped-def]
-    """Return the bits of 2**22, 2**23 or 2**24: adding it to y < 8 rounds y to E2M1's step at y, ties to even."""
-    return max(_bits(y) & np.uint32(0x7F800000), np.uint32(0x3F800000)) + np.uint32(22 << 23)
-
-
-@_inline
-def _round_e2m1(y):  # type: ignore[no-untyped-def]
-    grid = _float(np.uint32(_grid(y)))
-    return (y + grid) - grid
-
-
-@_inline
-def _e2m1_code(y):  # type: ignore[no-untyped-def]
-    """Return the code 0..7 of y in [0, 6]: the low bits of y on its grid, plus two for each octave above 2."""
-    grid = _grid(y)
-    low = _bits(y + _float(np.uint32(grid))) & np.uint32(7)
-    return low + ((grid >> np.uint32(23)) - np.uint32(149)) * np.uint32(2)
-
-
-@_inline
-def _scale_value(code):  # type: ignore[no-untyped-def]
-    """Return the float32 value of a normal E4M3 code."""
-    return _float(np.uint32((np.uint32(code) << np.uint32(20)) + np.uint32(120 << 23)))
-
-
-@_inline
-def _scale_code(value):  # type: ignore[no-untyped-def]
-    """Return the E4M3 code of a value in the normal range up to 448, to nearest, ties to even; below it, some code < 8."""
-    bits = _bits(value)
-    return np.int32((bits + np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)) - np.int32(960)
-
-
-@_inline
-def _bounded(code):  # type: ignore[no-untyped-def]
-    return max(min(np.int32(code), _HIGHEST), _LOWEST)
-
-
-@_jit
+@jit
 def _load(source, kind, start, count, magnitudes, signs):  # type: ignore[no-untyped-def]
     """Transpose blocks of raw bits into magnitudes and, in two words a block, the sign bits of their nibbles."""
     shift = np.uint32(31 if kind == F32 else 15)
@@ -112,16 +48,16 @@ def _load(source, kind, start, count, magnitudes, signs):  # type: ignore[no-unt
                 raw = np.uint32(source[(start + block) * GROUP_SIZE + half * 8 + i])
                 word |= (raw >> shift) << np.uint32(4 * i + 3)
                 if kind == BF16:
-                    magnitude = _float(np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(16)))
+                    magnitude = float_of(np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(16)))
                 elif kind == F16:
-                    magnitude = _float(np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(13))) * _F16_TO_F32
+                    magnitude = float_of(np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(13))) * F16_TO_F32
                 else:
-                    magnitude = _float(np.uint32(raw & _MAGNITUDE))
+                    magnitude = float_of(np.uint32(raw & _MAGNITUDE))
                 magnitudes[half * 8 + i, block] = magnitude
             signs[half, block] = word
 
 
-@_jit
+@jit
 def _largest(magnitudes, count, largest):  # type: ignore[no-untyped-def]
     for block in range(count):
         value = magnitudes[0, block]
@@ -130,75 +66,69 @@ def _largest(magnitudes, count, largest):  # type: ignore[no-untyped-def]
         largest[block] = value
 
 
-@_inline
-def _base_code(largest, global_scale):  # type: ignore[no-untyped-def]
-    """Return the code of a block's scale rounded to nearest, kept out of the subnormals."""
-    return _bounded(_scale_code(min(largest / np.float32(6) * global_scale, np.float32(E4M3_MAX))))
-
-
-@_jit
+@jit
 def _start(largest, global_scale, count, base, best, codes):  # type: ignore[no-untyped-def]
     for block in range(count):
-        base[block] = _base_code(largest[block], global_scale)
+        base[block] = base_code(largest[block], global_scale)
         best[block] = np.float32(np.inf)
         codes[block] = base[block]
 
 
-@_jit
+@jit
 def _try_offset(magnitudes, base, offset, step, count, best, codes):  # type: ignore[no-untyped-def]
     """Keep, for each block, the candidate scale `base + offset` if its squared error is below the best so far."""
     for block in range(count):
-        code = _bounded(base[block] + offset)
-        scale = _scale_value(code) * step
+        code = bounded(base[block] + offset)
+        scale = scale_value(code) * step
         inverse = np.float32(1) / scale
         error = np.float32(0)
         for i in range(GROUP_SIZE):
             x = magnitudes[i, block]
             y = x * inverse
-            difference = _round_e2m1(y if y < np.float32(6) else np.float32(6)) * scale - x
+            difference = round_e2m1(y if y < np.float32(6) else np.float32(6)) * scale - x
             error += difference * difference
         better = error < best[block]
         best[block] = error if better else best[block]
         codes[block] = code if better else codes[block]
 
 
-@_jit
+@jit
 def _pack_search(magnitudes, codes, step, count, words):  # type: ignore[no-untyped-def]
     """Write each block's 16 nibbles as two words; a value that becomes zero is +0, an all-zero block gets 0x20."""
     for block in range(count):
-        inverse = np.float32(1) / (_scale_value(codes[block]) * step)
+        inverse = np.float32(1) / (scale_value(codes[block]) * step)
         low, high = np.uint32(0), np.uint32(0)
         for i in range(8):
             y = magnitudes[i, block] * inverse
-            value = _e2m1_code(y if y < np.float32(6) else np.float32(6))
+            value = e2m1_code(y if y < np.float32(6) else np.float32(6))
             low |= value << np.uint32(4 * i)
             y = magnitudes[i + 8, block] * inverse
-            value = _e2m1_code(y if y < np.float32(6) else np.float32(6))
+            value = e2m1_code(y if y < np.float32(6) else np.float32(6))
             high |= value << np.uint32(4 * i)
         words[0, block] = low
         words[1, block] = high
-        codes[block] = codes[block] if (low | high) else _ZERO_CODE
+        codes[block] = codes[block] if (low | high) else ZERO_CODE
 
 
-@_jit
+@jit
 def _minmax_scales(largest, kind, global_scale, count, codes, divisors):  # type: ignore[no-untyped-def]
     """Compute compressed-tensors' scale of each block: amax / 6 rounded in the weight's dtype, then to E4M3."""
     for block in range(count):
         sixth = largest[block] / np.float32(6)
         if kind == BF16:
-            bits = _bits(sixth)
+            bits = bits_of(sixth)
             rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            sixth = _float(np.uint32(rounded & np.uint32(0xFFFF0000)))
+            sixth = float_of(np.uint32(rounded & np.uint32(0xFFFF0000)))
         value = min(global_scale * sixth, np.float32(E4M3_MAX))
         subnormal = (value * np.float32(512) + np.float32(2.0**23)) - np.float32(2.0**23)
-        code = np.int32(subnormal) if value < np.float32(2.0**-6) else _scale_code(value)
-        code = code if code else _ZERO_CODE
+        code = np.int32(subnormal) if value < np.float32(2.0**-6) else scale_code(value)
+        code = code if code else ZERO_CODE
         codes[block] = code
-        scale = np.float32(code) * np.float32(2.0**-9) if code < _LOWEST else _scale_value(code)
+        scale = np.float32(code) * np.float32(2.0**-9) if code < LOWEST else scale_value(code)
         divisors[block] = scale / global_scale
 
 
-@_jit
+@jit
 def _pack_minmax(magnitudes, signs, divisors, count, words):  # type: ignore[no-untyped-def]
     """Write each block's 16 nibbles as two words; a value that is not zero keeps its sign even if it becomes zero."""
     for block in range(count):
@@ -207,50 +137,36 @@ def _pack_minmax(magnitudes, signs, divisors, count, words):  # type: ignore[no-
         for i in range(8):
             y = magnitudes[i, block] / divisor
             negative = (signs[0, block] >> np.uint32(4 * i)) & np.uint32(8 if y > np.float32(0) else 0)
-            low |= (_e2m1_code(y if y < np.float32(6) else np.float32(6)) | negative) << np.uint32(4 * i)
+            low |= (e2m1_code(y if y < np.float32(6) else np.float32(6)) | negative) << np.uint32(4 * i)
             y = magnitudes[i + 8, block] / divisor
             negative = (signs[1, block] >> np.uint32(4 * i)) & np.uint32(8 if y > np.float32(0) else 0)
-            high |= (_e2m1_code(y if y < np.float32(6) else np.float32(6)) | negative) << np.uint32(4 * i)
+            high |= (e2m1_code(y if y < np.float32(6) else np.float32(6)) | negative) << np.uint32(4 * i)
         words[0, block] = low
         words[1, block] = high
 
 
-@_jit
+@jit
 def _minmax_errors(magnitudes, divisors, count, errors):  # type: ignore[no-untyped-def]
     for block in range(count):
         error = np.float32(0)
         for i in range(GROUP_SIZE):
             x = magnitudes[i, block]
             y = x / divisors[block]
-            difference = _round_e2m1(y if y < np.float32(6) else np.float32(6)) * divisors[block] - x
+            difference = round_e2m1(y if y < np.float32(6) else np.float32(6)) * divisors[block] - x
             error += difference * difference
         errors[block] = error
 
 
-@_inline
-def _nonzero_nibbles(word):  # type: ignore[no-untyped-def]
-    """Return bit 3 of each nibble set where its magnitude, bits 0 to 2, is not zero."""
-    any_bit = word | (word << np.uint32(1)) | (word << np.uint32(2))
-    return (any_bit & np.uint32(0x44444444)) << np.uint32(1)
-
-
-@_inline
-def _count_bits(word):  # type: ignore[no-untyped-def]
-    """Return the number of set bits, of which only every fourth may be set."""
-    x = word >> np.uint32(3)
-    return np.int64((np.uint32(x * np.uint32(0x11111111))) >> np.uint32(28))
-
-
-@_jit
+@jit
 def _store(words, signs, codes, count, packed, scales):  # type: ignore[no-untyped-def]
     """Write packed words and scale codes, giving each nibble that is not zero its sign."""
     for block in range(count):
-        packed[2 * block] = words[0, block] | (signs[0, block] & _nonzero_nibbles(words[0, block]))
-        packed[2 * block + 1] = words[1, block] | (signs[1, block] & _nonzero_nibbles(words[1, block]))
+        packed[2 * block] = words[0, block] | (signs[0, block] & nonzero_nibbles(words[0, block]))
+        packed[2 * block + 1] = words[1, block] | (signs[1, block] & nonzero_nibbles(words[1, block]))
         scales[block] = codes[block]
 
 
-@_jit
+@jit
 def _norms(magnitudes, count, norms, nonzero):  # type: ignore[no-untyped-def]
     for block in range(count):
         total, found = np.float32(0), np.int32(0)
@@ -262,8 +178,8 @@ def _norms(magnitudes, count, norms, nonzero):  # type: ignore[no-untyped-def]
         nonzero[block] = found
 
 
-@_jit
-def _tally(words, codes, errors, rounding, norms, nonzero, count, stats):  # type: ignore[no-untyped-def]
+@jit
+def tally(words, codes, errors, rounding, norms, nonzero, count, stats):  # type: ignore[no-untyped-def]
     """Add a chunk to `stats`: the seven numbers of TileStats, in float64."""
     for block in range(count):
         stats[0] += errors[block]
@@ -271,13 +187,13 @@ def _tally(words, codes, errors, rounding, norms, nonzero, count, stats):  # typ
         stats[2] += rounding[block]
         if norms[block] > np.float32(0):
             stats[3] = max(stats[3], np.float64(errors[block] / norms[block]))
-        stored = _count_bits(_nonzero_nibbles(words[0, block])) + _count_bits(_nonzero_nibbles(words[1, block]))
+        stored = count_bits(nonzero_nibbles(words[0, block])) + count_bits(nonzero_nibbles(words[1, block]))
         stats[4] += nonzero[block] - stored
-        stats[5] += codes[block] == _HIGHEST
+        stats[5] += codes[block] == HIGHEST
         stats[6] += nonzero[block] == 0
 
 
-@_jit
+@jit
 def _search(source, kind, global_scale, packed, scales, stats):  # type: ignore[no-untyped-def]
     magnitudes = np.empty((GROUP_SIZE, CHUNK), np.float32)
     signs, words = np.empty((2, CHUNK), np.uint32), np.empty((2, CHUNK), np.uint32)
@@ -297,10 +213,10 @@ def _search(source, kind, global_scale, packed, scales, stats):  # type: ignore[
         _pack_search(magnitudes, codes, step, count, words)
         _store(words, signs, codes, count, packed[2 * start :], scales[start:])
         _norms(magnitudes, count, norms, nonzero)
-        _tally(words, codes, best, rounding, norms, nonzero, count, stats)
+        tally(words, codes, best, rounding, norms, nonzero, count, stats)
 
 
-@_jit
+@jit
 def _minmax(source, kind, global_scale, packed, scales, stats):  # type: ignore[no-untyped-def]
     magnitudes = np.empty((GROUP_SIZE, CHUNK), np.float32)
     signs, words = np.empty((2, CHUNK), np.uint32), np.empty((2, CHUNK), np.uint32)
@@ -319,10 +235,10 @@ def _minmax(source, kind, global_scale, packed, scales, stats):  # type: ignore[
             scales[start + block] = codes[block]
         _minmax_errors(magnitudes, divisors, count, errors)
         _norms(magnitudes, count, norms, nonzero)
-        _tally(words, codes, errors, errors, norms, nonzero, count, stats)
+        tally(words, codes, errors, errors, norms, nonzero, count, stats)
 
 
-@_jit
+@jit
 def _amax(source, magnitude):  # type: ignore[no-untyped-def]
     """Return the largest magnitude's bits: integers order as the floats they stand for, NaN above infinity."""
     largest = source[0] & magnitude
@@ -347,7 +263,7 @@ class NumbaKernel:
 
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-        kind = F32 if tile.dtype == np.float32 else F16 if tile.dtype == np.float16 else BF16
+        kind = KINDS[tile.dtype.name]
         source = tile.reshape(-1).view(np.uint32 if kind == F32 else np.uint16)
         run = _search if recipe.method == "search" else _minmax
         stats = np.zeros(STATISTICS)

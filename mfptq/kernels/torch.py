@@ -40,7 +40,11 @@ class TorchKernel:
 
     def _load(self, tile: Tile) -> torch.Tensor:
         flat = tile.reshape(-1)
-        data = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16) if tile.dtype == np.uint16 else torch.from_numpy(flat)
+        data = (
+            torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
+            if tile.dtype == np.uint16
+            else torch.from_numpy(flat)
+        )
         return data.to(self._device).to(torch.float32)
 
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:

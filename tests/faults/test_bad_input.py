@@ -73,7 +73,11 @@ CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "52_no_config": (lambda s: (s / "config.json").unlink(), 3, "config.json"),
     "52_config_list": (lambda s: (s / "config.json").write_text("[]"), 3, "not a JSON object"),
     "52_config_twice": (lambda s: (s / "config.json").write_text('{"a":1,"a":2}'), 3, "twice"),
-    "52_quantized": (lambda s: edit_config(s, quantization_config={"quant_method": "fp8"}), 3, "already quantized as 'fp8'"),
+    "52_quantized": (
+        lambda s: edit_config(s, quantization_config={"quant_method": "fp8"}),
+        3,
+        "already quantized as 'fp8'",
+    ),
     "57_nan": (lambda s: poison(s, np.nan), 3, "flat index 77"),
     "57_inf": (lambda s: poison(s, -np.inf), 3, "-inf"),
 }

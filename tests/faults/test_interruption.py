@@ -64,7 +64,7 @@ def test_case_83_92_every_nth_storage_error(call, code, source, tmp_path, expect
             try:
                 mfptq.convert(source, out, workers=1)
             except MfptqError as error:
-                assert error.exit_code in (3, 5)
+                assert error.exit_code in (3, 5)  # noqa: PT017 - most calls never fail
                 failures += 1
                 done = False
             else:

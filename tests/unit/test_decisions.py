@@ -10,6 +10,7 @@ from mfptq.errors import RuleError, UnsupportedTensorError
 from mfptq.fusion import fused_groups
 from mfptq.header import TensorInfo, tensor_bytes
 from mfptq.layout import StoredTensor, candidates
+from mfptq.patterns import match_names
 from mfptq.rules import Rules, Selection, select
 
 
@@ -182,3 +183,9 @@ def test_user_regex_that_swallows_a_fused_name_is_listed_by_name_only() -> None:
     names = ignore_list(decide(shapes, ignore=rules.ignore), rules)
     assert "v.attn.qkv_proj" in names
     assert rules.ignore[0] not in names
+
+
+def test_matching_apart_loses_no_answer() -> None:
+    for count in range(40):
+        names = [f"layers.{number}.mlp" for number in range(count)]
+        assert match_names(["re:layers"], names)["re:layers"] == frozenset(names)

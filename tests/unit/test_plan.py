@@ -35,7 +35,12 @@ def linear(prefix: str, shapes: dict[str, tuple[int, int]]) -> list[TensorSpec]:
 
 def attention(prefix: str, hidden: int, heads: int, groups: int) -> list[TensorSpec]:
     inner = heads * 256
-    shapes = {"q_proj": (2 * inner, hidden), "k_proj": (groups * 256, hidden), "v_proj": (groups * 256, hidden), "o_proj": (hidden, inner)}
+    shapes = {
+        "q_proj": (2 * inner, hidden),
+        "k_proj": (groups * 256, hidden),
+        "v_proj": (groups * 256, hidden),
+        "o_proj": (hidden, inner),
+    }
     return linear(prefix + "self_attn.", shapes)
 
 
@@ -62,7 +67,15 @@ def qwen_27b() -> list[TensorSpec]:
     specs += attention("mtp.layers.0.", 5120, 24, 4) + mlp("mtp.layers.0.mlp.", 5120, 17408)
     for block in range(27):
         prefix = f"model.visual.blocks.{block}."
-        specs += linear(prefix, {"attn.qkv": (3456, 1152), "attn.proj": (1152, 1152), "mlp.linear_fc1": (4304, 1152), "mlp.linear_fc2": (1152, 4304)})
+        specs += linear(
+            prefix,
+            {
+                "attn.qkv": (3456, 1152),
+                "attn.proj": (1152, 1152),
+                "mlp.linear_fc1": (4304, 1152),
+                "mlp.linear_fc2": (1152, 4304),
+            },
+        )
     return specs
 
 
@@ -92,7 +105,9 @@ def test_397b_plans_in_bounded_memory(tmp_path: Path) -> None:
                   TensorSpec(f"{prefix}mlp.experts.down_proj", "BF16", (512, 4096, 1024))]  # fmt: skip
         specs += mlp(prefix + "mlp.shared_expert.", 4096, 1024)
     source = sparse(tmp_path / "397b", specs, 94)
-    done = subprocess.run([sys.executable, "-c", _CHILD, str(source)], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(source)], capture_output=True, text=True, check=True, timeout=120
+    )
     quantized, tensors, peak = map(int, done.stdout.split())
     assert quantized >= 60 * 512 * 3
     assert tensors >= 60 * 512 * 3 * 3

@@ -1,0 +1,69 @@
+"""Quantization that minds the inputs: errors weighted by what a calibration pass saw of each column.
+
+All three methods try the scale codes `base + o` for o in CALIBRATED_OFFSETS, where `base` is the block's scale rounded
+to nearest, keep the first with the least error, and differ in the error of a block's differences d:
+
+    weighted   sum over i of (w_i * d_i) * d_i                  w: the columns' second moments, relative
+    hessian    sum over i of d_i * (H_ii d_i + 2 sum over j < i of H_ij d_j)
+    hessian+   the same, then descent on the values: for each i in turn the value nearest to `x_i - (H d)_i / H_ii`,
+               where x_i is the value now, kept if that lowers the error; at most 8 sweeps
+
+Sums are float32, in index order, without contraction, so that numba and torch give the same bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..nvfp4 import GROUP_SIZE, SEARCH_OFFSETS, ByteArray
+from . import Recipe, Tile, TileStats
+
+CALIBRATED_METHODS = ("weighted", "hessian", "hessian+")
+CALIBRATED_OFFSETS = (*SEARCH_OFFSETS, -3, 8, -4, 9)
+SWEEPS = 8
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What a kernel needs of a weight's input: float32 weights `[K]`, or local Hessians `[K/16, 16, 16]`."""
+
+    values: Float32Array
+
+    def part(self, start: int, columns: int) -> Statistics:
+        """Return those of `columns` columns from `start`, both multiples of 16: for a tile of part of a row."""
+        step = 1 if self.values.ndim == 1 else GROUP_SIZE
+        return Statistics(self.values[start // step : (start + columns) // step])
+
+
+class CalibratedKernel(Protocol):
+    """What quantizes tiles by statistics: `[R, K]` C-contiguous, K a multiple of 16; uint16 means raw bfloat16 bits."""
+
+    name: str
+
+    def quantize(
+        self, tile: Tile, recipe: Recipe, statistics: Statistics, *, packed: ByteArray, scales: ByteArray
+    ) -> TileStats:
+        """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
+
+
+def lower_factors(hessian: Float32Array) -> Float32Array:
+    """Return the Hessians as the error sums them: the lower triangle, off-diagonal entries doubled."""
+    lower = np.tril(hessian, -1) * np.float32(2)
+    return np.ascontiguousarray(lower + hessian * np.eye(GROUP_SIZE, dtype=np.float32))
+
+
+def load_calibrated_kernel(device: str = "cpu") -> CalibratedKernel:
+    """Return the kernel for a device: numba on the CPU where it is installed, torch for everything else."""
+    if device == "cpu" and importlib.util.find_spec("numba") is not None:
+        from .calibrated_cpu import CalibratedNumbaKernel
+
+        return CalibratedNumbaKernel()
+    from .calibrated_torch import CalibratedTorchKernel
+
+    return CalibratedTorchKernel(device)

@@ -1,0 +1,262 @@
+"""The CPU kernels of the calibrated methods: numba, vectorized across rows, which share their columns' statistics.
+
+A chunk is one block of 16 columns in up to 64 rows, transposed, so that each instruction works on the same element of
+several rows and every sum still runs in index order. Rows are padded to a multiple of 16 lanes: no scalar remainder.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..nvfp4 import GROUP_SIZE, ByteArray
+from . import STATISTICS, Recipe, Tile, TileStats
+from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Float32Array, Statistics, lower_factors
+from .cpu import tally
+from .descent_cpu import LANES, ONE, SIX, ZERO, descend, signed_e2m1
+from .pieces import (
+    BF16,
+    F16,
+    F16_TO_F32,
+    KINDS,
+    ZERO_CODE,
+    base_code,
+    bits_of,
+    bounded,
+    float_of,
+    inline,
+    jit,
+    round_e2m1,
+    scale_value,
+)
+
+PADDING = 16
+_OFFSETS = np.array(CALIBRATED_OFFSETS, np.int32)
+
+
+@jit
+def _gather(source, kind, columns, column, row, count, lanes, values):  # type: ignore[no-untyped-def]
+    """Transpose a block of `count` rows into float32 values[16 * 64]; lanes without a row are zero."""
+    for lane in range(count):
+        start = (row + lane) * columns + column
+        for i in range(GROUP_SIZE):
+            raw = np.uint32(source[start + i])
+            if kind == BF16:
+                values[i * LANES + lane] = float_of(np.uint32(raw << np.uint32(16)))
+            elif kind == F16:
+                magnitude = float_of(np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(13))) * F16_TO_F32
+                sign = (raw & np.uint32(0x8000)) << np.uint32(16)
+                values[i * LANES + lane] = float_of(np.uint32(bits_of(magnitude) | sign))
+            else:
+                values[i * LANES + lane] = float_of(np.uint32(raw))
+    for i in range(GROUP_SIZE):
+        for lane in range(count, lanes):
+            values[i * LANES + lane] = ZERO
+
+
+@jit
+def _bases(values, global_scale, lanes, base):  # type: ignore[no-untyped-def]
+    for lane in range(lanes):
+        largest = ZERO
+        for i in range(GROUP_SIZE):
+            largest = max(largest, abs(values[i * LANES + lane]))
+        base[lane] = base_code(largest, global_scale)
+
+
+@jit
+def _scales(base, offset, step, lanes, scales, inverses):  # type: ignore[no-untyped-def]
+    for lane in range(lanes):
+        scale = scale_value(bounded(base[lane] + offset)) * step
+        scales[lane] = scale
+        inverses[lane] = ONE / scale
+
+
+@jit
+def _weighted(values, weights, scales, inverses, lanes, errors):  # type: ignore[no-untyped-def]
+    """Write the weighted error of rounding each lane at its scale."""
+    for lane in range(lanes):
+        errors[lane] = ZERO
+    for i in range(GROUP_SIZE):
+        weight = weights[i]
+        for lane in range(lanes):
+            x = abs(values[i * LANES + lane])
+            y = x * inverses[lane]
+            difference = round_e2m1(y if y < SIX else SIX) * scales[lane] - x
+            errors[lane] += (weight * difference) * difference
+
+
+@jit
+def _differences(values, scales, inverses, lanes, differences):  # type: ignore[no-untyped-def]
+    """Write what rounding each lane at its scale changes."""
+    for i in range(GROUP_SIZE):
+        for lane in range(lanes):
+            x = values[i * LANES + lane]
+            differences[i * LANES + lane] = signed_e2m1(x * inverses[lane]) * scales[lane] - x
+
+
+@jit
+def _quadratic(differences, lower, lanes, errors):  # type: ignore[no-untyped-def]
+    """Write each lane's error; the loops over 8 entries and over 16 only skip entries that are zero."""
+    for lane in range(lanes):
+        errors[lane] = ZERO
+    for j in range(8):
+        for lane in range(lanes):
+            total = ZERO
+            for i in range(8):
+                total += lower[j, i] * differences[i * LANES + lane]
+            errors[lane] += differences[j * LANES + lane] * total
+    for j in range(8, GROUP_SIZE):
+        for lane in range(lanes):
+            total = ZERO
+            for i in range(GROUP_SIZE):
+                total += lower[j, i] * differences[i * LANES + lane]
+            errors[lane] += differences[j * LANES + lane] * total
+
+
+@jit
+def _keep_better(base, offset, errors, lanes, best, codes):  # type: ignore[no-untyped-def]
+    for lane in range(lanes):
+        better = errors[lane] < best[lane]
+        best[lane] = errors[lane] if better else best[lane]
+        codes[lane] = bounded(base[lane] + offset) if better else codes[lane]
+
+
+@jit
+def _round_all(values, inverses, lanes, rounded):  # type: ignore[no-untyped-def]
+    """Write the signed E2M1 values at each lane's scale."""
+    for i in range(GROUP_SIZE):
+        for lane in range(lanes):
+            rounded[i * LANES + lane] = signed_e2m1(values[i * LANES + lane] * inverses[lane])
+
+
+@jit
+def _squares(values, rounded, scales, lanes, errors):  # type: ignore[no-untyped-def]
+    for lane in range(lanes):
+        errors[lane] = ZERO
+    for i in range(GROUP_SIZE):
+        for lane in range(lanes):
+            difference = rounded[i * LANES + lane] * scales[lane] - values[i * LANES + lane]
+            errors[lane] += difference * difference
+
+
+@inline
+def _nibble(value):  # type: ignore[no-untyped-def]
+    """Return the nibble of a signed E2M1 value, of which a zero of either sign is 0."""
+    bits = bits_of(value)
+    tail = np.int32((bits >> np.uint32(22)) & np.uint32(511)) - np.int32(252)  # 1 and above: the code; 0.5: 0
+    code = np.uint32(tail if tail > np.int32(0) else (np.int32(1) if tail == np.int32(0) else np.int32(0)))
+    return code | ((bits >> np.uint32(28)) & np.uint32(8) & (code + np.uint32(7)))
+
+
+@jit
+def _pack_half(rounded, lanes, words):  # type: ignore[no-untyped-def]
+    for lane in range(lanes):
+        word = np.uint32(0)
+        for i in range(8):
+            word |= _nibble(rounded[i * LANES + lane]) << np.uint32(4 * i)
+        words[lane] = word
+
+
+@jit
+def _pack(rounded, lanes, words, codes):  # type: ignore[no-untyped-def]
+    """Write each row's 16 nibbles as words[lane] and words[LANES + lane]; an all-zero block gets 0x20."""
+    _pack_half(rounded, lanes, words)
+    _pack_half(rounded[8 * LANES :], lanes, words[LANES:])
+    for lane in range(lanes):
+        codes[lane] = codes[lane] if (words[lane] | words[LANES + lane]) else ZERO_CODE
+
+
+@jit
+def _measure(values, count, norms, nonzero):  # type: ignore[no-untyped-def]
+    for lane in range(count):
+        total, found = ZERO, np.int32(0)
+        for i in range(GROUP_SIZE):
+            x = values[i * LANES + lane]
+            total += x * x
+            found += np.int32(x != ZERO)
+        norms[lane] = total
+        nonzero[lane] = found
+
+
+@jit
+def _choose(values, base, step, statistics, lanes, work):  # type: ignore[no-untyped-def]
+    """Write each lane's scale code of least error; statistics: weights [16], or where empty, lower factors."""
+    weights, lower = statistics
+    codes, best, errors, steps, inverses, scratch = work
+    codes[:] = base
+    best[:] = np.float32(np.inf)
+    for offset in _OFFSETS:
+        _scales(base, offset, step, lanes, steps, inverses)
+        if len(weights):
+            _weighted(values, weights, steps, inverses, lanes, errors)
+        else:
+            _differences(values, steps, inverses, lanes, scratch)
+            _quadratic(scratch, lower, lanes, errors)
+        _keep_better(base, offset, errors, lanes, best, codes)
+
+
+@jit
+def _quantize(source, kind, global_scale, statistics, sweeps, shape, out):  # type: ignore[no-untyped-def]
+    """Quantize `shape` = (rows, columns) by (weights [K/16, 16], Hessians, their lower factors): one of them is empty."""
+    rows, columns = shape
+    weights, hessian, lower = statistics
+    packed, scales, stats = out
+    values, rounded = np.empty(GROUP_SIZE * LANES, np.float32), np.empty(GROUP_SIZE * LANES, np.float32)
+    scratch, words, base = np.empty_like(values), np.empty(2 * LANES, np.uint32), np.empty(LANES, np.int32)
+    codes, nonzero = np.empty_like(base), np.empty_like(base)
+    errors, norms, rounding = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    steps, inverses, best = np.empty_like(errors), np.empty_like(errors), np.empty_like(errors)
+    work = (codes, best, errors, steps, inverses, scratch)
+    step = ONE / global_scale
+    blocks = columns // GROUP_SIZE
+    for row in range(0, rows, LANES):
+        count = min(LANES, rows - row)
+        lanes = (count + PADDING - 1) // PADDING * PADDING
+        for block in range(blocks):
+            _gather(source, kind, columns, block * GROUP_SIZE, row, count, lanes, values)
+            _bases(values, global_scale, lanes, base)
+            _scales(base, np.int32(0), step, lanes, steps, inverses)
+            _round_all(values, inverses, lanes, rounded)
+            _squares(values, rounded, steps, lanes, rounding)
+            used = (weights[block : block + 1].reshape(-1), lower[min(block, len(lower) - 1)])
+            _choose(values, base, step, used, lanes, work)
+            _scales(codes, np.int32(0), step, lanes, steps, inverses)
+            _round_all(values, inverses, lanes, rounded)
+            if sweeps:
+                descend(values, hessian[block], steps, inverses, lanes, rounded, scratch)
+            _squares(values, rounded, steps, lanes, errors)
+            _pack(rounded, lanes, words, codes)
+            _measure(values, count, norms, nonzero)
+            tally(words.reshape(2, LANES), codes, errors, rounding, norms, nonzero, count, stats)
+            for lane in range(count):
+                place = (row + lane) * blocks + block
+                packed[2 * place] = words[lane]
+                packed[2 * place + 1] = words[LANES + lane]
+                scales[place] = codes[lane]
+
+
+class CalibratedNumbaKernel:
+    """Quantizes on the CPU; safe to use from several threads."""
+
+    name = "numba"
+
+    def quantize(
+        self, tile: Tile, recipe: Recipe, statistics: Statistics, *, packed: ByteArray, scales: ByteArray
+    ) -> TileStats:
+        """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
+        kind = KINDS[tile.dtype.name]
+        source = tile.reshape(-1).view(np.uint32 if tile.dtype.itemsize == 4 else np.uint16)
+        stats = np.zeros(STATISTICS)
+        out = (packed.reshape(-1).view(np.uint32), scales.reshape(-1), stats)
+        sweeps = SWEEPS if recipe.method == "hessian+" else 0
+        used = _as_arrays(statistics.values)
+        _quantize(source, kind, np.float32(recipe.global_scale), used, sweeps, tile.shape, out)
+        stats[3] = stats[3] ** 0.5
+        return TileStats.from_array(tile.size, stats)
+
+
+def _as_arrays(values: Float32Array) -> tuple[Float32Array, Float32Array, Float32Array]:
+    """Return weights by block, Hessians, and their lower factors; what is not meant is empty, or one block of zeros."""
+    if values.ndim == 1:
+        empty = np.zeros((1, GROUP_SIZE, GROUP_SIZE), np.float32)
+        return np.ascontiguousarray(values.reshape(-1, GROUP_SIZE)), empty, empty
+    return np.empty((0, GROUP_SIZE), np.float32), np.ascontiguousarray(values), lower_factors(values)

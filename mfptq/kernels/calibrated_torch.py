@@ -1,0 +1,121 @@
+"""The calibrated methods in torch: any device, the same bytes as numba's, in slices of rows that stay in cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..nvfp4 import E4M3_MAX, GROUP_SIZE, MIN_NORMAL_CODE, ZERO_BLOCK_CODE, ByteArray
+from . import STATISTICS, Recipe, Tile, TileStats
+from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Statistics, lower_factors
+from .torch import SLICE_BLOCKS, TorchKernel, _Done, _filled
+
+
+class CalibratedTorchKernel(TorchKernel):
+    """Quantizes by statistics with torch; never touches torch's global state."""
+
+    def quantize(  # type: ignore[override]
+        self, tile: Tile, recipe: Recipe, statistics: Statistics, *, packed: ByteArray, scales: ByteArray
+    ) -> TileStats:
+        """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
+        blocks = tile.shape[1] // GROUP_SIZE
+        objective = _Objective(recipe.method, statistics, self._device)
+        stats = np.zeros(STATISTICS)
+        step = max(1, SLICE_BLOCKS // blocks)
+        for row in range(0, len(tile), step):
+            part = slice(row, row + step)
+            signed = self._load(tile[part]).reshape(-1, blocks, GROUP_SIZE)
+            done = self._choose(signed, recipe, objective)
+            packed[part] = (done.nibbles[..., 0::2] | done.nibbles[..., 1::2] << 4).flatten(1).cpu().numpy()
+            scales[part] = done.codes.to(torch.uint8).cpu().numpy()
+            self._tally(stats, signed.flatten(0, 1), _flattened(done))
+        return TileStats.from_array(tile.size, stats)
+
+    def _choose(self, signed: torch.Tensor, recipe: Recipe, objective: _Objective) -> _Done:
+        step = 1 / _filled(signed, recipe.global_scale)
+        scaled = (signed.abs().amax(2) / _filled(signed, 6.0) * _filled(signed, recipe.global_scale)).clamp_max(
+            E4M3_MAX
+        )
+        base = self._codes(scaled).clamp(MIN_NORMAL_CODE, 126)
+        best, codes = torch.full_like(scaled, torch.inf), base
+        for offset in CALIBRATED_OFFSETS:
+            code = (base + offset).clamp(MIN_NORMAL_CODE, 126)
+            scale = (self._scales[code] * step)[..., None]
+            error = objective.error(self._signed(signed * (1 / scale)) * scale - signed)
+            better = error < best
+            best, codes = torch.where(better, error, best), torch.where(better, code, codes)
+        scale = (self._scales[codes] * step)[..., None]
+        values = self._signed(signed * (1 / scale))
+        if recipe.method == "hessian+":
+            values = self._descend(signed, values, scale, objective.hessian)
+        rounding = (self._scales[base] * step)[..., None]
+        plain = _squares(self._signed(signed * (1 / rounding)) * rounding - signed)
+        codes = torch.where(values.any(2), codes, ZERO_BLOCK_CODE)
+        nibbles = self._nibbles(values.abs(), values < 0)
+        return _Done(nibbles, codes, _squares(values * scale - signed), plain, values)
+
+    def _signed(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.copysign(self._round(y.abs()), y)
+
+    def _descend(
+        self, signed: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
+    ) -> torch.Tensor:
+        """Lower the error value by value until nothing changes, at most 8 times through."""
+        gradient = torch.zeros_like(signed)
+        for i in range(GROUP_SIZE):
+            gradient = gradient + hessian[:, :, i] * (values[..., i : i + 1] * scale - signed[..., i : i + 1])
+        values, scale = values.clone(), scale[..., 0]
+        inverse = 1 / scale
+        for _ in range(SWEEPS):
+            moved = False
+            for i in range(GROUP_SIZE):
+                own, now, slope = hessian[:, i, i], values[..., i] * scale, gradient[..., i]
+                value = self._signed((now - slope * (1 / own)) * inverse)
+                change = value * scale - now
+                lower = change * (slope + slope + own * change) < 0
+                change = torch.where(lower, change, 0)
+                values[..., i] = torch.where(lower, value, values[..., i])
+                gradient = gradient + hessian[:, :, i] * change[..., None]
+                moved = moved or bool(lower.any())
+            if not moved:
+                break
+        return values
+
+
+class _Objective:
+    """The error of differences `[R, K/16, 16]` under a weight's statistics."""
+
+    def __init__(self, method: str, statistics: Statistics, device: torch.device) -> None:
+        weighted = method == "weighted"
+        blocks = statistics.values.reshape(-1, GROUP_SIZE) if weighted else statistics.values
+        self.hessian = torch.tensor(blocks, device=device)
+        self._lower = self.hessian if weighted else torch.tensor(lower_factors(blocks), device=device)
+
+    def error(self, differences: torch.Tensor) -> torch.Tensor:
+        """Return the error of each block, summed in index order."""
+        total = torch.zeros_like(differences[..., 0])
+        for j in range(GROUP_SIZE):
+            own = differences[..., j]
+            if self._lower.ndim == 2:
+                total = total + self._lower[:, j] * own * own
+                continue
+            inner = torch.zeros_like(total)
+            for i in range(j + 1):
+                inner = inner + self._lower[:, j, i] * differences[..., i]
+            total = total + own * inner
+        return total
+
+
+def _squares(differences: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros_like(differences[..., 0])
+    for i in range(GROUP_SIZE):
+        total = total + differences[..., i] * differences[..., i]
+    return total
+
+
+def _flattened(done: _Done) -> _Done:
+    """Return a slice's results with one axis for all its blocks."""
+    return _Done(
+        done.nibbles.flatten(0, 1), done.codes.flatten(), done.error.flatten(), done.rounding.flatten(),
+        done.values.flatten(0, 1),
+    )  # fmt: skip

@@ -1,0 +1,49 @@
+"""The budgets that keep the code readable, kept by a test."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mfptq
+
+PACKAGE = Path(mfptq.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(path: Path) -> Iterator[Function]:
+    yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, Function))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_budgets(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+    for function in functions(path):
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        assert not body or (function.end_lineno or 0) - body[0].lineno < 40, function.name
+        positional = [*function.args.posonlyargs, *function.args.args]
+        method = positional[:1] and positional[0].arg in ("self", "cls", "_context")
+        if "kernels" not in path.parts:  # compiled functions take their arrays one by one
+            assert len(positional) - bool(method) <= 4, function.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_command_line_prints_and_catches_everything(path: Path) -> None:
+    text = path.read_text()
+    assert "TODO" not in text
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print"
+        broad = isinstance(node, ast.ExceptHandler) and isinstance(node.type, ast.Name) and node.type.id == "Exception"
+        assert not broad
+
+
+def test_functions_are_short() -> None:
+    lengths = sorted(
+        (function.end_lineno or 0) - function.body[0].lineno + 1 for path in FILES for function in functions(path)
+    )
+    assert lengths[len(lengths) // 2] <= 10
