@@ -11,20 +11,22 @@ import numpy as np
 from ..nvfp4 import GROUP_SIZE, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
 from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Float32Array, Statistics, lower_factors
-from .cpu import tally
 from .descent_cpu import LANES, ONE, SIX, ZERO, descend, signed_e2m1
 from .pieces import (
     BF16,
     F16,
     F16_TO_F32,
+    HIGHEST,
     KINDS,
     ZERO_CODE,
     base_code,
     bits_of,
     bounded,
+    count_bits,
     float_of,
     inline,
     jit,
+    nonzero_nibbles,
     round_e2m1,
     scale_value,
 )
@@ -178,6 +180,21 @@ def _measure(values, count, norms, nonzero):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _tally(words, codes, errors, rounding, norms, nonzero, count, stats):  # type: ignore[no-untyped-def]
+    """Add a chunk to `stats`: the seven numbers of TileStats."""
+    for lane in range(count):
+        stats[0] += errors[lane]
+        stats[1] += norms[lane]
+        stats[2] += rounding[lane]
+        if norms[lane] > ZERO:
+            stats[3] = max(stats[3], np.float64(errors[lane] / norms[lane]))
+        stored = count_bits(nonzero_nibbles(words[lane])) + count_bits(nonzero_nibbles(words[LANES + lane]))
+        stats[4] += nonzero[lane] - stored
+        stats[5] += codes[lane] == HIGHEST
+        stats[6] += nonzero[lane] == 0
+
+
+@jit
 def _choose(values, base, step, statistics, lanes, work):  # type: ignore[no-untyped-def]
     """Write each lane's scale code of least error; statistics: weights [16], or where empty, lower factors."""
     weights, lower = statistics
@@ -226,7 +243,7 @@ def _quantize(source, kind, global_scale, statistics, sweeps, shape, out):  # ty
             _squares(values, rounded, steps, lanes, errors)
             _pack(rounded, lanes, words, codes)
             _measure(values, count, norms, nonzero)
-            tally(words.reshape(2, LANES), codes, errors, rounding, norms, nonzero, count, stats)
+            _tally(words, codes, errors, rounding, norms, nonzero, count, stats)
             for lane in range(count):
                 place = (row + lane) * blocks + block
                 packed[2 * place] = words[lane]
