@@ -27,7 +27,7 @@ class Buffers:
         self.kernel = kernel
         self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
-        self._source = np.empty(tile_bytes, np.uint8)
+        self._source = kernel.allocate(tile_bytes)
         self._packed = np.empty(tile_bytes // 4, np.uint8)
         self._scales = np.empty(tile_bytes // 2 // GROUP_SIZE, np.uint8)
 

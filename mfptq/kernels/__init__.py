@@ -65,6 +65,9 @@ class Kernel(Protocol):
 
     name: str
 
+    def allocate(self, size: int) -> ByteArray:
+        """Return `size` bytes of memory that the kernel reads tiles from best."""
+
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
 
@@ -73,13 +76,17 @@ class Kernel(Protocol):
 
 
 def load_kernel(device: str = "cpu") -> Kernel:
-    """Return the kernel for a device: numba on the CPU where it is installed, torch for everything else."""
+    """Return the kernel for a device: numba on the CPU, Triton on CUDA, where they are installed, and torch otherwise."""
     if device == "cpu" and importlib.util.find_spec("numba") is not None:
         from .cpu import NumbaKernel
 
         return NumbaKernel()
     if device.split(":", maxsplit=1)[0] not in ("cpu", "cuda", "mps", "xpu"):
         raise UsageError(f"device {quote(device)} is unknown, expected cpu, cuda or cuda:N")
+    if device.startswith("cuda") and importlib.util.find_spec("triton") is not None:
+        from .cuda import TritonKernel
+
+        return TritonKernel(device)
     from .torch import TorchKernel
 
     return TorchKernel(device)

@@ -226,6 +226,10 @@ class NumbaKernel:
 
     name = "numba"
 
+    def allocate(self, size: int) -> ByteArray:
+        """Return `size` bytes of memory."""
+        return np.empty(size, np.uint8)
+
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
         wide = tile.dtype.itemsize == 4
