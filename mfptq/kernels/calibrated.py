@@ -35,6 +35,11 @@ class Statistics:
 
     values: Float32Array
 
+    @staticmethod
+    def nbytes(method: str, columns: int) -> int:
+        """Return the size of the statistics of so many columns, in bytes; 0 for a method that needs none."""
+        return 0 if method not in CALIBRATED_METHODS else 4 * columns * (1 if method == "weighted" else GROUP_SIZE)
+
     def part(self, start: int, columns: int) -> Statistics:
         """Return those of `columns` columns from `start`, both multiples of 16: for a tile of part of a row."""
         step = 1 if self.values.ndim == 1 else GROUP_SIZE
