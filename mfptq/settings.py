@@ -40,7 +40,9 @@ class Settings:
     def resolve_scheme(self, *, with_input: bool) -> Scheme:
         """Return the scheme; `with_input` says whether input scales are given."""
         if self.scheme == "NVFP4" and not with_input:
-            raise UsageError("scheme NVFP4 (W4A4) needs --calibration, --input-scales or --like; else choose NVFP4A16")
+            raise UsageError(
+                "scheme NVFP4 (W4A4) needs --input-scales, --calibration or --like; without choose NVFP4A16"
+            )
         if self.scheme == "NVFP4A16" and with_input:
             raise UsageError("scheme NVFP4A16 is weight-only and takes no --input-scales")
         return self.scheme or ("NVFP4" if with_input else "NVFP4A16")

@@ -27,6 +27,7 @@ CALIBRATED_METHODS = ("weighted", "hessian", "hessian+")
 CALIBRATED_OFFSETS = (*SEARCH_OFFSETS, -3, 8, -4, 9)
 SWEEPS = 8
 Float32Array = npt.NDArray[np.float32]
+_LOWER = 2 * np.tri(GROUP_SIZE, k=-1, dtype=np.float32) + np.eye(GROUP_SIZE, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,7 @@ class CalibratedKernel(Protocol):
 
 def lower_factors(hessian: Float32Array) -> Float32Array:
     """Return the Hessians as the error sums them: the lower triangle, off-diagonal entries doubled."""
-    lower = np.tril(hessian, -1) * np.float32(2)
-    return np.ascontiguousarray(lower + hessian * np.eye(GROUP_SIZE, dtype=np.float32))
+    return np.ascontiguousarray(hessian * _LOWER)
 
 
 def load_calibrated_kernel(device: str = "cpu") -> CalibratedKernel:
