@@ -14,6 +14,7 @@ from .errors import NonFiniteWeightError, quote
 from .files import FolderSource
 from .kernels import Kernel, Recipe, TileStats
 from .kernels import Tile as TileArray
+from .kernels.calibrated import CalibratedKernel, Statistics
 from .nvfp4 import GROUP_SIZE, as_float32
 from .tiles import Tile
 
@@ -23,8 +24,9 @@ _NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 class Buffers:
     """One worker's memory: `tile_bytes` of source data, and what they become."""
 
-    def __init__(self, kernel: Kernel, tile_bytes: int) -> None:
+    def __init__(self, kernel: Kernel, tile_bytes: int, calibrated: CalibratedKernel | None = None) -> None:
         self.kernel = kernel
+        self.calibrated = calibrated
         self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
         self._source = kernel.allocate(tile_bytes)
@@ -68,12 +70,16 @@ class Buffers:
             )
         return found
 
-    def quantize(self, data: TileArray, recipe: Recipe) -> Quantized:
-        """Return what the tile becomes; the next call overwrites it."""
+    def quantize(self, data: TileArray, recipe: Recipe, statistics: Statistics | None = None) -> Quantized:
+        """Return what the tile becomes, minding what is known of its input; the next call overwrites it."""
         packed = self._packed[: data.size // 2].reshape(data.shape[0], -1)
         scales = self._scales[: data.size // GROUP_SIZE].reshape(data.shape[0], -1)
         with self.timed("quantize"):
-            return Quantized(packed, scales, self.kernel.quantize(data, recipe, packed, scales))
+            if statistics is None:
+                return Quantized(packed, scales, self.kernel.quantize(data, recipe, packed, scales))
+            assert self.calibrated is not None
+            stats = self.calibrated.quantize(data, recipe, statistics, packed=packed, scales=scales)
+            return Quantized(packed, scales, stats)
 
 
 class Quantized:

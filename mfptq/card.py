@@ -54,7 +54,7 @@ def _summary(plan: Plan) -> str:
     what = "weights and activations (W4A4)" if plan.scheme == "NVFP4" else "weights only (W4A16)"
     ratio = plan.tensor_bytes / plan.checkpoint.tensor_bytes
     return (
-        f"# NVFP4\n\nMade from {name} with mfptq (`{plan.settings.method}`): NVFP4 {what}, {plan.tensor_bytes / 1e9:.2f} GB "
+        f"# NVFP4\n\nMade from {name} with mfptq (`{plan.method_text}`): NVFP4 {what}, {plan.tensor_bytes / 1e9:.2f} GB "
         f"instead of {plan.checkpoint.tensor_bytes / 1e9:.2f} GB ({ratio:.0%})."
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ._version import __version__
+from .calibration.file_commands import calibration
 from .errors import MfptqError, UsageError, VerificationError, quote
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ def main() -> None:
     """
 
 
+main.add_command(calibration)
+
+
 def _source_options(function: Function) -> Function:
     for option in (
         click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache."),
@@ -89,13 +93,17 @@ def _rule_options(function: Function) -> Function:
             "--input-scales-kind", help="What bare numbers are: input_global_scale, input_scale, fp8_input_scale, amax."
         ),
         click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
+        click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
+        click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
         click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
         click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Quantize what a default keeps."),
         click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep: a module name, or re:REGEX."),
         click.option(
-            "--method", default="search", show_default=True, help="search (least error) or minmax (rounding)."
+            "--method",
+            help="search (least error of weights), minmax (rounding); with --calibration also weighted, hessian, "
+            "hessian+ (least error of outputs), or auto, its default: the strongest that the file allows.",
         ),
-        click.option("--scheme", help="NVFP4 (W4A4) or NVFP4A16; by default what --input-scales allow."),
+        click.option("--scheme", help="NVFP4 (W4A4) or NVFP4A16; by default W4A4 where input scales are given."),
     ):
         function = option(function)
     return function
@@ -164,13 +172,13 @@ def convert(model: str, output: Path, **options: Any) -> None:
 
 def _show_plan(model: str, settings: dict[str, Any], *, as_json: bool) -> None:
     from . import terminal
-    from .conversion import make_plan
-    from .planning import Settings
+    from .conversion import Knowledge, make_plan
     from .rules import Rules
+    from .settings import Settings
 
     rules = Rules(tuple(settings["ignore"]), tuple(settings["targets"]), settings["default_ignore"])
-    scales = (settings["input_scales"], settings["input_scales_kind"])
-    made = make_plan(model, Settings(rules, settings["method"], settings["scheme"]), scales, settings["hub"])
+    known = Knowledge(*(settings[name] for name in ("input_scales", "input_scales_kind", "calibration", "like")))
+    made = make_plan(model, Settings(rules, settings["method"], settings["scheme"]), known, settings["hub"])
     shown = terminal.plan_values(made, settings["max_memory"], settings["workers"])
     click.echo(json.dumps(shown) if as_json else terminal.plan_text(shown))
 

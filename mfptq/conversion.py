@@ -7,10 +7,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from .buffers import Buffers
+from .calibration.likeness import read_likeness
+from .calibration.reading import load_calibration
 from .card import card_text
 from .checkpoint import CONFIG, INDEX
 from .config import Scheme
@@ -20,12 +24,15 @@ from .execute import Execution, Progress, ProgressCallback
 from .files import confined, read_small
 from .hub import HubOptions, open_checkpoint
 from .kernels import Kernel, load_kernel
+from .kernels.calibrated import CalibratedKernel, load_calibrated_kernel
 from .limits import MAX_CONFIG_BYTES
 from .memory import INTERPRETER, MemoryPlan, parse_size, peak_bytes, plan_memory, resident_bytes
-from .planning import Plan, Settings, build_plan
+from .nvfp4 import GROUP_SIZE
+from .planning import Plan, build_plan
 from .report import Report, gather, kind_reports, report_text, suspicions, total_error
 from .rules import Rules
 from .scales import read_input_scales
+from .settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ class Run:
 
     plan: Plan
     kernel: Kernel
+    calibrated: CalibratedKernel | None
     memory: MemoryPlan
     begun: float = field(default_factory=time.monotonic)
 
@@ -52,12 +60,14 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     destination: str | Path,
     *,
     scheme: Scheme | None = None,
-    method: str = "search",
+    method: str | None = None,
     ignore: Iterable[str] = (),
     targets: Iterable[str] = (),
     default_ignore: bool = True,
+    calibration: str | Path | None = None,
     input_scales: str | Path | None = None,
     input_scales_kind: str | None = None,
+    like: str | Path | None = None,
     hub: HubOptions | None = None,
     max_memory: str | int = "1GiB",
     workers: int | None = None,
@@ -69,35 +79,62 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
 
     `source` is a folder in Hugging Face layout or a Hub repo id, `destination` a folder that does not exist, is empty,
     or holds an unfinished run with the same settings, which is resumed. `scheme` None means W4A4 (`NVFP4`) when
-    `input_scales` are given and weight-only `NVFP4A16` otherwise. `max_memory` is a ceiling for the whole process; what a
-    calling program already holds does not count. `progress` is called from worker threads.
+    input scales are given and weight-only `NVFP4A16` otherwise: by `calibration`, a calibration file, which makes the
+    weights better too; by `input_scales`; or by `like`, an NVFP4 checkpoint whose choice of layers is taken as well.
+    `method` None means the strongest that the calibration file allows, `search` without one. `max_memory` is a ceiling
+    for the whole process; what a calling program already holds does not count. `progress` is called from worker threads.
 
     Raises MfptqError and its subclasses; see `mfptq.errors`. The source is only read.
     """
     held = max(0, resident_bytes() - INTERPRETER)
     settings = Settings(Rules(tuple(ignore), tuple(targets), default_ignore), method, scheme)
-    plan = make_plan(source, settings, (input_scales, input_scales_kind), hub)
+    plan = make_plan(source, settings, Knowledge(input_scales, input_scales_kind, calibration, like), hub)
     try:
         run = prepare(plan, Resources(max_memory, workers, device), held)
         return carry_out(run, Path(destination), overwrite=overwrite, progress=progress or _ignore)
     finally:
-        plan.checkpoint.source.close()
+        plan.close()
 
 
 def _ignore(_progress: Progress) -> None:
     """Take no notice of progress."""
 
 
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """Where what is known of the layers' inputs comes from: at most one of the paths gives the input scales."""
+
+    input_scales: str | Path | None = None
+    input_scales_kind: str | None = None
+    calibration: str | Path | None = None
+    like: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("calibration", "input_scales", "like") if getattr(self, name) is not None]
+        if len(given) > 1:
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{options} both tell the input scales: give one of them")
+
+
+_NOTHING = Knowledge()
+
+
 def make_plan(
-    source: str | Path,
-    settings: Settings,
-    input_scales: tuple[str | Path | None, str | None] = (None, None),
-    hub: HubOptions | None = None,
+    source: str | Path, settings: Settings, known: Knowledge = _NOTHING, hub: HubOptions | None = None
 ) -> Plan:
-    """Return the plan of a conversion: what `convert` would do, from headers alone."""
-    path, kind = input_scales
-    scales = read_input_scales(path, kind) if path is not None else None
-    return build_plan(open_checkpoint(source, hub), settings, scales)
+    """Return the plan of a conversion: what `convert` would do, from headers and the calibration file alone."""
+    weight_only = settings.scheme == "NVFP4A16"
+    scales, calibration = None, None
+    if known.input_scales is not None:
+        scales = read_input_scales(known.input_scales, known.input_scales_kind)
+    elif known.like is not None:
+        model = read_likeness(known.like)
+        settings = replace(settings, rules=replace(settings.rules, like=model))
+        scales = None if weight_only else model.scales
+    elif known.calibration is not None:
+        calibration = load_calibration(known.calibration)
+        scales = None if weight_only else calibration.input_scales()
+    return build_plan(open_checkpoint(source, hub), settings, scales, calibration)
 
 
 def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
@@ -106,8 +143,11 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     if workers < 1:
         raise UsageError(f"{workers} workers cannot do anything: use at least 1")
     budget = parse_size(resources.max_memory) + held
+    statistics = plan.statistics_bytes
     kernel = load_kernel(resources.device)
-    return Run(plan, kernel, plan_memory(budget, resident_bytes(), workers))
+    calibrated = load_calibrated_kernel(resources.device) if statistics else None
+    kernel.amax(np.zeros((1, GROUP_SIZE), np.float32))  # a kernel's first call brings 60 MB, which the plan must count
+    return Run(plan, kernel, calibrated, plan_memory(budget, resident_bytes(), workers, statistics=statistics))
 
 
 def _cores() -> int:
@@ -118,7 +158,7 @@ def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: Progres
     """Do the work of a run and return its report."""
     plan, memory = run.plan, run.memory
     claim = Claim(plan.checkpoint.origin.folder, plan.digests, {shard.name: shard.size for shard in plan.shards})
-    buffers = [Buffers(run.kernel, memory.tile_bytes) for _ in range(memory.workers)]
+    buffers = [Buffers(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
     with open_destination(destination, claim, overwrite=overwrite) as out:
         resumed = len(out.done)
         Execution(plan, out, buffers, progress).run()
@@ -162,7 +202,7 @@ def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int
         source=str(plan.checkpoint.origin),
         destination=str(out.root),
         scheme=plan.scheme,
-        method=plan.settings.method,
+        method=plan.method_text,
         kernel=run.kernel.name,
         source_bytes=plan.checkpoint.tensor_bytes,
         output_bytes=plan.tensor_bytes,
@@ -171,7 +211,7 @@ def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int
         kept=kept,
         relative_error=total_error(kinds),
         kinds=reports,
-        warnings=plan.warnings + suspicions(reports),
+        warnings=plan.warnings + suspicions(reports, calibrated=run.calibrated is not None),
         resumed_shards=resumed,
         seconds=time.monotonic() - run.begun,
         peak_memory=peak_bytes(),
@@ -179,15 +219,18 @@ def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int
     )
 
 
-def plan(
+def plan(  # noqa: PLR0913 - one keyword for each option of the command
     source: str | Path,
     *,
     scheme: Scheme | None = None,
-    method: str = "search",
+    method: str | None = None,
     ignore: Iterable[str] = (),
     targets: Iterable[str] = (),
+    calibration: str | Path | None = None,
     input_scales: str | Path | None = None,
+    like: str | Path | None = None,
     hub: HubOptions | None = None,
 ) -> Plan:
     """Return what `convert` with the same arguments would do, from headers alone; raises what it would raise."""
-    return make_plan(source, Settings(Rules(tuple(ignore), tuple(targets)), method, scheme), (input_scales, None), hub)
+    settings = Settings(Rules(tuple(ignore), tuple(targets)), method, scheme)
+    return make_plan(source, settings, Knowledge(input_scales, None, calibration, like), hub)

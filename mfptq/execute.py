@@ -18,6 +18,7 @@ from .errors import MemoryBudgetError, SourceChangedError, quote
 from .files import COPY_CHUNK, Range, copy_range, storage_errors
 from .journal import ShardResult
 from .kernels import Recipe, TileStats
+from .kernels.calibrated import Statistics
 from .layout import Weight, numbers_removed
 from .nvfp4 import GROUP_SIZE
 from .partial import PartialFile
@@ -83,7 +84,7 @@ class Execution:
         self._destination = destination
         self._tile_bytes = buffers[0].tile_bytes
         self._progress = progress
-        self._scales = GlobalScales(plan.settings.method)
+        self._scales = GlobalScales(plan.method)
         self._open: dict[str, OpenShard] = {}
         self._finisher = ThreadPoolExecutor(2, "mfptq-finish")
         self._finishing: list[Future[None]] = []
@@ -173,9 +174,10 @@ class Execution:
         return tiles(step.weight, self._tile_bytes)
 
     def _quantize_tile(self, shard: OpenShard, work: WeightTile, scale: float, buffers: Buffers) -> None:
-        _, tile = work
+        step, tile = work
         [data] = buffers.read(self._source, [tile])
-        self._write_tile(shard, work, buffers.quantize(data, self._recipe(scale)), buffers)
+        quantized = buffers.quantize(data, Recipe(step.method, scale), self._statistics(step, tile))
+        self._write_tile(shard, work, quantized, buffers)
         self._settle(shard)
 
     def _convert_bundle(self, shard: OpenShard, bundle: Sequence[GroupStep], buffers: Buffers) -> None:
@@ -187,15 +189,17 @@ class Execution:
         for group in bundle:
             modules = [step.weight.module for step in group.weights]
             amax = max(buffers.amax(data[module], places[module]) for module in modules)
-            scale = global_scale(self._plan.settings.method, amax, self._members(group))
+            scale = global_scale(self._plan.method, amax, self._members(group))
             for step, module in zip(group.weights, modules, strict=True):
                 _write_scalars(shard.file, step, scale)
-                quantized = buffers.quantize(data[module], self._recipe(scale))
-                self._write_tile(shard, (step, places[module]), quantized, buffers)
+                place = places[module]
+                quantized = buffers.quantize(data[module], Recipe(step.method, scale), self._statistics(step, place))
+                self._write_tile(shard, (step, place), quantized, buffers)
         self._settle(shard)
 
-    def _recipe(self, scale: float) -> Recipe:
-        return Recipe(self._plan.settings.method, scale)
+    def _statistics(self, step: QuantizeWeight, tile: Tile) -> Statistics | None:
+        found = self._plan.statistics(step)
+        return None if found is None else found.part(tile.start % step.weight.columns, tile.columns)
 
     def _write_tile(self, shard: OpenShard, work: WeightTile, quantized: Quantized, buffers: Buffers) -> None:
         step, tile = work
@@ -225,7 +229,7 @@ class Execution:
     def _finish(self, shard: OpenShard) -> None:
         """Make a shard durable under its name and note it, after its source proved unchanged."""
         name = shard.job.name
-        self._source.check_unchanged(name)
+        self._plan.check_unchanged(name)
         with ThreadPoolExecutor(1, "mfptq-sync") as pool:  # the disk and the hash work at the same time
             synced = pool.submit(shard.file.sync)
             digest = shard.file.sha256()

@@ -29,6 +29,7 @@ class TensorKind:
     output_bytes: int
     action: str
     reason: str
+    method: str = ""
 
     @property
     def bits(self) -> float:
@@ -80,27 +81,30 @@ def _stored(info: TensorInfo) -> TensorKind:
 
 def plan_kinds(plan: Plan) -> tuple[TensorKind, ...]:
     """Return what becomes of each kind of tensor, and why."""
-    return tuple(_merged(_planned(item, with_input=plan.input_scales is not None) for item in plan.selection.tensors))
+    return tuple(_merged(_planned(item, plan) for item in plan.selection.tensors))
 
 
-def _planned(item: Decided, *, with_input: bool) -> TensorKind:
+def _planned(item: Decided, plan: Plan) -> TensorKind:
     kind = _stored(item.candidate.tensor.info)
     if not item.decision.quantize:
         return TensorKind(
             kind.kind, 1, kind.dtype, kind.elements, kind.source_bytes, kind.source_bytes, "keep", item.decision.reason
         )
-    scalars = (8 if with_input else 4) * len(item.candidate.weights)
+    scalars = (4 if plan.input_scales is None else 8) * len(item.candidate.weights)
     size = kind.elements // 2 + kind.elements // GROUP_SIZE + scalars
-    return TensorKind(kind.kind, 1, kind.dtype, kind.elements, kind.source_bytes, size, "NVFP4", item.decision.reason)
+    methods = ", ".join(sorted({plan.method_of(weight) for weight in item.candidate.weights}))
+    return TensorKind(
+        kind.kind, 1, kind.dtype, kind.elements, kind.source_bytes, size, "NVFP4", item.decision.reason, methods
+    )
 
 
 def _merged(rows: Iterable[TensorKind]) -> Iterator[TensorKind]:
-    merged: dict[tuple[str, str, str, str], TensorKind] = {}
+    merged: dict[tuple[str, ...], TensorKind] = {}
     for row in rows:
-        key = (row.kind, row.dtype, row.action, row.reason)
+        key = (row.kind, row.dtype, row.action, row.reason, row.method)
         old = merged.get(key)
         merged[key] = row if old is None else TensorKind(
             row.kind, old.count + 1, row.dtype, old.elements + row.elements, old.source_bytes + row.source_bytes,
-            old.output_bytes + row.output_bytes, row.action, row.reason,
+            old.output_bytes + row.output_bytes, row.action, row.reason, row.method,
         )  # fmt: skip
     yield from sorted(merged.values(), key=lambda row: (-row.source_bytes, row.kind))

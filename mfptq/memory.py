@@ -73,28 +73,31 @@ class MemoryPlan:
     peak: int
 
 
-def worker_bytes(tile_bytes: int) -> int:
-    """Return what one worker holds: a tile, what it becomes, and scratch."""
-    return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER
+def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
+    """Return what one worker holds: a tile, what it becomes, scratch, and an input's statistics in three forms."""
+    return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER + 3 * statistics
 
 
-def plan_memory(budget: int, held: int, workers: int) -> MemoryPlan:
+def plan_memory(budget: int, held: int, workers: int, *, statistics: int = 0) -> MemoryPlan:
     """Return tiles and workers that fit into `budget` bytes when the process already holds `held`.
+
+    `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read, as
+    prepared and as its kernel factors them, and two inputs' are kept besides.
 
     Tiles shrink first, then workers; raises MemoryBudgetError, naming the least that works, when one small tile is too
     much.
     """
-    base = held + RESERVE
-    least = base + worker_bytes(MIN_TILE)
+    base = held + RESERVE + 2 * statistics
+    least = base + worker_bytes(MIN_TILE, statistics)
     if budget < least:
         raise MemoryBudgetError(
             f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
         )
-    count = min(workers, (budget - base) // worker_bytes(MIN_TILE))
+    count = min(workers, (budget - base) // worker_bytes(MIN_TILE, statistics))
     tile = MAX_TILE
-    while tile > MIN_TILE and base + count * worker_bytes(tile) > budget:
+    while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
         tile //= 2
-    return MemoryPlan(count, tile, base + count * worker_bytes(tile))
+    return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))
 
 
 def _megabytes(size: int, *, up: bool = False) -> str:

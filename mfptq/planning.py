@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from .calibration.reading import Calibration
 from .checkpoint import Checkpoint, Shard, stored_tensors
 from .config import QUANTIZATION_CONFIG, Scheme, config_text, ignore_list, index_text, quantization_config
-from .errors import SourceError, UsageError, quote
+from .errors import SourceError, quote
 from .fusion import FusedGroup
-from .header import PREFIX_BYTES, TensorSpec, encode_header
+from .header import PREFIX_BYTES, encode_header
+from .kernels.calibrated import Statistics
 from .layout import Weight, candidates
 from .limits import MAX_HEADER_BYTES
-from .nvfp4 import GROUP_SIZE
-from .rules import Decided, Rules, Selection, select
+from .outputs import output_specs
+from .rules import Decided, Selection, select
 from .scales import AssignedScales, InputScales, assign_input_scales
+from .settings import Settings, unreached
 
 PLAN_FORMAT = 1
-METHODS = ("search", "minmax")
-SCHEMES = ("NVFP4", "NVFP4A16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,11 @@ class InputScale:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeWeight:
-    """A weight and the places of what it becomes, in bytes from the beginning of the output file."""
+    """A weight, its method, and the places of what it becomes, in bytes from the beginning of the output file."""
 
     weight: Weight
     group: str
+    method: str
     packed: int
     scale: int
     global_scale: int
@@ -86,21 +89,6 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What decides the output's bytes, besides the source."""
-
-    rules: Rules = field(default_factory=Rules)
-    method: str = "search"
-    scheme: Scheme | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"method {quote(self.method)} is unknown, expected one of {', '.join(METHODS)}")
-        if self.scheme is not None and self.scheme not in SCHEMES:
-            raise UsageError(f"scheme {quote(self.scheme)} is unknown, expected one of {', '.join(SCHEMES)}")
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that will happen. `digests` names what the output depends on: source, settings and scales."""
 
@@ -108,6 +96,8 @@ class Plan:
     settings: Settings
     scheme: Scheme
     selection: Selection
+    method: str
+    calibration: Calibration | None
     input_scales: AssignedScales | None
     shards: tuple[ShardPlan, ...]
     config_text: str
@@ -135,7 +125,45 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What deserves a second look, one line each."""
-        return self.input_scales.warnings if self.input_scales is not None else ()
+        scales = self.input_scales.warnings if self.input_scales is not None else ()
+        return (*scales, *unreached(self.method, self.methods))
+
+    @property
+    def methods(self) -> Counter[str]:
+        """How many weights each method quantizes."""
+        return Counter(self.method_of(weight) for weight in self._weights.values())
+
+    @property
+    def method_text(self) -> str:
+        """The methods in use, the commonest first."""
+        return ", ".join(name for name, _ in self.methods.most_common())
+
+    def method_of(self, weight: Weight) -> str:
+        """Return what a weight is quantized by: the method asked for, or what the calibration file allows."""
+        return self.method if self.calibration is None else self.calibration.method(weight.module, self.method)
+
+    def statistics(self, step: QuantizeWeight) -> Statistics | None:
+        """Return what the kernels need to know of a weight's input; None where its method needs nothing."""
+        return None if self.calibration is None else self.calibration.statistics(step.weight.module, step.method)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Size of the largest statistics of one input as a kernel takes them, in bytes."""
+        return max(
+            (Statistics.nbytes(self.method_of(weight), weight.columns) for weight in self._weights.values()), default=0
+        )
+
+    def check_unchanged(self, name: str) -> None:
+        """Raise SourceChangedError if a source shard, or the calibration file, is no longer what was planned."""
+        self.checkpoint.source.check_unchanged(name)
+        if self.calibration is not None:
+            self.calibration.check_unchanged()
+
+    def close(self) -> None:
+        """Close the source and the calibration file."""
+        self.checkpoint.source.close()
+        if self.calibration is not None:
+            self.calibration.close()
 
     def members(self, weight: Weight) -> tuple[Weight, ...]:
         """Return the weights fused with `weight`, itself included, wherever they lie."""
@@ -148,7 +176,7 @@ class Plan:
     def job(self, name: str) -> ShardJob:
         """Return the steps of one output shard; built when its turn comes, so that plans of huge models stay small."""
         shard = self.checkpoint.shard(name)
-        head, header = encode_header(_specs(shard, self._fates, with_input=self.input_scales is not None))
+        head, header = encode_header(output_specs(shard, self._fates, with_input=self.input_scales is not None))
         data_start = len(head)
         places = {info.name: data_start + info.start for info in header.tensors}
         copies, weights = [], []
@@ -171,6 +199,7 @@ class Plan:
         return QuantizeWeight(
             weight,
             group,
+            self.method_of(weight),
             places[f"{weight.module}.weight_packed"],
             places[f"{weight.module}.weight_scale"],
             places[f"{weight.module}.weight_global_scale"],
@@ -178,13 +207,19 @@ class Plan:
         )
 
 
-def build_plan(checkpoint: Checkpoint, settings: Settings, scales: InputScales | None = None) -> Plan:
-    """Return the plan of a conversion; reads nothing but what `checkpoint` already holds.
+def build_plan(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    scales: InputScales | None = None,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Return the plan of a conversion; reads no weight, nothing but what `checkpoint` and `calibration` already hold.
 
     Raises SourceError, RuleError, ScaleError for whatever would stop the conversion later.
     """
     _refuse_quantized(checkpoint)
-    scheme = _scheme(settings, scales)
+    scheme = settings.resolve_scheme(with_input=scales is not None)
+    method = settings.resolve_method(calibrated=calibration is not None)
     selection = select(list(candidates(checkpoint.tensors())), settings.rules)
     fates = {item.candidate.tensor.info.name: item for item in selection.tensors}
     kept = [
@@ -193,6 +228,9 @@ def build_plan(checkpoint: Checkpoint, settings: Settings, scales: InputScales |
         if not item.decision.quantize
         for name in (item.candidate.module, *(weight.module for weight in item.candidate.weights))
     ]
+    weights = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
+    if calibration is not None:
+        calibration = calibration.of_model({name: weight.columns for name, weight in weights.items()}, kept)
     assigned = assign_input_scales(scales, selection.groups, kept=kept) if scales is not None else None
     places: dict[str, str] = {}
     shards = tuple(_plan_shard(shard, fates, places, with_input=assigned is not None) for shard in checkpoint.shards)
@@ -203,12 +241,17 @@ def build_plan(checkpoint: Checkpoint, settings: Settings, scales: InputScales |
         settings=settings,
         scheme=scheme,
         selection=selection,
+        method=method,
+        calibration=calibration,
         input_scales=assigned,
         shards=shards,
         config_text=config,
         index_text=index,
-        digests=_digests(checkpoint, settings.method, config, assigned),
-        _weights={w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights},
+        digests={
+            **_digests(checkpoint, method, config, assigned),
+            **({} if calibration is None else {"calibration": calibration.digest}),
+        },
+        _weights=weights,
         _group_of={member: group for group in selection.groups for member in group.members},
         _fates=fates,
     )
@@ -223,34 +266,8 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         raise SourceError(f"the source is already quantized as {quote(method)}: convert the original checkpoint")
 
 
-def _scheme(settings: Settings, scales: InputScales | None) -> Scheme:
-    if settings.scheme == "NVFP4" and scales is None:
-        raise UsageError("scheme NVFP4 (W4A4) needs --input-scales; without them choose NVFP4A16")
-    if settings.scheme == "NVFP4A16" and scales is not None:
-        raise UsageError("scheme NVFP4A16 is weight-only and takes no --input-scales")
-    return settings.scheme or ("NVFP4A16" if scales is None else "NVFP4")
-
-
-def _outputs(item: Decided, *, with_input: bool) -> Iterator[TensorSpec]:
-    """Yield the tensors that a source tensor becomes."""
-    info = item.candidate.tensor.info
-    if not item.decision.quantize:
-        yield TensorSpec(info.name, info.dtype, info.shape)
-        return
-    for weight in item.candidate.weights:
-        yield TensorSpec(f"{weight.module}.weight_packed", "U8", (weight.rows, weight.columns // 2))
-        yield TensorSpec(f"{weight.module}.weight_scale", "F8_E4M3", (weight.rows, weight.columns // GROUP_SIZE))
-        yield TensorSpec(f"{weight.module}.weight_global_scale", "F32", (1,))
-        if with_input:
-            yield TensorSpec(f"{weight.module}.input_global_scale", "F32", (1,))
-
-
-def _specs(shard: Shard, fates: Mapping[str, Decided], *, with_input: bool) -> list[TensorSpec]:
-    return [spec for info in shard.header.tensors for spec in _outputs(fates[info.name], with_input=with_input)]
-
-
 def _plan_shard(shard: Shard, fates: Mapping[str, Decided], places: dict[str, str], *, with_input: bool) -> ShardPlan:
-    specs = _specs(shard, fates, with_input=with_input)
+    specs = output_specs(shard, fates, with_input=with_input)
     for spec in specs:
         if spec.name in places:
             raise SourceError(f"two tensors would be written as {quote(spec.name)}: rename one in the source")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from .strict_json import dump_json
 
 SUSPICIOUS_ERROR = 0.10
 SUSPICIOUS_BLOCK = 0.20
+SUSPICIOUS_CALIBRATED_ERROR = 0.20  # methods that spare the outputs let the weights' own errors grow
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,13 @@ def total_error(kinds: Mapping[str, TileStats]) -> float:
     return _rounded(total.relative_error)
 
 
-def suspicions(reports: Iterable[KindReport]) -> tuple[str, ...]:
-    """Return a warning for each kind whose error no sound weight has."""
+def suspicions(reports: Iterable[KindReport], *, calibrated: bool = False) -> tuple[str, ...]:
+    """Return a warning for each kind whose error no sound weight has; calibrated methods may err more on weights."""
+    error, block = (SUSPICIOUS_CALIBRATED_ERROR, math.inf) if calibrated else (SUSPICIOUS_ERROR, SUSPICIOUS_BLOCK)
     return tuple(
         f"{report.kind}: relative error {report.relative_error:.1%}, worst block {report.worst_block:.1%}: look at these weights"
         for report in reports
-        if report.relative_error > SUSPICIOUS_ERROR or report.worst_block > SUSPICIOUS_BLOCK
+        if report.relative_error > error or report.worst_block > block
     )
 
 
@@ -111,7 +114,9 @@ def report_text(plan: Plan, kinds: Mapping[str, TileStats]) -> str:
         "version": __version__,
         "source": {"repo_id": origin.repo_id, "revision": origin.revision},
         "scheme": plan.scheme,
-        "method": plan.settings.method,
+        "method": plan.method,
+        "methods": dict(sorted(plan.methods.items())),
+        "calibration": plan.calibration.digest if plan.calibration else None,
         "plan": plan.digest,
         "source_bytes": plan.checkpoint.tensor_bytes,
         "output_bytes": plan.tensor_bytes,

@@ -7,12 +7,13 @@ quality need in full precision; every other matrix that the format can hold is q
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import RuleError, UnsupportedTensorError, quote
 from .fusion import FusedGroup, experts_parent, fused_groups
 from .layout import Candidate
+from .likeness import Likeness
 from .nvfp4 import GROUP_SIZE
 from .patterns import REGEX_PREFIX, match_names, unmatched_error
 
@@ -66,6 +67,7 @@ class Rules:
     ignore: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     use_defaults: bool = True
+    like: Likeness | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,9 @@ def select(candidates: Sequence[Candidate], rules: Rules) -> Selection:
     weight that was asked for and cannot be quantized.
     """
     hits = _user_hits(candidates, rules)
+    alike = rules.like.chosen(weight.module for item in candidates for weight in item.weights) if rules.like else None
     defaults = [(rule, _regex(rule.pattern)) for rule in DEFAULT_RULES] if rules.use_defaults else []
-    decided = [Decided(item, _decide(item, hits, defaults)) for item in candidates]
+    decided = [Decided(item, _decide(item, hits, defaults, alike)) for item in candidates]
     decided = _keep_groups_whole(decided)
     quantized = [w.module for item in decided if item.decision.quantize for w in item.candidate.weights]
     if not quantized:
@@ -169,13 +172,22 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern.removeprefix(REGEX_PREFIX))
 
 
-def _decide(item: Candidate, hits: _Hits, defaults: Sequence[tuple[DefaultRule, re.Pattern[str]]]) -> Decision:
+def _decide(
+    item: Candidate,
+    hits: _Hits,
+    defaults: Sequence[tuple[DefaultRule, re.Pattern[str]]],
+    alike: Collection[str] | None,
+) -> Decision:
     if pattern := _user_pattern(item, hits.ignored):
         return Decision(False, "ignored as asked", pattern)
     if obstacle := _obstacle(item):
         return Decision(False, obstacle)
     if pattern := _user_pattern(item, hits.targeted):
         decision = Decision(True, "targeted as asked", pattern)
+    elif alike is not None:
+        if not any(weight.module in alike for weight in item.weights):
+            return Decision(False, "kept in --like, as asked", "--like")
+        decision = Decision(True, "quantized in --like, as asked", "--like")
     else:
         names = [item.module, item.weights[0].module] if item.is_stack else [item.module]
         for rule, regex in defaults:

@@ -40,6 +40,10 @@ class InputScales:
     divisors: Mapping[str, float]
     origin: str
 
+    def is_usable(self, name: str) -> bool:
+        """Return whether a module's divisor is one, and no mark of no calibration."""
+        return _is_calibrated(self.divisors[name])
+
 
 @dataclass(frozen=True, slots=True)
 class AssignedScales:

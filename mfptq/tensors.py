@@ -14,8 +14,8 @@ from .fusion import fused_groups
 from .kernels import Recipe, TileStats, load_kernel
 from .layout import WEIGHT_SUFFIX, Weight
 from .nvfp4 import GROUP_SIZE, dequantize
-from .planning import METHODS
 from .scaling import global_scale as find_global_scale
+from .settings import PLAIN_METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,8 @@ def quantize_nvfp4(weight: Any, *, method: str = "search", global_scale: float |
     for other shapes and dtypes, NonFiniteWeightError for NaN or infinity. Source: compressed-tensors
     `nvfp4-pack-quantized`.
     """
-    if method not in METHODS:
-        raise UsageError(f"method {method!r} is unknown, expected one of {', '.join(METHODS)}")
+    if method not in PLAIN_METHODS:
+        raise UsageError(f"method {method!r} is unknown, expected one of {', '.join(PLAIN_METHODS)}")
     tile = _as_tile(weight)
     amax = _amax(tile)
     scale = global_scale if global_scale is not None else find_global_scale(method, amax, _members([tile]))

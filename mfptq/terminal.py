@@ -71,13 +71,15 @@ def summary(report: Report, *, timings: bool) -> str:
 def plan_values(plan: Plan, max_memory: str, workers: int | None) -> dict[str, Any]:
     """Return a plan as JSON values."""
     cores = workers or os.cpu_count() or 1
-    memory = plan_memory(parse_size(max_memory), INTERPRETER_BYTES + KERNEL_BYTES["numba"], cores)
+    held = INTERPRETER_BYTES + KERNEL_BYTES["numba"]
+    memory = plan_memory(parse_size(max_memory), held, cores, statistics=plan.statistics_bytes)
     kinds = plan_kinds(plan)
     elements = sum(kind.elements for kind in kinds)
     return {
         "source": str(plan.checkpoint.origin),
         "scheme": plan.scheme,
-        "method": plan.settings.method,
+        "method": plan.method,
+        "methods": dict(plan.methods.most_common()),
         "shards": len(plan.shards),
         "source_bytes": plan.checkpoint.tensor_bytes,
         "output_bytes": plan.tensor_bytes,
@@ -96,18 +98,27 @@ def plan_text(values: Mapping[str, Any]) -> str:
     rows += [
         f"{kind['action']:7} {kind['count']:7} {size_text(kind['source_bytes']):>10} "
         f"{size_text(kind['output_bytes']):>10} {kind['bits']:6.2f}  {kind['kind']}: {kind['reason']}"
+        + (f"; {kind['method']}" if kind["method"] else "")
         for kind in values["kinds"]
     ]
     ratio = values["output_bytes"] / max(values["source_bytes"], 1)
     return "\n".join([
         *rows,
         "",
-        f"{values['source']}: {values['scheme']}, method {values['method']}, {values['shards']} shards, "
+        f"{values['source']}: {values['scheme']}, method {_methods_text(values)}, {values['shards']} shards, "
         f"{values['output_tensors']} output tensors",
         f"{size_text(values['source_bytes'])} -> {size_text(values['output_bytes'])} ({ratio:.1%}), "
         f"{values['bits_per_weight']:.2f} bits per weight, peak memory about {size_text(values['peak_memory'])}",
         *(f"warning: {text}" for text in values["warnings"]),
     ])  # fmt: skip
+
+
+def _methods_text(values: Mapping[str, Any]) -> str:
+    """Return the method, with what it comes to where it is not one for all weights."""
+    counts: Mapping[str, int] = values["methods"]
+    if list(counts) == [values["method"]]:
+        return str(values["method"])
+    return f"{values['method']} ({', '.join(f'{name} {count}' for name, count in counts.items())})"
 
 
 def inspection_text(found: Inspection) -> str:

@@ -34,6 +34,8 @@ VERSION_KEY = "mfptq_calibration"
 FORMAT_VERSION = "1"
 AMAX, MOMENT, HESSIAN, TOKENS, ROUTED = "amax", "second_moment", "hessian", "tokens", "routed_tokens"
 
+EXTRACT = "extract"  # the origin of files whose ranges come from another checkpoint: no tokens are known
+
 Level = Literal["amax", "moments", "hessian"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 Float32Array = npt.NDArray[np.float32]
@@ -116,7 +118,7 @@ class Contents:
 
 def write_calibration(path: Path, contents: Contents) -> None:
     """Write a calibration file; it appears under its name whole or not at all, one input in memory at a time."""
-    counted = contents.description.origin != "extract"
+    counted = contents.description.origin != EXTRACT
     level = contents.description.statistics
     specs = [spec for info in contents.inputs for spec in tensor_specs(info, level, counted=counted)]
     specs += [TensorSpec(f"{name}.{ROUTED}", "I64", counts.shape) for name, counts in contents.routed.items()]
@@ -172,6 +174,8 @@ def parse_description(metadata: Mapping[str, str]) -> Description:
     level = metadata.get("statistics")
     if level not in LEVELS:
         raise ScaleError(f"its statistics are {quote(level)}, expected one of {', '.join(LEVELS)}")
+    if level != "amax" and metadata.get("origin") == EXTRACT:
+        raise ScaleError(f"scales taken from elsewhere cannot have statistics {level}, expected amax")
     return Description(
         model=metadata.get("model", ""),
         revision=metadata.get("revision", ""),
@@ -221,10 +225,12 @@ def _input(name: str, entry: Any) -> InputInfo:
 
 def check_tensors(tensors: Mapping[str, TensorInfo], inputs: Iterable[InputInfo], description: Description) -> None:
     """Raise ScaleError unless the file holds exactly the tensors that its metadata promise."""
-    counted = description.origin != "extract"
-    expected = {
-        spec.name: spec for info in inputs for spec in tensor_specs(info, description.statistics, counted=counted)
-    }
+    counted, level = description.origin != EXTRACT, description.statistics
+    expected: dict[str, TensorSpec] = {}
+    for each in inputs:
+        if level != "amax" and each.columns % GROUP_SIZE:
+            raise ScaleError(f"input {quote(each.name)} has {each.columns} columns, not a multiple of {GROUP_SIZE}")
+        expected.update({spec.name: spec for spec in tensor_specs(each, level, counted=counted)})
     for name, spec in expected.items():
         found = tensors.get(name)
         if found is None:

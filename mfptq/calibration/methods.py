@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ScaleError
 from ..kernels.calibrated import Statistics
 from ..nvfp4 import GROUP_SIZE
-from .file import LEVELS, Float32Array, InputStatistics, Level
+from .checks import SLICE_BLOCKS
+from .file import LEVELS, Description, Float32Array, InputStatistics, Level
 
 SHRUNK_BELOW_TOKENS = 4_000
 SHRINKAGE = 0.2
@@ -18,10 +20,11 @@ _NEEDS: Mapping[str, Level] = {"weighted": "moments", "hessian": "hessian", "hes
 _STRONGEST: Mapping[Level, str] = {"amax": "search", "moments": "weighted", "hessian": "hessian+"}
 
 
-def choose_method(level: Level, requested: str, tokens: int | None) -> str:
-    """Return the method for an input of which `level` is known; raises ScaleError if that is less than it needs."""
+def choose_method(description: Description, requested: str) -> str:
+    """Return the method for inputs of which so much is known; raises ScaleError if that is less than it needs."""
+    level = description.statistics
     if requested == "auto":
-        return _STRONGEST[level] if tokens is not None else "search"
+        return _STRONGEST[level]
     needs = _NEEDS.get(requested)
     if needs is not None and LEVELS.index(level) < LEVELS.index(needs):
         raise ScaleError(f"method {requested} needs a calibration file with --statistics {needs}, this one has {level}")
@@ -54,13 +57,19 @@ def local_hessian(blocks: Float32Array, tokens: int) -> Float32Array:
 
     A block that is all zero, of channels that never spoke, counts as the identity.
     """
-    exact = blocks.astype(np.float64)
-    diagonal = np.diagonal(exact, axis1=1, axis2=2)
-    mean = diagonal.mean(axis=1)[:, None, None]
+    kept = 1.0 - (SHRINKAGE if tokens < SHRUNK_BELOW_TOKENS else 0.0)
+    result = np.empty(blocks.shape, np.float32)
+    for start in range(0, len(blocks), SLICE_BLOCKS):
+        part = slice(start, start + SLICE_BLOCKS)
+        result[part] = _shrunk(blocks[part].astype(np.float64), kept)
+    return result
+
+
+def _shrunk(exact: npt.NDArray[np.float64], kept: float) -> npt.NDArray[np.float64]:
+    mean = np.diagonal(exact, axis1=1, axis2=2).mean(axis=1)[:, None, None]
     identity = np.broadcast_to(np.eye(GROUP_SIZE), exact.shape)
     relative = np.divide(exact, mean, out=identity.copy(), where=mean > 0)
-    kept = 1.0 - (SHRINKAGE if tokens < SHRUNK_BELOW_TOKENS else 0.0)
     own = np.diagonal(relative, axis1=1, axis2=2)[:, :, None] * identity
     relative = kept * relative + (1 - kept) * own
-    relative = (relative + relative.transpose(0, 2, 1)) / 2 + 1e-6 * identity
-    return np.asarray(relative, np.float32)
+    result: npt.NDArray[np.float64] = (relative + relative.transpose(0, 2, 1)) / 2 + 1e-6 * identity
+    return result

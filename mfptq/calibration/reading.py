@@ -7,7 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from ..files import FolderSource
 from ..fusion import experts_parent
 from ..header import TensorInfo
 from ..kernels.calibrated import CALIBRATED_METHODS, Statistics
-from ..nvfp4 import GROUP_SIZE, INPUT_SCALE_NUMERATOR
 from ..partial import file_sha256
+from ..scale_names import bridge_names
+from ..scale_values import Meaning
 from ..scales import InputScales
+from .checks import check_routed, check_statistics
 from .file import (
     AMAX,
     HESSIAN,
@@ -39,9 +41,17 @@ from .file import (
 )
 from .methods import choose_method, prepare
 
-PSD_TOLERANCE = 1e-5  # of a block's largest diagonal entry: float32 rounding of 256 entries stays below 4e-6
-KEPT_STATISTICS = 16
+KEPT_STATISTICS = 2  # what workers have in hand besides is theirs
+TIED_HEAD = "lm_head"  # a layer that many models build without storing a weight for it
 SHOWN = 3
+
+
+@dataclass(slots=True)
+class _Recent:
+    """Statistics as a kernel takes them: made once by the first worker that needs them, while the others wait."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    made: Statistics | None = None
 
 
 @dataclass(slots=True)
@@ -56,50 +66,41 @@ class Calibration:
     _shard: Shard
     _places: Mapping[str, TensorInfo]
     _input_of: Mapping[str, InputInfo] = field(default_factory=dict)
-    _recent: OrderedDict[tuple[str, str], Statistics] = field(default_factory=OrderedDict)
+    _recent: OrderedDict[tuple[str, str], _Recent] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def input_amax(self, module: str) -> float | None:
-        """Return the largest magnitude of a module's input; None where the file knows nothing of the module."""
-        info = self._input_of.get(module)
-        return None if info is None else self._number(info, AMAX)
-
-    def tokens(self, module: str) -> int | None:
-        """Return how many tokens a module's statistics are taken over; None where the file does not say."""
-        info = self._input_of.get(module)
-        if info is None or f"{info.name}.{TOKENS}" not in self._places:
-            return None
-        return int(self._array(f"{info.name}.{TOKENS}", "<i8")[0])
-
     def input_scales(self) -> InputScales:
-        """Return `2688 / amax` for every module, in float32; 0, which means "never calibrated", where amax is 0."""
+        """Return `2688 / amax` for every module; 0, which means "never calibrated", where amax is 0."""
         divisors: dict[str, float] = {}
         for info in self.inputs.values():
-            amax = self._number(info, AMAX)
-            divisor = float(np.float32(INPUT_SCALE_NUMERATOR) / np.float32(amax)) if amax else 0.0
+            divisor = Meaning("amax").divisor(info.name, None, self._number(info, AMAX))
             divisors.update(dict.fromkeys(info.modules, divisor if math.isfinite(divisor) else 0.0))
         return InputScales(divisors, str(self.path))
 
-    def check_model(self, weights: Mapping[str, int], kept: Collection[str] = ()) -> None:
-        """Raise ScaleError unless the file is of this model.
+    def of_model(self, weights: Mapping[str, int], kept: Collection[str] = ()) -> Calibration:
+        """Return the same file as a source names its modules; raises ScaleError unless it is of that model.
 
         `weights` gives the columns K of each module to be quantized, `kept` the source's other modules. Routed experts
         may be missing: no text reached them.
         """
-        known = {*weights, *kept}
-        foreign = [module for module in self._input_of if module not in known]
+        written = [module for info in self.inputs.values() for module in info.modules]
+        bridge = bridge_names(written, [*weights, *kept])
+        foreign = [name for name in (*bridge.unknown, *bridge.ambiguous) if name.rpartition(".")[2] != TIED_HEAD]
         if foreign:
             raise self._error(foreign, "belong to no module of the source", "is it of another model?")
+        found = {module: name for module in weights for name in (next(bridge.names(module), None),) if name is not None}
+        input_of = {module: self._input_of[name] for module, name in found.items()}
         wrong = [
-            f"{module} has {columns} columns, its statistics {self._input_of[module].columns}"
-            for module, columns in weights.items()
-            if module in self._input_of and self._input_of[module].columns != columns
+            f"{module} has {weights[module]} columns, its statistics {info.columns}"
+            for module, info in input_of.items()
+            if info.columns != weights[module]
         ]
         if wrong:
             raise self._error(wrong, "do not fit", "is it of another model?")
-        missing = [module for module in weights if module not in self._input_of and experts_parent(module) is None]
+        missing = [module for module in weights if module not in input_of and experts_parent(module) is None]
         if missing:
             raise self._error(missing, "have no statistics", "calibrate these modules too, or keep them with --ignore")
+        return replace(self, _input_of=input_of, _recent=OrderedDict())
 
     def _error(self, names: Collection[str], what: str, advice: str) -> ScaleError:
         first = ", ".join(quote(name) for name in list(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
@@ -111,25 +112,27 @@ class Calibration:
         A module that the file knows nothing of, as an expert that no text reached, is searched without statistics.
         Raises ScaleError where the file does not hold what the method needs.
         """
-        info = self._input_of.get(module)
-        return "search" if info is None else choose_method(self.description.statistics, requested, self.tokens(module))
+        try:
+            method = choose_method(self.description, requested)
+        except ScaleError as error:
+            raise ScaleError(f"calibration {quote(self.path)}: {error}") from None
+        return "search" if method in CALIBRATED_METHODS and module not in self._input_of else method
 
     def statistics(self, module: str, method: str) -> Statistics | None:
-        """Return what the kernels need for a module; None for a method that needs nothing. Recent ones are kept."""
-        info = self._input_of.get(module)
-        if info is None or method not in CALIBRATED_METHODS:
+        """Return what the kernels need for a module; None for a method that needs nothing. The latest are kept."""
+        if method not in CALIBRATED_METHODS:
             return None
+        info = self._input_of[module]
         key = (info.name, method)
         with self._lock:
-            if key in self._recent:
-                self._recent.move_to_end(key)
-                return self._recent[key]
-        found = prepare(self.read(info), method)
-        with self._lock:
-            self._recent[key] = found
+            recent = self._recent.setdefault(key, _Recent())
+            self._recent.move_to_end(key)
             while len(self._recent) > KEPT_STATISTICS:
                 self._recent.popitem(last=False)
-        return found
+        with recent.lock:
+            if recent.made is None:
+                recent.made = prepare(self.read(info), method)
+            return recent.made
 
     def read(self, info: InputInfo) -> InputStatistics:
         """Return everything that the file holds of an input."""
@@ -156,6 +159,10 @@ class Calibration:
         self._source.read_into(self._shard.name, self._shard.header.data_start + info.start, memoryview(data))
         return np.frombuffer(data, dtype).reshape(info.shape)
 
+    def check_unchanged(self) -> None:
+        """Raise SourceChangedError if the file is no longer what it was when it was opened."""
+        self._source.check_unchanged(self._shard.name)
+
     def close(self) -> None:
         """Close the file."""
         self._source.close()
@@ -172,7 +179,7 @@ def load_calibration(path: str | Path) -> Calibration:
         try:
             for info in calibration.inputs.values():
                 check_statistics(info, calibration.read(info))
-            _check_routed(calibration.routed())
+            check_routed(calibration.routed())
         except BaseException:
             calibration.close()
             raise
@@ -197,47 +204,3 @@ def _open(path: Path) -> Calibration:
         raise
     by_module = {module: info for info in inputs.values() for module in info.modules}
     return Calibration(path, description, inputs, digest, source, shard, places, by_module)
-
-
-def check_statistics(info: InputInfo, statistics: InputStatistics) -> None:
-    """Raise ScaleError for values that no calibration pass can produce."""
-    name = quote(info.name)
-    if not (math.isfinite(statistics.amax) and statistics.amax >= 0):
-        raise ScaleError(f"amax of {name} is {statistics.amax:g}, expected a finite number that is not negative")
-    if statistics.tokens is not None and statistics.tokens < 1:
-        raise ScaleError(f"{name} has {statistics.tokens} tokens, expected at least one")
-    moment = statistics.second_moment
-    if moment is not None and not (np.isfinite(moment).all() and (moment >= 0).all()):
-        bad = int(np.flatnonzero(~(np.isfinite(moment) & (moment >= 0)))[0])
-        raise ScaleError(f"second_moment of {name} is {moment[bad]:g} at {bad}, expected a finite number, not negative")
-    if statistics.hessian is not None:
-        _check_hessian(name, statistics)
-
-
-def _check_hessian(name: str, statistics: InputStatistics) -> None:
-    assert statistics.hessian is not None
-    assert statistics.second_moment is not None
-    blocks = statistics.hessian.astype(np.float64)
-    if not np.isfinite(blocks).all():
-        raise ScaleError(f"hessian of {name} is not finite")
-    diagonal = np.diagonal(blocks, axis1=1, axis2=2)
-    slack = PSD_TOLERANCE * np.abs(diagonal).max(axis=1)
-    if (np.abs(blocks - blocks.transpose(0, 2, 1)).max(axis=(1, 2)) > slack).any():
-        raise ScaleError(f"hessian of {name} is not symmetric")
-    if (np.abs(diagonal - statistics.second_moment.reshape(-1, GROUP_SIZE)).max(axis=1) > slack).any():
-        raise ScaleError(f"hessian of {name} has another diagonal than its second_moment")
-    jitter = (slack + 1e-300)[:, None, None] * np.eye(GROUP_SIZE)
-    try:
-        np.linalg.cholesky(blocks + jitter)
-    except np.linalg.LinAlgError:
-        lowest = np.linalg.eigvalsh(blocks)[:, 0]
-        bad = int(np.argmin(lowest / np.maximum(slack, 1e-300)))
-        if lowest[bad] < -slack[bad]:
-            problem = f"block {bad} has eigenvalue {lowest[bad]:.3g}"
-            raise ScaleError(f"hessian of {name} is not positive semi-definite: {problem}") from None
-
-
-def _check_routed(routed: Mapping[str, Int64Array]) -> None:
-    for name, counts in routed.items():
-        if (counts < 0).any():
-            raise ScaleError(f"{ROUTED} of {quote(name)} is negative")

@@ -27,6 +27,7 @@ CALIBRATED_METHODS = ("weighted", "hessian", "hessian+")
 CALIBRATED_OFFSETS = (*SEARCH_OFFSETS, -3, 8, -4, 9)
 SWEEPS = 8
 Float32Array = npt.NDArray[np.float32]
+_LOWER = 2 * np.tri(GROUP_SIZE, k=-1, dtype=np.float32) + np.eye(GROUP_SIZE, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ class Statistics:
     """What a kernel needs of a weight's input: float32 weights `[K]`, or local Hessians `[K/16, 16, 16]`."""
 
     values: Float32Array
+
+    @staticmethod
+    def nbytes(method: str, columns: int) -> int:
+        """Return the size of the statistics of so many columns, in bytes; 0 for a method that needs none."""
+        return 0 if method not in CALIBRATED_METHODS else 4 * columns * (1 if method == "weighted" else GROUP_SIZE)
 
     def part(self, start: int, columns: int) -> Statistics:
         """Return those of `columns` columns from `start`, both multiples of 16: for a tile of part of a row."""
@@ -54,8 +60,7 @@ class CalibratedKernel(Protocol):
 
 def lower_factors(hessian: Float32Array) -> Float32Array:
     """Return the Hessians as the error sums them: the lower triangle, off-diagonal entries doubled."""
-    lower = np.tril(hessian, -1) * np.float32(2)
-    return np.ascontiguousarray(lower + hessian * np.eye(GROUP_SIZE, dtype=np.float32))
+    return np.ascontiguousarray(hessian * _LOWER)
 
 
 def load_calibrated_kernel(device: str = "cpu") -> CalibratedKernel:

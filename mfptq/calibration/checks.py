@@ -1,0 +1,68 @@
+"""What a calibration pass cannot have produced: values that no statistics of any input are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..errors import ScaleError, quote
+from ..nvfp4 import GROUP_SIZE
+from .file import ROUTED, Float32Array, InputInfo, InputStatistics, Int64Array
+
+PSD_TOLERANCE = 1e-5  # of a block's largest diagonal entry: float32 rounding of 256 entries stays below 4e-6
+MEAN_TOLERANCE = 1e-3
+SLICE_BLOCKS = 64  # float64 copies of this many blocks are 128 KiB each
+
+
+def check_statistics(info: InputInfo, statistics: InputStatistics) -> None:
+    """Raise ScaleError for values that no calibration pass can produce."""
+    name = quote(info.name)
+    if not (math.isfinite(statistics.amax) and statistics.amax >= 0):
+        raise ScaleError(f"amax of {name} is {statistics.amax:g}, expected a finite number that is not negative")
+    if statistics.tokens is not None and statistics.tokens < 1:
+        raise ScaleError(f"{name} has {statistics.tokens} tokens, expected at least one")
+    moment = statistics.second_moment
+    if moment is None:
+        return
+    sound = np.isfinite(moment) & (moment >= 0)
+    if not sound.all():
+        bad = int(np.flatnonzero(~sound)[0])
+        raise ScaleError(f"second_moment of {name} is {moment[bad]:g} at {bad}, expected a finite number, not negative")
+    if float(moment.max()) > statistics.amax**2 * (1 + MEAN_TOLERANCE):
+        raise ScaleError(
+            f"second_moment of {name} reaches {moment.max():g}, more than the square of its amax {statistics.amax:g}"
+        )
+    if statistics.hessian is not None:
+        for start in range(0, len(statistics.hessian), SLICE_BLOCKS):
+            part = slice(start, start + SLICE_BLOCKS)
+            _check_hessian(name, start, statistics.hessian[part], moment.reshape(-1, GROUP_SIZE)[part])
+
+
+def _check_hessian(name: str, start: int, hessian: Float32Array, moment: Float32Array) -> None:
+    blocks = hessian.astype(np.float64)
+    if not np.isfinite(blocks).all():
+        raise ScaleError(f"hessian of {name} is not finite")
+    diagonal = np.diagonal(blocks, axis1=1, axis2=2)
+    slack = PSD_TOLERANCE * np.abs(diagonal).max(axis=1)
+    if (np.abs(blocks - blocks.transpose(0, 2, 1)).max(axis=(1, 2)) > slack).any():
+        raise ScaleError(f"hessian of {name} is not symmetric")
+    if (np.abs(diagonal - moment).max(axis=1) > slack).any():
+        raise ScaleError(f"hessian of {name} has another diagonal than its second_moment")
+    jitter = (slack + 1e-300)[:, None, None] * np.eye(GROUP_SIZE)
+    try:
+        np.linalg.cholesky(blocks + jitter)
+    except np.linalg.LinAlgError:
+        lowest = np.linalg.eigvalsh(blocks)[:, 0]
+        bad = int(np.argmin(lowest / np.maximum(slack, 1e-300)))
+        if lowest[bad] < -slack[bad]:
+            problem = f"block {start + bad} has eigenvalue {lowest[bad]:.3g}"
+            raise ScaleError(f"hessian of {name} is not positive semi-definite: {problem}") from None
+
+
+def check_routed(routed: Mapping[str, Int64Array]) -> None:
+    """Raise ScaleError for counts of routed tokens that are negative."""
+    for name, counts in routed.items():
+        if (counts < 0).any():
+            raise ScaleError(f"{ROUTED} of {quote(name)} is negative")

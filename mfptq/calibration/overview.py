@@ -1,0 +1,109 @@
+"""What a calibration file holds, for people: how much text reached each input, and which inputs stand out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .file import InputInfo
+from .reading import Calibration
+
+SHOWN = 10
+FEW_TOKENS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class InputOverview:
+    """One input: `ratio` is amax over the root of the mean square; both None where only the range is known."""
+
+    name: str
+    columns: int
+    modules: int
+    tokens: int | None
+    amax: float
+    ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsOverview:
+    """A layer's experts: how many of them its router gave no token, how many fewer than 100, and the least and most."""
+
+    name: str
+    experts: int
+    without: int
+    few: int
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A file's description, its inputs with the largest ratio first, and its experts with the least tokens first."""
+
+    description: dict[str, Any]
+    columns: int
+    modules: int
+    inputs: tuple[InputOverview, ...]
+    experts: tuple[ExpertsOverview, ...]
+
+
+def overview(calibration: Calibration) -> Overview:
+    """Return what a calibration file holds; reads it input by input."""
+    inputs = [_input(calibration, info) for info in calibration.inputs.values()]
+    experts = [_experts(name, [int(count) for count in counts]) for name, counts in calibration.routed().items()]
+    return Overview(
+        asdict(calibration.description),
+        sum(each.columns for each in inputs),
+        sum(each.modules for each in inputs),
+        tuple(sorted(inputs, key=lambda each: (-(each.ratio or 0.0), -each.amax, each.name))),
+        tuple(sorted(experts, key=lambda each: (each.least, -each.few, each.name))),
+    )
+
+
+def _input(calibration: Calibration, info: InputInfo) -> InputOverview:
+    found = calibration.read(info)
+    ratio = None
+    if found.second_moment is not None:
+        rms = float(np.sqrt(found.second_moment.mean(dtype=np.float64)))
+        ratio = found.amax / rms if rms else 0.0
+    return InputOverview(info.name, info.columns, len(info.modules), found.tokens, found.amax, ratio)
+
+
+def _experts(name: str, counts: list[int]) -> ExpertsOverview:
+    few = sum(count < FEW_TOKENS for count in counts)
+    return ExpertsOverview(name, len(counts), counts.count(0), few, min(counts, default=0), max(counts, default=0))
+
+
+def overview_text(found: Overview) -> str:
+    """Return the overview as text: what was run, coverage, outliers, experts with little text."""
+    about = found.description
+    source = f"{about['model']!a}" + (f" at {about['revision']!a}" if about["revision"] else "")
+    lines = [
+        f"{source}: statistics {about['statistics']} of {len(found.inputs)} inputs, {found.modules} modules",
+        _coverage(found),
+        f"the {min(SHOWN, len(found.inputs))} inputs with the largest outliers: amax, and its ratio to the root mean square",
+        *(_input_row(each) for each in found.inputs[:SHOWN]),
+    ]
+    thin = [each for each in found.experts if each.few]
+    if found.experts:
+        total, few = sum(each.experts for each in found.experts), sum(each.few for each in thin)
+        without = sum(each.without for each in thin)
+        lines.append(f"{total} routed experts: {without} were given no token, {few} fewer than {FEW_TOKENS}")
+    lines += [f"  {each.least:9} to {each.most} tokens, {each.few} experts few  {each.name!a}" for each in thin[:SHOWN]]
+    return "\n".join(lines)
+
+
+def _coverage(found: Overview) -> str:
+    about = found.description
+    tokens = sorted(each.tokens for each in found.inputs if each.tokens is not None)
+    if not tokens:
+        return "ranges only, taken from another checkpoint: no text of ours"
+    samples = f"{about['samples']} of {about['requested']} samples of up to {about['max_seq_length']} tokens"
+    return f"{samples}; tokens of each input: {tokens[0]} to {tokens[-1]}, median {tokens[len(tokens) // 2]}"
+
+
+def _input_row(each: InputOverview) -> str:
+    ratio = "" if each.ratio is None else f"{each.ratio:9.1f} x"
+    return f"  {each.amax:12.4g} {ratio:>11}  {each.name!a}"

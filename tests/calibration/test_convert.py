@@ -1,0 +1,262 @@
+"""Converting with a calibration file: its scales, its methods, the same bytes however the work is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.quantization.utils import generate_gparam
+
+import mfptq
+from mfptq.calibration.reading import load_calibration
+from mfptq.conversion import Resources, prepare
+from mfptq.errors import MemoryBudgetError, PlanMismatchError, ScaleError, SourceChangedError, UsageError
+from mfptq.kernels import Recipe
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, load_calibrated_kernel
+from mfptq.memory import plan_memory
+
+from ..conftest import command, digests
+from .files import calibrate, described, layers_of, stored
+
+MERGED = "abcd" * 16
+
+
+@pytest.fixture
+def path(source: Path, tmp_path: Path) -> Path:
+    return calibrate(source, tmp_path / "demo.calibration.safetensors")
+
+
+def shards(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in digests(folder).items() if name.endswith(".safetensors")}
+
+
+def test_input_scales_are_those_that_compressed_tensors_computes_from_amax(source, path, tmp_path):
+    report = mfptq.convert(source, tmp_path / "out", calibration=path)
+    assert report.scheme == "NVFP4"
+    found, calibration = stored(tmp_path / "out"), load_calibration(path)
+    for info in calibration.inputs.values():
+        amax = calibration.read(info).amax
+        expected = generate_gparam(torch.tensor([-amax / 2]), torch.tensor([amax])).item()
+        for module in info.modules:
+            assert found[f"{module}.input_global_scale"].item() == expected
+    calibration.close()
+    assert mfptq.verify(tmp_path / "out", source).ok
+
+
+@pytest.mark.parametrize("method", CALIBRATED_METHODS)
+def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(method, source, path, tmp_path):
+    report = mfptq.convert(source, tmp_path / "out", calibration=path, method=method)
+    assert report.method == method
+    before, after, calibration = stored(source), stored(tmp_path / "out"), load_calibration(path)
+    kernel = load_calibrated_kernel()
+    for columns, members in layers_of(source).values():
+        for module in members:
+            weight = before[f"{module}.weight"].view(torch.uint16).numpy()
+            recipe = Recipe(method, after[f"{module}.weight_global_scale"].item())
+            packed = np.empty((len(weight), columns // 2), np.uint8)
+            scales = np.empty((len(weight), columns // 16), np.uint8)
+            kernel.quantize(weight, recipe, calibration.statistics(module, method), packed=packed, scales=scales)
+            assert np.array_equal(packed, after[f"{module}.weight_packed"].numpy())
+            assert np.array_equal(scales, after[f"{module}.weight_scale"].view(torch.uint8).numpy())
+    calibration.close()
+
+
+def test_the_methods_differ_and_the_global_scale_does_not(source, path, tmp_path):
+    seen = {}
+    for method in ("search", *CALIBRATED_METHODS):
+        mfptq.convert(source, tmp_path / method, calibration=path, method=method)
+        seen[method] = stored(tmp_path / method)
+    module = next(iter(layers_of(source).values()))[1][0]
+    assert len({seen[method][f"{module}.weight_packed"].numpy().tobytes() for method in seen}) == 4
+    assert len({seen[method][f"{module}.weight_global_scale"].item() for method in seen}) == 1
+
+
+@pytest.mark.parametrize("tile", [64, 512, 4096])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bytes_do_not_depend_on_tiles_or_workers(tile, workers, source, path, tmp_path, monkeypatch):
+    """Tiles of 64 bytes are halves of a row: each part must meet the statistics of its own columns."""
+    mfptq.convert(source, tmp_path / "whole", calibration=path)
+    monkeypatch.setattr("mfptq.memory.MAX_TILE", tile)
+    monkeypatch.setattr("mfptq.memory.MIN_TILE", tile)
+    mfptq.convert(source, tmp_path / "cut", calibration=path, workers=workers)
+    assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+
+
+def test_torch_writes_the_same_bytes(source, path, tmp_path, monkeypatch):
+    mfptq.convert(source, tmp_path / "numba", calibration=path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    assert mfptq.convert(source, tmp_path / "torch", calibration=path).kernel.startswith("torch")
+    assert shards(tmp_path / "torch") == shards(tmp_path / "numba")
+
+
+def test_weight_only_takes_the_statistics_and_leaves_the_scales(source, path, tmp_path):
+    report = mfptq.convert(source, tmp_path / "weights", calibration=path, scheme="NVFP4A16")
+    mfptq.convert(source, tmp_path / "both", calibration=path)
+    assert (report.scheme, report.method) == ("NVFP4A16", "hessian+")
+    weights, both = stored(tmp_path / "weights"), stored(tmp_path / "both")
+    assert {name for name in both if name not in weights} == {n for n in both if n.endswith("input_global_scale")}
+    assert all(torch.equal(weights[name].view(torch.uint8), both[name].view(torch.uint8)) for name in weights)
+
+
+@pytest.mark.parametrize(("level", "method"), [("amax", "search"), ("moments", "weighted"), ("hessian", "hessian+")])
+def test_auto_is_the_strongest_that_the_file_allows(level, method, source, tmp_path):
+    path = calibrate(source, tmp_path / "a.calibration.safetensors", described(level))
+    for asked in (None, "auto"):
+        assert mfptq.plan(source, calibration=path, method=asked).methods.keys() == {method}
+
+
+@pytest.mark.parametrize(("level", "method"), [("amax", "weighted"), ("amax", "hessian"), ("moments", "hessian+")])
+def test_a_method_that_needs_more_than_the_file_holds_is_refused(level, method, source, tmp_path):
+    path = calibrate(source, tmp_path / "a.calibration.safetensors", described(level))
+    with pytest.raises(ScaleError, match=f"method {method.replace('+', '.')} needs a calibration file with"):
+        mfptq.convert(source, tmp_path / "out", calibration=path, method=method)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_and_files_that_do_not_go_together_are_refused(source, path, tmp_path):
+    with pytest.raises(UsageError, match="method weighted needs --calibration"):
+        mfptq.convert(source, tmp_path / "out", method="weighted")
+    with pytest.raises(UsageError, match="--calibration and --input-scales both tell the input scales"):
+        mfptq.convert(source, tmp_path / "out", calibration=path, input_scales=source)
+    assert mfptq.plan(source).methods.keys() == mfptq.plan(source, method="auto").methods.keys() == {"search"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_no_text_reached_are_searched_and_counted(moe_source, tmp_path):
+    path = calibrate(moe_source, tmp_path / "a.safetensors", without=lambda name: ".experts.2." in name)
+    report = mfptq.convert(moe_source, tmp_path / "out", calibration=path, method="hessian")
+    mfptq.convert(moe_source, tmp_path / "search", calibration=path, method="search")
+    found, searched = stored(tmp_path / "out"), stored(tmp_path / "search")
+    lost = [name for name in found if ".experts.2." in name and name.endswith("weight_packed")]
+    assert len(lost) == 12
+    assert f"12 of {report.quantized} weights, of experts that no text reached" in report.warnings[-1]
+    assert all(torch.equal(found[name], searched[name]) for name in lost)
+    others = [name for name in found if ".experts.1." in name and name.endswith("weight_packed")]
+    assert not any(torch.equal(found[name], searched[name]) for name in others)
+    for projection in ("down_proj", "up_proj"):  # their input scales are filled, as from any other source
+        scales = [
+            found[f"model.language_model.layers.0.mlp.experts.{e}.{projection}.input_global_scale"] for e in range(4)
+        ]
+        assert scales[2] == min(scales[:2] + scales[3:])
+
+
+def test_a_resumed_run_refuses_another_file(source, path, tmp_path):
+    class Stop(BaseException):
+        pass
+
+    def stop(event: mfptq.Progress) -> None:
+        if event.finished:
+            raise Stop
+
+    other = calibrate(source, tmp_path / "b.safetensors", described(dataset=MERGED))
+    assert path.read_bytes() != other.read_bytes()
+    with pytest.raises(Stop):
+        mfptq.convert(source, tmp_path / "out", calibration=path, progress=stop)
+    before = digests(tmp_path / "out")
+    with pytest.raises(PlanMismatchError, match="unfinished conversion with other calibration"):
+        mfptq.convert(source, tmp_path / "out", calibration=other)
+    with pytest.raises(PlanMismatchError, match="unfinished conversion with other settings"):
+        mfptq.convert(source, tmp_path / "out")
+    assert digests(tmp_path / "out") == before
+    report = mfptq.convert(source, tmp_path / "out", calibration=path)
+    assert report.resumed_shards >= 1
+    mfptq.convert(source, tmp_path / "whole", calibration=path)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
+def test_a_file_that_changes_during_the_run_is_noticed(source, path, tmp_path):
+    def touch(event: mfptq.Progress) -> None:
+        if event.source_bytes:
+            os.utime(path, ns=(1, 1))
+
+    with pytest.raises(SourceChangedError, match="changed while it was being converted"):
+        mfptq.convert(source, tmp_path / "out", calibration=path, progress=touch)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_report_names_the_file_and_the_methods(source, path, tmp_path):
+    mfptq.convert(source, tmp_path / "out", calibration=path)
+    report = json.loads((tmp_path / "out" / "mfptq_report.json").read_text())
+    calibration = load_calibration(path)
+    assert report["calibration"] == calibration.digest
+    assert report["methods"] == {"hessian+": sum(len(members) for _, members in layers_of(source).values())}
+    calibration.close()
+    assert "(`hessian+`)" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_plan_shows_the_method_of_each_kind(moe_source, tmp_path):
+    path = calibrate(moe_source, tmp_path / "a.safetensors", without=lambda name: ".experts.2." in name)
+    shown = json.loads(command("plan", moe_source, "--calibration", path, "--json").stdout)
+    methods = {kind["kind"]: kind["method"] for kind in shown["kinds"] if kind["action"] == "NVFP4"}
+    assert methods["model.language_model.layers.*.self_attn.o_proj.weight"] == "hessian+"
+    assert methods["model.language_model.layers.*.mlp.experts.down_proj"] == "hessian+, search"
+    assert {kind["method"] for kind in shown["kinds"] if kind["action"] == "keep"} == {""}
+    assert shown["methods"]["search"] == 12
+    text = command("plan", moe_source, "--calibration", path).stdout
+    assert "linear weight; hessian+" in text
+    assert f"method auto (hessian+ {shown['methods']['hessian+']}, search 12)" in text
+    assert "warning: 12 of" in text
+
+
+# Memory
+
+
+def test_statistics_are_part_of_the_memory_plan(source, path):
+    plan = mfptq.plan(source, calibration=path)
+    assert plan.statistics_bytes == 64 * 64  # K * 16 float32
+    assert mfptq.plan(source, calibration=path, method="weighted").statistics_bytes == 64 * 4
+    assert mfptq.plan(source, calibration=path, method="search").statistics_bytes == 0
+    plan.close()
+    budget = 10**9
+    without, large = plan_memory(budget, 10**8, 8), plan_memory(budget, 10**8, 8, statistics=50 * 10**6)
+    assert without.workers == 8
+    assert large.workers < 8
+    assert large.peak <= budget
+    with pytest.raises(MemoryBudgetError):
+        plan_memory(2 * 10**8, 10**8, 8, statistics=50 * 10**6)
+
+
+_WIDE = """
+import sys, pathlib, numpy as np, mfptq
+from mfptq.header import TensorSpec, encode_header
+from tests.calibration.files import described, InputInfo, write_file, InputStatistics
+rows, columns = 16, 2**16
+folder = pathlib.Path(sys.argv[1]) / "wide"
+folder.mkdir()
+head, header = encode_header([TensorSpec(f"layers.{n}.down_proj.weight", "BF16", (rows, columns)) for n in range(3)])
+values = np.random.default_rng(0).integers(15000, 16000, (rows, columns), np.uint16)
+(folder / "model.safetensors").write_bytes(head + values.tobytes() * 3)
+(folder / "config.json").write_text("{}")
+block = np.eye(16, dtype=np.float32) + 0.5
+found = InputStatistics(4.0, 500, np.full(columns, 1.5, np.float32), np.broadcast_to(block, (columns // 16, 16, 16)))
+inputs = {InputInfo(f"{n}", columns, (f"layers.{n}.down_proj",)): found for n in range(3)}
+write_file(folder.parent / "wide.calibration.safetensors", inputs)
+"""
+
+
+def test_a_run_with_wide_inputs_keeps_its_ceiling(tmp_path):
+    """Hessians of 4 MB for each input, which a worker holds in three forms, beside tiles of at most 4 MB."""
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-c", _WIDE, str(tmp_path)], check=True, timeout=60)
+    options = ("--calibration", tmp_path / "wide.calibration.safetensors", "--max-workers", 4, "--json")
+    refused = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", "150MB")
+    assert refused.returncode == 8
+    least = int(refused.stderr.rpartition("here is ")[2].split()[0])
+    done = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", f"{least}MB")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["method"] == "hessian+"
+    assert report["peak_memory"] <= least * 10**6
+
+
+def test_memory_that_would_not_do_is_refused_at_once(source, path):
+    plan = mfptq.plan(source, calibration=path)
+    with pytest.raises(MemoryBudgetError):
+        prepare(plan, Resources(max_memory="1MB"))
+    plan.close()
