@@ -147,7 +147,9 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     kernel = load_kernel(resources.device)
     calibrated = load_calibrated_kernel(resources.device) if statistics else None
     kernel.amax(np.zeros((1, GROUP_SIZE), np.float32))  # a kernel's first call brings 60 MB, which the plan must count
-    return Run(plan, kernel, calibrated, plan_memory(budget, resident_bytes(), workers, statistics=statistics))
+    held_now = resident_bytes()
+    memory = plan_memory(budget, held_now, workers, statistics=statistics, largest_tile=kernel.tile_bytes)
+    return Run(plan, kernel, calibrated, memory)
 
 
 def _cores() -> int:

@@ -21,7 +21,7 @@ from .kernels import Recipe, TileStats
 from .kernels.calibrated import Statistics
 from .layout import Weight, numbers_removed
 from .nvfp4 import GROUP_SIZE
-from .partial import PartialFile
+from .partial import PartialFile, Piece
 from .planning import CopyTensor, Plan, QuantizeWeight, ShardJob
 from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
 from .tiles import GroupStep, Tile, bundles, group_steps, tiles, whole_tile
@@ -164,7 +164,7 @@ class Execution:
     def _quantize_group(self, shard: OpenShard, step: GroupStep, scale: float) -> None:
         work = []
         for weight in step.weights:
-            _write_scalars(shard.file, weight, scale)
+            shard.file.write_pieces(_scalars(weight, scale))
             work += [partial(self._quantize_tile, shard, (weight, tile), scale) for tile in self._tiles(weight)]
         shard.expect(len(work))
         self._workers.add(work)
@@ -177,37 +177,40 @@ class Execution:
         step, tile = work
         [data] = buffers.read(self._source, [tile])
         quantized = buffers.quantize(data, Recipe(step.method, scale), self._statistics(step, tile))
-        self._write_tile(shard, work, quantized, buffers)
+        with buffers.timed("write"):
+            for piece in _places(work, quantized):
+                shard.file.write(piece.data, piece.offset)
+        shard.note(step.weight.module, quantized.stats)
+        self._progress(Progress(tile.nbytes))
         self._settle(shard)
 
     def _convert_bundle(self, shard: OpenShard, bundle: Sequence[GroupStep], buffers: Buffers) -> None:
-        """Quantize small groups whole, from a single reading."""
-        steps = [weight for group in bundle for weight in group.weights]
+        """Convert whole groups that fit into the buffer together: read once, written in as few runs as they lie in."""
+        steps = [step for group in bundle for step in group.weights]
         parts = [whole_tile(step.weight) for step in steps]
-        data = dict(zip([step.weight.module for step in steps], buffers.read(self._source, parts), strict=True))
-        places = {step.weight.module: part for step, part in zip(steps, parts, strict=True)}
+        works = dict(zip([step.weight.module for step in steps], zip(steps, parts, strict=True), strict=True))
+        data = dict(zip(works, buffers.read(self._source, parts), strict=True))
+        pieces: list[Piece] = []
+        start = 0
         for group in bundle:
             modules = [step.weight.module for step in group.weights]
-            amax = max(buffers.amax(data[module], places[module]) for module in modules)
+            amax = max(buffers.amax(data[module], works[module][1]) for module in modules)
             scale = global_scale(self._plan.method, amax, self._members(group))
-            for step, module in zip(group.weights, modules, strict=True):
-                _write_scalars(shard.file, step, scale)
-                place = places[module]
-                quantized = buffers.quantize(data[module], Recipe(step.method, scale), self._statistics(step, place))
-                self._write_tile(shard, (step, place), quantized, buffers)
+            for module in modules:
+                step, tile = works[module]
+                recipe = Recipe(step.method, scale)
+                quantized = buffers.quantize(data[module], recipe, self._statistics(step, tile), start=start)
+                pieces += [*_scalars(step, scale), *_places(works[module], quantized)]
+                shard.note(module, quantized.stats)
+                start += tile.size
+        with buffers.timed("write"):
+            shard.file.write_pieces(pieces)
+        self._progress(Progress(sum(tile.nbytes for tile in parts)))
         self._settle(shard)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> Statistics | None:
         found = self._plan.statistics(step)
         return None if found is None else found.part(tile.start % step.weight.columns, tile.columns)
-
-    def _write_tile(self, shard: OpenShard, work: WeightTile, quantized: Quantized, buffers: Buffers) -> None:
-        step, tile = work
-        with buffers.timed("write"):
-            shard.file.write(quantized.packed.data, step.packed + tile.start // 2)
-            shard.file.write(quantized.scales.data, step.scale + tile.start // GROUP_SIZE)
-        shard.note(step.weight.module, quantized.stats)
-        self._progress(Progress(tile.nbytes))
 
     def _copy(self, shard: OpenShard, piece: CopyTensor, buffers: Buffers) -> None:
         with buffers.timed("copy"), self._source.descriptor(shard.job.name) as fd:
@@ -241,7 +244,18 @@ class Execution:
         self._progress(Progress(finished=name))
 
 
-def _write_scalars(file: PartialFile, step: QuantizeWeight, scale: float) -> None:
-    file.write(scalar(scale), step.global_scale)
+def _places(work: WeightTile, quantized: Quantized) -> tuple[Piece, Piece]:
+    """Return where a quantized tile belongs in the output file."""
+    step, tile = work
+    return (
+        Piece(step.packed + tile.start // 2, quantized.packed.reshape(-1).data),
+        Piece(step.scale + tile.start // GROUP_SIZE, quantized.scales.reshape(-1).data),
+    )
+
+
+def _scalars(step: QuantizeWeight, scale: float) -> list[Piece]:
+    """Return a weight's scalars and where they belong."""
+    pieces = [Piece(step.global_scale, scalar(scale))]
     if step.input_scale is not None:
-        file.write(scalar(step.input_scale.divisor), step.input_scale.offset)
+        pieces.append(Piece(step.input_scale.offset, scalar(step.input_scale.divisor)))
+    return pieces

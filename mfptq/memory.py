@@ -78,7 +78,9 @@ def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
     return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER + 3 * statistics
 
 
-def plan_memory(budget: int, held: int, workers: int, *, statistics: int = 0) -> MemoryPlan:
+def plan_memory(
+    budget: int, held: int, workers: int, *, statistics: int = 0, largest_tile: int = MAX_TILE
+) -> MemoryPlan:
     """Return tiles and workers that fit into `budget` bytes when the process already holds `held`.
 
     `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read, as
@@ -94,7 +96,7 @@ def plan_memory(budget: int, held: int, workers: int, *, statistics: int = 0) ->
             f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
         )
     count = min(workers, (budget - base) // worker_bytes(MIN_TILE, statistics))
-    tile = MAX_TILE
+    tile = largest_tile
     while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
         tile //= 2
     return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))

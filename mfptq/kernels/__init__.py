@@ -56,14 +56,15 @@ class TileStats:
     @classmethod
     def from_array(cls, weights: int, values: npt.NDArray[np.float64]) -> TileStats:
         """Return statistics from a kernel's seven numbers, in the order of the fields after `weights`."""
-        error, weight, rounding, worst = (float(value) for value in values[:4])
-        return cls(weights, error, weight, rounding, worst, *(int(value) for value in values[4:]))
+        error, weight, rounding, worst, zeroed, saturated, zero = values.tolist()
+        return cls(weights, error, weight, rounding, worst, int(zeroed), int(saturated), int(zero))
 
 
 class Kernel(Protocol):
     """What quantizes tiles: `[R, K]` C-contiguous, K a multiple of 16; uint16 means raw bfloat16 bits."""
 
     name: str
+    tile_bytes: int  # what it takes at once with the least overhead
 
     def allocate(self, size: int) -> ByteArray:
         """Return `size` bytes of memory that the kernel reads tiles from best."""

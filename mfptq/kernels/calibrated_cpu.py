@@ -260,7 +260,7 @@ class CalibratedNumbaKernel:
         self, tile: Tile, recipe: Recipe, statistics: Statistics, *, packed: ByteArray, scales: ByteArray
     ) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-        kind = KINDS[tile.dtype.name]
+        kind = KINDS[tile.dtype.char]
         source = tile.reshape(-1).view(np.uint32 if tile.dtype.itemsize == 4 else np.uint16)
         stats = np.zeros(STATISTICS)
         out = (packed.reshape(-1).view(np.uint32), scales.reshape(-1), stats)

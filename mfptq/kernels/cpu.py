@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
 from ..nvfp4 import E4M3_MAX, GROUP_SIZE, INPUT_SCALE_NUMERATOR, SEARCH_OFFSETS, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
-from .lanes import LANES, find_largest, load, measure, store, tally
+from .lanes import LANES, find_largest, load, measure, store, summarize, tally
 from .pieces import (
     BF16,
     KINDS,
@@ -29,8 +28,6 @@ from .pieces import (
     scale_value,
 )
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int32]
 _ONE, _SIX, _ZERO = np.float32(1), np.float32(6), np.float32(0)
 _E4M3_MAX, _TWO_23 = np.float32(E4M3_MAX), np.float32(2.0**23)
 # Rows of the workspace of floats, after the 16 of magnitudes.
@@ -123,7 +120,8 @@ def _pack_half(values, inverses, words):  # type: ignore[no-untyped-def]
 @jit
 def _search(source, kind, global_scale, exact, out):  # type: ignore[no-untyped-def]
     """Quantize blocks of raw bits, seen as uint32; `exact`: the global scale is a power of two."""
-    packed, scales, totals, counts = out
+    packed, scales, stats = out
+    totals, counts = np.zeros(4 * LANES), np.zeros(3 * LANES, np.int32)
     raw, floats = np.empty(GROUP_SIZE * LANES, np.uint32), np.empty(ROWS * LANES, np.float32)
     signs, words = np.empty(2 * LANES, np.uint32), np.empty(2 * LANES, np.uint32)
     codes, nonzero = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
@@ -148,6 +146,7 @@ def _search(source, kind, global_scale, exact, out):  # type: ignore[no-untyped-
         store(words, signs, codes, count, packed[2 * block :], scales[block:])
         measure(floats, norms, nonzero)
         tally((best, rounding, norms), words, codes, nonzero, totals, counts)
+    summarize(totals, counts, -scales.size % LANES, stats)
 
 
 @jit
@@ -189,7 +188,8 @@ def _round_half(values, divisors, signs, words, errors):  # type: ignore[no-unty
 @jit
 def _minmax(source, kind, global_scale, _exact, out):  # type: ignore[no-untyped-def]
     """Quantize blocks of raw bits, seen as uint32, with true divisions, as compressed-tensors does."""
-    packed, scales, totals, counts = out
+    packed, scales, stats = out
+    totals, counts = np.zeros(4 * LANES), np.zeros(3 * LANES, np.int32)
     raw, floats = np.empty(GROUP_SIZE * LANES, np.uint32), np.empty(ROWS * LANES, np.float32)
     signs, words = np.empty(2 * LANES, np.uint32), np.empty(2 * LANES, np.uint32)
     codes, nonzero = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
@@ -210,6 +210,7 @@ def _minmax(source, kind, global_scale, _exact, out):  # type: ignore[no-untyped
             scales[block + lane] = codes[lane]
         measure(floats, norms, nonzero)
         tally((errors, errors, norms), words, codes, nonzero, totals, counts)
+    summarize(totals, counts, -scales.size % LANES, stats)
 
 
 @jit
@@ -225,6 +226,7 @@ class NumbaKernel:
     """Quantizes on the CPU; safe to use from several threads."""
 
     name = "numba"
+    tile_bytes = 4 * 2**20
 
     def allocate(self, size: int) -> ByteArray:
         """Return `size` bytes of memory."""
@@ -242,16 +244,8 @@ class NumbaKernel:
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
         run = _search if recipe.method == "search" else _minmax
-        totals, counts = np.zeros((4, LANES)), np.zeros((STATISTICS - 4, LANES), np.int32)
-        out = (packed.reshape(-1).view(np.uint32), scales.reshape(-1), totals.reshape(-1), counts.reshape(-1))
+        stats = np.zeros(STATISTICS)
+        out = (packed.reshape(-1).view(np.uint32), scales.reshape(-1), stats)
         exact = math.frexp(recipe.global_scale)[0] == 0.5
-        run(tile.reshape(-1).view(np.uint32), KINDS[tile.dtype.name], np.float32(recipe.global_scale), exact, out)
-        return TileStats.from_array(tile.size, _summed(totals, counts, -scales.size % LANES))
-
-
-def _summed(totals: FloatArray, counts: IntArray, padding: int) -> FloatArray:
-    """Return the seven statistics of all lanes together, without the blocks that were only padding."""
-    stats = np.concatenate([totals.sum(axis=1), counts.sum(axis=1)])
-    stats[3] = totals[3].max() ** 0.5
-    stats[6] -= padding
-    return stats
+        run(tile.reshape(-1).view(np.uint32), KINDS[tile.dtype.char], np.float32(recipe.global_scale), exact, out)
+        return TileStats.from_array(tile.size, stats)

@@ -1,7 +1,7 @@
 """The kernel for NVIDIA GPUs: copies and Triton kernels of several tiles overlap, and memory is bounded.
 
 Every worker thread has a stream and buffers of its own; host memory is pinned. On the device a worker holds one tile and
-twice what it becomes.
+what it becomes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import triton
 
 from ..errors import MemoryBudgetError, UsageError, quote
-from ..nvfp4 import ByteArray
+from ..nvfp4 import GROUP_SIZE, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats, load_kernel
 from .triton import minmax, search
 
@@ -29,12 +29,16 @@ class _Lane(threading.local):
         self.size = 0
         self.stream: Any = None
         self.source: Any = None
-        self.result: Any = None
-        self.back: Any = None
+        self.packed: Any = None
+        self.codes: Any = None
+        self.stats: Any = None
+        self.sums: Any = None
 
 
 class TritonKernel:
     """Quantizes on a GPU; safe to use from several threads. Largest magnitudes are found on the CPU, while reading."""
+
+    tile_bytes = 32 * 2**20  # a launch costs as much of the interpreter's time for any size
 
     def __init__(self, device: str) -> None:
         try:
@@ -65,7 +69,7 @@ class TritonKernel:
         except torch.OutOfMemoryError:
             if len(tile) == 1:
                 raise MemoryBudgetError(f"{self._device} has no memory left: use fewer --max-workers") from None
-            self._lane.size, self._lane.source, self._lane.result = 0, None, None
+            self._lane.size, self._lane.source, self._lane.packed = 0, None, None
             torch.cuda.empty_cache()
             half = len(tile) // 2
             stats = self.quantize(tile[:half], recipe, packed[:half], scales[:half])
@@ -75,17 +79,17 @@ class TritonKernel:
     def _run(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         lane, blocks = self._lane, scales.size
         programs = triton.cdiv(blocks, LANES)
-        self._reserve(tile.nbytes, packed.size + scales.size + programs * STATISTICS * 8)
+        self._reserve(tile.nbytes)
         kernel = search if recipe.method == "search" else minmax
         with torch.cuda.device(self._device), torch.cuda.stream(lane.stream):
-            source = lane.source[: tile.nbytes]
-            source.copy_(torch.from_numpy(tile.reshape(-1).view(np.uint8)), non_blocking=True)
-            stats, nibbles, codes = _split(lane.result, (programs * STATISTICS * 8, packed.size, scales.size))
+            source, nibbles = lane.source[: tile.nbytes], lane.packed[: packed.size]
+            codes, stats = lane.codes[:blocks], lane.stats[: programs * STATISTICS]
+            source.copy_(_bytes(tile), non_blocking=True)
             kernel[(programs,)](
                 source.view(torch.int32),
                 nibbles.view(torch.int32),
                 codes,
-                stats.view(torch.float64),
+                stats,
                 blocks,
                 recipe.global_scale,
                 kind=KINDS[tile.dtype.name],
@@ -93,37 +97,33 @@ class TritonKernel:
                 num_warps=8,
                 enable_fp_fusion=False,
             )
-            used = stats.numel() + packed.size + scales.size
-            lane.back[:used].copy_(lane.result[:used], non_blocking=True)
+            _bytes(packed).copy_(nibbles, non_blocking=True)
+            _bytes(scales).copy_(codes, non_blocking=True)
+            lane.sums[: stats.numel()].copy_(stats, non_blocking=True)
         lane.stream.synchronize()
-        return _take(lane.back.numpy(), programs, tile.size, packed, scales)
+        return _together(lane.sums[: stats.numel()].numpy().reshape(programs, STATISTICS), tile.size)
 
-    def _reserve(self, source: int, result: int) -> None:
+    def _reserve(self, size: int) -> None:
+        """Have room for a tile of `size` bytes: at least two bytes a weight."""
         lane = self._lane
         if lane.stream is None:
             lane.stream = torch.cuda.Stream(self._device)
-        if lane.size < source:
-            lane.source = torch.empty(source, dtype=torch.uint8, device=self._device)
-            lane.result = torch.empty(2 * result, dtype=torch.uint8, device=self._device)
-            lane.back = torch.empty(2 * result, dtype=torch.uint8, pin_memory=True)
-            lane.size = source
+        if lane.size < size:
+            sums = -(-size // 2 // GROUP_SIZE // LANES) * STATISTICS
+            lane.source = torch.empty(size, dtype=torch.uint8, device=self._device)
+            lane.packed = torch.empty(size // 4, dtype=torch.uint8, device=self._device)
+            lane.codes = torch.empty(size // 2 // GROUP_SIZE, dtype=torch.uint8, device=self._device)
+            lane.stats = torch.empty(sums, dtype=torch.float64, device=self._device)
+            lane.sums = torch.empty(sums, dtype=torch.float64, pin_memory=True)
+            lane.size = size
 
 
-def _split(buffer: torch.Tensor, sizes: tuple[int, ...]) -> list[torch.Tensor]:
-    """Return consecutive parts of a buffer."""
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(buffer[start : start + size])
-        start += size
-    return parts
+def _bytes(array: Any) -> torch.Tensor:
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))
 
 
-def _take(result: ByteArray, programs: int, weights: int, packed: ByteArray, scales: ByteArray) -> TileStats:
-    """Copy out what came back from the device, and return the statistics of all programs together."""
-    start = programs * STATISTICS * 8
-    packed.reshape(-1)[:] = result[start : start + packed.size]
-    scales.reshape(-1)[:] = result[start + packed.size : start + packed.size + scales.size]
-    rows = result[:start].view(np.float64).reshape(programs, STATISTICS)
+def _together(rows: Any, weights: int) -> TileStats:
+    """Return the statistics of all programs."""
     stats = rows.sum(axis=0)
     stats[3] = rows[:, 3].max() ** 0.5
     return TileStats.from_array(weights, stats)

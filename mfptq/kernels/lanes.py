@@ -171,3 +171,15 @@ def tally(floats, words, codes, nonzero, totals, counts):  # type: ignore[no-unt
         counts[lane] += np.int32(nonzero[lane] - np.int32(stored))
         counts[LANES + lane] += np.int32(1 if codes[lane] == HIGHEST else 0)
         counts[2 * LANES + lane] += np.int32(1 if nonzero[lane] == 0 else 0)
+
+
+@jit
+def summarize(totals, counts, padding, stats):  # type: ignore[no-untyped-def]
+    """Write the seven statistics of all lanes together, without the blocks that were only padding."""
+    for lane in range(LANES):
+        for number in range(3):
+            stats[number] += totals[number * LANES + lane]
+            stats[4 + number] += counts[number * LANES + lane]
+        stats[3] = max(stats[3], totals[3 * LANES + lane])
+    stats[3] = np.sqrt(stats[3])
+    stats[6] -= padding

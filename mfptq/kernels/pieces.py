@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from ..nvfp4 import E4M3_MAX, E4M3_MAX_CODE, MIN_NORMAL_CODE, ZERO_BLOCK_CODE
 
 BF16, F16, F32 = 0, 1, 2
-KINDS = {"uint16": BF16, "float16": F16, "float32": F32}
+KINDS = {"H": BF16, "e": F16, "f": F32}  # by numpy's type characters; uint16 stands for bfloat16
 F16_TO_F32 = np.float32(2.0**112)
 ZERO_CODE = np.int32(ZERO_BLOCK_CODE)
 _GRID = np.float32(2.0**22)

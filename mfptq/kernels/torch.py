@@ -25,6 +25,8 @@ SLICE_BLOCKS = 2**14
 class TorchKernel:
     """Quantizes with torch; never touches torch's global state."""
 
+    tile_bytes = 4 * 2**20
+
     def __init__(self, device: str = "cpu") -> None:
         try:
             self._device = torch.device(device)
