@@ -257,3 +257,8 @@ def demo(output: Path) -> None:
     click.echo(
         "Next, with a model of your own:\n  mfptq plan Qwen/Qwen3.5-27B\n  mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4"
     )
+
+
+from .calibration.commands import calibrate  # noqa: E402 - imports nothing but click
+
+main.add_command(calibrate)
