@@ -78,7 +78,8 @@ def streamed(kernel, recipe: Recipe, threads: int, tiles: int = 200) -> float:
     def work() -> None:
         data = kernel.allocate(4 * 2**20).view(np.uint16).reshape(512, 4096)
         data[:] = tile("bf16", (512, 4096))
-        packed, scales = np.empty((512, 2048), np.uint8), np.empty((512, 256), np.uint8)
+        packed = kernel.allocate(2**20).reshape(512, 2048)
+        scales = kernel.allocate(2**17).reshape(512, 256)
         kernel.quantize(data, recipe, packed, scales)
         ready.wait()
         for _ in range(tiles // threads):

@@ -90,11 +90,19 @@ def read_checkpoint(origin: Origin) -> Checkpoint:
 
     Raises SourceError and its subclasses for whatever is missing, inconsistent or unsafe.
     """
+    source = FolderSource(origin.folder)
+    try:
+        return _read_checkpoint(origin, source)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _read_checkpoint(origin: Origin, source: FolderSource) -> Checkpoint:
     root = origin.folder
     names = _file_names(root)
     config = read_object(root, CONFIG, MAX_CONFIG_BYTES)
     weight_map = _weight_map(root, names)
-    source = FolderSource(root)
     shard_names = sorted(set(weight_map.values())) if weight_map is not None else _shard_names(names)
     shards = tuple(read_shard(source, name) for name in shard_names)
     _check_tensors(shards, weight_map)

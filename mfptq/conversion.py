@@ -26,7 +26,7 @@ from .hub import HubOptions, open_checkpoint
 from .kernels import Kernel, load_kernel
 from .kernels.calibrated import CalibratedKernel, load_calibrated_kernel
 from .limits import MAX_CONFIG_BYTES
-from .memory import INTERPRETER, MemoryPlan, parse_size, peak_bytes, plan_memory, resident_bytes
+from .memory import INTERPRETER, MemoryPlan, memory_errors, parse_size, peak_bytes, plan_memory, resident_bytes
 from .nvfp4 import GROUP_SIZE
 from .planning import Plan, build_plan
 from .report import Report, gather, kind_reports, report_text, suspicions, total_error
@@ -88,12 +88,13 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     """
     held = max(0, resident_bytes() - INTERPRETER)
     settings = Settings(Rules(tuple(ignore), tuple(targets), default_ignore), method, scheme)
-    plan = make_plan(source, settings, Knowledge(input_scales, input_scales_kind, calibration, like), hub)
-    try:
-        run = prepare(plan, Resources(max_memory, workers, device), held)
-        return carry_out(run, Path(destination), overwrite=overwrite, progress=progress or _ignore)
-    finally:
-        plan.close()
+    with memory_errors():
+        plan = make_plan(source, settings, Knowledge(input_scales, input_scales_kind, calibration, like), hub)
+        try:
+            run = prepare(plan, Resources(max_memory, workers, device), held)
+            return carry_out(run, Path(destination), overwrite=overwrite, progress=progress or _ignore)
+        finally:
+            plan.close()
 
 
 def _ignore(_progress: Progress) -> None:
@@ -159,7 +160,8 @@ def _cores() -> int:
 def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: ProgressCallback) -> Report:
     """Do the work of a run and return its report."""
     plan, memory = run.plan, run.memory
-    claim = Claim(plan.checkpoint.origin.folder, plan.digests, {shard.name: shard.size for shard in plan.shards})
+    sizes = {shard.name: shard.size for shard in plan.shards}
+    claim = Claim(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
     buffers = [Buffers(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
     with open_destination(destination, claim, overwrite=overwrite) as out:
         resumed = len(out.done)

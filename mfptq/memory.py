@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +102,20 @@ def plan_memory(
     while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
         tile //= 2
     return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what the interpreter raises where the system gives no more memory or threads into MemoryBudgetError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+            raise
+        raise MemoryBudgetError(
+            "memory ran out: use fewer --max-workers or less --max-memory, or raise the system's limit; "
+            "rerun the same command to resume"
+        ) from None
 
 
 def _megabytes(size: int, *, up: bool = False) -> str:

@@ -77,6 +77,10 @@ class PartialFile:
         if size >= FLUSH_BYTES:
             advise(self.fd, offset, size, "POSIX_FADV_DONTNEED")
 
+    def forget(self) -> None:
+        """Let the kernel drop what is durable from its cache."""
+        advise(self.fd, 0, self.size, "POSIX_FADV_DONTNEED")
+
     def sha256(self) -> str:
         """Return the SHA-256 of what was written, hexadecimal."""
         with storage_errors("read back", self.target):

@@ -15,7 +15,7 @@ import triton
 
 from ..errors import MemoryBudgetError, UsageError, quote
 from ..nvfp4 import GROUP_SIZE, ByteArray
-from . import STATISTICS, Recipe, Tile, TileStats, load_kernel
+from . import STATISTICS, Recipe, Tile, TileStats
 from .triton import minmax, search
 
 LANES = 256
@@ -36,7 +36,7 @@ class _Lane(threading.local):
 
 
 class TritonKernel:
-    """Quantizes on a GPU; safe to use from several threads. Largest magnitudes are found on the CPU, while reading."""
+    """Quantizes on a GPU; safe to use from several threads."""
 
     tile_bytes = 32 * 2**20  # a launch costs as much of the interpreter's time for any size
 
@@ -47,7 +47,6 @@ class TritonKernel:
         except (RuntimeError, AssertionError) as error:
             raise UsageError(f"device {quote(device)} cannot be used: {str(error).splitlines()[0]}") from None
         self.name = f"triton-{self._device}"
-        self._host = load_kernel("cpu")
         self._lane = _Lane()
 
     def allocate(self, size: int) -> ByteArray:
@@ -57,7 +56,16 @@ class TritonKernel:
 
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
-        return self._host.amax(tile)
+        lane, wide = self._lane, tile.dtype.itemsize == 4
+        self._reserve(tile.nbytes)
+        with torch.cuda.device(self._device), torch.cuda.stream(lane.stream):
+            source = lane.source[: tile.nbytes]
+            source.copy_(_bytes(tile), non_blocking=True)
+            words = source.view(torch.int32 if wide else torch.int16)
+            largest = int((words & (0x7FFFFFFF if wide else 0x7FFF)).max())
+        if tile.dtype == np.uint16:
+            return float(np.uint32(largest << 16).view(np.float32))
+        return float(np.array([largest], np.uint32 if wide else np.uint16).view(tile.dtype)[0])
 
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite.

@@ -41,6 +41,16 @@ def test_bytes_and_statistics_are_those_of_the_cpu(method, dtype, shape, divisor
         assert getattr(gpu_stats, name) == pytest.approx(getattr(stats, name), rel=1e-5), name
 
 
+@pytest.mark.parametrize("value", [0.0, 1.5, -3.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
+def test_amax_is_that_of_the_cpu(dtype, value) -> None:
+    weight = weights("float32", 8, 64)
+    weight[5, 7] = value
+    stored = (weight.view(np.uint32) >> 16).astype(np.uint16) if dtype == "uint16" else weight.astype(dtype)
+    found, expected = (load_kernel(device).amax(stored) for device in ("cuda", "cpu"))
+    assert found == expected or (np.isnan(found) and np.isnan(expected))
+
+
 def test_random_bits() -> None:
     for seed in range(20):
         bits = np.random.default_rng(seed).integers(0, 2**16, (64, 1024), np.uint16)
