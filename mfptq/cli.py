@@ -127,7 +127,12 @@ def _rule_options(function: Function) -> Function:
 
 def _resource_options(function: Function) -> Function:
     for option in (
-        click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0."),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="cpu, cuda[:N], another torch device, or auto: what should finish first.",
+        ),
         click.option("--max-workers", type=int, help="Threads; by default one for each core."),
         click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process."),
     ):

@@ -77,7 +77,9 @@ def _download(repo_id: str, options: HubOptions) -> Path:
     except errors.RepositoryNotFoundError:
         raise HubError(f"no folder and no Hub repo named {quote(repo_id)} (private ones need --token)") from None
     except errors.LocalEntryNotFoundError:
-        raise HubError(f"{quote(repo_id)} is not complete in the cache and the Hub cannot be reached") from None
+        raise HubError(
+            f"there is no folder {quote(repo_id)}, and as a Hub repo it is not complete in the cache and cannot be reached"
+        ) from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise HubError(f"cannot fetch {quote(repo_id)}: {_first_line(error)}") from None
     return Path(folder)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .errors import MemoryBudgetError, UsageError, quote
 
@@ -60,10 +60,22 @@ def available_bytes() -> int | None:
     if meminfo.exists():
         found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
         limits += [int(found[1]) * 1024] if found else []
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(name).read_text().strip() if Path(name).is_file() else ""
+    for path in _group_limits():
+        text = path.read_text().strip() if path.is_file() else ""
         limits += [int(text)] if text.isdigit() else []
     return min(limits, default=None)
+
+
+def _group_limits() -> Iterator[Path]:
+    """Yield where the memory limits of this process's control groups and of their parents would be (cgroup v2, v1)."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = ("memory/", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        for folder in (PurePosixPath(group), *PurePosixPath(group).parents):
+            yield Path(f"/sys/fs/cgroup/{root}{str(folder).lstrip('/')}") / name
 
 
 @dataclass(frozen=True, slots=True)

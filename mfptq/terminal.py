@@ -53,7 +53,7 @@ def summary(report: Report, *, timings: bool) -> str:
     """Return what a conversion did, with the line that serves its output."""
     lines = [
         f"{report.source} -> {report.destination}",
-        f"  {report.scheme}, method {report.method}, kernel {report.kernel}: {report.quantized} weights quantized, "
+        f"  {report.scheme}, method {report.method}, kernel {report.kernel} ({report.device_reason}): {report.quantized} weights quantized, "
         f"{report.kept} tensors kept",
         f"  {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} "
         f"({report.output_bytes / report.source_bytes:.1%}), relative error {report.relative_error:.2%}",

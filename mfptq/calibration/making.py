@@ -14,8 +14,9 @@ from ..conversion import make_plan
 from ..errors import UsageError, quote
 from ..hub import HubOptions
 from ..memory import parse_size
-from ..planning import Plan, Settings
+from ..planning import Plan
 from ..rules import Rules
+from ..settings import Settings
 from .file import Contents, Description, Level, check_output, write_calibration
 from .hooks import find_blocks, find_inputs
 from .reading import Calibration, load_calibration

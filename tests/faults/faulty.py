@@ -160,7 +160,7 @@ class FaultyFiles:
         elif name in ("ftruncate", "posix_fallocate"):
             self.events.append(Event("size", node, offset=args[-1] if name == "ftruncate" else args[1] + args[2]))
         elif name == "fsync":
-            folder = os.path.isdir(place)
+            folder = Path(place).is_dir()
             self.events.append(Event("syncdir", place=place) if folder else Event("sync", node))
         elif name == "replace":
             other = os.path.abspath(os.fspath(args[1]))
