@@ -188,7 +188,7 @@ class EmbeddingRows:
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """Return what the embedding gives for token ids, computed by itself from the rows alone."""
-        wanted, places = ids.unique(return_inverse=True)
+        wanted, places = torch.unique(ids, return_inverse=True)
         self.module.weight = torch.nn.Parameter(self._rows(wanted.tolist()).to(ids.device), requires_grad=False)
         try:
             found: torch.Tensor = self.forward(places)
