@@ -36,7 +36,7 @@ print(idle, peak_bytes(), time.monotonic() - begun)
 """
 
 
-def config(layers: int):
+def config(layers: int) -> object:
     from transformers import Qwen3_5TextConfig
 
     made = Qwen3_5TextConfig(

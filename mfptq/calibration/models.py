@@ -76,15 +76,16 @@ def load_encoder(folder: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model without weights: `model` lies on the meta device, `factory` loads it in earnest."""
+    """A model without weights: `model` lies on the meta device, `factory` loads it in earnest, to compute in `dtype`."""
 
     model: nn.Module
     config: Any
     factory: Any
     folder: Path
+    dtype: str = "auto"
 
 
-def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
+def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
     """Return the model that the checkpoint's config describes, without weights; raises SourceError if there is none."""
     import transformers
     from accelerate import init_empty_weights
@@ -102,7 +103,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
                 model = factory.from_config(config)
             else:
                 model = factory(config)
-    return Skeleton(model, config, factory, folder)
+    return Skeleton(model, config, factory, folder, dtype)
 
 
 def load_whole(skeleton: Skeleton, device: str) -> nn.Module:
@@ -123,7 +124,7 @@ def _load(skeleton: Skeleton, device_map: dict[str, str], offload: Path | None) 
         model, info = skeleton.factory.from_pretrained(
             skeleton.folder,
             config=skeleton.config,
-            dtype="auto",
+            dtype=skeleton.dtype,
             device_map=device_map,
             offload_folder=offload,
             use_safetensors=True,

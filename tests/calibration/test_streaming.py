@@ -22,7 +22,7 @@ class Pair(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.linear = nn.Linear(4, 4, bias=False)
         nn.init.normal_(self.linear.weight, generator=torch.Generator().manual_seed(seed))
 
     def forward(self, hidden: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
