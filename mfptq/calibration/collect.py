@@ -54,7 +54,7 @@ class Sums:
         self.amax = max(self.amax, amax)
         self.tokens += len(rows)
         if self.level != "amax":
-            for chunk in rows.split(max(1, CHUNK_ELEMENTS // self.columns)):
+            for chunk in torch.split(rows, max(1, CHUNK_ELEMENTS // self.columns)):
                 self.total += _products(chunk.float(), self.level).double().cpu().numpy()
 
     def statistics(self) -> InputStatistics:

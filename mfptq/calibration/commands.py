@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     help="What to record; each includes the ones before.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="To compute in; float32 is faster on CPUs without bfloat16.",
+)
 @click.option("--max-memory", help="Ceiling for the process; a larger model is read block by block.")
 @click.option("--all-experts/--routed-experts", default=True, show_default=True, help="Which tokens an expert sees.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out: a module name, or re:REGEX.")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .models import Skeleton
     from .streaming import Runner
 
+DTYPES = ("auto", "bfloat16", "float32")
 ProgressCallback = Callable[["CalibrationProgress"], None]
 
 
@@ -44,7 +45,10 @@ class CalibrationProgress:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a calibration is made; `batch_size` None means what memory allows, `max_memory` None what the machine has."""
+    """How a calibration is made; `batch_size` None means what memory allows, `max_memory` None what the machine has.
+
+    `dtype` is that of the computation, `auto` the checkpoint's; many CPUs are several times faster in float32.
+    """
 
     samples: int = 256
     max_seq_length: int = 4096
@@ -52,6 +56,7 @@ class Options:
     statistics: Level = "hessian"
     device: str = "cpu"
     max_memory: str | int | None = None
+    dtype: str = "auto"
     all_experts: bool = True
 
     def __post_init__(self) -> None:
@@ -61,6 +66,8 @@ class Options:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
         if self.statistics not in get_args(Level):
             raise UsageError(f"statistics {quote(self.statistics)} are unknown, expected {', '.join(get_args(Level))}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype {quote(self.dtype)} is unknown, expected one of {', '.join(DTYPES)}")
 
 
 def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
@@ -92,7 +99,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     plan = make_plan(source, Settings(Rules(tuple(ignore), tuple(targets))), hub=hub)
     try:
         with models.quiet_transformers():
-            skeleton = models.build_skeleton(plan.checkpoint)
+            skeleton = models.build_skeleton(plan.checkpoint, options.dtype)
             inputs = find_inputs(plan, skeleton.model, all_experts=options.all_experts)
             encoder = encoder if encoder is not None else models.load_encoder(skeleton.folder)
             samples = read_samples(

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,16 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    offload_hints = getLogger("accelerate.big_modeling")
+    level = offload_hints.level
+    offload_hints.setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        offload_hints.setLevel(level)
         if bars:
             logging.enable_progress_bar()
 
@@ -71,15 +76,16 @@ def load_encoder(folder: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model without weights: `model` lies on the meta device, `factory` loads it in earnest."""
+    """A model without weights: `model` lies on the meta device, `factory` loads it in earnest, to compute in `dtype`."""
 
     model: nn.Module
     config: Any
     factory: Any
     folder: Path
+    dtype: str = "auto"
 
 
-def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
+def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
     """Return the model that the checkpoint's config describes, without weights; raises SourceError if there is none."""
     import transformers
     from accelerate import init_empty_weights
@@ -97,7 +103,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
                 model = factory.from_config(config)
             else:
                 model = factory(config)
-    return Skeleton(model, config, factory, folder)
+    return Skeleton(model, config, factory, folder, dtype)
 
 
 def load_whole(skeleton: Skeleton, device: str) -> nn.Module:
@@ -118,7 +124,7 @@ def _load(skeleton: Skeleton, device_map: dict[str, str], offload: Path | None) 
         model, info = skeleton.factory.from_pretrained(
             skeleton.folder,
             config=skeleton.config,
-            dtype="auto",
+            dtype=skeleton.dtype,
             device_map=device_map,
             offload_folder=offload,
             use_safetensors=True,

@@ -44,12 +44,13 @@ def measure_demand(
 ) -> Demand:
     """Return what it takes to run samples of `length` tokens, from names and shapes alone."""
     elements = sum(tensor.info.nbytes * 8 // DTYPE_BITS[tensor.info.dtype] for tensor in checkpoint.tensors())
-    item = checkpoint.tensor_bytes / max(elements, 1)
+    stored = checkpoint.tensor_bytes / max(elements, 1)
+    item = {"float32": 4.0, "bfloat16": 2.0}.get(skeleton.dtype, stored)
     hidden = skeleton.config.get_text_config().hidden_size
     widest = max(info.columns for info in inputs)
     return Demand(
-        model=checkpoint.tensor_bytes,
-        block=int(item * _largest_block(skeleton)),
+        model=int(elements * item),
+        block=int((item if item == stored else item + stored) * _largest_block(skeleton)),
         sums=8 * sum(sum_elements(info.columns, level) for info in inputs),
         sample=int(length * hidden * item),
         work=length * (widest + 2 * hidden) * BYTES_PER_ELEMENT + SLACK,

@@ -130,6 +130,11 @@ class Stream:
 
         for name in blocks:
             remove_hook_from_module(self.model.get_submodule(name), recurse=True)
+        for module in self.model.modules():
+            for hook in _hooks(module):
+                hook.execution_device = self.device
+            for own, buffer in module.named_buffers(recurse=False):
+                setattr(module, own, buffer.to(self.device))
 
     @contextmanager
     def block(self, name: str) -> Iterator[None]:
@@ -162,13 +167,15 @@ def open_stream(model: nn.Module, blocks: Sequence[str], checkpoint: Checkpoint,
 
 def _offloaded_weights(model: nn.Module) -> Any:
     """Return the mapping from parameter names to weights on disk that accelerate's hooks share."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
-            if weights is not None:
-                return getattr(weights, "dataset", weights)
-    raise AssertionError("accelerate left nothing on disk")
+    maps = (getattr(hook, "weights_map", None) for module in model.modules() for hook in _hooks(module))
+    weights = next(each for each in maps if each is not None)
+    return getattr(weights, "dataset", weights)
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return accelerate's hooks of one module."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 class EmbeddingRows:
@@ -188,7 +195,7 @@ class EmbeddingRows:
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """Return what the embedding gives for token ids, computed by itself from the rows alone."""
-        wanted, places = ids.unique(return_inverse=True)
+        wanted, places = torch.unique(ids, return_inverse=True)
         self.module.weight = torch.nn.Parameter(self._rows(wanted.tolist()).to(ids.device), requires_grad=False)
         try:
             found: torch.Tensor = self.forward(places)

@@ -126,7 +126,7 @@ def _cut(path: Path, encoder: Encoder, length: int) -> Iterator[TokenIds]:
 
 def _leading_ids(encoder: Encoder) -> list[int]:
     """Return the ids that the encoder puts before every text, as a beginning-of-sequence token."""
-    tokenizer = getattr(encoder, "tokenizer", encoder)
+    tokenizer: Any = getattr(encoder, "tokenizer", encoder)
     first = flat_ids(encoder(text="a")["input_ids"])[:1]
     return first if first and first[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
 
