@@ -105,7 +105,8 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+        of_torch = type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and not of_torch and "start new thread" not in str(error):
             raise
         raise MemoryBudgetError(
             "memory ran out: use fewer --max-workers or less --max-memory, or raise the system's limit; "

@@ -21,6 +21,11 @@ INTERPRETER_BYTES = 60 * 2**20
 SHOWN_FAULTS = 20
 
 
+def printable(name: str) -> str:
+    """Return a name of the source as it may be shown: control characters never reach the terminal raw."""
+    return name if name.isprintable() else ascii(name)
+
+
 def size_text(size: int) -> str:
     """Return bytes in decimal units."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
@@ -95,7 +100,7 @@ def plan_text(values: Mapping[str, Any]) -> str:
     rows = [f"{'':7} {'count':>7} {'source':>10} {'output':>10} {'bits':>6}  kind: reason"]
     rows += [
         f"{kind['action']:7} {kind['count']:7} {size_text(kind['source_bytes']):>10} "
-        f"{size_text(kind['output_bytes']):>10} {kind['bits']:6.2f}  {kind['kind']}: {kind['reason']}"
+        f"{size_text(kind['output_bytes']):>10} {kind['bits']:6.2f}  {printable(kind['kind'])}: {kind['reason']}"
         for kind in values["kinds"]
     ]
     ratio = values["output_bytes"] / max(values["source_bytes"], 1)
@@ -121,14 +126,13 @@ def inspection_text(found: Inspection) -> str:
 
 
 def _kind_row(kind: TensorKind) -> str:
-    name = kind.kind if kind.kind.isprintable() else ascii(kind.kind)
-    return f"{kind.count:7} {kind.dtype:>8} {size_text(kind.source_bytes):>10}  {name}"
+    return f"{kind.count:7} {kind.dtype:>8} {size_text(kind.source_bytes):>10}  {printable(kind.kind)}"
 
 
 def verification_text(found: Verification) -> str:
     """Return what was checked, and the faults."""
     lines = [f"checked {found.tensors} tensors, {found.quantized} quantized modules, {found.digests} digests"]
-    lines += [f"  {error:7.2%}  {kind}" for kind, error in found.errors.items()]
+    lines += [f"  {error:7.2%}  {printable(kind)}" for kind, error in found.errors.items()]
     lines += [f"  fault: {fault}" for fault in found.faults[:SHOWN_FAULTS]]
     if len(found.faults) > SHOWN_FAULTS:
         lines.append(f"  ... and {len(found.faults) - SHOWN_FAULTS} more")

@@ -39,16 +39,17 @@ class Workers(Generic[State]):
 
     def run(self) -> None:
         """Run everything; raise the first error, after every worker has stopped. Interruptible at any time."""
-        for thread in self._threads:
-            thread.start()
         try:
+            for thread in self._threads:
+                thread.start()
             for thread in self._threads:
                 while thread.is_alive():
                     thread.join(_POLL_SECONDS)
         except BaseException as error:
             self._fail(error)
             for thread in self._threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             raise
         if self._error is not None:
             raise self._error

@@ -4,7 +4,7 @@
 pathlib, shutil and filelock. `cut_power` rebuilds, from a trace, folders that a power cut may leave.
 """
 
-# ruff: noqa: PTH100, PTH118, PTH120 - paths are text here, as the system takes them
+# ruff: noqa: PTH100, PTH112, PTH120 - paths are text here, as the system takes them
 from __future__ import annotations
 
 import errno
