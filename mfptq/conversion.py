@@ -21,7 +21,16 @@ from .files import confined, read_small
 from .hub import HubOptions, open_checkpoint
 from .kernels import Kernel, load_kernel
 from .limits import MAX_CONFIG_BYTES
-from .memory import INTERPRETER, MemoryPlan, memory_errors, parse_size, peak_bytes, plan_memory, resident_bytes
+from .memory import (
+    INTERPRETER,
+    MemoryPlan,
+    check_data_limit,
+    memory_errors,
+    parse_size,
+    peak_bytes,
+    plan_memory,
+    resident_bytes,
+)
 from .planning import Plan, Settings, build_plan
 from .report import Report, gather, kind_reports, report_text, suspicions, total_error
 from .rules import Rules
@@ -107,6 +116,7 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     if workers < 1:
         raise UsageError(f"{workers} workers cannot do anything: use at least 1")
     budget = parse_size(resources.max_memory) + held
+    check_data_limit("numba" if resources.device == "cpu" else "torch")
     kernel = load_kernel(resources.device)
     return Run(plan, kernel, plan_memory(budget, resident_bytes(), workers))
 

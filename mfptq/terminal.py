@@ -41,7 +41,9 @@ def progress(*, quiet: bool) -> Iterator[ProgressCallback]:
 
     from tqdm import tqdm
 
-    disabled = quiet or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+    disabled = (
+        quiet or sys.stderr is None or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+    )
     lock = Lock()
     with tqdm(unit="B", unit_scale=True, disable=disabled, desc="convert", leave=False) as bar:
 

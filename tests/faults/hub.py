@@ -73,7 +73,9 @@ class FakeHub:
         if self.fault == "redirect" and wrong:
             handler.reply(302, b"", {"Location": f"{self.elsewhere}/stolen/{name}", "X-Repo-Commit": SHA})
             return
-        etag = "f" * 40 if self.fault == "etag" and wrong and handler.command == "GET" else hashlib.sha1(data).hexdigest()
+        etag = (
+            "f" * 40 if self.fault == "etag" and wrong and handler.command == "GET" else hashlib.sha1(data).hexdigest()
+        )
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
         if handler.command == "GET" and wrong and self.fault in ("reset", "short"):
             handler.reply(200, data[: len(data) // 2], {**headers, "Content-Length": str(len(data))})
@@ -101,7 +103,11 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         """Send a whole answer; HEAD gets none of the body."""
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

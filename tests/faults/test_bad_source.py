@@ -64,7 +64,9 @@ def measured(folder: Path) -> tuple[str, float, int]:
     """Return (outcome, seconds, peak MB) of reading a checkpoint in a process of its own."""
     import subprocess
 
-    done = subprocess.run([sys.executable, "-c", _PEAK, str(folder)], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(folder)], capture_output=True, text=True, check=True, timeout=120
+    )
     found, seconds, peak = done.stdout.strip().split("|")
     return found, float(seconds), int(peak)
 
@@ -302,7 +304,9 @@ def test_case_58_59_60_extreme_values_stay_finite_and_equal_the_library(case: st
 def test_case_62_a_group_across_shards_has_one_scale_whatever_the_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     leaves = ("q_proj", "k_proj", "v_proj")
-    weights = {f"l.{leaf}.weight": rng.standard_normal((16, 16)).astype(np.float32) * (i + 1) for i, leaf in enumerate(leaves)}
+    weights = {
+        f"l.{leaf}.weight": rng.standard_normal((16, 16)).astype(np.float32) * (i + 1) for i, leaf in enumerate(leaves)
+    }
     found = []
     for number, order in enumerate([(0, 1, 2), (2, 0, 1), (0, 0, 0)]):
         folder = tmp_path / f"s{number}"
@@ -372,7 +376,9 @@ def test_case_119_companions_that_are_absent_are_no_error(single: Path, tmp_path
     assert not (tmp_path / "out" / "generation_config.json").exists()
 
 
-def test_case_90_a_source_that_cannot_be_opened_for_want_of_descriptors(single: Path, tmp_path: Path, monkeypatch) -> None:
+def test_case_90_a_source_that_cannot_be_opened_for_want_of_descriptors(
+    single: Path, tmp_path: Path, monkeypatch
+) -> None:
     from mfptq import files
     from mfptq.errors import StorageError
 
