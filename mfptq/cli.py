@@ -56,9 +56,13 @@ def _stop_at_once(number: int, _frame: FrameType | None) -> None:
 def run() -> None:
     """Run the command line; every error of ours is one line on stderr and its exit code."""
     _handle(_raise_interrupted)
+    if sys.stderr is None or not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with memory_errors():
             main.main(standalone_mode=False)
+        if sys.stdout is None:
+            _fail("the work is done, but stdout is closed", 5)
         sys.stdout.flush()
     except MfptqError as error:
         _fail(str(error), error.exit_code)
@@ -77,7 +81,8 @@ def run() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"mfptq: error: {message}", err=True)
+    with suppress(OSError):  # the exit code tells, where stderr cannot
+        click.echo(f"mfptq: error: {message}", err=True)
     sys.exit(code)
 
 

@@ -27,7 +27,16 @@ from .kernels import Kernel, load_kernel
 from .kernels.calibrated import CalibratedKernel, load_calibrated_kernel
 from .kernels.choice import choose_device
 from .limits import MAX_CONFIG_BYTES
-from .memory import INTERPRETER, MemoryPlan, memory_errors, parse_size, peak_bytes, plan_memory, resident_bytes
+from .memory import (
+    INTERPRETER,
+    MemoryPlan,
+    check_data_limit,
+    memory_errors,
+    parse_size,
+    peak_bytes,
+    plan_memory,
+    resident_bytes,
+)
 from .nvfp4 import GROUP_SIZE
 from .planning import Plan, build_plan
 from .report import Report, gather, kind_reports, report_text, suspicions, total_error
@@ -148,6 +157,7 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     budget = parse_size(resources.max_memory) + held
     statistics = plan.statistics_bytes
     choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), workers)
+    check_data_limit("numba" if choice.device == "cpu" else "torch")
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     kernel.amax(np.zeros((1, GROUP_SIZE), np.float32))  # a kernel's first call brings 60 MB, which the plan must count

@@ -18,6 +18,7 @@ MIN_TILE = 256 * 2**10
 PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
 RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
 INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything of its own
+THREAD_BYTES = 8 * 2**20  # a stack
 KERNEL_BYTES = {"numba": 110 * 2**20, "torch": 330 * 2**20}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -116,13 +117,30 @@ def plan_memory(
     return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))
 
 
+def check_data_limit(kernel: str) -> None:
+    """Raise MemoryBudgetError if `ulimit -d` leaves too little to load a kernel: libraries that run out may just crash."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found is None:
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    needed = int(found[1]) * 1024 + KERNEL_BYTES[kernel] + RESERVE + worker_bytes(MIN_TILE) + THREAD_BYTES
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise MemoryBudgetError(
+            f"the system's limit on data (ulimit -d) is {_megabytes(limit)}, about {_megabytes(needed, up=True)} are needed"
+        )
+
+
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn what the interpreter raises where the system gives no more memory or threads into MemoryBudgetError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+        of_torch = type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and not of_torch and "start new thread" not in str(error):
             raise
         raise MemoryBudgetError(
             "memory ran out: use fewer --max-workers or less --max-memory, or raise the system's limit; "

@@ -63,10 +63,10 @@ def _parts() -> dict[str, Part]:
     parts["fuzz"] = lambda: fuzz(1_000_000, 3)
     for number, layout in enumerate(LAYOUTS[:2]):
         parts[f"errors once {number}"] = lambda layout=layout: storage_errors([layout], every, lasting=False)
-        parts[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], every, lasting=True)
-        parts[f"power {number}"] = lambda layout=layout: power_cuts([layout], every, 5)
+        parts[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], spread(10), lasting=True)
+        parts[f"power {number}"] = lambda layout=layout: power_cuts([layout], every, 3)
         parts[f"conversions {number}"] = lambda number=number: random_conversions(500, number)
-    parts["strace"] = lambda: strace_faults(6)
+    parts["strace"] = lambda: strace_faults(2)
     parts["malformed"] = malformed_checkpoints
     parts["headers"] = malformed_headers
     parts["flips"] = lambda: flipped_outputs(4000, 1)
