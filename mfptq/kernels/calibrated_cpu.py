@@ -14,8 +14,8 @@ from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Float32Array, Statistics, lo
 from .descent_cpu import LANES, ONE, SIX, ZERO, descend, signed_e2m1
 from .pieces import (
     BF16,
-    F16,
     F16_TO_F32,
+    F32,
     HIGHEST,
     KINDS,
     ZERO_CODE,
@@ -35,21 +35,32 @@ PADDING = 16
 _OFFSETS = np.array(CALIBRATED_OFFSETS, np.int32)
 
 
+@inline
+def _widened(bits):  # type: ignore[no-untyped-def]
+    """Return the float32 value of a float16 whose bits are the upper half of `bits`."""
+    magnitude = float_of(np.uint32((bits & np.uint32(0x7FFF0000)) >> np.uint32(3))) * F16_TO_F32
+    return float_of(np.uint32(bits_of(magnitude) | (bits & np.uint32(0x80000000))))
+
+
 @jit
 def _gather(source, kind, columns, column, row, count, lanes, values):  # type: ignore[no-untyped-def]
-    """Transpose a block of `count` rows into float32 values[16 * 64]; lanes without a row are zero."""
-    for lane in range(count):
-        start = (row + lane) * columns + column
-        for i in range(GROUP_SIZE):
-            raw = np.uint32(source[start + i])
-            if kind == BF16:
-                values[i * LANES + lane] = float_of(np.uint32(raw << np.uint32(16)))
-            elif kind == F16:
-                magnitude = float_of(np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(13))) * F16_TO_F32
-                sign = (raw & np.uint32(0x8000)) << np.uint32(16)
-                values[i * LANES + lane] = float_of(np.uint32(bits_of(magnitude) | sign))
-            else:
-                values[i * LANES + lane] = float_of(np.uint32(raw))
+    """Transpose a block of `count` rows into float32 values[16 * 64]; lanes without a row are zero.
+
+    `source` holds the tile's bits by 32: one float32, or two values of 16 bits, the first one low.
+    """
+    if kind == F32:
+        for lane in range(count):
+            start = (row + lane) * columns + column
+            for i in range(GROUP_SIZE):
+                values[i * LANES + lane] = float_of(source[start + i])
+    else:
+        for lane in range(count):
+            start = ((row + lane) * columns + column) // 2
+            for i in range(GROUP_SIZE // 2):
+                pair = source[start + i]
+                low, high = np.uint32(pair << np.uint32(16)), np.uint32(pair & np.uint32(0xFFFF0000))
+                values[2 * i * LANES + lane] = float_of(low) if kind == BF16 else _widened(low)
+                values[(2 * i + 1) * LANES + lane] = float_of(high) if kind == BF16 else _widened(high)
     for i in range(GROUP_SIZE):
         for lane in range(count, lanes):
             values[i * LANES + lane] = ZERO
@@ -131,6 +142,19 @@ def _round_all(values, inverses, lanes, rounded):  # type: ignore[no-untyped-def
 
 
 @jit
+def _rounding(values, scales, inverses, lanes, errors):  # type: ignore[no-untyped-def]
+    """Write the squared error of rounding each lane at its scale."""
+    for lane in range(lanes):
+        errors[lane] = ZERO
+    for i in range(GROUP_SIZE):
+        for lane in range(lanes):
+            x = abs(values[i * LANES + lane])
+            y = x * inverses[lane]
+            difference = round_e2m1(y if y < SIX else SIX) * scales[lane] - x
+            errors[lane] += difference * difference
+
+
+@jit
 def _squares(values, rounded, scales, lanes, errors):  # type: ignore[no-untyped-def]
     for lane in range(lanes):
         errors[lane] = ZERO
@@ -141,21 +165,21 @@ def _squares(values, rounded, scales, lanes, errors):  # type: ignore[no-untyped
 
 
 @inline
-def _nibble(value):  # type: ignore[no-untyped-def]
-    """Return the nibble of a signed E2M1 value, of which a zero of either sign is 0."""
-    bits = bits_of(value)
-    tail = np.int32((bits >> np.uint32(22)) & np.uint32(511)) - np.int32(252)  # 1 and above: the code; 0.5: 0
-    code = np.uint32(tail if tail > np.int32(0) else (np.int32(1) if tail == np.int32(0) else np.int32(0)))
-    return code | ((bits >> np.uint32(28)) & np.uint32(8) & (code + np.uint32(7)))
+def _code(bits):  # type: ignore[no-untyped-def]
+    """Return the E2M1 code of a value's bits, without its sign: 0.5 has 252 above bit 22, 1 has 254, 6 has 259."""
+    top = max((bits >> np.uint32(22)) & np.uint32(511), np.uint32(251))
+    return np.uint32(top - np.uint32(251)) - np.uint32(np.uint32(top + np.uint32(2)) >> np.uint32(8))
 
 
 @jit
 def _pack_half(rounded, lanes, words):  # type: ignore[no-untyped-def]
     for lane in range(lanes):
-        word = np.uint32(0)
+        word, signs = np.uint32(0), np.uint32(0)
         for i in range(8):
-            word |= _nibble(rounded[i * LANES + lane]) << np.uint32(4 * i)
-        words[lane] = word
+            bits = bits_of(rounded[i * LANES + lane])
+            word |= _code(bits) << np.uint32(4 * i)
+            signs |= ((bits >> np.uint32(28)) & np.uint32(8)) << np.uint32(4 * i)
+        words[lane] = word | (signs & nonzero_nibbles(word))
 
 
 @jit
@@ -232,8 +256,7 @@ def _quantize(source, kind, global_scale, statistics, sweeps, shape, out):  # ty
             _gather(source, kind, columns, block * GROUP_SIZE, row, count, lanes, values)
             _bases(values, global_scale, lanes, base)
             _scales(base, np.int32(0), step, lanes, steps, inverses)
-            _round_all(values, inverses, lanes, rounded)
-            _squares(values, rounded, steps, lanes, rounding)
+            _rounding(values, steps, inverses, lanes, rounding)
             used = (weights[block : block + 1].reshape(-1), lower[min(block, len(lower) - 1)])
             _choose(values, base, step, used, lanes, work)
             _scales(codes, np.int32(0), step, lanes, steps, inverses)
@@ -261,7 +284,7 @@ class CalibratedNumbaKernel:
     ) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
         kind = KINDS[tile.dtype.char]
-        source = tile.reshape(-1).view(np.uint32 if tile.dtype.itemsize == 4 else np.uint16)
+        source = tile.reshape(-1).view(np.uint32)
         stats = np.zeros(STATISTICS)
         out = (packed.reshape(-1).view(np.uint32), scales.reshape(-1), stats)
         sweeps = SWEEPS if recipe.method == "hessian+" else 0
