@@ -1,7 +1,5 @@
 """Every rule of the safetensors format: a result or HeaderError, nothing else."""
 
-import json
-import struct
 from contextlib import suppress
 
 import pytest
@@ -11,60 +9,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from mfptq.errors import HeaderError
-from mfptq.header import ShardHeader, TensorSpec, encode_header, header_length, parse_header
-
-
-def shard(entries: object, data: int = 0, *, raw: bytes | None = None) -> bytes:
-    text = raw if raw is not None else json.dumps(entries).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(data)
-
-
-def read(blob: bytes) -> ShardHeader:
-    length = header_length(blob[:8], len(blob))
-    return parse_header(blob[8 : 8 + length], len(blob))
-
-
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-BAD = {
-    "01_empty": b"",
-    "02_seven_bytes": b"\0" * 7,
-    "03_huge_length": struct.pack("<Q", 2**64 - 1) + b"{}",
-    "04_one_past_end": struct.pack("<Q", 3) + b"{}",
-    "05_over_limit": struct.pack("<Q", 100_000_001) + b"{}",
-    "06_spaces": shard(None, raw=b" " * 1000),
-    "07_cut_json": shard(None, raw=b'{"a":{"dtype"'),
-    "08_not_utf8": shard(None, raw=b'{"\xff":1}'),
-    "09_surrogate": shard({"\ud800": entry()}, 8),
-    "10_array": shard([], 0),
-    "10_null": shard(None),
-    "11_duplicate": shard(None, 8, raw=b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
-    "12_inner_duplicate": shard(None, 8, raw=b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
-    "13_nan": shard({"a": entry(shape=(float("nan"),))}, 8),
-    "13_float": shard({"a": entry(shape=(2.0,))}, 8),
-    "13_bool": shard({"a": entry(shape=(True, 2))}, 8),
-    "13_negative": shard({"a": entry(shape=(-2, -1))}, 8),
-    "14_digits": shard(None, raw=b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 5000)),
-    "15_nested": shard(None, raw=b'{"a":' + b"[" * 200_000),
-    "16_overlap": shard({"a": entry(), "b": entry(offsets=(4, 12))}, 12),
-    "17_hole": shard({"a": entry(), "b": entry(offsets=(12, 20))}, 20),
-    "18_reversed": shard({"a": entry(offsets=(8, 0))}, 8),
-    "19_past_end": shard({"a": entry()}, 4),
-    "20_trailing": shard({"a": entry()}, 9),
-    "23_overflow": shard({"a": entry(shape=(2**32, 2**32))}, 8),
-    "24_zero_product": shard({"a": entry(shape=(2**62, 0))}, 8),
-    "25_disagree": shard({"a": entry(dtype="F16")}, 8),
-    "26_unknown_dtype": shard({"a": entry(dtype="F7")}, 8),
-    "27_odd_f4": shard({"a": entry(dtype="F4", shape=(3,), offsets=(0, 1))}, 1),
-    "28_metadata": shard({"__metadata__": {"a": 1}}),
-    "30_leading_space": shard(None, raw=b" {}"),
-    "31_zero_size_inside": shard({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, 8),
-    "32_long_name": shard({"a" * 1025: entry()}, 8),
-    "extra_key": shard({"a": {**entry(), "more": 1}}, 8),
-    "nine_dimensions": shard({"a": entry(shape=(1,) * 8 + (2,))}, 8),
-}
+from mfptq.header import ShardHeader, TensorSpec, encode_header, parse_header
+from tests.faults.malformed import BAD, entry, read, shard
 
 
 @pytest.mark.parametrize("name", BAD)
