@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from mfptq.errors import HeaderError
-from mfptq.header import ShardHeader, TensorSpec, encode_header, parse_header
+from mfptq.header import ShardHeader, TensorSpec, encode_header, header_length, parse_header
 from tests.faults.malformed import BAD, entry, read, shard
 
 
@@ -72,3 +72,55 @@ def test_output_equals_the_format_authority() -> None:
     data = b"".join(tensors[info.name].tobytes() for info in header.tensors)
     assert head + data == save(tensors, {"format": "pt"})
     assert len(safetensors.deserialize(head + data)) == len(tensors)
+
+
+def test_too_many_tensors(monkeypatch) -> None:
+    from mfptq import header
+
+    blob = shard({"a": entry(), "b": entry(offsets=(8, 16))}, 16)
+    monkeypatch.setattr(header, "MAX_TENSORS", 2)
+    assert len(read(blob).tensors) == 2
+    monkeypatch.setattr(header, "MAX_TENSORS", 1)
+    with pytest.raises(HeaderError, match="2 tensors, expected at most 1"):
+        read(blob)
+
+
+def test_limits_are_exact() -> None:
+    assert read(shard({"a" * 1024: entry(shape=(1,) * 7 + (2,))}, 8)).tensors[0].shape == (1, 1, 1, 1, 1, 1, 1, 2)
+    assert header_length((100_000_000).to_bytes(8, "little"), 100_000_008) == 100_000_000
+    with pytest.raises(HeaderError, match="at most 100000000"):
+        header_length((100_000_001).to_bytes(8, "little"), 2**40)
+    assert read(shard({"a": entry(shape=(2**63 - 1, 0), offsets=(0, 0))})).data_bytes == 0
+    assert read(shard({})).tensors == ()
+    assert header_length(bytes(8), 8) == 0
+    with pytest.raises(HeaderError, match="7 bytes, need at least 8"):
+        header_length(bytes(7), 7)
+    with pytest.raises(HeaderError, match="need at least 8"):
+        header_length(bytes(7), 100)
+
+
+def test_a_header_says_where_the_data_lies() -> None:
+    blob = shard({"__metadata__": {"a": "b"}, "x": entry(offsets=(8, 16)), "y": entry()}, 16)
+    found = read(blob)
+    assert found.data_start == len(blob) - 16
+    assert found.data_bytes == 16
+    assert found.metadata == {"a": "b"}
+    assert [(t.name, t.start, t.end, t.nbytes) for t in found.tensors] == [("y", 0, 8, 8), ("x", 8, 16, 8)]
+    assert read(shard(None, raw=b"{}      ")).metadata == {}
+
+
+MESSAGES = {
+    "16_overlap": "overlaps the tensor before it", "17_hole": "leaves a hole before it", "19_past_end": r"hold|only|truncated",
+    "20_trailing": "bytes that belong to no tensor", "04_one_past_end": "truncated", "11_duplicate": "appears twice",
+    "26_unknown_dtype": "unsupported dtype 'F7'", "14_digits": "5000 digits", "08_not_utf8": "not UTF-8 at byte 2",
+    "15_nested": "nested too deeply", "13_nan": "NaN is not JSON", "13_overflowing_float": "out of range",
+    "30_leading_space": "does not begin with", "28_metadata": "not an object of strings", "25_disagree": "needs 4 bytes",
+    "09_surrogate": "not valid Unicode", "32_long_name": "longer than 1024 bytes", "18_reversed": "begin <= end",
+    "nine_dimensions": "at most 8 whole numbers", "extra_key": "expected exactly dtype, shape and data_offsets",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_refusal_names_the_rule(name: str) -> None:
+    with pytest.raises(HeaderError, match=MESSAGES[name]):
+        read(BAD[name])
