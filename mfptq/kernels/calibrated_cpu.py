@@ -11,59 +11,19 @@ import numpy as np
 from ..nvfp4 import GROUP_SIZE, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
 from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Float32Array, Statistics, lower_factors
-from .descent_cpu import LANES, ONE, SIX, ZERO, descend, signed_e2m1
+from .descent_cpu import descend, signed_e2m1
 from .pieces import (
-    BF16,
-    F16_TO_F32,
-    F32,
-    HIGHEST,
     KINDS,
-    ZERO_CODE,
     base_code,
-    bits_of,
     bounded,
-    count_bits,
-    float_of,
-    inline,
     jit,
-    nonzero_nibbles,
     round_e2m1,
     scale_value,
 )
+from .rows import LANES, ONE, SIX, ZERO, gather, measure, pack, tally
 
 PADDING = 16
 _OFFSETS = np.array(CALIBRATED_OFFSETS, np.int32)
-
-
-@inline
-def _widened(bits):  # type: ignore[no-untyped-def]
-    """Return the float32 value of a float16 whose bits are the upper half of `bits`."""
-    magnitude = float_of(np.uint32((bits & np.uint32(0x7FFF0000)) >> np.uint32(3))) * F16_TO_F32
-    return float_of(np.uint32(bits_of(magnitude) | (bits & np.uint32(0x80000000))))
-
-
-@jit
-def _gather(source, kind, columns, column, row, count, lanes, values):  # type: ignore[no-untyped-def]
-    """Transpose a block of `count` rows into float32 values[16 * 64]; lanes without a row are zero.
-
-    `source` holds the tile's bits by 32: one float32, or two values of 16 bits, the first one low.
-    """
-    if kind == F32:
-        for lane in range(count):
-            start = (row + lane) * columns + column
-            for i in range(GROUP_SIZE):
-                values[i * LANES + lane] = float_of(source[start + i])
-    else:
-        for lane in range(count):
-            start = ((row + lane) * columns + column) // 2
-            for i in range(GROUP_SIZE // 2):
-                pair = source[start + i]
-                low, high = np.uint32(pair << np.uint32(16)), np.uint32(pair & np.uint32(0xFFFF0000))
-                values[2 * i * LANES + lane] = float_of(low) if kind == BF16 else _widened(low)
-                values[(2 * i + 1) * LANES + lane] = float_of(high) if kind == BF16 else _widened(high)
-    for i in range(GROUP_SIZE):
-        for lane in range(count, lanes):
-            values[i * LANES + lane] = ZERO
 
 
 @jit
@@ -164,60 +124,6 @@ def _squares(values, rounded, scales, lanes, errors):  # type: ignore[no-untyped
             errors[lane] += difference * difference
 
 
-@inline
-def _code(bits):  # type: ignore[no-untyped-def]
-    """Return the E2M1 code of a value's bits, without its sign: 0.5 has 252 above bit 22, 1 has 254, 6 has 259."""
-    top = max((bits >> np.uint32(22)) & np.uint32(511), np.uint32(251))
-    return np.uint32(top - np.uint32(251)) - np.uint32(np.uint32(top + np.uint32(2)) >> np.uint32(8))
-
-
-@jit
-def _pack_half(rounded, lanes, words):  # type: ignore[no-untyped-def]
-    for lane in range(lanes):
-        word, signs = np.uint32(0), np.uint32(0)
-        for i in range(8):
-            bits = bits_of(rounded[i * LANES + lane])
-            word |= _code(bits) << np.uint32(4 * i)
-            signs |= ((bits >> np.uint32(28)) & np.uint32(8)) << np.uint32(4 * i)
-        words[lane] = word | (signs & nonzero_nibbles(word))
-
-
-@jit
-def _pack(rounded, lanes, words, codes):  # type: ignore[no-untyped-def]
-    """Write each row's 16 nibbles as words[lane] and words[LANES + lane]; an all-zero block gets 0x20."""
-    _pack_half(rounded, lanes, words)
-    _pack_half(rounded[8 * LANES :], lanes, words[LANES:])
-    for lane in range(lanes):
-        codes[lane] = codes[lane] if (words[lane] | words[LANES + lane]) else ZERO_CODE
-
-
-@jit
-def _measure(values, count, norms, nonzero):  # type: ignore[no-untyped-def]
-    for lane in range(count):
-        total, found = ZERO, np.int32(0)
-        for i in range(GROUP_SIZE):
-            x = values[i * LANES + lane]
-            total += x * x
-            found += np.int32(x != ZERO)
-        norms[lane] = total
-        nonzero[lane] = found
-
-
-@jit
-def _tally(words, codes, errors, rounding, norms, nonzero, count, stats):  # type: ignore[no-untyped-def]
-    """Add a chunk to `stats`: the seven numbers of TileStats."""
-    for lane in range(count):
-        stats[0] += errors[lane]
-        stats[1] += norms[lane]
-        stats[2] += rounding[lane]
-        if norms[lane] > ZERO:
-            stats[3] = max(stats[3], np.float64(errors[lane] / norms[lane]))
-        stored = count_bits(nonzero_nibbles(words[lane])) + count_bits(nonzero_nibbles(words[LANES + lane]))
-        stats[4] += nonzero[lane] - stored
-        stats[5] += codes[lane] == HIGHEST
-        stats[6] += nonzero[lane] == 0
-
-
 @jit
 def _choose(values, base, step, statistics, lanes, work):  # type: ignore[no-untyped-def]
     """Write each lane's scale code of least error; statistics: weights [16], or where empty, lower factors."""
@@ -253,7 +159,7 @@ def _quantize(source, kind, global_scale, statistics, sweeps, shape, out):  # ty
         count = min(LANES, rows - row)
         lanes = (count + PADDING - 1) // PADDING * PADDING
         for block in range(blocks):
-            _gather(source, kind, columns, block * GROUP_SIZE, row, count, lanes, values)
+            gather(source, kind, columns, block * GROUP_SIZE, row, count, lanes, values)
             _bases(values, global_scale, lanes, base)
             _scales(base, np.int32(0), step, lanes, steps, inverses)
             _rounding(values, steps, inverses, lanes, rounding)
@@ -264,9 +170,9 @@ def _quantize(source, kind, global_scale, statistics, sweeps, shape, out):  # ty
             if sweeps:
                 descend(values, hessian[block], steps, inverses, lanes, rounded, scratch)
             _squares(values, rounded, steps, lanes, errors)
-            _pack(rounded, lanes, words, codes)
-            _measure(values, count, norms, nonzero)
-            _tally(words, codes, errors, rounding, norms, nonzero, count, stats)
+            pack(rounded, lanes, words, codes)
+            measure(values, count, norms, nonzero)
+            tally(words, codes, errors, rounding, norms, nonzero, count, stats)
             for lane in range(count):
                 place = (row + lane) * blocks + block
                 packed[2 * place] = words[lane]
