@@ -95,6 +95,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     options, output = options or Options(), Path(output)
     check_output(output, overwrite=True)
     models.require_extra()
+    models.check_device(options.device)
     plan = make_plan(source, Settings(Rules(tuple(ignore), tuple(targets))), hub=hub)
     try:
         with models.quiet_transformers():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..checkpoint import Checkpoint
-from ..errors import ScaleError
+from ..errors import MemoryBudgetError, ScaleError
 from ..layout import StoredTensor
 from .texts import TokenIds
 
@@ -74,6 +74,10 @@ class Runner:
                 self.model(input_ids=torch.from_numpy(ids)[None].to(self.device))
         except _LeftError:
             return
+        except torch.cuda.OutOfMemoryError:
+            raise MemoryBudgetError(
+                f"a sample of {len(ids)} tokens does not fit into the memory of {self.device}: lower --max-seq-length"
+            ) from None
         raise ScaleError("the model ended before its last block: it cannot be calibrated by reading text")
 
     def _enter(self, place: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -344,6 +344,9 @@ def test_what_cannot_be_calibrated_is_refused(moe: Path, dataset: Path, tmp_path
         calibrate(moe, far, output, options=OPTIONS)
     with pytest.raises(UsageError, match="should end in"):
         calibrate(moe, dataset, tmp_path / "a.bin", options=OPTIONS)
+    for device in ("banana", "cuda:77"):
+        with pytest.raises(UsageError, match=f"--device '{device}' cannot be used"):
+            calibrate(moe, dataset, output, options=replace(OPTIONS, device=device))
     with pytest.raises(UsageError, match="--samples is 0"):
         Options(samples=0)
     with pytest.raises(MemoryBudgetError, match="raise --max-memory"):
