@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, read_shard
 from ..conversion import make_plan
 from ..errors import ScaleError, UsageError, quote
+from ..files import FolderSource
 from ..hub import HubOptions
 from ..memory import parse_size
 from ..planning import Plan, Settings
 from ..rules import Rules
-from .file import Contents, Description, Level, check_output, write_calibration
+from .file import Contents, Description, Level, check_output, parse_description, write_calibration
 from .hooks import Blocks, find_blocks, find_inputs
 from .reading import Calibration, load_calibration
 from .recording import Recorder
@@ -144,6 +145,15 @@ def resume(output: Path, description: Description, recorder: Recorder) -> Descri
         return found
     finally:
         calibration.close()
+
+
+def read_description(path: Path) -> Description:
+    """Return what a file says of its making, without checking the statistics in it."""
+    source = FolderSource(path.parent)
+    try:
+        return parse_description(read_shard(source, path.name).header.metadata)
+    finally:
+        source.close()
 
 
 def _take_over(calibration: Calibration, recorder: Recorder) -> None:
