@@ -90,9 +90,13 @@ def _progress(output: Path, *, quiet: bool) -> Iterator[ProgressCallback]:
 
 def _say_what_is_kept(output: Path, requested: int) -> None:
     """Ask the file itself: a signal can come between its writing and the report of it."""
+    from ..errors import MfptqError
     from .making import read_description
 
-    found = read_description(output) if output.exists() else None
+    try:
+        found = read_description(output) if output.exists() else None
+    except MfptqError:  # what --overwrite was to replace is none of ours
+        found = None
     if found is None or found.requested != requested:
         click.echo(f"mfptq: no batch was finished, 0 of {requested} samples are kept", err=True)
     else:
