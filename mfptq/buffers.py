@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -29,18 +28,13 @@ class Buffers:
         self.calibrated = calibrated
         self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
-        self._source = np.empty(tile_bytes, np.uint8)
-        self._packed = np.empty(tile_bytes // 4, np.uint8)
-        self._scales = np.empty(tile_bytes // 2 // GROUP_SIZE, np.uint8)
+        self._source = kernel.allocate(tile_bytes)
+        self._packed = kernel.allocate(tile_bytes // 4)
+        self._scales = kernel.allocate(tile_bytes // 2 // GROUP_SIZE)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> Timed:
         """Add the time that the block takes to a phase."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - begin
+        return Timed(self.seconds, phase)
 
     def read(self, source: FolderSource, tiles: Sequence[Tile]) -> list[TileArray]:
         """Return each tile's data; together they must fit into the buffer. The next call overwrites them."""
@@ -70,16 +64,35 @@ class Buffers:
             )
         return found
 
-    def quantize(self, data: TileArray, recipe: Recipe, statistics: Statistics | None = None) -> Quantized:
-        """Return what the tile becomes, minding what is known of its input; the next call overwrites it."""
-        packed = self._packed[: data.size // 2].reshape(data.shape[0], -1)
-        scales = self._scales[: data.size // GROUP_SIZE].reshape(data.shape[0], -1)
+    def quantize(
+        self, data: TileArray, recipe: Recipe, statistics: Statistics | None = None, *, start: int = 0
+    ) -> Quantized:
+        """Return what the tile becomes, minding what is known of its input; it is kept in the buffer from weight `start`."""
+        end = start + data.size
+        packed = self._packed[start // 2 : end // 2].reshape(data.shape[0], -1)
+        scales = self._scales[start // GROUP_SIZE : end // GROUP_SIZE].reshape(data.shape[0], -1)
         with self.timed("quantize"):
             if statistics is None:
                 return Quantized(packed, scales, self.kernel.quantize(data, recipe, packed, scales))
             assert self.calibrated is not None
             stats = self.calibrated.quantize(data, recipe, statistics, packed=packed, scales=scales)
             return Quantized(packed, scales, stats)
+
+
+class Timed:
+    """A block whose time is added to a record."""
+
+    __slots__ = ("_begin", "_phase", "_seconds")
+
+    def __init__(self, seconds: dict[str, float], phase: str) -> None:
+        self._seconds = seconds
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_error: object) -> None:
+        self._seconds[self._phase] += time.perf_counter() - self._begin
 
 
 class Quantized:

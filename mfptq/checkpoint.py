@@ -24,6 +24,7 @@ SHARD_SUFFIX = ".safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NOT_COMPANIONS = (*_PICKLES, SHARD_SUFFIX, ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".index.json", ".npz", ".npy")
 _REPLACED = {CONFIG, "hf_quant_config.json", "README.md", "SHA256SUMS", "mfptq_report.json"}
+_REPLACED_FOLDED = {name.casefold() for name in _REPLACED}  # some systems take README.md and readme.md for one file
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,19 @@ def read_checkpoint(origin: Origin) -> Checkpoint:
 
     Raises SourceError and its subclasses for whatever is missing, inconsistent or unsafe.
     """
+    source = FolderSource(origin.folder)
+    try:
+        return _read_checkpoint(origin, source)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _read_checkpoint(origin: Origin, source: FolderSource) -> Checkpoint:
     root = origin.folder
     names = _file_names(root)
     config = read_object(root, CONFIG, MAX_CONFIG_BYTES)
     weight_map = _weight_map(root, names)
-    source = FolderSource(root)
     shard_names = sorted(set(weight_map.values())) if weight_map is not None else _shard_names(names)
     shards = tuple(read_shard(source, name) for name in shard_names)
     _check_tensors(shards, weight_map)
@@ -102,7 +111,7 @@ def read_checkpoint(origin: Origin) -> Checkpoint:
     for name in companions:
         confined(root, name)
     left_out = tuple(name for name in names if name not in {*companions, *shard_names, *_REPLACED, INDEX})
-    _check_case([*companions, *shard_names])
+    _check_case([*companions, *shard_names, *(name for name in names if name.casefold() in _REPLACED_FOLDED)])
     return Checkpoint(origin, source, shards, config, companions, left_out, weight_map is not None)
 
 
@@ -117,7 +126,7 @@ def _file_names(root: Path) -> list[str]:
 
 
 def _is_companion(name: str) -> bool:
-    return name not in _REPLACED and not name.lower().endswith(_NOT_COMPANIONS)
+    return name.casefold() not in _REPLACED_FOLDED and not name.lower().endswith(_NOT_COMPANIONS)
 
 
 def read_object(root: Path, name: str, limit: int) -> dict[str, Any]:

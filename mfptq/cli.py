@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,12 +17,14 @@ import click
 from ._version import __version__
 from .calibration.file_commands import calibration
 from .errors import MfptqError, UsageError, VerificationError, quote
+from .memory import memory_errors
 
 if TYPE_CHECKING:
     from .hub import HubOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+_STOPPED = "stopped; rerun the same command to resume"
 
 
 class Interrupted(BaseException):
@@ -32,17 +35,34 @@ class Interrupted(BaseException):
         self.exit_code = _INTERRUPTED[signal.Signals(number)]
 
 
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in _INTERRUPTED:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background jobs stay what they are
+            signal.signal(number, handler)
+
+
 def _raise_interrupted(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # the second signal ends the process at once
+    _handle(_stop_at_once)
     raise Interrupted(number)
+
+
+def _stop_at_once(number: int, _frame: FrameType | None) -> None:
+    """End the process without tidying up: whoever signals twice does not want to wait, and a rerun resumes from anything."""
+    with suppress(OSError):
+        os.write(2, f"mfptq: error: {_STOPPED}\n".encode())
+    os._exit(_INTERRUPTED[signal.Signals(number)])
 
 
 def run() -> None:
     """Run the command line; every error of ours is one line on stderr and its exit code."""
-    for number in _INTERRUPTED:
-        signal.signal(number, _raise_interrupted)
+    _handle(_raise_interrupted)
+    if sys.stderr is None or not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        main.main(standalone_mode=False)
+        with memory_errors():
+            main.main(standalone_mode=False)
+        if sys.stdout is None:
+            _fail("the work is done, but stdout is closed", 5)
         sys.stdout.flush()
     except MfptqError as error:
         _fail(str(error), error.exit_code)
@@ -52,7 +72,7 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (Interrupted, click.Abort) as stop:
-        _fail("stopped; rerun the same command to resume", getattr(stop, "exit_code", 130))
+        _fail(_STOPPED, getattr(stop, "exit_code", 130))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(5)
@@ -61,7 +81,8 @@ def run() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"mfptq: error: {message}", err=True)
+    with suppress(OSError):  # the exit code tells, where stderr cannot
+        click.echo(f"mfptq: error: {message}", err=True)
     sys.exit(code)
 
 
@@ -111,7 +132,12 @@ def _rule_options(function: Function) -> Function:
 
 def _resource_options(function: Function) -> Function:
     for option in (
-        click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0."),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="cpu, cuda[:N], another torch device, or auto: what should finish first.",
+        ),
         click.option("--max-workers", type=int, help="Threads; by default one for each core."),
         click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process."),
     ):
@@ -265,3 +291,8 @@ def demo(output: Path) -> None:
     click.echo(
         "Next, with a model of your own:\n  mfptq plan Qwen/Qwen3.5-27B\n  mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4"
     )
+
+
+from .calibration.commands import calibrate  # noqa: E402 - imports nothing but click
+
+main.add_command(calibrate)

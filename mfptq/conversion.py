@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +25,18 @@ from .files import confined, read_small
 from .hub import HubOptions, open_checkpoint
 from .kernels import Kernel, load_kernel
 from .kernels.calibrated import CalibratedKernel, load_calibrated_kernel
+from .kernels.choice import choose_device
 from .limits import MAX_CONFIG_BYTES
-from .memory import INTERPRETER, MemoryPlan, parse_size, peak_bytes, plan_memory, resident_bytes
+from .memory import (
+    INTERPRETER,
+    MemoryPlan,
+    check_data_limit,
+    memory_errors,
+    parse_size,
+    peak_bytes,
+    plan_memory,
+    resident_bytes,
+)
 from .nvfp4 import GROUP_SIZE
 from .planning import Plan, build_plan
 from .report import Report, gather, kind_reports, report_text, suspicions, total_error
@@ -52,6 +62,7 @@ class Run:
     kernel: Kernel
     calibrated: CalibratedKernel | None
     memory: MemoryPlan
+    device_reason: str
     begun: float = field(default_factory=time.monotonic)
 
 
@@ -88,12 +99,13 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     """
     held = max(0, resident_bytes() - INTERPRETER)
     settings = Settings(Rules(tuple(ignore), tuple(targets), default_ignore), method, scheme)
-    plan = make_plan(source, settings, Knowledge(input_scales, input_scales_kind, calibration, like), hub)
-    try:
-        run = prepare(plan, Resources(max_memory, workers, device), held)
-        return carry_out(run, Path(destination), overwrite=overwrite, progress=progress or _ignore)
-    finally:
-        plan.close()
+    with memory_errors():
+        plan = make_plan(source, settings, Knowledge(input_scales, input_scales_kind, calibration, like), hub)
+        try:
+            run = prepare(plan, Resources(max_memory, workers, device), held)
+            return carry_out(run, Path(destination), overwrite=overwrite, progress=progress or _ignore)
+        finally:
+            plan.close()
 
 
 def _ignore(_progress: Progress) -> None:
@@ -144,10 +156,14 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
         raise UsageError(f"{workers} workers cannot do anything: use at least 1")
     budget = parse_size(resources.max_memory) + held
     statistics = plan.statistics_bytes
-    kernel = load_kernel(resources.device)
-    calibrated = load_calibrated_kernel(resources.device) if statistics else None
+    choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), workers)
+    check_data_limit("numba" if choice.device == "cpu" else "torch")
+    kernel = load_kernel(choice.device)
+    calibrated = load_calibrated_kernel(choice.device) if statistics else None
     kernel.amax(np.zeros((1, GROUP_SIZE), np.float32))  # a kernel's first call brings 60 MB, which the plan must count
-    return Run(plan, kernel, calibrated, plan_memory(budget, resident_bytes(), workers, statistics=statistics))
+    held_now = resident_bytes()
+    memory = plan_memory(budget, held_now, workers, statistics=statistics, largest_tile=kernel.tile_bytes)
+    return Run(plan, kernel, calibrated, memory, choice.reason)
 
 
 def _cores() -> int:
@@ -157,7 +173,8 @@ def _cores() -> int:
 def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: ProgressCallback) -> Report:
     """Do the work of a run and return its report."""
     plan, memory = run.plan, run.memory
-    claim = Claim(plan.checkpoint.origin.folder, plan.digests, {shard.name: shard.size for shard in plan.shards})
+    sizes = {shard.name: shard.size for shard in plan.shards}
+    claim = Claim(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
     buffers = [Buffers(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
     with open_destination(destination, claim, overwrite=overwrite) as out:
         resumed = len(out.done)
@@ -193,10 +210,13 @@ def _source_card(root: Path) -> str:
 
 def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int) -> Report:
     plan, kinds = run.plan, gather(out.done.values())
+    seconds = time.monotonic() - run.begun
     kept = sum(not item.decision.quantize for item in plan.selection.tensors)
-    timings: Counter[str] = Counter()
+    timings: defaultdict[str, float] = defaultdict(float)
     for buffer in buffers:
-        timings.update(buffer.seconds)
+        for phase, spent in buffer.seconds.items():
+            timings[phase] += spent
+    timings["wait"] = max(0.0, seconds * len(buffers) - sum(timings.values()))
     reports = kind_reports(plan, kinds)
     return Report(
         source=str(plan.checkpoint.origin),
@@ -204,6 +224,7 @@ def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int
         scheme=plan.scheme,
         method=plan.method_text,
         kernel=run.kernel.name,
+        device_reason=run.device_reason,
         source_bytes=plan.checkpoint.tensor_bytes,
         output_bytes=plan.tensor_bytes,
         tensors=sum(shard.tensors for shard in plan.shards),
@@ -213,7 +234,7 @@ def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int
         kinds=reports,
         warnings=plan.warnings + suspicions(reports, calibrated=run.calibrated is not None),
         resumed_shards=resumed,
-        seconds=time.monotonic() - run.begun,
+        seconds=seconds,
         peak_memory=peak_bytes(),
         timings=dict(timings),
     )
@@ -226,11 +247,13 @@ def plan(  # noqa: PLR0913 - one keyword for each option of the command
     method: str | None = None,
     ignore: Iterable[str] = (),
     targets: Iterable[str] = (),
+    default_ignore: bool = True,
     calibration: str | Path | None = None,
     input_scales: str | Path | None = None,
+    input_scales_kind: str | None = None,
     like: str | Path | None = None,
     hub: HubOptions | None = None,
 ) -> Plan:
     """Return what `convert` with the same arguments would do, from headers alone; raises what it would raise."""
-    settings = Settings(Rules(tuple(ignore), tuple(targets)), method, scheme)
-    return make_plan(source, settings, Knowledge(input_scales, None, calibration, like), hub)
+    settings = Settings(Rules(tuple(ignore), tuple(targets), default_ignore), method, scheme)
+    return make_plan(source, settings, Knowledge(input_scales, input_scales_kind, calibration, like), hub)

@@ -16,19 +16,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .checkpoint import CONFIG
+from .checkpoint import CONFIG, INDEX
 from .errors import (
     DestinationError,
     DestinationExistsError,
     DestinationLockedError,
+    NonFiniteWeightError,
     PlanMismatchError,
     SourceChangedError,
     SourceError,
     UnsafePathError,
     quote,
 )
-from .files import Range, copy_range, open_regular, plain_name, storage_errors
+from .files import Range, copy_range, open_regular, plain_name, read_small, storage_errors, sync_folder
 from .journal import Journal, JournalState, ShardResult, read_journal
+from .limits import MAX_INDEX_BYTES
 from .partial import PARTIAL_SUFFIX, PartialFile, file_sha256, partial_path
 
 WORK = ".mfptq"
@@ -41,11 +43,17 @@ SPACE_MARGIN = 16 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a run is going to write: the plan's digests, its shards' sizes in bytes, and the source's folder."""
+    """What a run is going to write: the plan's digests, its shards' sizes in bytes, the source's folder and companions."""
 
     source: Path
     digests: Mapping[str, str]
     shards: Mapping[str, int]
+    companions: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
+        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, MANIFEST)
 
 
 class Destination:
@@ -106,25 +114,33 @@ def open_destination(root: Path, claim: Claim, *, overwrite: bool = False) -> It
 
     Raises DestinationExistsError, DestinationLockedError, PlanMismatchError or StorageError, before touching anything.
     """
-    _check_apart(root, claim.source)
-    existed = root.is_dir()
-    _check_space(root, claim, _inspect(root, claim, overwrite=overwrite).done)
-    with storage_errors("create", root):
-        (root / WORK).mkdir(parents=True, exist_ok=True)
+    with storage_errors("read folder", root):
+        _check_apart(root, claim.source)
+        existed = root.is_dir()
+        _check_space(root, claim, _inspect(root, claim, overwrite=overwrite).done)
+    _create(root)
     with _locked(root):
         done = _take_over(root, claim, _inspect(root, claim, overwrite=overwrite))
-        destination = Destination(root, Journal(root / WORK / JOURNAL, claim.digests, done), done)
+        journal = Journal(root / WORK / JOURNAL, JournalState(claim.digests, done, claim.files))
         try:
-            yield destination
-        except SourceError:  # no rerun of this plan can succeed, so nothing of it is worth keeping
-            destination.close()
-            _abandon(root, destination.done, existed=existed)
+            yield Destination(root, journal, done)
+        except (NonFiniteWeightError, SourceChangedError):  # no rerun of this plan can succeed: keep nothing of it
+            journal.close()
+            _abandon(root, claim, existed=existed)
             raise
         except BaseException:
-            destination.close()
+            journal.close()
             raise
-        destination.close()
+        journal.close()
         shutil.rmtree(root / WORK, ignore_errors=True)
+
+
+def _create(root: Path) -> None:
+    """Make the folders, durably: what is renamed into them later must not lose its way after a power cut."""
+    with storage_errors("create", root):
+        (root / WORK).mkdir(parents=True, exist_ok=True)
+        sync_folder(root.absolute().parent)
+        sync_folder(root)
 
 
 def _check_apart(root: Path, source: Path) -> None:
@@ -143,16 +159,16 @@ def _inspect(root: Path, claim: Claim, *, overwrite: bool) -> JournalState:
             raise DestinationExistsError(f"output {quote(root)} exists and is not a folder")
         if not root.parent.is_dir():
             raise DestinationError(f"folder {quote(root.parent)} does not exist: create it first")
-        return JournalState(None, {})
+        return JournalState()
     with storage_errors("read folder", root):
         names = set(os.listdir(root))  # noqa: PTH208 - names are data here
-    if names and WORK not in names:
+        has_journal = (root / WORK / JOURNAL).exists()
+    if not has_journal:
         _check_finished(root, names, overwrite=overwrite)
-    if not (root / WORK / JOURNAL).exists():
-        return JournalState(None, {})
+        return JournalState()
     state = read_journal(root / WORK / JOURNAL)
     if state.digests is None or overwrite:
-        return JournalState(None, {})
+        return JournalState(files=state.files)
     changed = [part for part, digest in claim.digests.items() if state.digests.get(part) != digest]
     if changed:
         raise PlanMismatchError(
@@ -163,10 +179,11 @@ def _inspect(root: Path, claim: Claim, *, overwrite: bool) -> JournalState:
 
 
 def _check_finished(root: Path, names: set[str], *, overwrite: bool) -> None:
-    """Raise unless the folder is a finished conversion of ours that may be overwritten."""
-    if not {MANIFEST, REPORT} <= names:
+    """Raise unless a folder without a journal is empty, was left by a run that had hardly begun, or may be overwritten."""
+    ours = MANIFEST in names and (REPORT in names or WORK in names)
+    if not ours and not names <= {WORK}:
         raise DestinationExistsError(f"output {quote(root)} is not empty and not ours: choose another folder")
-    if not overwrite:
+    if ours and CONFIG in names and not overwrite:
         raise DestinationExistsError(f"output {quote(root)} holds a finished conversion: pass --overwrite to redo it")
 
 
@@ -189,7 +206,9 @@ def _locked(root: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        pid = owner.read_text(errors="replace").strip() if owner.exists() else "unknown"
+        pid = "unknown"
+        with suppress(OSError):
+            pid = owner.read_text(errors="replace").strip()
         raise DestinationLockedError(
             f"output {quote(root)} is in use by pid {quote(pid)}: wait for it, or stop it"
         ) from None
@@ -209,11 +228,12 @@ def _locked(root: Path) -> Iterator[None]:
 def _take_over(root: Path, claim: Claim, state: JournalState) -> dict[str, ShardResult]:
     """Remove what earlier runs left and is not to be kept; return the finished shards that are what they should be."""
     _remove_stale(root / WORK)
+    _remove_files(root, [CONFIG])
     if state.digests is None:
-        _remove_own(root, claim)
+        names = [*state.files, *_listed(root), *claim.files]
+        _remove_files(root, [name for name in names if name != MANIFEST])
+        _remove_files(root, [MANIFEST])  # last: it says that the other files are ours
         return {}
-    with storage_errors("remove", root / CONFIG):
-        (root / CONFIG).unlink(missing_ok=True)
     return {name: result for name, result in state.done.items() if _is_intact(root, claim, result)}
 
 
@@ -235,19 +255,22 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _remove_own(root: Path, claim: Claim) -> None:
-    """Remove the files of an earlier output of ours: what its manifest or this plan names, config.json first."""
-    listed: list[str] = []
-    if (root / MANIFEST).is_file():
-        lines = (root / MANIFEST).read_text(errors="replace").splitlines()
-        listed = [line[66:] for line in lines]
-    _remove_files(root, [CONFIG, *listed, *claim.shards, MANIFEST, REPORT])
+def _listed(root: Path) -> list[str]:
+    """Return the names in the manifest of an earlier output of ours."""
+    try:
+        lines = read_small(root / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").splitlines()
+    except SourceError:
+        return []
+    return [line[66:] for line in lines]
 
 
 def _remove_files(root: Path, names: Iterable[str]) -> None:
+    """Remove files, durably, before anything else happens."""
     for name in names:
         with storage_errors("remove", root / name), suppress(UnsafePathError, FileNotFoundError):
             (root / plain_name(name)).unlink()
+    with storage_errors("sync", root):
+        sync_folder(root)
 
 
 def _is_intact(root: Path, claim: Claim, result: ShardResult) -> bool:
@@ -267,8 +290,8 @@ def _is_intact(root: Path, claim: Claim, result: ShardResult) -> bool:
             os.close(fd)
 
 
-def _abandon(root: Path, done: Mapping[str, ShardResult], *, existed: bool) -> None:
-    _remove_files(root, done)
+def _abandon(root: Path, claim: Claim, *, existed: bool) -> None:
+    _remove_files(root, claim.files)
     shutil.rmtree(root / WORK, ignore_errors=True)
     if not existed:
         with suppress(OSError):

@@ -103,7 +103,9 @@ class StorageError(DestinationError):
     def __init__(self, action: str, path: object, cause: OSError) -> None:
         self.errno = cause.errno
         code = errno.errorcode.get(cause.errno or 0, "error")
-        super().__init__(f"cannot {action} {quote(path)}: {cause.strerror or cause} ({code})")
+        super().__init__(
+            f"cannot {action} {quote(path)}: {cause.strerror or cause} ({code}); rerun the same command to resume"
+        )
 
 
 class VerificationError(MfptqError):

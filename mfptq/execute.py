@@ -7,6 +7,7 @@ larger ones stream, and their second reading comes from the page cache. Nothing 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -14,20 +15,22 @@ from functools import partial
 
 from .buffers import Buffers, Quantized
 from .destination import Destination
-from .errors import MemoryBudgetError, SourceChangedError, quote
+from .errors import SourceChangedError, quote
 from .files import COPY_CHUNK, Range, copy_range, storage_errors
 from .journal import ShardResult
 from .kernels import Recipe, TileStats
 from .kernels.calibrated import Statistics
 from .layout import Weight, numbers_removed
+from .memory import available_bytes
 from .nvfp4 import GROUP_SIZE
-from .partial import PartialFile
-from .planning import CopyTensor, Plan, QuantizeWeight, ShardJob
+from .partial import PartialFile, Piece
+from .planning import CopyTensor, Plan, QuantizeWeight, ShardJob, ShardPlan
 from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
 from .tiles import GroupStep, Tile, bundles, group_steps, tiles, whole_tile
 from .workers import Task, Workers
 
 MAX_FINISHING = 4
+WORKERS_FOR_A_FILE = 4
 BufferTask = Task[Buffers]
 WeightTile = tuple[QuantizeWeight, Tile]
 
@@ -86,7 +89,9 @@ class Execution:
         self._progress = progress
         self._scales = GlobalScales(plan.method)
         self._open: dict[str, OpenShard] = {}
-        self._finisher = ThreadPoolExecutor(2, "mfptq-finish")
+        self._lanes = max(1, len(buffers) // WORKERS_FOR_A_FILE)
+        self._forget = _exceeds_half_of_memory(plan.checkpoint.tensor_bytes)
+        self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
         self._finishing: list[Future[None]] = []
         self._workers: Workers[Buffers] = Workers(self._supply(), buffers)
 
@@ -95,10 +100,6 @@ class Execution:
         try:
             self._workers.run()
             self._wait_for_finishing(0)
-        except MemoryError:
-            raise MemoryBudgetError(
-                "memory ran out: allow more with --max-memory, or use fewer --max-workers"
-            ) from None
         finally:
             self._finisher.shutdown(wait=True, cancel_futures=True)
             for shard in self._open.values():
@@ -113,14 +114,25 @@ class Execution:
             future.result()
 
     def _supply(self) -> Iterator[BufferTask]:
-        """Yield tasks shard by shard; a shard is opened when its first task is asked for."""
+        """Yield tasks of a few shards in turn: writes into one file wait for each other, whatever the number of cores."""
         self._progress(Progress(total=self._plan.checkpoint.tensor_bytes))
-        for shard in self._plan.shards:
+        shards = iter(self._plan.shards)
+        lanes = deque(self._tasks(shards) for _ in range(self._lanes))
+        while lanes:
+            lane = lanes.popleft()
+            task = next(lane, None)
+            if task is not None:
+                lanes.append(lane)
+                yield task
+
+    def _tasks(self, shards: Iterator[ShardPlan]) -> Iterator[BufferTask]:
+        """Yield tasks shard by shard; a shard is opened when its first task is asked for."""
+        for shard in shards:
             if shard.name in self._destination.done:
                 read = self._plan.checkpoint.shard(shard.name).header.data_bytes
                 self._progress(Progress(read, finished=shard.name, resumed=True))
                 continue
-            self._wait_for_finishing(MAX_FINISHING)
+            self._wait_for_finishing(MAX_FINISHING * self._lanes)
             job = self._plan.job(shard.name)
             opened = OpenShard(job, self._destination.create(job.name, job.size))
             self._open[job.name] = opened
@@ -164,7 +176,7 @@ class Execution:
     def _quantize_group(self, shard: OpenShard, step: GroupStep, scale: float) -> None:
         work = []
         for weight in step.weights:
-            _write_scalars(shard.file, weight, scale)
+            shard.file.write_pieces(_scalars(weight, scale))
             work += [partial(self._quantize_tile, shard, (weight, tile), scale) for tile in self._tiles(weight)]
         shard.expect(len(work))
         self._workers.add(work)
@@ -177,37 +189,47 @@ class Execution:
         step, tile = work
         [data] = buffers.read(self._source, [tile])
         quantized = buffers.quantize(data, Recipe(step.method, scale), self._statistics(step, tile))
-        self._write_tile(shard, work, quantized, buffers)
+        with buffers.timed("write"):
+            for piece in _places(work, quantized):
+                shard.file.write(piece.data, piece.offset)
+        shard.note(step.weight.module, quantized.stats)
+        self._done(shard, tile.offset, tile.nbytes)
         self._settle(shard)
 
     def _convert_bundle(self, shard: OpenShard, bundle: Sequence[GroupStep], buffers: Buffers) -> None:
-        """Quantize small groups whole, from a single reading."""
-        steps = [weight for group in bundle for weight in group.weights]
+        """Convert whole groups that fit into the buffer together: read once, written in as few runs as they lie in."""
+        steps = [step for group in bundle for step in group.weights]
         parts = [whole_tile(step.weight) for step in steps]
-        data = dict(zip([step.weight.module for step in steps], buffers.read(self._source, parts), strict=True))
-        places = {step.weight.module: part for step, part in zip(steps, parts, strict=True)}
+        works = dict(zip([step.weight.module for step in steps], zip(steps, parts, strict=True), strict=True))
+        data = dict(zip(works, buffers.read(self._source, parts), strict=True))
+        pieces: list[Piece] = []
+        start = 0
         for group in bundle:
             modules = [step.weight.module for step in group.weights]
-            amax = max(buffers.amax(data[module], places[module]) for module in modules)
+            amax = max(buffers.amax(data[module], works[module][1]) for module in modules)
             scale = global_scale(self._plan.method, amax, self._members(group))
-            for step, module in zip(group.weights, modules, strict=True):
-                _write_scalars(shard.file, step, scale)
-                place = places[module]
-                quantized = buffers.quantize(data[module], Recipe(step.method, scale), self._statistics(step, place))
-                self._write_tile(shard, (step, place), quantized, buffers)
+            for module in modules:
+                step, tile = works[module]
+                recipe = Recipe(step.method, scale)
+                quantized = buffers.quantize(data[module], recipe, self._statistics(step, tile), start=start)
+                pieces += [*_scalars(step, scale), *_places(works[module], quantized)]
+                shard.note(module, quantized.stats)
+                start += tile.size
+        with buffers.timed("write"):
+            shard.file.write_pieces(pieces)
+        for tile in parts:
+            self._done(shard, tile.offset, tile.nbytes)
         self._settle(shard)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> Statistics | None:
         found = self._plan.statistics(step)
         return None if found is None else found.part(tile.start % step.weight.columns, tile.columns)
 
-    def _write_tile(self, shard: OpenShard, work: WeightTile, quantized: Quantized, buffers: Buffers) -> None:
-        step, tile = work
-        with buffers.timed("write"):
-            shard.file.write(quantized.packed.data, step.packed + tile.start // 2)
-            shard.file.write(quantized.scales.data, step.scale + tile.start // GROUP_SIZE)
-        shard.note(step.weight.module, quantized.stats)
-        self._progress(Progress(tile.nbytes))
+    def _done(self, shard: OpenShard, offset: int, size: int) -> None:
+        """Note that a range of the source will not be read again."""
+        if self._forget:
+            self._source.drop_cached(shard.job.name, offset, size)
+        self._progress(Progress(size))
 
     def _copy(self, shard: OpenShard, piece: CopyTensor, buffers: Buffers) -> None:
         with buffers.timed("copy"), self._source.descriptor(shard.job.name) as fd:
@@ -219,7 +241,7 @@ class Execution:
                     f"{quote(shard.job.name)} ended early: it was truncated while being read"
                 ) from None
         shard.file.flush(piece.offset, piece.size)
-        self._progress(Progress(piece.size))
+        self._done(shard, piece.source_offset, piece.size)
         self._settle(shard)
 
     def _settle(self, shard: OpenShard) -> None:
@@ -234,6 +256,8 @@ class Execution:
             synced = pool.submit(shard.file.sync)
             digest = shard.file.sha256()
             synced.result()
+        if self._forget:
+            shard.file.forget()
         shard.file.commit()
         kinds = {kind: asdict(stats) for kind, stats in sorted(shard.kinds.items())}
         self._destination.record(ShardResult(name, digest, shard.job.size, kinds))
@@ -241,7 +265,24 @@ class Execution:
         self._progress(Progress(finished=name))
 
 
-def _write_scalars(file: PartialFile, step: QuantizeWeight, scale: float) -> None:
-    file.write(scalar(scale), step.global_scale)
+def _places(work: WeightTile, quantized: Quantized) -> tuple[Piece, Piece]:
+    """Return where a quantized tile belongs in the output file."""
+    step, tile = work
+    return (
+        Piece(step.packed + tile.start // 2, quantized.packed.reshape(-1).data),
+        Piece(step.scale + tile.start // GROUP_SIZE, quantized.scales.reshape(-1).data),
+    )
+
+
+def _scalars(step: QuantizeWeight, scale: float) -> list[Piece]:
+    """Return a weight's scalars and where they belong."""
+    pieces = [Piece(step.global_scale, scalar(scale))]
     if step.input_scale is not None:
-        file.write(scalar(step.input_scale.divisor), step.input_scale.offset)
+        pieces.append(Piece(step.input_scale.offset, scalar(step.input_scale.divisor)))
+    return pieces
+
+
+def _exceeds_half_of_memory(size: int) -> bool:
+    """Return whether so much data would push everything else out of the page cache."""
+    available = available_bytes()
+    return available is not None and size > available // 2

@@ -21,6 +21,7 @@ from .limits import MAX_FILE_NAME_BYTES
 
 MAX_OPEN_FILES = 128
 COPY_CHUNK = 64 * 2**20
+_PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}  # not the file's fault
 _COPY_FALLBACK = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 
 
@@ -74,6 +75,8 @@ def open_regular(path: Path) -> int:
     except FileNotFoundError:
         raise SourceError(f"file {quote(path)} is missing") from None
     except OSError as error:
+        if error.errno in _PASSING:
+            raise StorageError("open", path, error) from None
         raise SourceError(f"cannot open {quote(path)}: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -109,8 +112,10 @@ def read_small(path: Path, limit: int) -> bytes:
         data = bytearray(size)
         read_exact(fd, memoryview(data), 0)
         return bytes(data)
-    except (EOFError, OSError) as error:
-        raise SourceError(f"cannot read {quote(path)}: {error or 'it ended early'}") from None
+    except EOFError:
+        raise SourceError(f"cannot read {quote(path)}: it ended early") from None
+    except OSError as error:
+        raise StorageError("read", path, error) from None
     finally:
         os.close(fd)
 
@@ -177,7 +182,7 @@ class FolderSource:
                     f"{quote(name)} ended before byte {offset + len(buffer)}: truncated?"
                 ) from None
             except OSError as error:
-                raise SourceError(f"cannot read {quote(name)} at byte {offset}: {error.strerror}") from None
+                raise StorageError(f"read byte {offset} of", name, error) from None
 
     def check_unchanged(self, name: str) -> None:
         """Raise SourceChangedError if the file is no longer what it was when it was first opened."""

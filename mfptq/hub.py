@@ -76,9 +76,12 @@ def _download(repo_id: str, options: HubOptions) -> Path:
         raise HubError(f"{quote(repo_id)} has no revision {quote(options.revision)}") from None
     except errors.RepositoryNotFoundError:
         raise HubError(f"no folder and no Hub repo named {quote(repo_id)} (private ones need --token)") from None
-    except errors.LocalEntryNotFoundError:
-        raise HubError(f"{quote(repo_id)} is not complete in the cache and the Hub cannot be reached") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except errors.LocalEntryNotFoundError as error:
+        why = f": {_first_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
+        raise HubError(
+            f"there is no folder {quote(repo_id)}, and as a Hub repo it is not complete in the cache and cannot be reached{why}"
+        ) from None
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
         raise HubError(f"cannot fetch {quote(repo_id)}: {_first_line(error)}") from None
     return Path(folder)
 

@@ -10,14 +10,16 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import open_regular, read_exact, storage_errors, sync_folder, write_all
+from .files import open_regular, storage_errors, sync_folder, write_all
 from .strict_json import StrictJsonError, parse_json
 
 CHECK_LENGTH = 16
+MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,9 @@ class ShardResult:
     sha256: str
     size: int
     kinds: Mapping[str, Mapping[str, float]]
+
+
+_TYPES = {"name": str, "sha256": str, "size": int, "kinds": dict}
 
 
 def _line(value: Any) -> bytes:
@@ -48,42 +53,66 @@ def _value(line: bytes) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class JournalState:
-    """What a journal on disk says: the digests of its plan, or None if it has no whole first line."""
+    """What a journal says: its plan's digests, None without a whole first line; finished shards; all planned files."""
 
-    digests: Mapping[str, str] | None
-    done: Mapping[str, ShardResult]
+    digests: Mapping[str, str] | None = None
+    done: Mapping[str, ShardResult] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
 
-def read_journal(path: Path, limit: int = 2**28) -> JournalState:
+def read_journal(path: Path, limit: int = MAX_BYTES) -> JournalState:
     """Return the state of a journal; whatever is damaged in it counts as not written."""
     with storage_errors("read", path):
         fd = open_regular(path)
         try:
-            data = bytearray(min(os.fstat(fd).st_size, limit))
-            read_exact(fd, memoryview(data), 0)
+            data = os.pread(fd, min(os.fstat(fd).st_size, limit), 0)
         finally:
             os.close(fd)
-    values = [_value(line) for line in bytes(data).splitlines(keepends=True)]
-    if not values or not isinstance(values[0], dict) or "plan" not in values[0]:
-        return JournalState(None, {})
-    results = (ShardResult(**value["shard"]) for value in values[1:] if isinstance(value, dict) and "shard" in value)
-    return JournalState(values[0]["plan"], {result.name: result for result in results})
+    return parse_journal(data)
+
+
+def parse_journal(data: bytes) -> JournalState:
+    """Return what the bytes of a journal say, for any bytes."""
+    values = [_value(line) for line in data.splitlines(keepends=True)]
+    first = values[0] if values else None
+    if not isinstance(first, dict) or not isinstance(first.get("plan"), dict):
+        return JournalState()
+    results = [result for value in values[1:] if (result := _result(value)) is not None]
+    files = first.get("files")
+    names = tuple(name for name in files if isinstance(name, str)) if isinstance(files, list) else ()
+    return JournalState(first["plan"], {result.name: result for result in results}, names)
+
+
+def _result(value: Any) -> ShardResult | None:
+    """Return the shard that a line names, or None for lines of other kinds and of other versions."""
+    shard = value.get("shard") if isinstance(value, dict) else None
+    if not isinstance(shard, dict) or shard.keys() != _TYPES.keys():
+        return None
+    return ShardResult(**shard) if all(type(shard[key]) is kind for key, kind in _TYPES.items()) else None
 
 
 class Journal:
     """An open journal; every line is durable when the call that wrote it returns."""
 
-    def __init__(self, path: Path, digests: Mapping[str, str], done: Mapping[str, ShardResult]) -> None:
-        """Replace the journal at `path`, whole or not at all, by one that says `done`."""
+    def __init__(self, path: Path, state: JournalState) -> None:
+        """Replace the journal at `path`, whole or not at all, by one that says `state`."""
         self._path = path
-        lines = [_line({"plan": dict(digests)}), *(_line({"shard": asdict(result)}) for result in done.values())]
+        first = {"plan": dict(state.digests or {}), "files": list(state.files)}
+        lines = [_line(first), *(_line({"shard": asdict(result)}) for result in state.done.values())]
         fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
         self._end = 0
         with storage_errors("write", path):
             self._fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            self._append(b"".join(lines))
-            os.replace(fresh, path)  # noqa: PTH105 - every system call goes through `os`
-            sync_folder(path.parent)
+            try:
+                self._append(b"".join(lines))
+                os.replace(fresh, path)  # noqa: PTH105 - every system call goes through `os`
+                sync_folder(path.parent)
+            except BaseException:
+                with suppress(OSError):
+                    self.close()
+                with suppress(OSError):
+                    os.unlink(fresh)  # noqa: PTH108
+                raise
 
     def record(self, result: ShardResult) -> None:
         """Write that a shard is finished."""

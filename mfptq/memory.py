@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .errors import MemoryBudgetError, UsageError, quote
 
@@ -16,6 +18,7 @@ MIN_TILE = 256 * 2**10
 PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
 RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
 INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything of its own
+THREAD_BYTES = 8 * 2**20  # a stack
 KERNEL_BYTES = {"numba": 110 * 2**20, "torch": 330 * 2**20}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -58,10 +61,22 @@ def available_bytes() -> int | None:
     if meminfo.exists():
         found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
         limits += [int(found[1]) * 1024] if found else []
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(name).read_text().strip() if Path(name).is_file() else ""
+    for path in _group_limits():
+        text = path.read_text().strip() if path.is_file() else ""
         limits += [int(text)] if text.isdigit() else []
     return min(limits, default=None)
+
+
+def _group_limits() -> Iterator[Path]:
+    """Yield where the memory limits of this process's control groups and of their parents would be (cgroup v2, v1)."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = ("memory/", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        for folder in (PurePosixPath(group), *PurePosixPath(group).parents):
+            yield Path(f"/sys/fs/cgroup/{root}{str(folder).lstrip('/')}") / name
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +93,9 @@ def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
     return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER + 3 * statistics
 
 
-def plan_memory(budget: int, held: int, workers: int, *, statistics: int = 0) -> MemoryPlan:
+def plan_memory(
+    budget: int, held: int, workers: int, *, statistics: int = 0, largest_tile: int = MAX_TILE
+) -> MemoryPlan:
     """Return tiles and workers that fit into `budget` bytes when the process already holds `held`.
 
     `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read, as
@@ -94,10 +111,41 @@ def plan_memory(budget: int, held: int, workers: int, *, statistics: int = 0) ->
             f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
         )
     count = min(workers, (budget - base) // worker_bytes(MIN_TILE, statistics))
-    tile = MAX_TILE
+    tile = largest_tile
     while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
         tile //= 2
     return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))
+
+
+def check_data_limit(kernel: str) -> None:
+    """Raise MemoryBudgetError if `ulimit -d` leaves too little to load a kernel: libraries that run out may just crash."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found is None:
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    needed = int(found[1]) * 1024 + KERNEL_BYTES[kernel] + RESERVE + worker_bytes(MIN_TILE) + THREAD_BYTES
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise MemoryBudgetError(
+            f"the system's limit on data (ulimit -d) is {_megabytes(limit)}, about {_megabytes(needed, up=True)} are needed"
+        )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what the interpreter raises where the system gives no more memory or threads into MemoryBudgetError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        of_torch = type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and not of_torch and "start new thread" not in str(error):
+            raise
+        raise MemoryBudgetError(
+            "memory ran out: use fewer --max-workers or less --max-memory, or raise the system's limit; "
+            "rerun the same command to resume"
+        ) from None
 
 
 def _megabytes(size: int, *, up: bool = False) -> str:

@@ -6,8 +6,11 @@ import errno
 import hashlib
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from .files import advise, read_exact, storage_errors, sync_folder, write_all
 
@@ -20,6 +23,16 @@ _NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 def partial_path(folder: Path, name: str) -> Path:
     """Return a name for a temporary that no other run uses."""
     return folder / f"{name}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
+
+
+class Piece(NamedTuple):
+    """Some bytes of a file, and where they belong."""
+
+    offset: int
+    data: memoryview | bytes
+
+
+_offset = itemgetter(0)
 
 
 class PartialFile:
@@ -44,10 +57,29 @@ class PartialFile:
             write_all(self.fd, data, offset)
         self.flush(offset, len(data))
 
+    def write_pieces(self, pieces: Iterable[Piece]) -> None:
+        """Write many pieces, neighbours together."""
+        run: list[memoryview | bytes] = []
+        begin = end = 0
+        for piece in sorted(pieces, key=_offset):
+            if run and piece.offset != end:
+                self.write(b"".join(run), begin)
+                run = []
+            if not run:
+                begin = end = piece.offset
+            run.append(piece.data)
+            end += len(piece.data)
+        if run:
+            self.write(b"".join(run), begin)
+
     def flush(self, offset: int, size: int) -> None:
         """Let the kernel begin to write a large range to disk, so that the final sync has little left to wait for."""
         if size >= FLUSH_BYTES:
             advise(self.fd, offset, size, "POSIX_FADV_DONTNEED")
+
+    def forget(self) -> None:
+        """Let the kernel drop what is durable from its cache."""
+        advise(self.fd, 0, self.size, "POSIX_FADV_DONTNEED")
 
     def sha256(self) -> str:
         """Return the SHA-256 of what was written, hexadecimal."""

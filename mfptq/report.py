@@ -41,6 +41,7 @@ class Report:
     scheme: str
     method: str
     kernel: str
+    device_reason: str
     source_bytes: int
     output_bytes: int
     tensors: int

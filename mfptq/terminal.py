@@ -21,6 +21,11 @@ INTERPRETER_BYTES = 60 * 2**20
 SHOWN_FAULTS = 20
 
 
+def printable(name: str) -> str:
+    """Return a name of the source as it may be shown: control characters never reach the terminal raw."""
+    return name if name.isprintable() else ascii(name)
+
+
 def size_text(size: int) -> str:
     """Return bytes in decimal units."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
@@ -36,7 +41,9 @@ def progress(*, quiet: bool) -> Iterator[ProgressCallback]:
 
     from tqdm import tqdm
 
-    disabled = quiet or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+    disabled = (
+        quiet or sys.stderr is None or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+    )
     lock = Lock()
     with tqdm(unit="B", unit_scale=True, disable=disabled, desc="convert", leave=False) as bar:
 
@@ -53,7 +60,7 @@ def summary(report: Report, *, timings: bool) -> str:
     """Return what a conversion did, with the line that serves its output."""
     lines = [
         f"{report.source} -> {report.destination}",
-        f"  {report.scheme}, method {report.method}, kernel {report.kernel}: {report.quantized} weights quantized, "
+        f"  {report.scheme}, method {report.method}, kernel {report.kernel} ({report.device_reason}): {report.quantized} weights quantized, "
         f"{report.kept} tensors kept",
         f"  {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} "
         f"({report.output_bytes / report.source_bytes:.1%}), relative error {report.relative_error:.2%}",
@@ -97,7 +104,7 @@ def plan_text(values: Mapping[str, Any]) -> str:
     rows = [f"{'':7} {'count':>7} {'source':>10} {'output':>10} {'bits':>6}  kind: reason"]
     rows += [
         f"{kind['action']:7} {kind['count']:7} {size_text(kind['source_bytes']):>10} "
-        f"{size_text(kind['output_bytes']):>10} {kind['bits']:6.2f}  {kind['kind']}: {kind['reason']}"
+        f"{size_text(kind['output_bytes']):>10} {kind['bits']:6.2f}  {printable(kind['kind'])}: {kind['reason']}"
         + (f"; {kind['method']}" if kind["method"] else "")
         for kind in values["kinds"]
     ]
@@ -132,14 +139,13 @@ def inspection_text(found: Inspection) -> str:
 
 
 def _kind_row(kind: TensorKind) -> str:
-    name = kind.kind if kind.kind.isprintable() else ascii(kind.kind)
-    return f"{kind.count:7} {kind.dtype:>8} {size_text(kind.source_bytes):>10}  {name}"
+    return f"{kind.count:7} {kind.dtype:>8} {size_text(kind.source_bytes):>10}  {printable(kind.kind)}"
 
 
 def verification_text(found: Verification) -> str:
     """Return what was checked, and the faults."""
     lines = [f"checked {found.tensors} tensors, {found.quantized} quantized modules, {found.digests} digests"]
-    lines += [f"  {error:7.2%}  {kind}" for kind, error in found.errors.items()]
+    lines += [f"  {error:7.2%}  {printable(kind)}" for kind, error in found.errors.items()]
     lines += [f"  fault: {fault}" for fault in found.faults[:SHOWN_FAULTS]]
     if len(found.faults) > SHOWN_FAULTS:
         lines.append(f"  ... and {len(found.faults) - SHOWN_FAULTS} more")

@@ -16,7 +16,7 @@ from .checkpoint import INDEX, Checkpoint, Origin, read_checkpoint, read_object
 from .config import FORMAT, QUANTIZATION_CONFIG
 from .destination import MANIFEST
 from .errors import MfptqError, SourceError, quote
-from .files import FolderSource, open_regular, read_small
+from .files import FolderSource, open_regular, plain_name, read_small
 from .fusion import fused_groups
 from .hub import HubOptions, open_checkpoint
 from .kernels import TileStats
@@ -95,7 +95,8 @@ def _check_output(checkpoint: Checkpoint, result: Verification) -> None:
     if not result.faults:
         result.faults += _fusion_faults(checkpoint.source, stored, modules, linear)
     if checkpoint.has_index:
-        total = read_object(checkpoint.origin.folder, INDEX, MAX_INDEX_BYTES).get("metadata", {}).get("total_size")
+        metadata = read_object(checkpoint.origin.folder, INDEX, MAX_INDEX_BYTES).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != checkpoint.tensor_bytes:
             result.faults.append(f"{INDEX} says total_size {total}, the tensors have {checkpoint.tensor_bytes}")
     _check_manifest(checkpoint.origin.folder, result)
@@ -166,10 +167,14 @@ def _check_manifest(folder: Path, result: Verification) -> None:
     """Compare every file with SHA256SUMS, where the output has one."""
     if not (folder / MANIFEST).is_file():
         return
-    for line in read_small(folder / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").splitlines():
+    *lines, rest = read_small(folder / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").split("\n")
+    if rest or any(line[64:66] != "  " for line in lines):
+        result.faults.append(f"{MANIFEST} has a line that is no digest, two spaces and a name")
+        return
+    for line in lines:
         digest, name = line[:64], line[66:]
         try:
-            fd = open_regular(folder / Path(name).name)
+            fd = open_regular(folder / plain_name(name))
         except SourceError as error:
             result.faults.append(f"{MANIFEST}: {error}")
             continue

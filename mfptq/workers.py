@@ -22,6 +22,8 @@ class Workers(Generic[State]):
         self._supply = supply
         self._ready: list[Task[State]] = []
         self._running = 0
+        self._begun = 0
+        self._ended = 0
         self._exhausted = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -39,21 +41,29 @@ class Workers(Generic[State]):
 
     def run(self) -> None:
         """Run everything; raise the first error, after every worker has stopped. Interruptible at any time."""
-        for thread in self._threads:
-            thread.start()
         try:
             for thread in self._threads:
-                while thread.is_alive():
-                    thread.join(_POLL_SECONDS)
+                thread.start()
+            self._wait(len(self._threads))
         except BaseException as error:
-            self._fail(error)
-            for thread in self._threads:
-                thread.join()
+            self._fail(error)  # a thread that has not begun yet will find nothing to do
+            self._wait(0)
             raise
         if self._error is not None:
             raise self._error
 
+    def _wait(self, threads: int) -> None:
+        """Wait until as many threads, and all that have begun, have ended.
+
+        Threads count themselves: an interrupted `Thread.join` may take a running thread for an ended one.
+        """
+        with self._changed:
+            while self._ended < max(self._begun, threads):
+                self._changed.wait(_POLL_SECONDS)
+
     def _work(self, state: State) -> None:
+        with self._changed:
+            self._begun += 1
         try:
             while (task := self._next()) is not None:
                 task(state)
@@ -62,6 +72,10 @@ class Workers(Generic[State]):
                     self._changed.notify_all()
         except BaseException as error:
             self._fail(error)
+        finally:
+            with self._changed:
+                self._ended += 1
+                self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

@@ -41,9 +41,9 @@ def check_statistics(info: InputInfo, statistics: InputStatistics) -> None:
 
 
 def _check_hessian(name: str, start: int, hessian: Float32Array, moment: Float32Array) -> None:
-    blocks = hessian.astype(np.float64)
-    if not np.isfinite(blocks).all():
+    if not np.isfinite(hessian).all():  # before any conversion: signalling NaN warns
         raise ScaleError(f"hessian of {name} is not finite")
+    blocks = hessian.astype(np.float64)
     diagonal = np.diagonal(blocks, axis1=1, axis2=2)
     slack = PSD_TOLERANCE * np.abs(diagonal).max(axis=1)
     if (np.abs(blocks - blocks.transpose(0, 2, 1)).max(axis=(1, 2)) > slack).any():

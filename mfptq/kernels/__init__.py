@@ -56,14 +56,18 @@ class TileStats:
     @classmethod
     def from_array(cls, weights: int, values: npt.NDArray[np.float64]) -> TileStats:
         """Return statistics from a kernel's seven numbers, in the order of the fields after `weights`."""
-        error, weight, rounding, worst = (float(value) for value in values[:4])
-        return cls(weights, error, weight, rounding, worst, *(int(value) for value in values[4:]))
+        error, weight, rounding, worst, zeroed, saturated, zero = values.tolist()
+        return cls(weights, error, weight, rounding, worst, int(zeroed), int(saturated), int(zero))
 
 
 class Kernel(Protocol):
     """What quantizes tiles: `[R, K]` C-contiguous, K a multiple of 16; uint16 means raw bfloat16 bits."""
 
     name: str
+    tile_bytes: int  # what it takes at once with the least overhead
+
+    def allocate(self, size: int) -> ByteArray:
+        """Return `size` bytes of memory that the kernel reads tiles from best."""
 
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
@@ -73,13 +77,17 @@ class Kernel(Protocol):
 
 
 def load_kernel(device: str = "cpu") -> Kernel:
-    """Return the kernel for a device: numba on the CPU where it is installed, torch for everything else."""
+    """Return the kernel for a device: numba on the CPU, Triton on CUDA, where they are installed, and torch otherwise."""
     if device == "cpu" and importlib.util.find_spec("numba") is not None:
         from .cpu import NumbaKernel
 
         return NumbaKernel()
     if device.split(":", maxsplit=1)[0] not in ("cpu", "cuda", "mps", "xpu"):
         raise UsageError(f"device {quote(device)} is unknown, expected cpu, cuda or cuda:N")
+    if device.startswith("cuda") and importlib.util.find_spec("triton") is not None:
+        from .cuda import TritonKernel
+
+        return TritonKernel(device)
     from .torch import TorchKernel
 
     return TorchKernel(device)

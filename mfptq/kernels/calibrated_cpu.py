@@ -6,72 +6,34 @@ several rows and every sum still runs in index order. Rows are padded to a multi
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from ..nvfp4 import GROUP_SIZE, ByteArray
+from ..nvfp4 import GROUP_SIZE, INPUT_SCALE_NUMERATOR, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
 from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Float32Array, Statistics, lower_factors
-from .cpu import tally
+from .calibrated_lanes import gather, measure, pack, tally
 from .descent_cpu import LANES, ONE, SIX, ZERO, descend, signed_e2m1
-from .pieces import (
-    BF16,
-    F16_TO_F32,
-    F32,
-    KINDS,
-    ZERO_CODE,
-    base_code,
-    bits_of,
-    bounded,
-    float_of,
-    inline,
-    jit,
-    nonzero_nibbles,
-    round_e2m1,
-    scale_value,
-)
+from .pieces import KINDS, base_code, bounded, exact_product_add, jit, round_e2m1, scale_value
 
 PADDING = 16
+_TOP = np.float32(INPUT_SCALE_NUMERATOR)
 _OFFSETS = np.array(CALIBRATED_OFFSETS, np.int32)
-
-
-@inline
-def _widened(bits):  # type: ignore[no-untyped-def]
-    """Return the float32 value of a float16 whose bits are the upper half of `bits`."""
-    magnitude = float_of(np.uint32((bits & np.uint32(0x7FFF0000)) >> np.uint32(3))) * F16_TO_F32
-    return float_of(np.uint32(bits_of(magnitude) | (bits & np.uint32(0x80000000))))
-
-
-@jit
-def _gather(source, kind, columns, column, row, count, lanes, values):  # type: ignore[no-untyped-def]
-    """Transpose a block of `count` rows into float32 values[16 * 64]; lanes without a row are zero.
-
-    `source` holds the tile's bits by 32: one float32, or two values of 16 bits, the first one low.
-    """
-    if kind == F32:
-        for lane in range(count):
-            start = (row + lane) * columns + column
-            for i in range(GROUP_SIZE):
-                values[i * LANES + lane] = float_of(source[start + i])
-    else:
-        for lane in range(count):
-            start = ((row + lane) * columns + column) // 2
-            for i in range(GROUP_SIZE // 2):
-                pair = source[start + i]
-                low, high = np.uint32(pair << np.uint32(16)), np.uint32(pair & np.uint32(0xFFFF0000))
-                values[2 * i * LANES + lane] = float_of(low) if kind == BF16 else _widened(low)
-                values[(2 * i + 1) * LANES + lane] = float_of(high) if kind == BF16 else _widened(high)
-    for i in range(GROUP_SIZE):
-        for lane in range(count, lanes):
-            values[i * LANES + lane] = ZERO
+_STEPS, _INVERSES, _ERRORS = (row * LANES for row in range(GROUP_SIZE, GROUP_SIZE + 3))  # rows after the values
 
 
 @jit
 def _bases(values, global_scale, lanes, base):  # type: ignore[no-untyped-def]
+    """Write each lane's scale code rounded to nearest; return whether none is too small for its block."""
+    fits = True
     for lane in range(lanes):
         largest = ZERO
         for i in range(GROUP_SIZE):
             largest = max(largest, abs(values[i * LANES + lane]))
         base[lane] = base_code(largest, global_scale)
+        fits &= largest * global_scale <= _TOP
+    return fits
 
 
 @jit
@@ -94,6 +56,18 @@ def _weighted(values, weights, scales, inverses, lanes, errors):  # type: ignore
             y = x * inverses[lane]
             difference = round_e2m1(y if y < SIX else SIX) * scales[lane] - x
             errors[lane] += (weight * difference) * difference
+
+
+@jit
+def _simply_weighted(floats, weights, lanes):  # type: ignore[no-untyped-def]
+    """Do the same where no value exceeds 6 and value times scale is exact: in one array, so that it needs no checks."""
+    for lane in range(lanes):
+        scale, inverse, error = floats[_STEPS + lane], floats[_INVERSES + lane], ZERO
+        for i in range(GROUP_SIZE):
+            x = abs(floats[i * LANES + lane])
+            difference = exact_product_add(round_e2m1(x * inverse), scale, -x)
+            error += (weights[i] * difference) * difference
+        floats[_ERRORS + lane] = error
 
 
 @jit
@@ -163,55 +137,23 @@ def _squares(values, rounded, scales, lanes, errors):  # type: ignore[no-untyped
             errors[lane] += difference * difference
 
 
-@inline
-def _code(bits):  # type: ignore[no-untyped-def]
-    """Return the E2M1 code of a value's bits, without its sign: 0.5 has 252 above bit 22, 1 has 254, 6 has 259."""
-    top = max((bits >> np.uint32(22)) & np.uint32(511), np.uint32(251))
-    return np.uint32(top - np.uint32(251)) - np.uint32(np.uint32(top + np.uint32(2)) >> np.uint32(8))
-
-
 @jit
-def _pack_half(rounded, lanes, words):  # type: ignore[no-untyped-def]
-    for lane in range(lanes):
-        word, signs = np.uint32(0), np.uint32(0)
-        for i in range(8):
-            bits = bits_of(rounded[i * LANES + lane])
-            word |= _code(bits) << np.uint32(4 * i)
-            signs |= ((bits >> np.uint32(28)) & np.uint32(8)) << np.uint32(4 * i)
-        words[lane] = word | (signs & nonzero_nibbles(word))
+def _choose(floats, base, step, statistics, lanes, work, exact):  # type: ignore[no-untyped-def]
+    """Write each lane's scale code of least error; statistics: weights [16], or where empty, lower factors.
 
-
-@jit
-def _pack(rounded, lanes, words, codes):  # type: ignore[no-untyped-def]
-    """Write each row's 16 nibbles as words[lane] and words[LANES + lane]; an all-zero block gets 0x20."""
-    _pack_half(rounded, lanes, words)
-    _pack_half(rounded[8 * LANES :], lanes, words[LANES:])
-    for lane in range(lanes):
-        codes[lane] = codes[lane] if (words[lane] | words[LANES + lane]) else ZERO_CODE
-
-
-@jit
-def _measure(values, count, norms, nonzero):  # type: ignore[no-untyped-def]
-    for lane in range(count):
-        total, found = ZERO, np.int32(0)
-        for i in range(GROUP_SIZE):
-            x = values[i * LANES + lane]
-            total += x * x
-            found += np.int32(x != ZERO)
-        norms[lane] = total
-        nonzero[lane] = found
-
-
-@jit
-def _choose(values, base, step, statistics, lanes, work):  # type: ignore[no-untyped-def]
-    """Write each lane's scale code of least error; statistics: weights [16], or where empty, lower factors."""
+    `exact`: the global scale is a power of two, and rounding a block's scale takes no value above 6.
+    """
     weights, lower = statistics
-    codes, best, errors, steps, inverses, scratch = work
+    codes, best, scratch = work
+    values, errors = floats[:_STEPS], floats[_ERRORS:]
+    steps, inverses = floats[_STEPS:_INVERSES], floats[_INVERSES:_ERRORS]
     codes[:] = base
     best[:] = np.float32(np.inf)
     for offset in _OFFSETS:
         _scales(base, offset, step, lanes, steps, inverses)
-        if len(weights):
+        if len(weights) and exact and offset >= 0:
+            _simply_weighted(floats, weights, lanes)
+        elif len(weights):
             _weighted(values, weights, steps, inverses, lanes, errors)
         else:
             _differences(values, steps, inverses, lanes, scratch)
@@ -220,37 +162,40 @@ def _choose(values, base, step, statistics, lanes, work):  # type: ignore[no-unt
 
 
 @jit
-def _quantize(source, kind, global_scale, statistics, sweeps, shape, out):  # type: ignore[no-untyped-def]
-    """Quantize `shape` = (rows, columns) by (weights [K/16, 16], Hessians, their lower factors): one of them is empty."""
+def _quantize(source, kind, global_scale, exact, statistics, sweeps, shape, out):  # type: ignore[no-untyped-def]
+    """Quantize `shape` = (rows, columns) by (weights [K/16, 16], Hessians, their lower factors): one of them is empty.
+
+    `exact`: the global scale is a power of two.
+    """
     rows, columns = shape
     weights, hessian, lower = statistics
     packed, scales, stats = out
-    values, rounded = np.empty(GROUP_SIZE * LANES, np.float32), np.empty(GROUP_SIZE * LANES, np.float32)
-    scratch, words, base = np.empty_like(values), np.empty(2 * LANES, np.uint32), np.empty(LANES, np.int32)
-    codes, nonzero = np.empty_like(base), np.empty_like(base)
-    errors, norms, rounding = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    steps, inverses, best = np.empty_like(errors), np.empty_like(errors), np.empty_like(errors)
-    work = (codes, best, errors, steps, inverses, scratch)
+    floats, rounded = np.empty(_ERRORS + LANES, np.float32), np.empty(GROUP_SIZE * LANES, np.float32)
+    values, errors = floats[:_STEPS], floats[_ERRORS:]
+    steps, inverses = floats[_STEPS:_INVERSES], floats[_INVERSES:_ERRORS]
+    scratch, words, base = np.empty_like(rounded), np.empty(2 * LANES, np.uint32), np.empty(LANES, np.int32)
+    codes, nonzero, best = np.empty_like(base), np.empty_like(base), np.empty_like(errors)
+    norms, rounding = np.empty_like(errors), np.empty_like(errors)
     step = ONE / global_scale
     blocks = columns // GROUP_SIZE
     for row in range(0, rows, LANES):
         count = min(LANES, rows - row)
         lanes = (count + PADDING - 1) // PADDING * PADDING
         for block in range(blocks):
-            _gather(source, kind, columns, block * GROUP_SIZE, row, count, lanes, values)
-            _bases(values, global_scale, lanes, base)
+            gather(source, kind, columns, block * GROUP_SIZE, row, count, lanes, values)
+            simple = _bases(values, global_scale, lanes, base) and exact
             _scales(base, np.int32(0), step, lanes, steps, inverses)
             _rounding(values, steps, inverses, lanes, rounding)
             used = (weights[block : block + 1].reshape(-1), lower[min(block, len(lower) - 1)])
-            _choose(values, base, step, used, lanes, work)
+            _choose(floats, base, step, used, lanes, (codes, best, scratch), simple)
             _scales(codes, np.int32(0), step, lanes, steps, inverses)
             _round_all(values, inverses, lanes, rounded)
             if sweeps:
                 descend(values, hessian[block], steps, inverses, lanes, rounded, scratch)
             _squares(values, rounded, steps, lanes, errors)
-            _pack(rounded, lanes, words, codes)
-            _measure(values, count, norms, nonzero)
-            tally(words.reshape(2, LANES), codes, errors, rounding, norms, nonzero, count, stats)
+            pack(rounded, lanes, words, codes)
+            measure(values, count, norms, nonzero)
+            tally(words, codes, errors, rounding, norms, nonzero, count, stats)
             for lane in range(count):
                 place = (row + lane) * blocks + block
                 packed[2 * place] = words[lane]
@@ -267,13 +212,14 @@ class CalibratedNumbaKernel:
         self, tile: Tile, recipe: Recipe, statistics: Statistics, *, packed: ByteArray, scales: ByteArray
     ) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-        kind = KINDS[tile.dtype.name]
+        kind = KINDS[tile.dtype.char]
         source = tile.reshape(-1).view(np.uint32)
         stats = np.zeros(STATISTICS)
         out = (packed.reshape(-1).view(np.uint32), scales.reshape(-1), stats)
         sweeps = SWEEPS if recipe.method == "hessian+" else 0
         used = _as_arrays(statistics.values)
-        _quantize(source, kind, np.float32(recipe.global_scale), used, sweeps, tile.shape, out)
+        exact = math.frexp(recipe.global_scale)[0] == 0.5
+        _quantize(source, kind, np.float32(recipe.global_scale), exact, used, sweeps, tile.shape, out)
         stats[3] = stats[3] ** 0.5
         return TileStats.from_array(tile.size, stats)
 

@@ -1,241 +1,216 @@
 """The CPU kernel: numba, vectorized across blocks, compiled once and cached on disk.
 
-A chunk of 256 blocks is transposed into `magnitudes[16, 256]`, so that each instruction works on the same element of
-several blocks and every block's sum still runs in index order. Contraction and fast-math stay off: the same bytes on every
-machine. All functions release the interpreter lock.
+Contraction and fast-math stay off: the same bytes on every machine. All functions release the interpreter lock.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from ..nvfp4 import E4M3_MAX, GROUP_SIZE, SEARCH_OFFSETS, ByteArray
+from ..nvfp4 import E4M3_MAX, GROUP_SIZE, INPUT_SCALE_NUMERATOR, SEARCH_OFFSETS, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
+from .lanes import LANES, find_largest, load, measure, store, summarize, tally
 from .pieces import (
     BF16,
-    F16,
-    F16_TO_F32,
-    F32,
-    HIGHEST,
     KINDS,
-    LOWEST,
     ZERO_CODE,
     base_code,
     bits_of,
-    bounded,
-    count_bits,
     e2m1_code,
+    exact_product_add,
     float_of,
     jit,
-    nonzero_nibbles,
+    neighbour,
     round_e2m1,
     scale_code,
     scale_value,
 )
 
-CHUNK = 256
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_ONE, _SIX, _ZERO = np.float32(1), np.float32(6), np.float32(0)
+_E4M3_MAX, _TWO_23 = np.float32(E4M3_MAX), np.float32(2.0**23)
+# Rows of the workspace of floats, after the 16 of magnitudes.
+_SCALE, _INVERSE, _ERROR, _BEST, _BASE, _CHOSEN = (row * LANES for row in range(GROUP_SIZE, GROUP_SIZE + 6))
+ROWS = GROUP_SIZE + 6
 
 
 @jit
-def _load(source, kind, start, count, magnitudes, signs):  # type: ignore[no-untyped-def]
-    """Transpose blocks of raw bits into magnitudes and, in two words a block, the sign bits of their nibbles."""
-    shift = np.uint32(31 if kind == F32 else 15)
-    for block in range(count):
-        for half in range(2):
-            word = np.uint32(0)
-            for i in range(8):
-                raw = np.uint32(source[(start + block) * GROUP_SIZE + half * 8 + i])
-                word |= (raw >> shift) << np.uint32(4 * i + 3)
-                if kind == BF16:
-                    magnitude = float_of(np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(16)))
-                elif kind == F16:
-                    magnitude = float_of(np.uint32((raw & np.uint32(0x7FFF)) << np.uint32(13))) * F16_TO_F32
-                else:
-                    magnitude = float_of(np.uint32(raw & _MAGNITUDE))
-                magnitudes[half * 8 + i, block] = magnitude
-            signs[half, block] = word
+def _start(floats, largest, global_scale):  # type: ignore[no-untyped-def]
+    """Write each block's scale rounded to nearest, as the best so far; return whether none is too small for its block."""
+    top = np.uint32(0)
+    for lane in range(LANES):
+        base = scale_value(base_code(largest[lane], global_scale))
+        floats[_BASE + lane] = base
+        floats[_CHOSEN + lane] = base
+        floats[_BEST + lane] = np.float32(np.inf)
+    for lane in range(LANES):
+        top = max(top, bits_of(largest[lane]))
+    return float_of(np.uint32(top)) * global_scale <= np.float32(INPUT_SCALE_NUMERATOR)
 
 
 @jit
-def _largest(magnitudes, count, largest):  # type: ignore[no-untyped-def]
-    for block in range(count):
-        value = magnitudes[0, block]
-        for i in range(1, GROUP_SIZE):
-            value = max(value, magnitudes[i, block])
-        largest[block] = value
+def _scale(floats, codes, global_scale, exact):  # type: ignore[no-untyped-def]
+    """Write the candidate scales, `codes` (shifted left by 20) away from rounding."""
+    step = _ONE / global_scale
+    for lane in range(LANES):
+        value = neighbour(floats[_BASE + lane], codes)
+        scale = value * step if exact else value / global_scale
+        floats[_SCALE + lane] = scale
+        floats[_INVERSE + lane] = _ONE / scale
 
 
 @jit
-def _start(largest, global_scale, count, base, best, codes):  # type: ignore[no-untyped-def]
-    for block in range(count):
-        base[block] = base_code(largest[block], global_scale)
-        best[block] = np.float32(np.inf)
-        codes[block] = base[block]
-
-
-@jit
-def _try_offset(magnitudes, base, offset, step, count, best, codes):  # type: ignore[no-untyped-def]
-    """Keep, for each block, the candidate scale `base + offset` if its squared error is below the best so far."""
-    for block in range(count):
-        code = bounded(base[block] + offset)
-        scale = scale_value(code) * step
-        inverse = np.float32(1) / scale
-        error = np.float32(0)
+def _simple_errors(floats):  # type: ignore[no-untyped-def]
+    """Write each block's squared error at its candidate, where no value exceeds 6 and value times scale is exact."""
+    for lane in range(LANES):
+        scale, inverse, total = floats[_SCALE + lane], floats[_INVERSE + lane], _ZERO
         for i in range(GROUP_SIZE):
-            x = magnitudes[i, block]
+            x = floats[i * LANES + lane]
+            difference = exact_product_add(round_e2m1(x * inverse), scale, -x)
+            total += difference * difference
+        floats[_ERROR + lane] = total
+
+
+@jit
+def _errors(floats):  # type: ignore[no-untyped-def]
+    """Write each block's squared error at its candidate, whatever the scale."""
+    for lane in range(LANES):
+        scale, inverse, total = floats[_SCALE + lane], floats[_INVERSE + lane], _ZERO
+        for i in range(GROUP_SIZE):
+            x = floats[i * LANES + lane]
             y = x * inverse
-            difference = round_e2m1(y if y < np.float32(6) else np.float32(6)) * scale - x
-            error += difference * difference
-        better = error < best[block]
-        best[block] = error if better else best[block]
-        codes[block] = code if better else codes[block]
+            difference = round_e2m1(y if y < _SIX else _SIX) * scale - x
+            total += difference * difference
+        floats[_ERROR + lane] = total
 
 
 @jit
-def _pack_search(magnitudes, codes, step, count, words):  # type: ignore[no-untyped-def]
-    """Write each block's 16 nibbles as two words; a value that becomes zero is +0, an all-zero block gets 0x20."""
-    for block in range(count):
-        inverse = np.float32(1) / (scale_value(codes[block]) * step)
-        low, high = np.uint32(0), np.uint32(0)
+def _keep_better(floats, codes):  # type: ignore[no-untyped-def]
+    for lane in range(LANES):
+        error, best = floats[_ERROR + lane], floats[_BEST + lane]
+        candidate, chosen = neighbour(floats[_BASE + lane], codes), floats[_CHOSEN + lane]
+        better = error < best
+        floats[_BEST + lane] = error if better else best
+        floats[_CHOSEN + lane] = candidate if better else chosen
+
+
+@jit
+def _pack_search(floats, global_scale, words, codes):  # type: ignore[no-untyped-def]
+    """Write each block's 16 codes as two words; an all-zero block gets 0x20."""
+    for lane in range(LANES):
+        floats[_INVERSE + lane] = _ONE / (floats[_CHOSEN + lane] / global_scale)
+    _pack_half(floats[: 8 * LANES], floats[_INVERSE : _INVERSE + LANES], words[:LANES])
+    _pack_half(floats[8 * LANES :], floats[_INVERSE : _INVERSE + LANES], words[LANES:])
+    for lane in range(LANES):
+        code = np.int32(bits_of(floats[_CHOSEN + lane]) >> np.uint32(20)) - np.int32(960)
+        codes[lane] = code if (words[lane] | words[LANES + lane]) else ZERO_CODE
+
+
+@jit
+def _pack_half(values, inverses, words):  # type: ignore[no-untyped-def]
+    for lane in range(LANES):
+        inverse, word = inverses[lane], np.uint32(0)
         for i in range(8):
-            y = magnitudes[i, block] * inverse
-            value = e2m1_code(y if y < np.float32(6) else np.float32(6))
-            low |= value << np.uint32(4 * i)
-            y = magnitudes[i + 8, block] * inverse
-            value = e2m1_code(y if y < np.float32(6) else np.float32(6))
-            high |= value << np.uint32(4 * i)
-        words[0, block] = low
-        words[1, block] = high
-        codes[block] = codes[block] if (low | high) else ZERO_CODE
+            y = values[i * LANES + lane] * inverse
+            word |= e2m1_code(y if y < _SIX else _SIX) << np.uint32(4 * i)
+        words[lane] = word
 
 
 @jit
-def _minmax_scales(largest, kind, global_scale, count, codes, divisors):  # type: ignore[no-untyped-def]
-    """Compute compressed-tensors' scale of each block: amax / 6 rounded in the weight's dtype, then to E4M3."""
-    for block in range(count):
-        sixth = largest[block] / np.float32(6)
-        if kind == BF16:
-            bits = bits_of(sixth)
-            rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            sixth = float_of(np.uint32(rounded & np.uint32(0xFFFF0000)))
-        value = min(global_scale * sixth, np.float32(E4M3_MAX))
-        subnormal = (value * np.float32(512) + np.float32(2.0**23)) - np.float32(2.0**23)
-        code = np.int32(subnormal) if value < np.float32(2.0**-6) else scale_code(value)
-        code = code if code else ZERO_CODE
-        codes[block] = code
-        scale = np.float32(code) * np.float32(2.0**-9) if code < LOWEST else scale_value(code)
-        divisors[block] = scale / global_scale
-
-
-@jit
-def _pack_minmax(magnitudes, signs, divisors, count, words):  # type: ignore[no-untyped-def]
-    """Write each block's 16 nibbles as two words; a value that is not zero keeps its sign even if it becomes zero."""
-    for block in range(count):
-        divisor = divisors[block]
-        low, high = np.uint32(0), np.uint32(0)
-        for i in range(8):
-            y = magnitudes[i, block] / divisor
-            negative = (signs[0, block] >> np.uint32(4 * i)) & np.uint32(8 if y > np.float32(0) else 0)
-            low |= (e2m1_code(y if y < np.float32(6) else np.float32(6)) | negative) << np.uint32(4 * i)
-            y = magnitudes[i + 8, block] / divisor
-            negative = (signs[1, block] >> np.uint32(4 * i)) & np.uint32(8 if y > np.float32(0) else 0)
-            high |= (e2m1_code(y if y < np.float32(6) else np.float32(6)) | negative) << np.uint32(4 * i)
-        words[0, block] = low
-        words[1, block] = high
-
-
-@jit
-def _minmax_errors(magnitudes, divisors, count, errors):  # type: ignore[no-untyped-def]
-    for block in range(count):
-        error = np.float32(0)
-        for i in range(GROUP_SIZE):
-            x = magnitudes[i, block]
-            y = x / divisors[block]
-            difference = round_e2m1(y if y < np.float32(6) else np.float32(6)) * divisors[block] - x
-            error += difference * difference
-        errors[block] = error
-
-
-@jit
-def _store(words, signs, codes, count, packed, scales):  # type: ignore[no-untyped-def]
-    """Write packed words and scale codes, giving each nibble that is not zero its sign."""
-    for block in range(count):
-        packed[2 * block] = words[0, block] | (signs[0, block] & nonzero_nibbles(words[0, block]))
-        packed[2 * block + 1] = words[1, block] | (signs[1, block] & nonzero_nibbles(words[1, block]))
-        scales[block] = codes[block]
-
-
-@jit
-def _norms(magnitudes, count, norms, nonzero):  # type: ignore[no-untyped-def]
-    for block in range(count):
-        total, found = np.float32(0), np.int32(0)
-        for i in range(GROUP_SIZE):
-            x = magnitudes[i, block]
-            total += x * x
-            found += np.int32(x > np.float32(0))
-        norms[block] = total
-        nonzero[block] = found
-
-
-@jit
-def tally(words, codes, errors, rounding, norms, nonzero, count, stats):  # type: ignore[no-untyped-def]
-    """Add a chunk to `stats`: the seven numbers of TileStats, in float64."""
-    for block in range(count):
-        stats[0] += errors[block]
-        stats[1] += norms[block]
-        stats[2] += rounding[block]
-        if norms[block] > np.float32(0):
-            stats[3] = max(stats[3], np.float64(errors[block] / norms[block]))
-        stored = count_bits(nonzero_nibbles(words[0, block])) + count_bits(nonzero_nibbles(words[1, block]))
-        stats[4] += nonzero[block] - stored
-        stats[5] += codes[block] == HIGHEST
-        stats[6] += nonzero[block] == 0
-
-
-@jit
-def _search(source, kind, global_scale, packed, scales, stats):  # type: ignore[no-untyped-def]
-    magnitudes = np.empty((GROUP_SIZE, CHUNK), np.float32)
-    signs, words = np.empty((2, CHUNK), np.uint32), np.empty((2, CHUNK), np.uint32)
-    base, codes, nonzero = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32)
-    largest, best = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    rounding, norms = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    step = np.float32(1) / global_scale
-    for start in range(0, scales.size, CHUNK):
-        count = min(CHUNK, scales.size - start)
-        _load(source, kind, start, count, magnitudes, signs)
-        _largest(magnitudes, count, largest)
-        _start(largest, global_scale, count, base, best, codes)
+def _search(source, kind, global_scale, exact, out):  # type: ignore[no-untyped-def]
+    """Quantize blocks of raw bits, seen as uint32; `exact`: the global scale is a power of two."""
+    packed, scales, stats = out
+    totals, counts = np.zeros(4 * LANES), np.zeros(3 * LANES, np.int32)
+    raw, floats = np.empty(GROUP_SIZE * LANES, np.uint32), np.empty(ROWS * LANES, np.float32)
+    signs, words = np.empty(2 * LANES, np.uint32), np.empty(2 * LANES, np.uint32)
+    codes, nonzero = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    largest, rounding, norms = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    best = floats[_BEST : _BEST + LANES]
+    for block in range(0, scales.size, LANES):
+        count = min(LANES, scales.size - block)
+        load(source, kind, block, count, raw, floats[: GROUP_SIZE * LANES], signs)
+        find_largest(floats, largest)
+        simple = _start(floats, largest, global_scale) and exact
         for offset in SEARCH_OFFSETS:
-            _try_offset(magnitudes, base, np.int32(offset), step, count, best, codes)
+            codes_away = np.uint32(np.int32(offset) << np.int32(20))
+            _scale(floats, codes_away, global_scale, exact)
+            if simple and offset >= 0:
+                _simple_errors(floats)
+            else:
+                _errors(floats)
+            _keep_better(floats, codes_away)
             if offset == 0:
-                rounding[:count] = best[:count]
-        _pack_search(magnitudes, codes, step, count, words)
-        _store(words, signs, codes, count, packed[2 * start :], scales[start:])
-        _norms(magnitudes, count, norms, nonzero)
-        tally(words, codes, best, rounding, norms, nonzero, count, stats)
+                rounding[:] = best
+        _pack_search(floats, global_scale, words, codes)
+        store(words, signs, codes, count, packed[2 * block :], scales[block:])
+        measure(floats, norms, nonzero)
+        tally((best, rounding, norms), words, codes, nonzero, totals, counts)
+    summarize(totals, counts, -scales.size % LANES, stats)
 
 
 @jit
-def _minmax(source, kind, global_scale, packed, scales, stats):  # type: ignore[no-untyped-def]
-    magnitudes = np.empty((GROUP_SIZE, CHUNK), np.float32)
-    signs, words = np.empty((2, CHUNK), np.uint32), np.empty((2, CHUNK), np.uint32)
-    codes, nonzero = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32)
-    largest, divisors = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    errors, norms = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    for start in range(0, scales.size, CHUNK):
-        count = min(CHUNK, scales.size - start)
-        _load(source, kind, start, count, magnitudes, signs)
-        _largest(magnitudes, count, largest)
-        _minmax_scales(largest, kind, global_scale, count, codes, divisors)
-        _pack_minmax(magnitudes, signs, divisors, count, words)
-        for block in range(count):
-            packed[2 * (start + block)] = words[0, block]
-            packed[2 * (start + block) + 1] = words[1, block]
-            scales[start + block] = codes[block]
-        _minmax_errors(magnitudes, divisors, count, errors)
-        _norms(magnitudes, count, norms, nonzero)
-        tally(words, codes, errors, errors, norms, nonzero, count, stats)
+def _minmax_scales(floats, largest, kind, global_scale, codes):  # type: ignore[no-untyped-def]
+    """Compute compressed-tensors' scale of each block: amax / 6 rounded in the weight's dtype, then to E4M3."""
+    for lane in range(LANES):
+        sixth = largest[lane] / _SIX
+        bits = bits_of(sixth)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        sixth = float_of(np.uint32(rounded & np.uint32(0xFFFF0000))) if kind == BF16 else sixth
+        value = global_scale * sixth
+        value = value if value < _E4M3_MAX else _E4M3_MAX
+        steps = value * np.float32(512) + _TWO_23
+        subnormal = value < np.float32(2.0**-6)
+        normal = np.uint32(scale_code(value))
+        code = np.uint32(bits_of(steps) & np.uint32(15)) if subnormal else normal
+        scale = (steps - _TWO_23) * np.float32(2.0**-9) if subnormal else scale_value(normal)
+        codes[lane] = code if code else ZERO_CODE
+        floats[_SCALE + lane] = (scale if code else np.float32(0.125)) / global_scale
+
+
+@jit
+def _round_half(values, divisors, signs, words, errors):  # type: ignore[no-untyped-def]
+    """Write 8 nibbles of each block, and add their squared errors; a value that is not zero keeps its sign."""
+    for lane in range(LANES):
+        divisor, word, total = divisors[lane], np.uint32(0), errors[lane]
+        for i in range(8):
+            x = values[i * LANES + lane]
+            y = x / divisor
+            negative = np.uint32(8 if y > _ZERO else 0)
+            y = y if y < _SIX else _SIX
+            word |= (e2m1_code(y) | negative) << np.uint32(4 * i)
+            difference = round_e2m1(y) * divisor - x
+            total += difference * difference
+        words[lane] = word & (signs[lane] | np.uint32(0x77777777))
+        errors[lane] = total
+
+
+@jit
+def _minmax(source, kind, global_scale, _exact, out):  # type: ignore[no-untyped-def]
+    """Quantize blocks of raw bits, seen as uint32, with true divisions, as compressed-tensors does."""
+    packed, scales, stats = out
+    totals, counts = np.zeros(4 * LANES), np.zeros(3 * LANES, np.int32)
+    raw, floats = np.empty(GROUP_SIZE * LANES, np.uint32), np.empty(ROWS * LANES, np.float32)
+    signs, words = np.empty(2 * LANES, np.uint32), np.empty(2 * LANES, np.uint32)
+    codes, nonzero = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    largest, norms = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    errors, divisors = floats[_ERROR : _ERROR + LANES], floats[_SCALE : _SCALE + LANES]
+    for block in range(0, scales.size, LANES):
+        count = min(LANES, scales.size - block)
+        load(source, kind, block, count, raw, floats[: GROUP_SIZE * LANES], signs)
+        find_largest(floats, largest)
+        _minmax_scales(floats, largest, kind, global_scale, codes)
+        errors[:] = _ZERO
+        _round_half(floats[: 8 * LANES], divisors, signs[:LANES], words[:LANES], errors)
+        _round_half(floats[8 * LANES :], divisors, signs[LANES:], words[LANES:], errors)
+        for lane in range(count):
+            packed[2 * (block + lane)] = words[lane]
+            packed[2 * (block + lane) + 1] = words[LANES + lane]
+        for lane in range(count):
+            scales[block + lane] = codes[lane]
+        measure(floats, norms, nonzero)
+        tally((errors, errors, norms), words, codes, nonzero, totals, counts)
+    summarize(totals, counts, -scales.size % LANES, stats)
 
 
 @jit
@@ -251,6 +226,11 @@ class NumbaKernel:
     """Quantizes on the CPU; safe to use from several threads."""
 
     name = "numba"
+    tile_bytes = 4 * 2**20
+
+    def allocate(self, size: int) -> ByteArray:
+        """Return `size` bytes of memory."""
+        return np.empty(size, np.uint8)
 
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
@@ -263,12 +243,9 @@ class NumbaKernel:
 
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-        kind = KINDS[tile.dtype.name]
-        source = tile.reshape(-1).view(np.uint32 if kind == F32 else np.uint16)
         run = _search if recipe.method == "search" else _minmax
         stats = np.zeros(STATISTICS)
-        run(
-            source, kind, np.float32(recipe.global_scale), packed.reshape(-1).view(np.uint32), scales.reshape(-1), stats
-        )
-        stats[3] = stats[3] ** 0.5
+        out = (packed.reshape(-1).view(np.uint32), scales.reshape(-1), stats)
+        exact = math.frexp(recipe.global_scale)[0] == 0.5
+        run(tile.reshape(-1).view(np.uint32), KINDS[tile.dtype.char], np.float32(recipe.global_scale), exact, out)
         return TileStats.from_array(tile.size, stats)

@@ -25,6 +25,8 @@ SLICE_BLOCKS = 2**14
 class TorchKernel:
     """Quantizes with torch; never touches torch's global state."""
 
+    tile_bytes = 4 * 2**20
+
     def __init__(self, device: str = "cpu") -> None:
         try:
             self._device = torch.device(device)
@@ -33,6 +35,10 @@ class TorchKernel:
             raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         self._values = torch.from_numpy(E2M1_VALUES.copy()).to(self._device)
         self.name = f"torch-{device}"
+
+    def allocate(self, size: int) -> ByteArray:
+        """Return `size` bytes of memory."""
+        return np.empty(size, np.uint8)
 
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""

@@ -178,3 +178,20 @@ def test_search_loses_to_no_other_scale(name: str) -> None:
     worse = error > brute_force(blocks, divisor)
     share = worse.mean()
     assert share == 0, f"{worse.sum()} of {len(worse)} blocks worse"
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("divisor", [3.7e3, 2.0**13, 2.0**20, 1e5, 0.3, 2.0**-20])
+@pytest.mark.parametrize("blocks", [1, 7, 255, 256, 257, 300])
+def test_any_divisor_and_any_number_of_blocks(kernel, divisor: float, blocks: int) -> None:
+    weight = np.random.default_rng(blocks).standard_normal((1, 16 * blocks)).astype(np.float32) * 0.3
+    for method, reference in (("search", quantize_search), ("minmax", quantize_minmax)):
+        for stored in stored_forms(weight):
+            packed, codes = np.empty((1, 8 * blocks), np.uint8), np.empty((1, blocks), np.uint8)
+            stats = kernel.quantize(stored, Recipe(method, divisor), packed, codes)
+            expected = reference(stored, divisor)
+            assert np.array_equal(packed, expected[0])
+            assert np.array_equal(codes, expected[1])
+            assert stats.weights == weight.size
+            assert stats.saturated_blocks == int((expected[1] == 126).sum())
+            assert stats.zero_blocks == int((as_float32(stored).reshape(-1, 16) == 0).all(1).sum())

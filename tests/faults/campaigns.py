@@ -1,0 +1,230 @@
+"""Faults by the thousand, each followed by a rerun that must give the undisturbed bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tests.faults.faulty import (
+    ERRNOS,
+    KILLED,
+    WATCHED,
+    FaultyFiles,
+    cut_power,
+    exhaust,
+    fail,
+    kill,
+    kill_in_the_middle,
+    restore,
+    short,
+    snapshot,
+)
+from tests.faults.warm import Layout, Tally, Workplace, child, workplace
+
+# A phase is what the output holds when the run begins: nothing; what a killed run left; a finished conversion; what a killed
+# conversion of another checkpoint left. The last two need --overwrite.
+OVERWRITING = ("overwriting", "replacing")
+Spread = Callable[[int], Iterable[int]]
+
+
+def every(total: int) -> Iterable[int]:
+    """Return all of 1..total."""
+    return range(1, total + 1)
+
+
+def spread(count: int) -> Spread:
+    """Return a choice of about `count` of 1..total, the first and the last among them."""
+    return lambda total: sorted({1 + round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
+
+
+def _count(work: Workplace, roots: tuple[Path, ...], calls: frozenset[str] = KILLED, **options: bool) -> list[str]:
+    """Return the calls that a run makes, by letting it run to its end; none if nothing is left to do."""
+    report = work.folder / "count"
+
+    def counted() -> None:
+        with FaultyFiles(roots, calls) as files:
+            work.convert(roots[0], **options)
+        report.write_text(" ".join(files.counted))
+
+    ended = child(counted, work.log())
+    if "finished conversion" in ended.text:
+        return []
+    assert ended.code == 0, ended
+    return report.read_text().split()
+
+
+def _prepared(work: Workplace, phase: str, number: int) -> Path:
+    """Return a place whose output is what a phase begins with."""
+    place = work.new()
+    if phase == "resumed":
+        _killed(work, place, number, kill)
+    elif phase == "overwriting":
+        shutil.copytree(work.folder / "expected", place / "out")
+    elif phase == "replacing":
+        _killed(work, place, number, kill, source=work.other)
+    return place
+
+
+def _killed(work: Workplace, place: Path, number: int, fault: Callable[..., object], **options: object) -> int:
+    def dying() -> None:
+        with FaultyFiles((place / "out",), at=lambda n: n == number, fault=fault):
+            work.convert(place / "out", **options)
+
+    return child(dying, work.log()).code
+
+
+def kill_points(layouts: Iterable[Layout], choose: Spread, between: Spread) -> Tally:
+    """Kill at chosen calls of a fresh run, of runs resumed after kills at `between`, and of an overwriting run."""
+    tally = Tally()
+    for layout in layouts:
+        with workplace(layout) as work:
+            fresh = len(_count(work, (work.new() / "out",)))
+            resumed = [("resumed", number) for number in between(fresh)]
+            phases = [("fresh", 0), *resumed, ("overwriting", 0), ("replacing", fresh - 20)]
+            for phase, first in phases:
+                _kill_phase(tally, work, (phase, first), choose)
+            work.check_source(tally)
+    return tally
+
+
+def _kill_phase(tally: Tally, work: Workplace, start: tuple[str, int], choose: Spread) -> None:
+    phase, first = start
+    options = {"overwrite": True} if phase in OVERWRITING else {}
+    calls = _count(work, (_prepared(work, phase, first) / "out",), **options)
+    for number in choose(len(calls)) if calls else ():
+        # After any other call is before the next, but a write may be done by half.
+        for fault in (kill, kill_in_the_middle) if calls[number - 1] in ("pwrite", "copy_file_range") else (kill,):
+            place = _prepared(work, phase, first)
+            what = f"{work.layout.name}, {phase} {first}, {fault.__name__} {number} of {len(calls)}"
+            code = _killed(work, place, number, fault, **options)
+            tally.check(code in (-signal.SIGKILL, 0), f"{what}: ended with {code}")
+            tally.tried[f"kill, {phase}"] += code == -signal.SIGKILL
+            if phase == "replacing":
+                work.check_rerun(tally, place, what, overwrite=True)
+            else:
+                work.check_rerun(tally, place, what)
+
+
+def storage_errors(layouts: Iterable[Layout], choose: Spread, lasting: bool) -> Tally:
+    """Fail the Nth of each call with each errno; with `lasting`, all later ones too."""
+    tally = Tally()
+    for layout in layouts:
+        with workplace(layout) as work:
+            for call, codes in ERRNOS.items():
+                total = len(_count(work, (work.new() / "out", work.source), frozenset({call})))
+                for code in codes:
+                    for number in choose(total):
+                        _storage_error(tally, work, (call, code, number), lasting=lasting)
+            work.check_source(tally)
+    return tally
+
+
+def _storage_error(tally: Tally, work: Workplace, fault: tuple[str, int, int], *, lasting: bool) -> None:
+    call, code, number = fault
+    place = work.new()
+    what = f"{work.layout.name}, {call} {os.strerror(code)} at {number}"
+
+    def failing() -> None:
+        at = (lambda n: n >= number) if lasting else (lambda n: n == number)
+        with FaultyFiles((place / "out", work.source), frozenset({call}), at, fail(code)):
+            work.convert(place / "out")
+
+    ended = child(failing, work.log())
+    tally.tried[f"{call}, {'from then on' if lasting else 'once'}"] += 1
+    unread = ended.code == 3 and ended.text.startswith("SourceError: cannot ") and not (place / "out").exists()
+    tally.check(ended.code in (0, 5) or unread, f"{what}: ended with {ended.code}: {ended.text}")
+    if ended.code:
+        tally.check(ended.text.count("\n") == 0, f"{what}: more than one line: {ended.text}")
+        left = list((place / "out").rglob("*.partial")) if call != "unlink" and not lasting else []
+        tally.check(not left, f"{what}: left {left}")
+    if ended.code == 0 and (place / "out" / "config.json").exists():
+        work_left = place / "out" / ".mfptq"
+        shutil.rmtree(work_left, ignore_errors=True)
+    work.check_rerun(tally, place, what)
+
+
+def short_calls(layouts: Iterable[Layout]) -> Tally:
+    """Let every read, write and copy do half of what it was asked: the run must not notice."""
+    tally = Tally()
+    for layout in layouts:
+        with workplace(layout) as work:
+            for call in ("pwrite", "preadv", "copy_file_range"):
+                place = work.new()
+
+                def halving(call: str = call, place: Path = place) -> None:
+                    with FaultyFiles((place / "out", work.source), frozenset({call}), lambda _n: True, short):
+                        work.convert(place / "out")
+
+                ended = child(halving, work.log())
+                tally.tried[f"short {call}"] += 1
+                tally.check(ended.code == 0, f"{layout.name}, short {call}: ended with {ended.code}: {ended.text}")
+                work.check_rerun(tally, place, f"{layout.name}, short {call}")
+    return tally
+
+
+def memory_errors(layouts: Iterable[Layout], choose: Spread) -> Tally:
+    """Raise MemoryError at the Nth file call, of any kind: the run says so, and a rerun finishes it."""
+    tally = Tally()
+    for layout in layouts:
+        with workplace(layout) as work:
+            total = len(_count(work, (work.new() / "out", work.source), WATCHED - {"close", "fstat"}))
+            for number in choose(total):
+                place = work.new()
+                what = f"{layout.name}, no memory at call {number}"
+
+                def starving(number: int = number, place: Path = place) -> None:
+                    calls = WATCHED - {"close", "fstat"}
+                    with FaultyFiles((place / "out", work.source), calls, lambda n: n == number, exhaust):
+                        work.convert(place / "out")
+
+                ended = child(starving, work.log())
+                tally.tried["memory"] += 1
+                tally.check(ended.code in (0, 8), f"{what}: ended with {ended.code}: {ended.text}")
+                work.check_rerun(tally, place, what)
+    return tally
+
+
+def power_cuts(layouts: Iterable[Layout], choose: Spread, seeds: int, *, unsynced: bool = False) -> Tally:
+    """Rebuild what a power cut may leave after chosen calls: all unsynced changes, none, or a random part.
+
+    With `unsynced`, as if nothing had ever been synced: a campaign that then finds nothing is worth nothing.
+    """
+    tally = Tally()
+    for layout in layouts:
+        with workplace(layout) as work:
+            fresh = len(_count(work, (work.new() / "out",)))
+            for phase, first in (("fresh", 0), ("resumed", fresh // 2), ("overwriting", 0), ("replacing", fresh - 20)):
+                place = _prepared(work, phase, first)
+                before = snapshot(place)
+                events = _traced(work, place, overwrite=phase in OVERWRITING)
+                events = [event for event in events if not (unsynced and event.kind in ("sync", "syncdir"))]
+                for number in choose(len(events)):
+                    for seed in range(seeds):
+                        keep = (0.0, 1.0, 0.5, 0.8, 0.2)[seed % 5]
+                        state = cut_power(before, events[:number], random.Random(f"{seed} {number}"), keep)
+                        what = f"{layout.name}, {phase}, power cut after {number} of {len(events)}, seed {seed}"
+                        new = work.new()
+                        restore(state, place, new)
+                        options = {"overwrite": True} if phase == "replacing" else {}
+                        work.check_rerun(tally, new, what, **options)
+                        tally.tried[f"power cut, {phase}"] += 1
+    return tally
+
+
+def _traced(work: Workplace, place: Path, *, overwrite: bool) -> list:
+    import pickle
+
+    file = work.folder / "trace"
+
+    def traced() -> None:
+        with FaultyFiles((place,), tracing=True) as files:
+            work.convert(place / "out", overwrite=overwrite)
+        file.write_bytes(pickle.dumps(files.events))
+
+    ended = child(traced, work.log())
+    assert ended.code == 0, ended
+    return pickle.loads(file.read_bytes())

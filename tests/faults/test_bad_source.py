@@ -1,0 +1,402 @@
+"""Hostile folders: links, special files, names, code; nothing is followed out, run, or shown raw."""
+
+import errno
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import mfptq
+from mfptq.checkpoint import INDEX, SINGLE, Origin, read_checkpoint
+from mfptq.errors import HeaderError, IndexMismatchError, SourceError, UnsafePathError, UnsupportedTensorError
+from mfptq.header import TensorSpec, encode_header
+from tests.conftest import command, digests
+from tests.faults.malformed import BAD, entry, shard
+from tests.faults.test_bad_input import SHARD, edit_config, edit_index
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A checkpoint of one file without an index."""
+    folder = tmp_path / "single"
+    folder.mkdir()
+    save_file({"a.weight": np.ones((8, 16), np.float32)}, folder / SINGLE)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def refused(source: Path, out: Path, message: str, error: type[SourceError] = SourceError) -> None:
+    """Assert that the source is refused with exit code 3 and that nothing is created."""
+    with pytest.raises(error, match=message) as caught:
+        mfptq.convert(source, out)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name[0] in "0123"])
+def test_cases_1_to_32_in_a_folder(name: str, single: Path, tmp_path: Path) -> None:
+    (single / SINGLE).write_bytes(BAD[name])
+    refused(single, tmp_path / "out", "model.safetensors", HeaderError)
+
+
+_PEAK = """
+import sys, time, resource
+from mfptq.checkpoint import Origin, read_checkpoint
+from mfptq.errors import HeaderError
+from mfptq.memory import peak_bytes
+begun = time.monotonic()
+try:
+    found = len(read_checkpoint(Origin(__import__("pathlib").Path(sys.argv[1]))).shards[0].header.tensors)
+except HeaderError as error:
+    found = str(error)
+print(found, round(time.monotonic() - begun, 2), peak_bytes() // 10**6, sep="|")
+"""
+
+
+def measured(folder: Path) -> tuple[str, float, int]:
+    """Return (outcome, seconds, peak MB) of reading a checkpoint in a process of its own."""
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(folder)], capture_output=True, text=True, check=True, timeout=120
+    )
+    found, seconds, peak = done.stdout.strip().split("|")
+    return found, float(seconds), int(peak)
+
+
+@pytest.mark.parametrize("first", [b" ", b"{"])
+def test_case_6_a_hundred_million_spaces(first: bytes, single: Path) -> None:
+    (single / SINGLE).write_bytes((100_000_000).to_bytes(8, "little") + first + b" " * 99_999_999)
+    found, seconds, peak = measured(single)
+    assert "header" in found
+    assert seconds < 5
+    assert peak < 400
+
+
+def test_case_29_metadata_of_50_megabytes(single: Path) -> None:
+    (single / SINGLE).write_bytes(shard({"__metadata__": {"x": "y" * 50_000_000}, "a": entry()}, 8))
+    found, seconds, peak = measured(single)
+    assert found == "1"
+    assert seconds < 10
+    assert peak < 600
+
+
+def test_case_117_a_million_tensors_in_linear_time(single: Path) -> None:
+    def write(count: int) -> None:
+        entries = ",".join(f'"t{n}":{{"dtype":"U8","shape":[1],"data_offsets":[{n},{n + 1}]}}' for n in range(count))
+        (single / SINGLE).write_bytes(shard(None, count, raw=f"{{{entries}}}".encode()))
+
+    write(200_000)
+    _, short_seconds, _ = measured(single)
+    write(1_000_000)
+    found, seconds, peak = measured(single)
+    assert found == "1000000"
+    assert seconds < 3 * 5 * max(short_seconds, 0.3)
+    assert peak < 2000
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F4", "I64", "F64", "F8_E8M0", "C64", "F6_E2M3", "BOOL"])
+def test_case_26_kept_tensors_of_any_known_dtype_are_copied(dtype: str, single: Path, tmp_path: Path) -> None:
+    head, header = encode_header([TensorSpec("a.weight", "F32", (8, 16)), TensorSpec("state", dtype, (3, 16))])
+    data = np.random.default_rng(0).standard_normal(header.data_bytes // 4).astype(np.float32).tobytes()
+    (single / SINGLE).write_bytes(head + data)
+    mfptq.convert(single, tmp_path / "out")
+    [source, made] = [read_checkpoint(Origin(folder)).shards[0] for folder in (single, tmp_path / "out")]
+    bytes_of = [
+        (folder / SINGLE).read_bytes()[shard.header.data_start :][info.start : info.end]
+        for folder, shard in ((single, source), (tmp_path / "out", made))
+        for info in shard.header.tensors
+        if info.name == "state"
+    ]
+    assert bytes_of[0] == bytes_of[1]
+    assert bytes_of[0]
+
+
+def test_case_26_61_a_weight_of_another_dtype_is_named(single: Path, tmp_path: Path) -> None:
+    for dtype in ("F8_E4M3", "F64"):
+        head, header = encode_header([TensorSpec("a.weight", dtype, (8, 16))])
+        (single / SINGLE).write_bytes(head + bytes(header.data_bytes))
+        refused(single, tmp_path / "out", dtype, UnsupportedTensorError)
+
+
+NAMES = ["", "a/b", "../x", "\0", "\u202eabc", "🙂", "é", "e\u0301", "A", "a", "n" * 1024, "\x1b[31mred", "line\nbreak"]
+
+
+def test_case_32_names_are_copied_exactly_and_lead_nowhere(single: Path, tmp_path: Path) -> None:
+    specs = [TensorSpec(name, "F32", (2,)) for name in NAMES] + [TensorSpec("w.weight", "F32", (16, 16))]
+    head, header = encode_header(specs)
+    (single / SINGLE).write_bytes(head + np.ones(header.data_bytes // 4, np.float32).tobytes())
+    before = digests(tmp_path)
+    mfptq.convert(single, tmp_path / "out")
+    names = {tensor.info.name for tensor in read_checkpoint(Origin(tmp_path / "out")).tensors()}
+    assert set(NAMES) < names
+    created = digests(tmp_path).keys() - before.keys()
+    assert all(name.startswith("out/") for name in created)
+    assert mfptq.verify(tmp_path / "out", single).ok
+
+
+def test_case_33_control_characters_stay_off_the_terminal(single: Path, tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J.weight"
+    head, header = encode_header([TensorSpec(evil, "F32", (8, 24)), TensorSpec("b.weight", "F32", (8, 16))])
+    (single / SINGLE).write_bytes(head + bytes(header.data_bytes))
+    for arguments in (["plan", single], ["inspect", single], ["convert", single, tmp_path / "out", "--target", "re:.*2J"],
+                      ["convert", single, tmp_path / "out"], ["verify", tmp_path / "out", "--source", single]):  # fmt: skip
+        done = command(*arguments)
+        assert "\x1b" not in done.stdout + done.stderr, arguments
+        assert "\x07" not in done.stdout + done.stderr, arguments
+
+
+def test_case_37_no_url_of_an_index_is_ever_asked_for(source: Path, tmp_path: Path) -> None:
+    edit_index(source, lambda index: index["weight_map"].update(x="https://127.0.0.1:9/x.safetensors"))
+    refused(source, tmp_path / "out", "plain name", UnsafePathError)
+
+
+def test_case_38_a_shard_that_is_a_link(source: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    mfptq.convert(source, whole)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(source / SHARD, tmp_path / "elsewhere" / SHARD)
+    (source / SHARD).symlink_to(tmp_path / "elsewhere" / SHARD)
+    refused(source, tmp_path / "out", "leads out of", UnsafePathError)
+    (source / SHARD).unlink()
+    shutil.move(tmp_path / "elsewhere" / SHARD, source / "inside.bin")
+    (source / SHARD).symlink_to(source / "inside.bin")
+    mfptq.convert(source, tmp_path / "out")
+    assert digests(tmp_path / "out")[SHARD] == digests(whole)[SHARD]
+
+
+def test_case_38_blobs_of_the_same_repo_are_allowed_and_no_others(source: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "hub" / "models--a--b"
+    snapshot = repo / "snapshots" / ("1" * 40)
+    (repo / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(source.iterdir())):
+        shutil.move(path, repo / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    mfptq.convert(snapshot, tmp_path / "out")
+    other = tmp_path / "hub" / "models--c--d" / "blobs"
+    other.mkdir(parents=True)
+    shutil.move(repo / "blobs" / "0", other / "0")
+    path = next(path for path in snapshot.iterdir() if not path.exists())
+    path.unlink()
+    path.symlink_to(other / "0")
+    refused(snapshot, tmp_path / "out2", "leads out of", UnsafePathError)
+
+
+def test_case_39_links_in_a_circle(source: Path, tmp_path: Path) -> None:
+    (source / SHARD).unlink()
+    (source / SHARD).symlink_to(source / "other.safetensors")
+    (source / "other.safetensors").symlink_to(source / SHARD)
+    refused(source, tmp_path / "out", SHARD)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device"])
+@pytest.mark.timeout(30)
+def test_case_40_special_files_never_block(kind: str, single: Path, tmp_path: Path, monkeypatch) -> None:
+    place = single / SINGLE
+    place.unlink()
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    elif kind == "socket":
+        monkeypatch.chdir(single)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(SINGLE)
+    else:
+        try:
+            os.mknod(place, 0o666 | 0o020000, os.makedev(1, 5))
+        except PermissionError:
+            pytest.skip("devices need root")
+    refused(single, tmp_path / "out", "not a regular file|cannot open|no safetensors file")
+
+
+def test_case_44_48_a_tensor_in_two_shards(single: Path, tmp_path: Path) -> None:
+    shutil.move(single / SINGLE, single / "model-1.safetensors")
+    save_file({"b.weight": np.ones((8, 16), np.float32)}, single / "model-2.safetensors")
+    mfptq.convert(single, tmp_path / "union")
+    assert mfptq.verify(tmp_path / "union", single).quantized == 2
+    shutil.copy(single / "model-1.safetensors", single / "model-3.safetensors")
+    refused(single, tmp_path / "out", "in two shards", IndexMismatchError)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}', "[]", "",
+                                  '{"weight_map": {"a": null}}', '{"weight_map": {"a": "x.bin"}}'])  # fmt: skip
+def test_case_45_what_is_no_weight_map(text: str, source: Path, tmp_path: Path) -> None:
+    (source / INDEX).write_text(text)
+    refused(source, tmp_path / "out", "weight_map|safetensors")
+
+
+def test_case_47_a_pickle_beside_safetensors_is_left_out(source: Path, tmp_path: Path) -> None:
+    (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    assert "pytorch_model.bin" in mfptq.plan(source).checkpoint.left_out
+    mfptq.convert(source, tmp_path / "out")
+    assert "pytorch_model.bin" not in digests(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["Config.json", "GENERATION_CONFIG.json"])
+def test_case_49_names_that_differ_in_case_only(name: str, source: Path, tmp_path: Path) -> None:
+    (source / name).write_text("{}")
+    refused(source, tmp_path / "out", "differ in case only")
+    (source / name).rename(source / "readme.md")
+    mfptq.convert(source, tmp_path / "out")
+    assert "readme.md" not in digests(tmp_path / "out")
+
+
+def test_case_51_52_code_is_neither_imported_nor_run(source: Path, tmp_path: Path) -> None:
+    edit_config(source, auto_map={"AutoModel": "modeling_evil.Evil"}, trust_remote_code=True)
+    (source / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    modules = set(sys.modules)
+    mfptq.convert(source, tmp_path / "out")
+    mfptq.verify(tmp_path / "out", source)
+    assert not (tmp_path / "ran").exists()
+    assert not {name for name in set(sys.modules) - modules if "evil" in name}
+
+
+def test_case_53_folders_where_files_are_expected(source: Path, tmp_path: Path) -> None:
+    (source / ".mfptq").mkdir()
+    (source / ".mfptq" / "journal").write_text("hostile")
+    (source / "tokenizer.json").mkdir()
+    mfptq.convert(source, tmp_path / "out")
+    assert not (tmp_path / "out" / ".mfptq").exists()
+    (source / "config.json").unlink()
+    (source / "config.json").mkdir()
+    refused(source, tmp_path / "out2", "config.json")
+
+
+@pytest.mark.parametrize("place", ["first", "last", "member of another shard"])
+def test_case_57_non_finite_anywhere_is_found_and_leaves_nothing(place: str, source: Path, tmp_path: Path) -> None:
+    names = {"first": "mlp.down_proj", "last": "mlp.down_proj", "member of another shard": "self_attn.k_proj"}
+    tensor = next(t for t in read_checkpoint(Origin(source)).tensors() if f"layers.3.{names[place]}" in t.info.name)
+    index = tensor.info.nbytes // 2 - 1 if place == "last" else 0
+    with (source / tensor.shard).open("r+b") as file:
+        file.seek(tensor.offset + 2 * index)
+        file.write(b"\xc0\x7f")
+    refused(source, tmp_path / "out", f"holds nan at flat index {index}:")
+
+
+@pytest.mark.parametrize("case", ["58 zero", "59 denormal", "60 largest bf16", "60 minus zero"])
+def test_case_58_59_60_extreme_values_stay_finite_and_equal_the_library(case: str, tmp_path: Path) -> None:
+    import torch
+    from compressed_tensors.quantization.utils import generate_gparam
+
+    value = {"58 zero": 0.0, "59 denormal": 1e-40, "60 largest bf16": 3.3895e38, "60 minus zero": -0.0}[case]
+    weight = torch.full((4, 16), value, dtype=torch.bfloat16)
+    made = mfptq.quantize_nvfp4(weight, method="minmax")
+    expected = generate_gparam(weight.min().reshape(1), weight.max().reshape(1))
+    assert made.global_scale == float(expected)
+    for method in ("search", "minmax"):
+        made = mfptq.quantize_nvfp4(weight, method=method)
+        stored = made.scale.double() / made.global_scale
+        assert torch.isfinite(stored).all()
+        found = stored * 6 if value > 1e-30 else mfptq.dequantize_nvfp4(made)
+        assert torch.isfinite(found).all()
+        assert method == "minmax" or torch.allclose(found.double(), weight.double(), rtol=0.2, atol=1e-30)
+
+
+def test_case_62_a_group_across_shards_has_one_scale_whatever_the_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    leaves = ("q_proj", "k_proj", "v_proj")
+    weights = {
+        f"l.{leaf}.weight": rng.standard_normal((16, 16)).astype(np.float32) * (i + 1) for i, leaf in enumerate(leaves)
+    }
+    found = []
+    for number, order in enumerate([(0, 1, 2), (2, 0, 1), (0, 0, 0)]):
+        folder = tmp_path / f"s{number}"
+        folder.mkdir()
+        for part in sorted(set(order)):
+            names = [name for name, home in zip(weights, order, strict=True) if home == part]
+            save_file({name: weights[name] for name in names}, folder / f"model-{part}.safetensors")
+        (folder / "config.json").write_text("{}")
+        mfptq.convert(folder, tmp_path / f"o{number}")
+        tensors = {k: v for path in (tmp_path / f"o{number}").glob("*.safetensors") for k, v in load_raw(path).items()}
+        scales = {bytes(data) for name, data in tensors.items() if name.endswith("weight_global_scale")}
+        assert len(scales) == 1
+        found.append(tensors)
+    assert found[0] == found[1] == found[2]
+
+
+def load_raw(path: Path) -> dict[str, bytes]:
+    import safetensors
+
+    return {name: bytes(what["data"]) for name, what in safetensors.deserialize(path.read_bytes())}
+
+
+def test_case_106_a_source_that_changes_while_it_is_read(source: Path, tmp_path: Path) -> None:
+    for number, change in enumerate((truncate_all, grow_all, replace_all)):
+        begun: list[bool] = []
+
+        def progress(_event: object, change=change, begun=begun) -> None:
+            if not begun:
+                begun.append(True)
+                change(source)
+
+        with pytest.raises(SourceError, match=r"start again|truncated") as caught:
+            mfptq.convert(source, tmp_path / f"out{number}", progress=progress, workers=1)
+        assert type(caught.value).__name__ == "SourceChangedError"
+        assert not (tmp_path / f"out{number}").exists()
+        shutil.rmtree(source)
+        from tests.conftest import SMALL, write_demo
+
+        write_demo(source, SMALL)
+
+
+def truncate_all(source: Path) -> None:
+    for path in source.glob("*.safetensors"):
+        os.truncate(path, path.stat().st_size - 64)
+
+
+def grow_all(source: Path) -> None:
+    for path in source.glob("*.safetensors"):
+        with path.open("ab") as file:
+            file.write(b"more")
+
+
+def replace_all(source: Path) -> None:
+    """Put other files of the same size and time in their place."""
+    for path in source.glob("*.safetensors"):
+        before = path.stat()
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.with_suffix(".new").write_bytes(data)
+        os.utime(path.with_suffix(".new"), ns=(before.st_atime_ns, before.st_mtime_ns))
+        path.with_suffix(".new").replace(path)
+
+
+def test_case_119_companions_that_are_absent_are_no_error(single: Path, tmp_path: Path) -> None:
+    report = mfptq.convert(single, tmp_path / "out")
+    assert report.quantized == 1
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_case_90_a_source_that_cannot_be_opened_for_want_of_descriptors(
+    single: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from mfptq import files
+    from mfptq.errors import StorageError
+
+    def no_more(*_args: object, **_kwargs: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(files.os, "open", no_more)
+    with pytest.raises(StorageError, match="EMFILE.*rerun the same command") as caught:
+        mfptq.convert(single, tmp_path / "out")
+    assert caught.value.exit_code == 5
+
+
+def test_open_files_are_closed_when_a_checkpoint_is_refused(source: Path) -> None:
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"]["ghost"] = SHARD
+    (source / INDEX).write_text(json.dumps(index))
+    for _ in range(20):
+        with pytest.raises(IndexMismatchError):
+            read_checkpoint(Origin(source))
+    assert not before or len(os.listdir("/proc/self/fd")) <= before

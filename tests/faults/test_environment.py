@@ -1,0 +1,283 @@
+"""The world around a run: signals, closed outputs, limits, locales, other runs; the bytes are the same in all of them."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import mfptq
+from mfptq.demo import DemoShape, write_demo
+from mfptq.errors import DestinationLockedError, MemoryBudgetError
+from tests.conftest import SMALL, command, digests
+
+RUN = "from mfptq.cli import run; run()"
+STOPPED = "mfptq: error: stopped; rerun the same command to resume\n"
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> Path:
+    """A checkpoint whose conversion takes long enough to be stopped in the middle."""
+    folder = tmp_path_factory.mktemp("big") / "source"
+    write_demo(folder, DemoShape(hidden=1024, intermediate=4096, layers=8, vocabulary=64))
+    return folder
+
+
+def begun(source: Path, out: Path, *, prefix: str = "") -> subprocess.Popen[str]:
+    """Start a conversion and return when its journal exists."""
+    line = [sys.executable, "-c", prefix + RUN, "convert", str(source), str(out), "--max-workers", "1"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / ".mfptq" / "journal").exists() and process.poll() is None:
+        time.sleep(0.001)
+    return process
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_case_97_98_99_a_signal_stops_tidily(number: int, code: int, big: Path, tmp_path: Path) -> None:
+    process = begun(big, tmp_path / "out")
+    process.send_signal(number)
+    out, text = process.communicate(timeout=60)
+    assert (process.returncode, text, out) == (code, STOPPED, "")
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_case_99_a_second_signal_stops_at_once(number: int, code: int, big: Path, tmp_path: Path) -> None:
+    # The first signal finds a worker that never ends its piece of work; the second must not wait for it.
+    mark = tmp_path / "stuck"
+    stuck = f"open({str(mark)!r}, 'w'), time.sleep(60)"
+    prefix = f"import time; from mfptq import buffers; buffers.Buffers.quantize = lambda *a: ({stuck}); "
+    process = begun(big, tmp_path / "out", prefix=prefix)
+    while not mark.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(number)
+    out, text = process.communicate(timeout=5)
+    assert (process.returncode, text, out) == (code, STOPPED, "")
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert command("convert", big, tmp_path / "out").returncode == 0
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_case_99_nohup_stays_nohup(big: Path, tmp_path: Path) -> None:
+    process = begun(big, tmp_path / "out", prefix="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); ")
+    process.send_signal(signal.SIGHUP)
+    _, text = process.communicate(timeout=120)
+    assert (process.returncode, text) == (0, "")
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-", "| true"])
+def test_case_94_output_that_nobody_takes(redirection: str, source: Path, tmp_path: Path) -> None:
+    line = f"set -o pipefail; {sys.executable} -c '{RUN}' convert {source} {tmp_path / 'out'} {redirection}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    if redirection != "| true":  # a short text may have gone into the pipe before it was closed
+        assert done.returncode == 5, done.stderr
+    assert "Traceback" not in done.stderr
+    assert mfptq.verify(tmp_path / "out", source).ok
+
+
+def test_case_94_closed_stderr(source: Path, tmp_path: Path) -> None:
+    for redirection in ("2> /dev/full", "2>&-"):
+        line = f"{sys.executable} -c '{RUN}' convert {source / 'nothing'} {tmp_path / 'out'} {redirection}"
+        assert subprocess.run(["bash", "-c", line], capture_output=True, timeout=60, check=False).returncode == 3
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_case_95_modes_are_as_umask_says(mask: int, mode: int, source: Path, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        mfptq.convert(source, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {mode}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_case_107_a_second_run_is_refused_by_pid_and_harms_nothing(big: Path, tmp_path: Path) -> None:
+    first = begun(big, tmp_path / "out")
+    second = command("convert", big, tmp_path / "out")
+    assert second.returncode == 5, second.stderr
+    assert f"in use by pid '{first.pid}'" in second.stderr
+    first.communicate(timeout=120)
+    assert first.returncode == 0
+    assert mfptq.verify(tmp_path / "out", big).ok
+
+
+NO_LOCK = "import filelock; filelock.FileLock.acquire = lambda self, timeout=0: None; "
+
+
+def test_case_108_two_runs_with_locks_that_do_nothing(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "expected")
+    expected = digests(tmp_path / "expected")
+    for attempt in range(4):
+        out = tmp_path / f"out{attempt}"
+        line = [sys.executable, "-c", NO_LOCK + RUN, "convert", str(source), str(out), "-q"]
+        runs = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        ends = [(run.communicate(timeout=60)[1], run.returncode) for run in runs]
+        assert all(code in (0, 5) for _, code in ends), ends
+        last = command("convert", source, out)
+        assert last.returncode == 0 or "finished conversion" in last.stderr, last.stderr
+        shutil.rmtree(out / ".mfptq", ignore_errors=True)
+        assert digests(out) == expected, ends
+
+
+def test_case_109_a_lock_left_by_a_killed_run_is_taken_over(big: Path, tmp_path: Path) -> None:
+    process = begun(big, tmp_path / "out")
+    process.kill()
+    process.communicate(timeout=60)
+    assert (tmp_path / "out" / ".mfptq" / "lock").exists()
+    assert command("convert", big, tmp_path / "out").returncode == 0
+    assert mfptq.verify(tmp_path / "out", big).ok
+
+
+def test_case_107_the_owner_may_be_unknown(source: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    (tmp_path / "out" / ".mfptq").mkdir(parents=True)
+    with FileLock(tmp_path / "out" / ".mfptq" / "lock"), pytest.raises(DestinationLockedError, match="unknown"):
+        mfptq.convert(source, tmp_path / "out")
+
+
+def test_case_110_a_worker_that_dies_ends_the_run(source: Path, tmp_path: Path, monkeypatch) -> None:
+    from mfptq.buffers import Buffers
+
+    def broken(*_args: object) -> None:
+        raise ZeroDivisionError("a bug in a kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Buffers, "quantize", broken)
+        with pytest.raises(ZeroDivisionError):
+            mfptq.convert(source, tmp_path / "out", workers=3)
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    mfptq.convert(source, tmp_path / "out")
+    assert mfptq.verify(tmp_path / "out", source).ok
+
+
+def test_case_111_a_device_without_memory(source: Path, tmp_path: Path, monkeypatch) -> None:
+    import torch
+
+    from mfptq.buffers import Buffers
+
+    def full(*_args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Buffers, "quantize", full)
+        with pytest.raises(MemoryBudgetError) as caught:
+            mfptq.convert(source, tmp_path / "out", workers=2)
+    assert caught.value.exit_code == 8
+    mfptq.convert(source, tmp_path / "out")
+    assert mfptq.verify(tmp_path / "out", source).ok
+
+
+def surroundings() -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    yield "hash seed 0", [], {"PYTHONHASHSEED": "0"}
+    yield "hash seed 4242", [], {"PYTHONHASHSEED": "4242"}
+    yield "C locale", [], {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    yield "Turkish locale", [], {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"}
+    yield "time zone", [], {"TZ": "Pacific/Kiritimati"}
+    yield "-O", ["-O"], {}
+    yield "-OO", ["-OO"], {}
+    yield "-X dev", ["-X", "dev"], {}
+
+
+@pytest.mark.parametrize(("flags", "environment"), [pytest.param(f, e, id=name) for name, f, e in surroundings()])
+def test_case_112_surroundings_do_not_change_a_byte(flags, environment, source, tmp_path) -> None:
+    (source / "tokenizer.json").write_text('{"ı": "İ"}', encoding="utf-8")
+    mfptq.convert(source, tmp_path / "expected", workers=2)
+    line = [sys.executable, *flags, "-c", RUN, "convert", str(source), str(tmp_path / "out"), "-q"]
+    done = subprocess.run(
+        line, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 7}, {"workers": 2, "max_memory": "400MB"}], ids=str)
+def test_case_112_threads_and_memory_do_not_change_a_byte(options, big: Path, tmp_path: Path) -> None:
+    mfptq.convert(big, tmp_path / "expected")
+    mfptq.convert(big, tmp_path / "out", **options)
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+
+
+def limited(limit: int) -> Callable[[], None]:
+    """Return what sets RLIMIT_DATA in a child."""
+    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def convert_limited(source: Path, out: Path, limit: int, *options: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", RUN, "convert", str(source), str(out), *options]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, preexec_fn=limited(limit),
+                          env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})  # fmt: skip
+
+
+def test_case_115_116_memory_that_the_system_refuses(source: Path, tmp_path: Path) -> None:
+    codes = []
+    for megabytes in (*range(96, 240, 12), 400):
+        out = tmp_path / f"out{megabytes}"
+        done = convert_limited(source, out, megabytes * 2**20, "--max-workers", "2")
+        if "mfptq" not in done.stderr and done.returncode:
+            continue  # the interpreter or a library could not even start
+        codes.append(done.returncode)
+        assert done.returncode in (0, 8), (megabytes, done.returncode, done.stderr)
+        assert "Traceback" not in done.stderr, (megabytes, done.stderr)
+        if done.returncode:
+            assert not (out / "config.json").exists()
+            mfptq.convert(source, out)
+        assert mfptq.verify(out, source).ok
+    assert codes[-1] == 0
+
+
+def test_case_113_a_tensor_far_larger_than_the_memory(tmp_path: Path) -> None:
+    from mfptq.header import TensorSpec, encode_header
+
+    (tmp_path / "source").mkdir()
+    head, header = encode_header([TensorSpec("a.weight", "BF16", (65536, 8192)), TensorSpec("b", "U8", (2**28,))])
+    shard = tmp_path / "source" / "model.safetensors"
+    shard.write_bytes(head)
+    os.truncate(shard, len(head) + header.data_bytes)
+    (tmp_path / "source" / "config.json").write_text("{}")
+    done = convert_limited(tmp_path / "source", tmp_path / "out", 512 * 2**20, "--max-memory", "400MB", "--json")
+    assert done.returncode == 0, done.stderr
+    assert int(re.findall(r'"peak_memory": (\d+)', done.stdout)[0]) <= 400e6
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_case_114_a_hundred_times_more_shards_need_no_more_memory(tmp_path: Path) -> None:
+    peaks = []
+    for shards in (1, 100):
+        folder = tmp_path / f"s{shards}"
+        folder.mkdir()
+        write_shards(folder, shards)
+        done = command("convert", folder, tmp_path / f"o{shards}", "--json", "--max-workers", "2")
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(re.findall(r'"peak_memory": (\d+)', done.stdout)[0]))
+    assert peaks[1] <= 1.05 * peaks[0], peaks
+
+
+def write_shards(folder: Path, shards: int) -> None:
+    from mfptq.header import TensorSpec, encode_header
+
+    for number in range(shards):
+        specs = [TensorSpec(f"l{number}.{leaf}_proj.weight", "BF16", (512, 512)) for leaf in ("q", "k", "v", "o")]
+        head, header = encode_header(specs)
+        (folder / f"model-{number:05d}.safetensors").write_bytes(head + bytes(header.data_bytes))
+    (folder / "config.json").write_text("{}")
+
+
+def test_small_shapes_are_what_the_fixtures_say() -> None:
+    assert SMALL.hidden == 64

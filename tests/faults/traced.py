@@ -1,0 +1,60 @@
+"""Errors and kills that strace injects into a whole process: below Python, at the kernel's own boundary."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from tests.faults.warm import LAYOUTS, Tally, Workplace, workplace
+
+# Calls that nothing but the writing of an output makes.
+_ERRORS = {"pwrite64": "ENOSPC", "fsync": "EIO", "rename": "EIO", "preadv": "EIO", "copy_file_range": "EDQUOT",
+           "fallocate": "ENOSPC", "ftruncate": "EFBIG", "unlinkat": "EACCES"}  # fmt: skip
+_INTERRUPTIBLE = ("pwrite64", "fsync", "ftruncate", "preadv")
+_COMMAND = [sys.executable, "-c", "from mfptq.cli import run; run()", "convert", "--max-workers", "1", "-q"]
+
+
+def is_available() -> bool:
+    """Return whether strace is here and may trace."""
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run(["strace", "-f", "-o", "/dev/null", "true"], capture_output=True, check=False).returncode == 0
+
+
+def _injections(numbers: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield what is injected, and strace's options."""
+    for call, error in _ERRORS.items():
+        for number in (1, 3, 7, 12, 20, 30)[:numbers]:
+            for what in (f"error={error}", "signal=KILL", *(["error=EINTR"] if call in _INTERRUPTIBLE else [])):
+                yield f"{call} {what}", ["-e", f"trace={call}", "-e", f"inject={call}:{what}:when={number}"]
+
+
+def strace_faults(numbers: int) -> Tally:
+    """Inject each fault at some numbers of each call, then let a rerun finish."""
+    tally = Tally()
+    if not is_available():
+        tally.notes["strace"] = "not available"
+        return tally
+    with workplace(LAYOUTS[1]) as work:
+        for what, options in _injections(numbers):
+            _inject(tally, work, (what, options))
+    return tally
+
+
+def _inject(tally: Tally, work: Workplace, injection: tuple[str, list[str]]) -> None:
+    what, options = injection
+    place = work.folder / "target"
+    place.mkdir()
+    log = work.folder / "strace"
+    trace = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", str(log), *options]
+    command = [*trace, *_COMMAND, str(work.source), str(place / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    hit = "INJECTED" in log.read_text(errors="replace") or done.returncode < 0
+    tally.tried["kill, by strace" if "KILL" in what else f"strace, {what}"] += hit
+    killed = done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    tally.check(killed or done.returncode in (0, 5), f"{what}: ended with {done.returncode}: {done.stderr[-500:]}")
+    tally.check("Traceback" not in done.stderr, f"{what}: {done.stderr[-500:]}")
+    work.check_rerun(tally, place, f"strace {what}")

@@ -1,0 +1,64 @@
+"""The GPU's bytes are the CPU's: run where a CUDA device is, skipped elsewhere."""
+
+import numpy as np
+import pytest
+import torch
+
+from mfptq.kernels import Recipe, load_kernel
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def weights(dtype: str, rows: int, columns: int) -> np.ndarray:
+    rng = np.random.default_rng(rows * columns)
+    values = rng.standard_normal((rows, columns)).astype(np.float32) * 0.05
+    values[rng.random(values.shape) < 0.001] *= 30
+    values[0, :16] = 0
+    values[-1, -16:] = -0.0
+    values[rows // 2, :16] *= 1e-30 if dtype != "float16" else 1e-6
+    if dtype == "uint16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+@pytest.mark.parametrize("method", ["search", "minmax"])
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (7, 272), (64, 4096), (129, 1040)])
+@pytest.mark.parametrize("divisor", [2.0**10, 1234.5, 2.0**-3, 3e5])
+def test_bytes_and_statistics_are_those_of_the_cpu(method, dtype, shape, divisor) -> None:
+    weight = weights(dtype, *shape)
+    results = []
+    for kernel in (load_kernel("cpu"), load_kernel("cuda")):
+        packed = np.full((shape[0], shape[1] // 2), 0xEE, np.uint8)
+        codes = np.full((shape[0], shape[1] // 16), 0xEE, np.uint8)
+        results.append((packed, codes, kernel.quantize(weight, Recipe(method, divisor), packed, codes)))
+    (packed, codes, stats), (gpu_packed, gpu_codes, gpu_stats) = results
+    assert np.array_equal(codes, gpu_codes)
+    assert np.array_equal(packed, gpu_packed)
+    for name in ("weights", "zeroed", "saturated_blocks", "zero_blocks"):
+        assert getattr(stats, name) == getattr(gpu_stats, name), name
+    for name in ("squared_error", "squared_weight", "rounding_squared_error", "worst_block"):
+        assert getattr(gpu_stats, name) == pytest.approx(getattr(stats, name), rel=1e-5), name
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -3.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
+def test_amax_is_that_of_the_cpu(dtype, value) -> None:
+    weight = weights("float32", 8, 64)
+    weight[5, 7] = value
+    stored = (weight.view(np.uint32) >> 16).astype(np.uint16) if dtype == "uint16" else weight.astype(dtype)
+    found, expected = (load_kernel(device).amax(stored) for device in ("cuda", "cpu"))
+    assert found == expected or (np.isnan(found) and np.isnan(expected))
+
+
+def test_random_bits() -> None:
+    for seed in range(20):
+        bits = np.random.default_rng(seed).integers(0, 2**16, (64, 1024), np.uint16)
+        bits[(bits & 0x7F80) == 0x7F80] = 0
+        results = []
+        for kernel in (load_kernel("cpu"), load_kernel("cuda")):
+            packed, codes = np.empty((64, 512), np.uint8), np.empty((64, 64), np.uint8)
+            for method, divisor in (("search", 2.0 ** (seed - 10)), ("minmax", 1.7 * seed + 0.1)):
+                kernel.quantize(bits, Recipe(method, divisor), packed, codes)
+                results.append(packed.tobytes() + codes.tobytes())
+        assert results[:2] == results[2:]

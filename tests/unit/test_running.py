@@ -1,0 +1,172 @@
+"""The parts of a run: worker threads, memory plans, positional files, the choice of a device."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mfptq.errors import MemoryBudgetError, SourceChangedError, UnsafePathError, UsageError
+from mfptq.files import FolderSource, Range, copy_range, plain_name
+from mfptq.kernels import choice
+from mfptq.kernels.choice import choose_device
+from mfptq.memory import MAX_TILE, MIN_TILE, parse_size, plan_memory, worker_bytes
+from mfptq.partial import PartialFile, Piece
+from mfptq.workers import Workers
+
+
+def test_every_task_and_every_follow_up_runs_once() -> None:
+    done: list[tuple[int, int]] = []
+    lock = threading.Lock()
+
+    def task(number: int, depth: int):
+        def run(_state: int) -> None:
+            with lock:
+                done.append((number, depth))
+            if depth < 3:
+                workers.add(task(number, depth + 1) for _ in range(2))
+
+        return run
+
+    workers = Workers((task(number, 0) for number in range(50)), range(4))
+    workers.run()
+    assert len(done) == 50 * (1 + 2 + 4 + 8)
+    assert {number for number, _ in done} == set(range(50))
+
+
+def test_follow_ups_come_before_the_supply() -> None:
+    order: list[str] = []
+    workers: Workers[int]
+
+    def first(_state: int) -> None:
+        order.append("first")
+        workers.add([lambda _s: order.append("follow 1"), lambda _s: order.append("follow 2")])
+
+    workers = Workers(iter([first, lambda _s: order.append("second")]), [0])
+    workers.run()
+    assert order == ["first", "follow 1", "follow 2", "second"]
+
+
+@pytest.mark.parametrize("where", ["task", "supply"])
+def test_the_first_error_stops_everything(where: str) -> None:
+    ran: list[int] = []
+
+    def supply():
+        for number in range(10_000):
+            if where == "supply" and number == 5:
+                raise ValueError("supply")
+            yield lambda _s, number=number: fail() if number == 5 else ran.append(number)
+
+    def fail() -> None:
+        raise ValueError("task")
+
+    workers = Workers(supply(), range(3))
+    with pytest.raises(ValueError, match=where):
+        workers.run()
+    assert len(ran) < 9_000
+    assert threading.active_count() < 10
+
+
+def test_workers_wait_for_tasks_that_may_still_come() -> None:
+    seen = []
+
+    def slow(_state: int) -> None:
+        time.sleep(0.05)
+        workers.add([lambda _s: seen.append(1)] * 20)
+
+    workers = Workers(iter([slow]), range(4))
+    workers.run()
+    assert len(seen) == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), ("1000", 1000), (7, 7), ("2gb", 2 * 10**9)],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "4 parsecs", "GB", "-1GB", "1e9", "0x10"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="size"):
+        parse_size(text)
+
+
+def test_a_budget_shrinks_tiles_before_workers_and_is_never_exceeded() -> None:
+    held = 100 * 2**20
+    plenty = plan_memory(2**30, held, 8)
+    assert (plenty.workers, plenty.tile_bytes) == (8, MAX_TILE)
+    last = plenty
+    for budget in range(2**30, held, -(2**20)):
+        try:
+            found = plan_memory(budget, held, 8)
+        except MemoryBudgetError as error:
+            assert budget < held + 2 * worker_bytes(MIN_TILE) + 64 * 2**20
+            assert "least" in str(error)  # noqa: PT017 - most budgets are enough
+            break
+        assert found.peak <= budget
+        assert found.workers <= last.workers
+        assert found.workers == 8 or found.tile_bytes <= 2 * MIN_TILE
+        last = found
+    else:
+        pytest.fail("no budget was too small")
+
+
+def test_pieces_are_written_where_they_belong_whatever_their_order(tmp_path: Path) -> None:
+    file = PartialFile(tmp_path / "temporary", tmp_path / "file", 20)
+    file.write_pieces(
+        [Piece(10, b"cd"), Piece(0, b"ab"), Piece(12, memoryview(b"efg")), Piece(19, b"z"), Piece(2, b"--")]
+    )
+    file.commit()
+    assert (tmp_path / "file").read_bytes() == b"ab--\0\0\0\0\0\0cdefg\0\0\0\0z"
+    assert not (tmp_path / "temporary").exists()
+
+
+def test_copies_are_exact_at_any_offset(tmp_path: Path) -> None:
+    data = os.urandom(300_000)
+    (tmp_path / "one").write_bytes(data)
+    one, other = os.open(tmp_path / "one", os.O_RDONLY), os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    copy_range(Range(one, 12_345, 200_001), other, 77)
+    assert os.pread(other, 200_001, 77) == data[12_345 : 12_345 + 200_001]
+    with pytest.raises(EOFError):
+        copy_range(Range(one, 299_000, 2_000), other, 0)
+    os.close(one)
+    os.close(other)
+
+
+def test_a_source_that_is_cut_or_replaced_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    source = FolderSource(tmp_path)
+    buffer = memoryview(bytearray(4))
+    source.read_into("x", 3, buffer)
+    assert bytes(buffer) == b"3456"
+    with pytest.raises(SourceChangedError):
+        source.read_into("x", 8, buffer)
+    source.close()
+    (tmp_path / "new").write_bytes(b"0123456789")
+    (tmp_path / "new").replace(tmp_path / "x")
+    with pytest.raises(SourceChangedError):
+        source.read_into("x", 3, buffer)
+    source.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/a", "C:\\x", "..\\x", "a?b", "a#b", "a\nb", "x" * 300, "con:"]
+)
+def test_names_that_are_no_plain_file(name: str) -> None:
+    with pytest.raises(UnsafePathError):
+        plain_name(name)
+
+
+def test_a_device_is_chosen_by_what_should_finish_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cuda:1", 1, 1).device == "cuda:1"
+    monkeypatch.setattr(choice, "cuda_devices", lambda: 0)
+    assert choose_device("auto", 10**12, 1).device == "cpu"
+    monkeypatch.setattr(choice, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda _name: object())
+    assert choose_device("auto", 10**8, 16).device == "cpu"
+    assert choose_device("auto", 10**11, 2).device == "cuda"
