@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from .files import open_regular, storage_errors, sync_folder, write_all
@@ -92,7 +93,7 @@ def _result(value: Any) -> ShardResult | None:
 
 
 class Journal:
-    """An open journal; every line is durable when the call that wrote it returns."""
+    """An open journal, for several threads; every line is durable when the call that wrote it returns."""
 
     def __init__(self, path: Path, state: JournalState) -> None:
         """Replace the journal at `path`, whole or not at all, by one that says `state`."""
@@ -101,6 +102,7 @@ class Journal:
         lines = [_line(first), *(_line({"shard": asdict(result)}) for result in state.done.values())]
         fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
         self._end = 0
+        self._lock = Lock()
         with storage_errors("write", path):
             self._fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
@@ -120,9 +122,10 @@ class Journal:
             self._append(_line({"shard": asdict(result)}))
 
     def _append(self, data: bytes) -> None:
-        write_all(self._fd, data, self._end)
-        os.fsync(self._fd)
-        self._end += len(data)
+        with self._lock:
+            write_all(self._fd, data, self._end)
+            os.fsync(self._fd)
+            self._end += len(data)
 
     def close(self) -> None:
         """Close the file."""

@@ -219,7 +219,7 @@ class _Making:
             if residency.streamed:
                 offload = stack.enter_context(tempfile.TemporaryDirectory(prefix=".mfptq-", dir=folder))
                 model = models.load_on_disk(self.skeleton, Path(offload))
-                runner: Runner = open_stream(model, blocks, self.checkpoint, device=options.device)
+                runner: Runner = open_stream(model, blocks, self.checkpoint, device=options.device, dtype=options.dtype)
             else:
                 runner = Runner(models.load_whole(self.skeleton, options.device), blocks, options.device)
             runner.tick = tick

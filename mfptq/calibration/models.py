@@ -108,23 +108,24 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
 
 def load_whole(skeleton: Skeleton, device: str) -> nn.Module:
     """Return the model with its weights on the device."""
-    return _load(skeleton, {"": device}, None)
+    return _load(skeleton, skeleton.dtype, {"": device}, None)
 
 
 def load_on_disk(skeleton: Skeleton, offload: Path) -> nn.Module:
     """Return the model with its weights left where they are; what has to be rearranged goes to the folder `offload`.
 
-    accelerate's hooks read each module's weights when it runs; `Stream` takes them over for the repeated blocks.
+    accelerate's hooks read each module's weights when it runs; `Stream` takes them over for the repeated blocks. They
+    keep the checkpoint's dtype here: transformers would read all of them to convert them.
     """
-    return _load(skeleton, {"": "disk"}, offload)
+    return _load(skeleton, "auto", {"": "disk"}, offload)
 
 
-def _load(skeleton: Skeleton, device_map: dict[str, str], offload: Path | None) -> nn.Module:
+def _load(skeleton: Skeleton, dtype: str, device_map: dict[str, str], offload: Path | None) -> nn.Module:
     with loading_errors("model", skeleton.folder):
         model, info = skeleton.factory.from_pretrained(
             skeleton.folder,
             config=skeleton.config,
-            dtype=skeleton.dtype,
+            dtype=dtype,
             device_map=device_map,
             offload_folder=offload,
             use_safetensors=True,

@@ -124,6 +124,16 @@ class Stream:
     def __post_init__(self) -> None:
         self.loader = _offloaded_weights(self.model)
 
+    def convert(self, dtype: str) -> None:
+        """Give the weights this dtype when they are read; until then it changes nothing but their description."""
+        for entry in self.loader.index.values():
+            entry["dtype"] = dtype
+        wanted = getattr(torch, dtype)
+        for module in self.model.modules():
+            for own, tensor in module.named_parameters(recurse=False):
+                if tensor.device.type == "meta" and tensor.is_floating_point():
+                    setattr(module, own, torch.nn.Parameter(tensor.to(wanted), requires_grad=False))
+
     def take_over(self, blocks: Sequence[str]) -> None:
         """Remove accelerate's hooks from blocks: their weights come and go with `block` alone."""
         from accelerate.hooks import remove_hook_from_module
@@ -152,9 +162,13 @@ class Stream:
                 set_module_tensor_to_device(module, own, "meta")
 
 
-def open_stream(model: nn.Module, blocks: Sequence[str], checkpoint: Checkpoint, *, device: str) -> StreamingRunner:
-    """Return what runs a model that lies on disk."""
+def open_stream(
+    model: nn.Module, blocks: Sequence[str], checkpoint: Checkpoint, *, device: str, dtype: str = "auto"
+) -> StreamingRunner:
+    """Return what runs a model that lies on disk, in the dtype of its weights (`auto`) or in another."""
     stream = Stream(model, device)
+    if dtype != "auto":
+        stream.convert(dtype)
     stream.take_over(blocks)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     own = next(name for name, module in model.named_modules() if module is embedding)

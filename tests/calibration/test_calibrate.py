@@ -153,7 +153,7 @@ def quantized_columns(folder: Path) -> dict[str, int]:
 
 def test_every_statistic_equals_float64(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
     found = made(checkpoint, dataset, tmp_path / "a.safetensors")
-    found.check_model(quantized_columns(checkpoint))
+    found.of_model(quantized_columns(checkpoint))
     assert {module for info in found.inputs.values() for module in info.modules} == quantized_columns(checkpoint).keys()
     reference = Reference(checkpoint, samples_of(dataset))
     check_statistics(found, reference)
@@ -176,7 +176,7 @@ def test_experts_with_their_own_tokens_only(moe: Path, dataset: Path, tmp_path: 
 def test_experts_that_no_token_reached_are_left_out(moe: Path, dataset: Path, tmp_path: Path) -> None:
     options = Options(samples=1, max_seq_length=1, all_experts=False, statistics="moments")
     found = made(moe, dataset, tmp_path / "a.safetensors", options)
-    found.check_model(quantized_columns(moe))
+    found.of_model(quantized_columns(moe))
     for parent, counts in found.routed().items():
         assert counts.sum() == 2
         for expert, count in enumerate(counts):
@@ -315,7 +315,7 @@ def test_experts_stored_one_by_one_keep_their_names(
     parent = "model.layers.1.block_sparse_moe.experts"
     assert found.inputs[f"{parent}.3.w2"].columns == 96
     assert f"{parent}.3.w1" in found.inputs[f"{parent}.gate_up_proj"].modules
-    found.check_model(quantized_columns(tmp_path / "mixtral"))
+    found.of_model(quantized_columns(tmp_path / "mixtral"))
     assert found.routed()[parent].sum() == 2 * sum(map(len, samples_of(dataset)))
 
 

@@ -386,17 +386,18 @@ def test_case_90_a_source_that_cannot_be_opened_for_want_of_descriptors(
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(files.os, "open", no_more)
-    with pytest.raises(StorageError, match="EMFILE.*rerun the same command") as caught:
+    with pytest.raises(StorageError, match=r"EMFILE.*rerun the same command") as caught:
         mfptq.convert(single, tmp_path / "out")
     assert caught.value.exit_code == 5
 
 
 def test_open_files_are_closed_when_a_checkpoint_is_refused(source: Path) -> None:
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
     index = json.loads((source / INDEX).read_text())
     index["weight_map"]["ghost"] = SHARD
     (source / INDEX).write_text(json.dumps(index))
     for _ in range(20):
         with pytest.raises(IndexMismatchError):
             read_checkpoint(Origin(source))
-    assert not before or len(os.listdir("/proc/self/fd")) <= before
+    assert not before or len(list(descriptors.iterdir())) <= before

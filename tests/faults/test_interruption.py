@@ -1,8 +1,9 @@
 """Stops at every kind of moment: nothing half-written passes for whole, and a rerun gives the same bytes."""
 
 import errno
+import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,36 +11,10 @@ from pathlib import Path
 import pytest
 
 import mfptq
-from mfptq import destination, files, journal, partial
-from mfptq.errors import DestinationLockedError, MfptqError, PlanMismatchError, StorageError
-from tests.conftest import command, digests
-
-
-class FaultyOs:
-    """The `os` module, except that the Nth of some calls fails or ends the process."""
-
-    def __init__(self, calls: set[str], number: int, fault: OSError | None) -> None:
-        self.calls, self.left, self.fault = calls, number, fault
-
-    def __getattr__(self, name: str):
-        real = getattr(os, name)
-        if name not in self.calls:
-            return real
-
-        def call(*args, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                if self.fault is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise self.fault
-            return real(*args, **kwargs)
-
-        return call
-
-
-def install(monkeypatch, faulty: FaultyOs) -> None:
-    for module in (files, partial, journal, destination):
-        monkeypatch.setattr(module, "os", faulty)
+from mfptq import journal
+from mfptq.errors import DestinationExistsError, DestinationLockedError, MfptqError, PlanMismatchError, StorageError
+from tests.conftest import SMALL_EXPERTS, command, digests, write_demo
+from tests.faults.faulty import FaultyFiles, fail
 
 
 @pytest.fixture
@@ -48,101 +23,80 @@ def expected(source: Path, tmp_path: Path) -> dict[str, str]:
     return digests(tmp_path / "expected")
 
 
-STORAGE = [("pwrite", errno.ENOSPC), ("pwrite", errno.EDQUOT), ("fsync", errno.EIO), ("replace", errno.EIO),
-           ("posix_fallocate", errno.ENOSPC), ("open", errno.EMFILE), ("open", errno.EROFS)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("call", "code"), STORAGE, ids=lambda value: str(value))
-def test_case_83_92_every_nth_storage_error(call, code, source, tmp_path, expected, monkeypatch) -> None:
-    number, failures = 0, 0
-    while True:
-        number += 1
-        out = tmp_path / f"out{number}"
-        faulty = FaultyOs({call}, number, OSError(code, os.strerror(code)))
-        with monkeypatch.context() as patch:
-            install(patch, faulty)
-            try:
-                mfptq.convert(source, out, workers=1)
-            except MfptqError as error:
-                assert error.exit_code in (3, 5)  # noqa: PT017 - most calls never fail
-                failures += 1
-                done = False
-            else:
-                done = True
-        if done and faulty.left > 0:
-            break
-        if not done:
-            assert not (out / "config.json").exists() or number > 1
-            assert not list(out.rglob("*.safetensors.*partial"))
-        mfptq.convert(source, out) if not done else None
-        assert digests(out) == expected, (call, number)
-        if number > 12:
-            number += 4
-    assert failures > 3
-
-
-KILLED = {"open", "pwrite", "fsync", "replace", "unlink", "posix_fallocate"}
-_CHILD = """
-import sys
-from pathlib import Path
-from tests.faults.test_interruption import FaultyOs, KILLED, destination, files, journal, partial
-faulty = FaultyOs(KILLED, int(sys.argv[3]), None)
-for module in (files, partial, journal, destination):
-    module.os = faulty
-import mfptq
-mfptq.convert(sys.argv[1], sys.argv[2], workers=1)
-"""
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 13, 21, 34, 55, 80, 100, 120, 140, 150])
-def test_case_96_killed_at_a_system_call(number, source, tmp_path, expected) -> None:
-    arguments = [sys.executable, "-c", _CHILD, str(source), str(tmp_path / "out"), str(number)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(arguments, capture_output=True, timeout=60, check=False, cwd=root)
-    if done.returncode == 0:
-        assert digests(tmp_path / "out") == expected
-        return
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    if not (tmp_path / "out" / "config.json").exists():
-        resumed = command("convert", source, tmp_path / "out")
-        assert resumed.returncode == 0, resumed.stderr
-    assert digests(tmp_path / "out") == expected
-
-
-def stop_at(source: Path, out: Path, monkeypatch, number: int) -> None:
+def stop_at(source: Path, out: Path, number: int, **options: object) -> None:
     """Fail the Nth rename, so that some shards are finished and the journal says so."""
-    with monkeypatch.context() as patch:
-        install(patch, FaultyOs({"replace"}, number, OSError(errno.EIO, "error")))
-        with pytest.raises(StorageError):
-            mfptq.convert(source, out, workers=1)
+    faulty = FaultyFiles((out,), frozenset({"replace"}), lambda n: n == number, fail(errno.EIO))
+    with faulty, pytest.raises(StorageError, match=r"\(EIO\); rerun the same command to resume"):
+        mfptq.convert(source, out, workers=1, **options)
+    assert list(out.glob("*.safetensors"))
+    assert not (out / "config.json").exists()
 
 
-def test_case_104_a_flipped_finished_shard_is_redone(source, tmp_path, expected, monkeypatch) -> None:
+def test_case_104_a_flipped_finished_shard_is_redone(source, tmp_path, expected) -> None:
     out = tmp_path / "out"
-    stop_at(source, out, monkeypatch, 4)
+    stop_at(source, out, 4)
     shard = next(out.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    mfptq.convert(source, out)
+    finished = len(list(out.glob("*.safetensors")))
+    assert mfptq.convert(source, out).resumed_shards < finished
     assert digests(out) == expected
 
 
-def test_case_103_a_damaged_journal_costs_only_time(source, tmp_path, expected, monkeypatch) -> None:
+def test_case_103_a_damaged_journal_costs_only_time(source, tmp_path, expected) -> None:
     out = tmp_path / "out"
-    stop_at(source, out, monkeypatch, 4)
+    stop_at(source, out, 4)
     whole = (out / ".mfptq" / "journal").read_bytes()
     for cut in (0, 5, 70, len(whole) // 2, len(whole) - 1):
-        (out / ".mfptq").mkdir(exist_ok=True)
-        (out / "config.json").unlink(missing_ok=True)
-        (out / ".mfptq" / "journal").write_bytes(whole[:cut])
-        mfptq.convert(source, out)
-        assert digests(out) == expected, cut
+        again = tmp_path / f"out{cut}"
+        shutil.copytree(out, again)
+        (again / ".mfptq" / "journal").write_bytes(whole[:cut])
+        report = mfptq.convert(source, again)
+        assert report.resumed_shards == max(0, whole[:cut].count(b"\n") - 1)
+        assert digests(again) == expected, cut
 
 
-def test_case_105_other_settings_are_refused_and_touch_nothing(source, tmp_path, monkeypatch) -> None:
+def rewritten(out: Path, change) -> None:
+    """Change what a journal says, with the right checksums."""
+    path = out / ".mfptq" / "journal"
+    values = [json.loads(line.split(b" ", 1)[1]) for line in path.read_bytes().splitlines()]
+    path.write_bytes(b"".join(journal._line(value) for value in change(values)))
+
+
+def test_case_103_a_journal_of_another_version_is_refused(source, tmp_path) -> None:
     out = tmp_path / "out"
-    stop_at(source, out, monkeypatch, 4)
+    stop_at(source, out, 4)
+    before = digests(out)
+    rewritten(out, lambda values: [{"plan": {**values[0]["plan"], "format": "999"}}, *values[1:]])
+    del before[".mfptq/journal"]
+    with pytest.raises(PlanMismatchError, match="other format"):
+        mfptq.convert(source, out)
+    assert {name: digest for name, digest in digests(out).items() if name != ".mfptq/journal"} == before
+
+
+ODD_LINES = [
+    {"shard": {"name": "x"}},
+    {"shard": []},
+    {"other": 1},
+    [],
+    None,
+    {"shard": {"name": 1, "sha256": 2, "size": 3, "kinds": 4}},
+]
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=str)
+def test_case_103_lines_of_another_version_count_as_absent(line, source, tmp_path, expected) -> None:
+    out = tmp_path / "out"
+    stop_at(source, out, 4)
+    rewritten(out, lambda values: [*values, line])
+    assert mfptq.convert(source, out).resumed_shards >= 1
+    assert digests(out) == expected
+
+
+def test_case_105_other_settings_are_refused_and_touch_nothing(source, tmp_path) -> None:
+    out = tmp_path / "out"
+    stop_at(source, out, 4)
     before = digests(out)
     with pytest.raises(PlanMismatchError, match="settings"):
         mfptq.convert(source, out, method="minmax")
@@ -153,8 +107,8 @@ def test_case_105_other_settings_are_refused_and_touch_nothing(source, tmp_path,
     assert mfptq.convert(source, out, method="minmax", overwrite=True).resumed_shards == 0
 
 
-def test_resuming_trusts_finished_shards(source, tmp_path, expected, monkeypatch) -> None:
-    stop_at(source, tmp_path / "out", monkeypatch, 4)
+def test_resuming_trusts_finished_shards(source, tmp_path, expected) -> None:
+    stop_at(source, tmp_path / "out", 4)
     assert mfptq.convert(source, tmp_path / "out").resumed_shards >= 1
     assert digests(tmp_path / "out") == expected
 
@@ -176,19 +130,136 @@ def test_a_finished_output_is_refused_unless_overwritten(source, tmp_path, expec
     assert digests(tmp_path / "expected") == expected
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_case_97_98_signals(number, code, tmp_path) -> None:
-    from mfptq.demo import DemoShape, write_demo
+def test_an_unfinished_output_of_another_checkpoint_is_replaced_whole(source, tmp_path, expected) -> None:
+    write_demo(tmp_path / "other", SMALL_EXPERTS, shards=5)
+    (tmp_path / "other" / "vocabulary.txt").write_text("words")
+    out = tmp_path / "out"
+    stop_at(tmp_path / "other", out, 5)
+    (out / "vocabulary.txt").write_text("words")
+    mfptq.convert(source, out, overwrite=True)
+    assert digests(out) == expected
 
-    write_demo(tmp_path / "big", DemoShape(hidden=2048, intermediate=6144, layers=8, vocabulary=64))
-    line = [sys.executable, "-c", "from mfptq.cli import run; run()", "convert", tmp_path / "big", tmp_path / "out"]
-    process = subprocess.Popen([*map(str, line), "--max-workers", "1"], stderr=subprocess.PIPE, text=True)
-    journal_path = tmp_path / "out" / ".mfptq" / "journal"
-    while not journal_path.exists() and process.poll() is None:
-        pass
-    process.send_signal(number)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == code, text
-    assert text == "mfptq: error: stopped; rerun the same command to resume\n"
-    assert not (tmp_path / "out" / "config.json").exists()
-    assert not list((tmp_path / "out").rglob("*.partial"))
+
+def test_case_79_foreign_files_beside_a_work_folder_are_untouched(source, tmp_path) -> None:
+    out = tmp_path / "out"
+    (out / ".mfptq").mkdir(parents=True)
+    for name in ("config.json", "SHA256", "README.md"):
+        (out / name).write_text("mine")
+    before = digests(out)
+    for overwrite in (False, True):
+        with pytest.raises(DestinationExistsError, match="not ours"):
+            mfptq.convert(source, out, overwrite=overwrite)
+    assert digests(out) == before
+
+
+def test_a_finished_output_whose_tidying_was_cut_short_is_finished(source, tmp_path, expected) -> None:
+    (tmp_path / "expected" / ".mfptq").mkdir()
+    with pytest.raises(DestinationExistsError, match="finished conversion"):
+        mfptq.convert(source, tmp_path / "expected")
+    assert digests(tmp_path / "expected") == expected
+
+
+def test_case_86_finished_shards_outlive_a_read_error(source, tmp_path, expected) -> None:
+    out = tmp_path / "out"
+    reads = FaultyFiles((source,), frozenset({"preadv"}))
+    with reads:
+        mfptq.convert(source, tmp_path / "count", workers=1)
+    last = len(reads.counted)
+    faulty = FaultyFiles((source,), frozenset({"preadv"}), lambda n: n == last, fail(errno.EIO))
+    with faulty, pytest.raises(StorageError, match=r"EIO.*rerun the same command"):
+        mfptq.convert(source, out, workers=1)
+    finished = len(list(out.glob("*.safetensors")))
+    assert mfptq.convert(source, out).resumed_shards == finished >= 1
+    assert digests(out) == expected
+
+
+def test_case_93_a_temporary_that_cannot_be_removed_hides_no_error(source, tmp_path, expected) -> None:
+    out = tmp_path / "out"
+
+    def fault(name, real, args, kwargs):
+        if name == "unlink" and not str(args[0]).endswith(".partial"):
+            return real(*args, **kwargs)
+        return fail(errno.ENOSPC if name == "pwrite" else errno.EACCES)(name, real, args, kwargs)
+
+    faulty = FaultyFiles((out,), frozenset({"pwrite", "unlink"}), lambda n: n > 4, fault)
+    with faulty, pytest.raises(StorageError, match="ENOSPC"):
+        mfptq.convert(source, out, workers=1)
+    assert list(out.rglob("*.partial"))
+    mfptq.convert(source, out)
+    assert digests(out) == expected
+
+
+def test_case_82_no_room_is_said_before_anything_is_written(source, tmp_path, monkeypatch) -> None:
+    real = os.statvfs
+
+    def full(path):
+        status = list(real(path))
+        status[4] = 1
+        return os.statvfs_result(status)
+
+    monkeypatch.setattr(os, "statvfs", full)
+    with pytest.raises(MfptqError, match=r"needs \d+ bytes, \d+ are free") as caught:
+        mfptq.convert(source, tmp_path / "out")
+    assert caught.value.exit_code == 5
+    assert not (tmp_path / "out").exists()
+
+
+def as_nobody(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user whom mode bits stop."""
+    line = ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-c", "from mfptq.cli import run; run()"]
+    environment = {**os.environ, "HOME": "/nonexistent", "NUMBA_CACHE_DIR": "/tmp/nobody", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*line, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs root and setpriv")
+def test_case_81_a_folder_that_may_not_be_written(source, tmp_path) -> None:
+    shared = Path("/tmp") / f"mfptq-faults-{os.getpid()}"
+    try:
+        shutil.copytree(source, shared / "source")
+        (shared / "closed").mkdir(mode=0o755)
+        (shared / "secret").mkdir(mode=0o700)
+        shared.chmod(0o755)
+        probe = as_nobody("--version")
+        if probe.returncode:
+            pytest.skip("nobody cannot run this interpreter")
+        for place in ("closed/out", "closed", "secret/out"):
+            done = as_nobody("convert", shared / "source", shared / place)
+            assert done.returncode == 5, done.stderr
+            assert "Permission denied" in done.stderr
+            assert done.stderr.count("\n") == 1
+        assert not list((shared / "closed").iterdir())
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root and unshare")
+def test_case_80_the_source_under_another_name(source, tmp_path) -> None:
+    (tmp_path / "mounted").mkdir()
+    inner = f"mount --bind {source} {tmp_path / 'mounted'} && exec {sys.executable} -c 'from mfptq.cli import run; run()' convert {source} {tmp_path}/mounted"
+    before = digests(source)
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", inner], capture_output=True, text=True, timeout=60, check=False
+    )
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip("may not mount")
+    assert done.returncode == 5, done.stderr
+    assert "the source" in done.stderr
+    assert digests(source) == before
+
+
+def test_case_85_a_file_size_limit(source, tmp_path, expected) -> None:
+    import resource
+    import signal
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
+
+    line = [sys.executable, "-c", "from mfptq.cli import run; run()", "convert", str(source), str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, preexec_fn=limit)
+    assert done.returncode == 5, done.stderr
+    assert "EFBIG" in done.stderr
+    assert command("convert", source, tmp_path / "out").returncode == 0
+    assert digests(tmp_path / "out") == expected

@@ -7,7 +7,7 @@ import pytest
 
 from mfptq.config import ignore_list
 from mfptq.errors import RuleError, UnsupportedTensorError
-from mfptq.fusion import fused_groups
+from mfptq.fusion import experts_parent, fused_groups
 from mfptq.header import TensorInfo, tensor_bytes
 from mfptq.layout import StoredTensor, candidates
 from mfptq.patterns import match_names
@@ -88,7 +88,7 @@ def test_case_65_fused_layers(members: tuple[str, ...], parent: str) -> None:
 
 
 @pytest.mark.parametrize("alone", ["q_proj", "gate_proj", "w1", "fc1", "o_proj", "in_proj", "qkv_proj"])
-def test_case_63_a_missing_partner_is_no_error(alone: str) -> None:
+def test_case_63_64_a_missing_partner_is_no_error(alone: str) -> None:
     assert fused_groups([f"l.{alone}"])[0].members == (f"l.{alone}",)
 
 
@@ -121,7 +121,7 @@ def test_a_group_with_an_unfit_member_is_kept_whole() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (8, 16, 16), (0, 16), (16, 0), (16,)])
-def test_case_54_unfit_shapes_are_kept_or_refused(shape: tuple[int, ...]) -> None:
+def test_case_54_55_56_unfit_shapes_are_kept_or_refused(shape: tuple[int, ...]) -> None:
     shapes = {"a.weight": shape, "b.weight": (16, 16)}
     assert fates(decide(shapes)) == {"a": False, "b": True}
     with pytest.raises(UnsupportedTensorError, match="cannot be NVFP4"):
@@ -189,3 +189,65 @@ def test_matching_apart_loses_no_answer() -> None:
     for count in range(40):
         names = [f"layers.{number}.mlp" for number in range(count)]
         assert match_names(["re:layers"], names)["re:layers"] == frozenset(names)
+
+
+def test_overlapping_layers_become_one_group() -> None:
+    [group] = fused_groups(["l.wq_a", "l.wkv", "l.wgate"])
+    assert group.members == ("l.wgate", "l.wkv", "l.wq_a")
+    assert [g.name for g in fused_groups(["l.wq_a", "l.wkv", "l.alone"])] == ["l.alone", "l.fused_wqa_wkv"]
+
+
+@pytest.mark.parametrize("module", ["a.experts.3.up_proj", "experts.12.w1", "m.layers.0.mlp.experts.0.down_proj"])
+def test_routed_experts_have_a_parent(module: str) -> None:
+    assert experts_parent(module) == module.rpartition(".")[0].rpartition(".")[0]
+
+
+@pytest.mark.parametrize(
+    "module", ["a.experts.up_proj", "a.experts.x.up_proj", "a.layers.3.up_proj", "up_proj", "experts"]
+)
+def test_other_modules_have_none(module: str) -> None:
+    assert experts_parent(module) is None
+
+
+STACKS = [
+    {"e.gate_up_proj": (2, 32, 16)}, {"e.down_proj": (2, 16, 16)}, {"e.gate_up_proj": (2, 32, 16), "e.down_proj": (16, 16)},
+    {"e.gate_up_proj": (32, 16), "e.down_proj": (2, 16, 16)}, {"e.gate_up_proj": (2, 31, 16), "e.down_proj": (2, 16, 15)},
+    {"e.gate_up_proj": (0, 32, 16), "e.down_proj": (0, 16, 16)}, {"e.gate_up_proj": (2, 32, 16), "e.down_proj": (3, 16, 16)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shapes", STACKS, ids=str)
+def test_case_55_what_is_no_expert_stack_is_kept(shapes: dict[str, tuple[int, ...]]) -> None:
+    found = fates(decide({**shapes, "a.weight": (16, 16)}))
+    assert found == {**dict.fromkeys(shapes, False), "a": True}
+
+
+def test_a_name_that_is_only_a_suffix_is_no_weight() -> None:
+    assert fates(decide({".weight": (16, 16), "a.weight": (16, 16)})) == {"": False, "a": True}
+
+
+@pytest.mark.parametrize("pattern", ["", "re:"])
+def test_case_67_empty_patterns(pattern: str) -> None:
+    with pytest.raises(RuleError, match="empty pattern"):
+        decide(QKV, ignore=(pattern,))
+
+
+def test_case_67_too_many_patterns() -> None:
+    assert match_names(["x"] * 1000, ["x"]) == {"x": frozenset({"x"})}
+    with pytest.raises(RuleError, match="1001 patterns, expected at most 1000"):
+        match_names(["x"] * 1001, ["x"])
+
+
+@pytest.mark.parametrize("ended", ["timeout", "alarm", "crash"])
+def test_case_68_a_matcher_that_does_not_answer(ended: str, monkeypatch) -> None:
+    import signal
+    import subprocess
+
+    def run(command, **_options):
+        if ended == "timeout":
+            raise subprocess.TimeoutExpired(command, 1)
+        return subprocess.CompletedProcess(command, -signal.SIGALRM if ended == "alarm" else 1, b"", b"")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(RuleError, match="ended with 1" if ended == "crash" else "longer than 2 s"):
+        match_names(["re:a", "re:b"], ["a"])

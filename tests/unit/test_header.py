@@ -1,7 +1,5 @@
 """Every rule of the safetensors format: a result or HeaderError, nothing else."""
 
-import json
-import struct
 from contextlib import suppress
 
 import pytest
@@ -12,59 +10,7 @@ from safetensors.numpy import save
 
 from mfptq.errors import HeaderError
 from mfptq.header import ShardHeader, TensorSpec, encode_header, header_length, parse_header
-
-
-def shard(entries: object, data: int = 0, *, raw: bytes | None = None) -> bytes:
-    text = raw if raw is not None else json.dumps(entries).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(data)
-
-
-def read(blob: bytes) -> ShardHeader:
-    length = header_length(blob[:8], len(blob))
-    return parse_header(blob[8 : 8 + length], len(blob))
-
-
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-BAD = {
-    "01_empty": b"",
-    "02_seven_bytes": b"\0" * 7,
-    "03_huge_length": struct.pack("<Q", 2**64 - 1) + b"{}",
-    "04_one_past_end": struct.pack("<Q", 3) + b"{}",
-    "05_over_limit": struct.pack("<Q", 100_000_001) + b"{}",
-    "06_spaces": shard(None, raw=b" " * 1000),
-    "07_cut_json": shard(None, raw=b'{"a":{"dtype"'),
-    "08_not_utf8": shard(None, raw=b'{"\xff":1}'),
-    "09_surrogate": shard({"\ud800": entry()}, 8),
-    "10_array": shard([], 0),
-    "10_null": shard(None),
-    "11_duplicate": shard(None, 8, raw=b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
-    "12_inner_duplicate": shard(None, 8, raw=b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
-    "13_nan": shard({"a": entry(shape=(float("nan"),))}, 8),
-    "13_float": shard({"a": entry(shape=(2.0,))}, 8),
-    "13_bool": shard({"a": entry(shape=(True, 2))}, 8),
-    "13_negative": shard({"a": entry(shape=(-2, -1))}, 8),
-    "14_digits": shard(None, raw=b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 5000)),
-    "15_nested": shard(None, raw=b'{"a":' + b"[" * 200_000),
-    "16_overlap": shard({"a": entry(), "b": entry(offsets=(4, 12))}, 12),
-    "17_hole": shard({"a": entry(), "b": entry(offsets=(12, 20))}, 20),
-    "18_reversed": shard({"a": entry(offsets=(8, 0))}, 8),
-    "19_past_end": shard({"a": entry()}, 4),
-    "20_trailing": shard({"a": entry()}, 9),
-    "23_overflow": shard({"a": entry(shape=(2**32, 2**32))}, 8),
-    "24_zero_product": shard({"a": entry(shape=(2**62, 0))}, 8),
-    "25_disagree": shard({"a": entry(dtype="F16")}, 8),
-    "26_unknown_dtype": shard({"a": entry(dtype="F7")}, 8),
-    "27_odd_f4": shard({"a": entry(dtype="F4", shape=(3,), offsets=(0, 1))}, 1),
-    "28_metadata": shard({"__metadata__": {"a": 1}}),
-    "30_leading_space": shard(None, raw=b" {}"),
-    "31_zero_size_inside": shard({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, 8),
-    "32_long_name": shard({"a" * 1025: entry()}, 8),
-    "extra_key": shard({"a": {**entry(), "more": 1}}, 8),
-    "nine_dimensions": shard({"a": entry(shape=(1,) * 8 + (2,))}, 8),
-}
+from tests.faults.malformed import BAD, entry, read, shard
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -126,3 +72,55 @@ def test_output_equals_the_format_authority() -> None:
     data = b"".join(tensors[info.name].tobytes() for info in header.tensors)
     assert head + data == save(tensors, {"format": "pt"})
     assert len(safetensors.deserialize(head + data)) == len(tensors)
+
+
+def test_too_many_tensors(monkeypatch) -> None:
+    from mfptq import header
+
+    blob = shard({"a": entry(), "b": entry(offsets=(8, 16))}, 16)
+    monkeypatch.setattr(header, "MAX_TENSORS", 2)
+    assert len(read(blob).tensors) == 2
+    monkeypatch.setattr(header, "MAX_TENSORS", 1)
+    with pytest.raises(HeaderError, match="2 tensors, expected at most 1"):
+        read(blob)
+
+
+def test_limits_are_exact() -> None:
+    assert read(shard({"a" * 1024: entry(shape=(1,) * 7 + (2,))}, 8)).tensors[0].shape == (1, 1, 1, 1, 1, 1, 1, 2)
+    assert header_length((100_000_000).to_bytes(8, "little"), 100_000_008) == 100_000_000
+    with pytest.raises(HeaderError, match="at most 100000000"):
+        header_length((100_000_001).to_bytes(8, "little"), 2**40)
+    assert read(shard({"a": entry(shape=(2**63 - 1, 0), offsets=(0, 0))})).data_bytes == 0
+    assert read(shard({})).tensors == ()
+    assert header_length(bytes(8), 8) == 0
+    with pytest.raises(HeaderError, match="7 bytes, need at least 8"):
+        header_length(bytes(7), 7)
+    with pytest.raises(HeaderError, match="need at least 8"):
+        header_length(bytes(7), 100)
+
+
+def test_a_header_says_where_the_data_lies() -> None:
+    blob = shard({"__metadata__": {"a": "b"}, "x": entry(offsets=(8, 16)), "y": entry()}, 16)
+    found = read(blob)
+    assert found.data_start == len(blob) - 16
+    assert found.data_bytes == 16
+    assert found.metadata == {"a": "b"}
+    assert [(t.name, t.start, t.end, t.nbytes) for t in found.tensors] == [("y", 0, 8, 8), ("x", 8, 16, 8)]
+    assert read(shard(None, raw=b"{}      ")).metadata == {}
+
+
+MESSAGES = {
+    "16_overlap": "overlaps the tensor before it", "17_hole": "leaves a hole before it", "19_past_end": r"hold|only|truncated",
+    "20_trailing": "bytes that belong to no tensor", "04_one_past_end": "truncated", "11_duplicate": "appears twice",
+    "26_unknown_dtype": "unsupported dtype 'F7'", "14_digits": "5000 digits", "08_not_utf8": "not UTF-8 at byte 2",
+    "15_nested": "nested too deeply", "13_nan": "NaN is not JSON", "13_overflowing_float": "out of range",
+    "30_leading_space": "does not begin with", "28_metadata": "not an object of strings", "25_disagree": "needs 4 bytes",
+    "09_surrogate": "not valid Unicode", "32_long_name": "longer than 1024 bytes", "18_reversed": "begin <= end",
+    "nine_dimensions": "at most 8 whole numbers", "extra_key": "expected exactly dtype, shape and data_offsets",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_refusal_names_the_rule(name: str) -> None:
+    with pytest.raises(HeaderError, match=MESSAGES[name]):
+        read(BAD[name])
