@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .calibration.likeness import extract_scales
+    from .calibration.merge import merge_calibrations
+    from .calibration.reading import load_calibration
     from .checkpoint import Checkpoint
     from .conversion import convert, plan
     from .errors import MfptqError
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Checkpoint": "checkpoint", "HubOptions": "hub", "MfptqError": "errors", "Nvfp4Tensor": "tensors", "Plan": "planning",
     "Progress": "execute", "Report": "report", "Rules": "rules", "Verification": "verification", "convert": "conversion",
-    "dequantize_nvfp4": "tensors", "inspect": "inspection", "open_checkpoint": "hub", "plan": "conversion",
+    "dequantize_nvfp4": "tensors", "extract_scales": "calibration.likeness", "inspect": "inspection",
+    "load_calibration": "calibration.reading", "merge_calibrations": "calibration.merge", "open_checkpoint": "hub",
+    "plan": "conversion",
     "quantize_nvfp4": "tensors", "quantize_state_dict": "tensors", "verify": "verification",
 }  # fmt: skip
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - names, every one of them in _HOMES

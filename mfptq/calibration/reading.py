@@ -145,6 +145,13 @@ class Calibration:
         )
         return InputStatistics(amax, tokens, moment, hessian)
 
+    def tokens(self, module: str) -> int | None:
+        """Return how many tokens a module's statistics are taken over; None where the file does not say."""
+        info = self._input_of.get(module)
+        if info is None or f"{info.name}.{TOKENS}" not in self._places:
+            return None
+        return int(self._array(f"{info.name}.{TOKENS}", "<i8")[0])
+
     def routed(self) -> dict[str, Int64Array]:
         """Return, by the name of each layer's experts, how many tokens every expert was given by its router."""
         suffix = f".{ROUTED}"

@@ -6,33 +6,34 @@ several rows and every sum still runs in index order. Rows are padded to a multi
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from ..nvfp4 import GROUP_SIZE, ByteArray
+from ..nvfp4 import GROUP_SIZE, INPUT_SCALE_NUMERATOR, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
 from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Float32Array, Statistics, lower_factors
-from .descent_cpu import descend, signed_e2m1
-from .pieces import (
-    KINDS,
-    base_code,
-    bounded,
-    jit,
-    round_e2m1,
-    scale_value,
-)
-from .rows import LANES, ONE, SIX, ZERO, gather, measure, pack, tally
+from .calibrated_lanes import gather, measure, pack, tally
+from .descent_cpu import LANES, ONE, SIX, ZERO, descend, signed_e2m1
+from .pieces import KINDS, base_code, bounded, exact_product_add, jit, round_e2m1, scale_value
 
 PADDING = 16
+_TOP = np.float32(INPUT_SCALE_NUMERATOR)
 _OFFSETS = np.array(CALIBRATED_OFFSETS, np.int32)
+_STEPS, _INVERSES, _ERRORS = (row * LANES for row in range(GROUP_SIZE, GROUP_SIZE + 3))  # rows after the values
 
 
 @jit
 def _bases(values, global_scale, lanes, base):  # type: ignore[no-untyped-def]
+    """Write each lane's scale code rounded to nearest; return whether none is too small for its block."""
+    fits = True
     for lane in range(lanes):
         largest = ZERO
         for i in range(GROUP_SIZE):
             largest = max(largest, abs(values[i * LANES + lane]))
         base[lane] = base_code(largest, global_scale)
+        fits &= largest * global_scale <= _TOP
+    return fits
 
 
 @jit
@@ -55,6 +56,18 @@ def _weighted(values, weights, scales, inverses, lanes, errors):  # type: ignore
             y = x * inverses[lane]
             difference = round_e2m1(y if y < SIX else SIX) * scales[lane] - x
             errors[lane] += (weight * difference) * difference
+
+
+@jit
+def _simply_weighted(floats, weights, lanes):  # type: ignore[no-untyped-def]
+    """Do the same where no value exceeds 6 and value times scale is exact: in one array, so that it needs no checks."""
+    for lane in range(lanes):
+        scale, inverse, error = floats[_STEPS + lane], floats[_INVERSES + lane], ZERO
+        for i in range(GROUP_SIZE):
+            x = abs(floats[i * LANES + lane])
+            difference = exact_product_add(round_e2m1(x * inverse), scale, -x)
+            error += (weights[i] * difference) * difference
+        floats[_ERRORS + lane] = error
 
 
 @jit
@@ -125,15 +138,22 @@ def _squares(values, rounded, scales, lanes, errors):  # type: ignore[no-untyped
 
 
 @jit
-def _choose(values, base, step, statistics, lanes, work):  # type: ignore[no-untyped-def]
-    """Write each lane's scale code of least error; statistics: weights [16], or where empty, lower factors."""
+def _choose(floats, base, step, statistics, lanes, work, exact):  # type: ignore[no-untyped-def]
+    """Write each lane's scale code of least error; statistics: weights [16], or where empty, lower factors.
+
+    `exact`: the global scale is a power of two, and rounding a block's scale takes no value above 6.
+    """
     weights, lower = statistics
-    codes, best, errors, steps, inverses, scratch = work
+    codes, best, scratch = work
+    values, errors = floats[:_STEPS], floats[_ERRORS:]
+    steps, inverses = floats[_STEPS:_INVERSES], floats[_INVERSES:_ERRORS]
     codes[:] = base
     best[:] = np.float32(np.inf)
     for offset in _OFFSETS:
         _scales(base, offset, step, lanes, steps, inverses)
-        if len(weights):
+        if len(weights) and exact and offset >= 0:
+            _simply_weighted(floats, weights, lanes)
+        elif len(weights):
             _weighted(values, weights, steps, inverses, lanes, errors)
         else:
             _differences(values, steps, inverses, lanes, scratch)
@@ -142,17 +162,20 @@ def _choose(values, base, step, statistics, lanes, work):  # type: ignore[no-unt
 
 
 @jit
-def _quantize(source, kind, global_scale, statistics, sweeps, shape, out):  # type: ignore[no-untyped-def]
-    """Quantize `shape` = (rows, columns) by (weights [K/16, 16], Hessians, their lower factors): one of them is empty."""
+def _quantize(source, kind, global_scale, exact, statistics, sweeps, shape, out):  # type: ignore[no-untyped-def]
+    """Quantize `shape` = (rows, columns) by (weights [K/16, 16], Hessians, their lower factors): one of them is empty.
+
+    `exact`: the global scale is a power of two.
+    """
     rows, columns = shape
     weights, hessian, lower = statistics
     packed, scales, stats = out
-    values, rounded = np.empty(GROUP_SIZE * LANES, np.float32), np.empty(GROUP_SIZE * LANES, np.float32)
-    scratch, words, base = np.empty_like(values), np.empty(2 * LANES, np.uint32), np.empty(LANES, np.int32)
-    codes, nonzero = np.empty_like(base), np.empty_like(base)
-    errors, norms, rounding = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    steps, inverses, best = np.empty_like(errors), np.empty_like(errors), np.empty_like(errors)
-    work = (codes, best, errors, steps, inverses, scratch)
+    floats, rounded = np.empty(_ERRORS + LANES, np.float32), np.empty(GROUP_SIZE * LANES, np.float32)
+    values, errors = floats[:_STEPS], floats[_ERRORS:]
+    steps, inverses = floats[_STEPS:_INVERSES], floats[_INVERSES:_ERRORS]
+    scratch, words, base = np.empty_like(rounded), np.empty(2 * LANES, np.uint32), np.empty(LANES, np.int32)
+    codes, nonzero, best = np.empty_like(base), np.empty_like(base), np.empty_like(errors)
+    norms, rounding = np.empty_like(errors), np.empty_like(errors)
     step = ONE / global_scale
     blocks = columns // GROUP_SIZE
     for row in range(0, rows, LANES):
@@ -160,11 +183,11 @@ def _quantize(source, kind, global_scale, statistics, sweeps, shape, out):  # ty
         lanes = (count + PADDING - 1) // PADDING * PADDING
         for block in range(blocks):
             gather(source, kind, columns, block * GROUP_SIZE, row, count, lanes, values)
-            _bases(values, global_scale, lanes, base)
+            simple = _bases(values, global_scale, lanes, base) and exact
             _scales(base, np.int32(0), step, lanes, steps, inverses)
             _rounding(values, steps, inverses, lanes, rounding)
             used = (weights[block : block + 1].reshape(-1), lower[min(block, len(lower) - 1)])
-            _choose(values, base, step, used, lanes, work)
+            _choose(floats, base, step, used, lanes, (codes, best, scratch), simple)
             _scales(codes, np.int32(0), step, lanes, steps, inverses)
             _round_all(values, inverses, lanes, rounded)
             if sweeps:
@@ -195,7 +218,8 @@ class CalibratedNumbaKernel:
         out = (packed.reshape(-1).view(np.uint32), scales.reshape(-1), stats)
         sweeps = SWEEPS if recipe.method == "hessian+" else 0
         used = _as_arrays(statistics.values)
-        _quantize(source, kind, np.float32(recipe.global_scale), used, sweeps, tile.shape, out)
+        exact = math.frexp(recipe.global_scale)[0] == 0.5
+        _quantize(source, kind, np.float32(recipe.global_scale), exact, used, sweeps, tile.shape, out)
         stats[3] = stats[3] ** 0.5
         return TileStats.from_array(tile.size, stats)
 

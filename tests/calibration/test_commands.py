@@ -220,6 +220,12 @@ def test_like_of_another_model_or_of_half_a_group_is_refused(source, path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_the_library_has_the_functions_behind_the_commands():
+    assert mfptq.extract_scales is extract_scales
+    assert mfptq.load_calibration is load_calibration
+    assert {"extract_scales", "load_calibration", "merge_calibrations"} <= set(mfptq.__all__)
+
+
 def test_help_names_the_commands():
     for name in ("merge", "show", "extract"):
         done = command("calibration", name, "--help")

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import mfptq
 from mfptq.calibration.file import Contents, Description, InputInfo, InputStatistics, check_output, write_calibration
 from mfptq.calibration.merge import merge_calibrations
-from mfptq.calibration.methods import importance, local_hessian
+from mfptq.calibration.methods import importance, local_hessian, shrinkage
 from mfptq.calibration.reading import load_calibration
 from mfptq.errors import ScaleError, UsageError
 from mfptq.partial import file_sha256
@@ -126,6 +126,15 @@ def test_a_local_hessian_is_made_block_by_block(tokens):
     assert np.array_equal(whole, np.concatenate([local_hessian(block[None], tokens) for block in blocks]))
     assert np.linalg.eigvalsh(whole.astype(np.float64)).min() > 0
     assert np.array_equal(whole, whole.transpose(0, 2, 1))
+
+
+def test_little_text_shrinks_correlations_and_leaves_the_diagonal():
+    blocks = statistics_of(random_inputs(64)).hessian
+    assert [round(shrinkage(tokens), 2) for tokens in (1, 500, 2_000, 20_000)] == [1.0, 0.55, 0.36, 0.17]
+    few, many = local_hessian(blocks, 500), local_hessian(blocks, 10**15)
+    ratio = (few / many)[:, ~np.eye(16, dtype=bool)]
+    assert np.allclose(ratio, 1 - shrinkage(500), rtol=1e-3)
+    assert np.allclose(np.diagonal(few, axis1=1, axis2=2), np.diagonal(many, axis1=1, axis2=2), rtol=1e-6)
 
 
 def test_channels_that_never_spoke_count_alike():

@@ -1,10 +1,11 @@
-"""A chunk of one block of 16 columns in up to 64 rows, which share their columns' statistics, one row to a lane."""
+"""Rows in and out of the calibrated CPU kernels: a block of up to 64 rows, transposed, so that a lane is a row."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ..nvfp4 import GROUP_SIZE
+from .descent_cpu import LANES, ONE, ZERO
 from .pieces import (
     BF16,
     F16_TO_F32,
@@ -18,9 +19,6 @@ from .pieces import (
     jit,
     nonzero_nibbles,
 )
-
-LANES = 64
-ONE, SIX, ZERO = np.float32(1), np.float32(6), np.float32(0)
 
 
 @inline
@@ -83,7 +81,7 @@ def pack(rounded, lanes, words, codes):  # type: ignore[no-untyped-def]
 
 @jit
 def measure(values, count, norms, nonzero):  # type: ignore[no-untyped-def]
-    """Write each row's sum of squares, and how many of its values are not zero."""
+    """Write each lane's sum of squares, and how many of its values are not zero."""
     for lane in range(count):
         total, found = ZERO, np.int32(0)
         for i in range(GROUP_SIZE):
@@ -97,13 +95,22 @@ def measure(values, count, norms, nonzero):  # type: ignore[no-untyped-def]
 @jit
 def tally(words, codes, errors, rounding, norms, nonzero, count, stats):  # type: ignore[no-untyped-def]
     """Add a chunk to `stats`: the seven numbers of TileStats."""
+    error, norm, plain, worst = stats[0], stats[1], stats[2], ZERO
     for lane in range(count):
-        stats[0] += errors[lane]
-        stats[1] += norms[lane]
-        stats[2] += rounding[lane]
-        if norms[lane] > ZERO:
-            stats[3] = max(stats[3], np.float64(errors[lane] / norms[lane]))
+        error += errors[lane]
+        norm += norms[lane]
+        plain += rounding[lane]
+    stats[0], stats[1], stats[2] = error, norm, plain
+    for lane in range(count):
+        ratio = errors[lane] / (norms[lane] if norms[lane] > ZERO else ONE)
+        worst = ratio if ratio > worst else worst
+    stats[3] = max(stats[3], np.float64(worst))
+    zeroed, saturated, empty = np.int32(0), np.int32(0), np.int32(0)
+    for lane in range(count):
         stored = count_bits(nonzero_nibbles(words[lane])) + count_bits(nonzero_nibbles(words[LANES + lane]))
-        stats[4] += nonzero[lane] - stored
-        stats[5] += codes[lane] == HIGHEST
-        stats[6] += nonzero[lane] == 0
+        zeroed += np.int32(nonzero[lane] - np.int32(stored))
+        saturated += np.int32(1 if codes[lane] == HIGHEST else 0)
+        empty += np.int32(1 if nonzero[lane] == 0 else 0)
+    stats[4] += zeroed
+    stats[5] += saturated
+    stats[6] += empty
