@@ -68,8 +68,9 @@ def _groups_under(parent: str, leaves: list[str]) -> list[FusedGroup]:
     """Join the leaves that any fused layer joins; layers that overlap (wq_a+wkv, wkv+wgate) become one group."""
     prefix = f"{parent}." if parent else ""
     joined: list[tuple[str, set[str]]] = []
-    for fused, members in FUSED_LAYERS.items():
-        found = {leaf for leaf in leaves if leaf in members}
+    known = {fused for leaf in leaves for fused in _LAYERS_OF[leaf]}
+    for fused in [fused for fused in FUSED_LAYERS if fused in known]:
+        found = {leaf for leaf in leaves if leaf in FUSED_LAYERS[fused]}
         if len(found) < 2:
             continue
         for other in [entry for entry in joined if entry[1] & found]:

@@ -1,5 +1,6 @@
 """Plans of real models' shapes, from headers over sparse files."""
 
+import json
 import os
 import subprocess
 import sys
@@ -94,6 +95,12 @@ plan = mfptq.plan(sys.argv[1], input_scales=None)
 quantized = sum(1 for _ in plan.weights())
 print(quantized, sum(shard.tensors for shard in plan.shards), mfptq.memory.peak_bytes() // 10**6)
 """
+
+
+def test_index_is_the_json_that_hugging_face_writes() -> None:
+    places = {"b": "model-2.safetensors", 'a\u00e9"\\\n': "model-1.safetensors"}
+    values = {"metadata": {"total_size": 7}, "weight_map": dict(sorted(places.items()))}
+    assert index_text(7, places) == json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def test_397b_plans_in_bounded_memory(tmp_path: Path) -> None:
