@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from mfptq.nvfp4 import dequantize
 
 PLAIN, CALIBRATED = ("minmax", "search"), ("weighted", "hessian", "hessian+")
 TOKENS = (500, 2_000, 20_000)
-TEST_TOKENS = 10_000
+TEST_TOKENS = 4_000
 MARK = "calibrated_methods"
 
 
@@ -94,6 +95,11 @@ def quantized(model: MiniLM, weights: dict[str, torch.Tensor], divisors: dict[st
             model.model.get_submodule(name).weight.data.copy_(weight)
 
 
+@lru_cache
+def exact_embeddings(model: MiniLM) -> torch.Tensor:
+    return model.embeddings("test", TEST_TOKENS)
+
+
 def judge(
     model: MiniLM, weights: dict[str, torch.Tensor], divisors: dict[str, float], grams: dict[str, Grams]
 ) -> list[float]:
@@ -102,7 +108,7 @@ def judge(
     pairs = [(member, grams[name]) for name, _, _ in model.inputs() for member in model.members(name)]
     alone = np.mean([output_error(exact[member], weights[member], each) for member, each in pairs])
     both = np.mean([output_error_w4a4(exact[member], weights[member], each) for member, each in pairs])
-    target = model.embeddings("test", TEST_TOKENS)
+    target = exact_embeddings(model)
     errors = []
     for scales in (None, divisors):
         with quantized(model, weights, scales):

@@ -82,7 +82,7 @@ class Grams:
     tokens: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class MiniLM:
     """The model in float32, with hooks on the inputs of its linear layers."""
 

@@ -13,9 +13,9 @@ import numpy as np
 from ..nvfp4 import GROUP_SIZE, INPUT_SCALE_NUMERATOR, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
 from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Float32Array, Statistics, lower_factors
-from .calibrated_lanes import gather, measure, pack, tally
-from .descent_cpu import LANES, ONE, SIX, ZERO, descend, signed_e2m1
+from .descent_cpu import descend, signed_e2m1
 from .pieces import KINDS, base_code, bounded, exact_product_add, jit, round_e2m1, scale_value
+from .rows import LANES, ONE, SIX, ZERO, gather, measure, pack, tally
 
 PADDING = 16
 _TOP = np.float32(INPUT_SCALE_NUMERATOR)

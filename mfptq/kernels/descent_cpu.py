@@ -7,9 +7,8 @@ import numpy as np
 from ..nvfp4 import GROUP_SIZE
 from .calibrated import SWEEPS
 from .pieces import bits_of, float_of, inline, jit, round_e2m1
+from .rows import LANES, ONE, SIX, ZERO
 
-LANES = 64
-ONE, SIX, ZERO = np.float32(1), np.float32(6), np.float32(0)
 _SIGN = np.uint32(0x80000000)
 
 

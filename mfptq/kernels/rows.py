@@ -1,11 +1,10 @@
-"""Rows in and out of the calibrated CPU kernels: a block of up to 64 rows, transposed, so that a lane is a row."""
+"""A chunk of one block of 16 columns in up to 64 rows, which share their columns' statistics, one row to a lane."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ..nvfp4 import GROUP_SIZE
-from .descent_cpu import LANES, ONE, ZERO
 from .pieces import (
     BF16,
     F16_TO_F32,
@@ -19,6 +18,9 @@ from .pieces import (
     jit,
     nonzero_nibbles,
 )
+
+LANES = 64
+ONE, SIX, ZERO = np.float32(1), np.float32(6), np.float32(0)
 
 
 @inline
@@ -81,7 +83,7 @@ def pack(rounded, lanes, words, codes):  # type: ignore[no-untyped-def]
 
 @jit
 def measure(values, count, norms, nonzero):  # type: ignore[no-untyped-def]
-    """Write each lane's sum of squares, and how many of its values are not zero."""
+    """Write each row's sum of squares, and how many of its values are not zero."""
     for lane in range(count):
         total, found = ZERO, np.int32(0)
         for i in range(GROUP_SIZE):
