@@ -108,7 +108,7 @@ def test_a_journal_that_cannot_be_made_leaves_nothing(call: str, tmp_path: Path,
     before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
-        with pytest.raises(StorageError, match="cannot write .*journal.*ENOSPC"):
+        with pytest.raises(StorageError, match=r"cannot write .*journal.*ENOSPC"):
             Journal(tmp_path / "journal", JournalState(PLAN))
     assert not list(tmp_path.iterdir())
     assert not before or len(list(Path("/proc/self/fd").iterdir())) == before
