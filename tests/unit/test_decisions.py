@@ -309,3 +309,19 @@ def test_a_split_says_who_would_be_what() -> None:
         decide(QKV, targets=("nothing",))
     with pytest.raises(RuleError, match=r"^--ignore 'nothing' matches"):
         decide(QKV, ignore=("nothing",))
+
+
+def test_a_group_after_one_that_needs_nothing_is_kept_whole_too() -> None:
+    shapes = {
+        "a.gate_proj.weight": (8, 16),
+        "a.up_proj.weight": (8, 16),
+        "l.gate_proj.weight": (8, 24),
+        "l.up_proj.weight": (8, 16),
+    }
+    assert fates(decide(shapes)) == {"a.gate_proj": True, "a.up_proj": True, "l.gate_proj": False, "l.up_proj": False}
+
+
+def test_a_target_whose_partner_cannot_follow() -> None:
+    shapes = {"l.gate_proj.weight": (8, 24), "l.up_proj.weight": (8, 16), "o.weight": (16, 16)}
+    with pytest.raises(RuleError, match=r"'l\.up_proj'\s+would be quantized, 'l\.gate_proj' kept"):
+        decide(shapes, targets=("l.up_proj",))
