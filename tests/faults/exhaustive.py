@@ -62,9 +62,9 @@ def _parts() -> dict[str, Part]:
         parts["atheris 2"] = lambda: _atheris(2)
     parts["fuzz"] = lambda: fuzz(1_000_000, 3)
     for number, layout in enumerate(LAYOUTS[:2]):
-        parts[f"errors once {number}"] = lambda layout=layout: storage_errors([layout], every, lasting=False)
-        parts[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], spread(10), lasting=True)
-        parts[f"power {number}"] = lambda layout=layout: power_cuts([layout], spread(80), 3)
+        parts[f"errors once {number}"] = lambda layout=layout: storage_errors([layout], spread(12), lasting=False)
+        parts[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], spread(4), lasting=True)
+        parts[f"power {number}"] = lambda layout=layout: power_cuts([layout], spread(40), 3)
         parts[f"conversions {number}"] = lambda number=number: random_conversions(500, number)
     parts["strace"] = lambda: strace_faults(2)
     parts["malformed"] = malformed_checkpoints

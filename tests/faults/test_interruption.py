@@ -277,7 +277,7 @@ def test_case_106_a_companion_that_shrinks_while_it_is_copied(source, tmp_path) 
     shutil.rmtree(out)
     last = len(copies.counted)
     faulty = FaultyFiles((out,), frozenset({"copy_file_range"}), lambda n: n == last, ends_early)
-    with faulty, pytest.raises(MfptqError, match=r"'vocabulary.txt' was truncated while being copied") as caught:
+    with faulty, pytest.raises(MfptqError, match=r"'vocabulary\.txt' was truncated while being copied") as caught:
         mfptq.convert(source, out, workers=1)
     assert caught.value.exit_code == 3
     assert not out.exists()

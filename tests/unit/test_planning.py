@@ -185,3 +185,10 @@ def test_headers_beyond_the_formats_limit_are_refused(folder: Path, monkeypatch)
     monkeypatch.setattr(planning, "MAX_HEADER_BYTES", longest - 1)
     with pytest.raises(SourceError, match="the format allows 100 MB"):
         make_plan(folder, Settings())
+
+
+def test_scales_of_kept_modules_are_no_error_and_are_told(folder: Path, tmp_path: Path) -> None:
+    values = {name.removesuffix(".weight"): 2.0 for name in WEIGHTS if "_proj" in name or "lm_head" in name}
+    (tmp_path / "scales.json").write_text(json.dumps({"kind": "amax", "values": values}))
+    [warning] = make_plan(folder, Settings(), Knowledge(tmp_path / "scales.json")).warnings
+    assert "kept" in warning
