@@ -77,14 +77,14 @@ def _parts() -> dict[str, Part]:
 
 # Small choices of the same, for every run of the tests.
 SAMPLES: Mapping[str, Part] = {
-    "kills": lambda: kill_points(LAYOUTS[::2], spread(8), spread(2)),
-    "errors": lambda: storage_errors(LAYOUTS[:1], spread(4), lasting=False),
+    "kills": lambda: kill_points(LAYOUTS[:3:2], spread(7), lambda total: (total // 2,)),
+    "errors": lambda: storage_errors(LAYOUTS[:1], spread(3), lasting=False),
     "lasting": lambda: storage_errors(LAYOUTS[1:2], spread(2), lasting=True),
     "power": lambda: power_cuts(LAYOUTS[:1], spread(25), 3),
-    "unsynced": lambda: power_cuts(LAYOUTS[:1], spread(25), 3, unsynced=True),
+    "unsynced": lambda: power_cuts(LAYOUTS[:1], spread(8), 3, unsynced=True),
     "memory": lambda: memory_errors(LAYOUTS[:1], spread(40)),
     "short": lambda: short_calls(LAYOUTS[:2]),
-    "conversions": lambda: random_conversions(15, 7),
+    "conversions": lambda: random_conversions(12, 7),
     "flips": lambda: flipped_outputs(400, 2),
     "headers": malformed_headers,
     "fuzz": lambda: fuzz(50_000, 4),
