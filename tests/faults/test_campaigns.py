@@ -18,7 +18,7 @@ def test_case_96_100_101_killed_at_any_call_fresh_resuming_overwriting() -> None
     tried, broken = sample("kills")
     assert not broken
     assert tried.keys() == {"kill, fresh", "kill, resumed", "kill, overwriting", "kill, replacing"}
-    assert sum(tried.values()) > 100
+    assert sum(tried.values()) > 60
 
 
 def test_case_83_84_85_86_87_90_91_92_any_call_fails_once() -> None:
@@ -60,7 +60,7 @@ def test_case_116_no_memory_at_any_call() -> None:
 def test_cases_96_to_105_random_checkpoints_killed_and_resumed() -> None:
     tried, broken = sample("conversions")
     assert not broken
-    assert tried["random conversions"] == 15
+    assert tried["random conversions"] == 12
 
 
 def test_a_flipped_bit_anywhere_in_an_output_is_found() -> None:

@@ -26,7 +26,8 @@ def is_available() -> bool:
 
 def _injections(numbers: int) -> Iterator[tuple[str, list[str]]]:
     """Yield what is injected, and strace's options."""
-    for call, error in _ERRORS.items():
+    calls = list(_ERRORS) if numbers > 1 else ["pwrite64", "rename"]
+    for call, error in ((call, _ERRORS[call]) for call in calls):
         for number in (1, 3, 7, 12, 20, 30)[:numbers]:
             for what in (f"error={error}", "signal=KILL", *(["error=EINTR"] if call in _INTERRUPTIBLE else [])):
                 yield f"{call} {what}", ["-e", f"trace={call}", "-e", f"inject={call}:{what}:when={number}"]
