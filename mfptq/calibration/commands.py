@@ -85,6 +85,20 @@ def _progress(output: Path, *, quiet: bool) -> Iterator[ProgressCallback]:
         finally:
             if latest and latest[0].samples < latest[0].requested:
                 bar.clear()
-                kept = f"{latest[0].samples} of {latest[0].requested} samples are kept"
-                where = f" in {output}: rerun the same command to go on" if latest[0].samples else ""
-                click.echo(f"mfptq: {kept}{where}", err=True)
+                _say_what_is_kept(output, latest[0].requested)
+
+
+def _say_what_is_kept(output: Path, requested: int) -> None:
+    """Ask the file itself: a signal can come between its writing and the report of it."""
+    from ..errors import MfptqError
+    from .making import read_description
+
+    try:
+        found = read_description(output) if output.exists() else None
+    except MfptqError:  # what --overwrite was to replace is none of ours
+        found = None
+    if found is None or found.requested != requested:
+        click.echo(f"mfptq: no batch was finished, 0 of {requested} samples are kept", err=True)
+    else:
+        kept = f"{found.samples} of {requested} samples are kept in {output}"
+        click.echo(f"mfptq: {kept}: rerun the same command to go on", err=True)

@@ -171,17 +171,28 @@ def _check_stack(module: nn.Module, parent: str) -> None:
         raise ScaleError(f"experts of {quote(parent)} are of an unknown kind ({', '.join(unusual)}): --ignore them")
 
 
-def find_blocks(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
-    """Return the names of the repeated blocks around the inputs, in the model's order: all of each list that has one."""
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The repeated blocks around the inputs, in the model's order, and the modules to watch `outside` of them."""
+
+    names: tuple[str, ...]
+    outside: tuple[str, ...]
+
+
+def find_blocks(model: nn.Module, inputs: Inputs) -> Blocks:
+    """Return the repeated blocks of the model: all of each list that has an input."""
     from torch import nn
 
     modules = dict(model.named_modules())
     lists: dict[str, None] = {}
+    outside: list[str] = []
     for name in inputs.modules:
         parts = name.split(".")
         parents = (".".join(parts[:end]) for end in range(1, len(parts)))
         outermost = next((parent for parent in parents if isinstance(modules[parent], nn.ModuleList)), None)
         if outermost is None:
-            raise ScaleError(f"{quote(name)} lies outside of the model's repeated blocks: --ignore it")
-        lists[outermost] = None
-    return tuple(f"{parent}.{number}" for parent in lists for number, _ in modules[parent].named_children())
+            outside.append(name)
+        else:
+            lists[outermost] = None
+    names = tuple(f"{parent}.{number}" for parent in lists for number, _ in modules[parent].named_children())
+    return Blocks(names, tuple(outside))

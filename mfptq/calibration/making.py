@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, read_shard
 from ..conversion import make_plan
-from ..errors import UsageError, quote
+from ..errors import ScaleError, UsageError, quote
+from ..files import FolderSource
 from ..hub import HubOptions
 from ..memory import parse_size
 from ..planning import Plan
 from ..rules import Rules
 from ..settings import Settings
-from .file import Contents, Description, Level, check_output, write_calibration
-from .hooks import find_blocks, find_inputs
+from .file import Contents, Description, Level, check_output, parse_description, write_calibration
+from .hooks import Blocks, find_blocks, find_inputs
 from .reading import Calibration, load_calibration
 from .recording import Recorder
 from .texts import Encoder, Samples, read_samples
@@ -96,6 +97,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     options, output = options or Options(), Path(output)
     check_output(output, overwrite=True)
     models.require_extra()
+    models.check_device(options.device)
     plan = make_plan(source, Settings(Rules(tuple(ignore), tuple(targets))), hub=hub)
     try:
         with models.quiet_transformers():
@@ -146,6 +148,15 @@ def resume(output: Path, description: Description, recorder: Recorder) -> Descri
         calibration.close()
 
 
+def read_description(path: Path) -> Description:
+    """Return what a file says of its making, without checking the statistics in it."""
+    source = FolderSource(path.parent)
+    try:
+        return parse_description(read_shard(source, path.name).header.metadata)
+    finally:
+        source.close()
+
+
 def _take_over(calibration: Calibration, recorder: Recorder) -> None:
     known = {info.name: info for info in recorder.inputs.infos}
     routed = calibration.routed()
@@ -175,11 +186,12 @@ class _Making:
         """Run the samples that are left, batch by batch, and write the file after each."""
         _check_vocabulary(self.skeleton.model, samples)
         blocks = find_blocks(self.skeleton.model, self.recorder.inputs)
-        self.steps = description.samples * len(blocks)
+        count = len(blocks.names)
+        self.steps = description.samples * count
 
         def tick() -> None:
             self.steps += 1
-            self._report(description, len(blocks))
+            self._report(description, count)
 
         with self._runner(output.parent, blocks, samples, tick) as (runner, batch):
             while not description.is_complete:
@@ -189,7 +201,7 @@ class _Making:
                 self.recorder.check_reached()
                 description = replace(description, samples=done + len(part))
                 self._write(output, description)
-                self._report(description, len(blocks))
+                self._report(description, count)
         return description
 
     def _report(self, description: Description, blocks: int) -> None:
@@ -203,7 +215,7 @@ class _Making:
 
     @contextmanager
     def _runner(
-        self, folder: Path, blocks: Sequence[str], samples: Samples, tick: Callable[[], None]
+        self, folder: Path, blocks: Blocks, samples: Samples, tick: Callable[[], None]
     ) -> Iterator[tuple[Runner, int]]:
         """Load the model, and lend what runs it and how many samples it takes at a time."""
         from . import models
@@ -216,12 +228,20 @@ class _Making:
         budget = parse_size(options.max_memory) if options.max_memory is not None else None
         residency = choose_residency(demand, budget, options.batch_size, options.device)
         with ExitStack() as stack:
+            if residency.streamed and blocks.outside:
+                raise ScaleError(
+                    f"{quote(blocks.outside[0])} lies outside of the repeated blocks that are streamed: raise --max-memory "
+                    "to hold the model, or --ignore it"
+                )
             if residency.streamed:
                 offload = stack.enter_context(tempfile.TemporaryDirectory(prefix=".mfptq-", dir=folder))
                 model = models.load_on_disk(self.skeleton, Path(offload))
-                runner: Runner = open_stream(model, blocks, self.checkpoint, device=options.device, dtype=options.dtype)
+                runner: Runner = open_stream(
+                    model, blocks.names, self.checkpoint, device=options.device, dtype=options.dtype
+                )
             else:
-                runner = Runner(models.load_whole(self.skeleton, options.device), blocks, options.device)
+                runner = Runner(models.load_whole(self.skeleton, options.device), blocks.names, options.device)
+                runner.to_end = bool(blocks.outside)
             runner.tick = tick
             stack.enter_context(runner.engaged())
             stack.enter_context(self.recorder.attached(runner.model))

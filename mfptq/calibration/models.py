@@ -30,6 +30,17 @@ def require_extra() -> None:
         raise UsageError(f"calibrate needs {' and '.join(missing)}: pip install 'mfptq[calibrate]'")
 
 
+def check_device(name: str) -> None:
+    """Raise UsageError for a device that torch does not have here."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(f"--device {quote(name)} cannot be used: {quote(reason)}") from None
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep the bars and hints of transformers off stderr inside the block; its errors still show."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..checkpoint import Checkpoint
-from ..errors import ScaleError
+from ..errors import MemoryBudgetError, ScaleError
 from ..layout import StoredTensor
 from .texts import TokenIds
 
@@ -38,12 +38,13 @@ def _no_tick() -> None:
 
 @dataclass(slots=True)
 class Runner:
-    """A model in memory; the pass ends behind its last block, so that no output head is computed."""
+    """A model in memory; unless `to_end`, a pass ends behind the last block, so that no output head is computed."""
 
     model: nn.Module
     blocks: Sequence[str]
     device: str
     tick: Tick = _no_tick
+    to_end: bool = False
     order: int = 0
     stage: int | None = None
     given: Any = None
@@ -74,6 +75,12 @@ class Runner:
                 self.model(input_ids=torch.from_numpy(ids)[None].to(self.device))
         except _LeftError:
             return
+        except torch.cuda.OutOfMemoryError:
+            raise MemoryBudgetError(
+                f"a sample of {len(ids)} tokens does not fit into the memory of {self.device}: lower --max-seq-length"
+            ) from None
+        if self.to_end and self.order == len(self.blocks):
+            return
         raise ScaleError("the model ended before its last block: it cannot be calibrated by reading text")
 
     def _enter(self, place: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +95,7 @@ class Runner:
         self.tick()
         if self.stage is not None:
             self.given = output
-        if place in (self.stage, len(self.blocks) - 1):
+        if place == self.stage or (place == len(self.blocks) - 1 and not self.to_end):
             raise _LeftError
         return output
 

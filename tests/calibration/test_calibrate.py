@@ -324,6 +324,23 @@ def test_experts_stored_one_by_one_keep_their_names(
     assert found.routed()[parent].sum() == 2 * sum(map(len, samples_of(dataset)))
 
 
+def test_layers_outside_of_the_blocks(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BERT's pooler follows the last block: the pass goes on to it, but a streamed one ends before."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    found = made(tmp_path / "bert", dataset, tmp_path / "a.safetensors", encoder=object())
+    found.check_model(quantized_columns(tmp_path / "bert"))
+    assert found.tokens("pooler.dense") == SAMPLES  # it sees one token of each
+    assert found.tokens("encoder.layer.1.attention.self.key") == sum(map(len, samples_of(dataset)))
+    with forced(monkeypatch, streamed=True), pytest.raises(ScaleError, match=r"'pooler\.dense' lies outside"):
+        calibrate(tmp_path / "bert", dataset, tmp_path / "b.safetensors", options=OPTIONS, encoder=object())
+
+
 def test_ignored_modules_are_left_out(moe: Path, dataset: Path, tmp_path: Path) -> None:
     found = made(moe, dataset, tmp_path / "a.safetensors", OPTIONS, ignore=["re:.*linear_attn.*"])
     assert not [name for name in found.inputs if "linear_attn" in name]
@@ -349,6 +366,9 @@ def test_what_cannot_be_calibrated_is_refused(moe: Path, dataset: Path, tmp_path
         calibrate(moe, far, output, options=OPTIONS)
     with pytest.raises(UsageError, match="should end in"):
         calibrate(moe, dataset, tmp_path / "a.bin", options=OPTIONS)
+    for device in ("banana", "cuda:77"):
+        with pytest.raises(UsageError, match=f"--device '{device}' cannot be used"):
+            calibrate(moe, dataset, output, options=replace(OPTIONS, device=device))
     with pytest.raises(UsageError, match="--samples is 0"):
         Options(samples=0)
     with pytest.raises(MemoryBudgetError, match="raise --max-memory"):

@@ -135,7 +135,8 @@ def _storage_error(tally: Tally, work: Workplace, fault: tuple[str, int, int], *
 
     ended = child(failing, work.log())
     tally.tried[f"{call}, {'from then on' if lasting else 'once'}"] += 1
-    unread = ended.code == 3 and ended.text.startswith("SourceError: cannot ") and not (place / "out").exists()
+    # A file of the source that may not be opened is the source's fault: 3.
+    unread = ended.code == 3 and ended.text.startswith("SourceError: cannot ") and str(work.source) in ended.text
     tally.check(ended.code in (0, 5) or unread, f"{what}: ended with {ended.code}: {ended.text}")
     if ended.code:
         tally.check(ended.text.count("\n") == 0, f"{what}: more than one line: {ended.text}")

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tests.faults.campaigns import every, kill_points, memory_errors, power_cuts, short_calls, spread, storage_errors
@@ -54,17 +55,16 @@ def _atheris(seed: int) -> Tally:
 def _parts() -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for number, layout in enumerate(LAYOUTS):
-        parts[f"kill {number}"] = lambda layout=layout: kill_points(
-            [layout], every, lambda total: (total // 3, 2 * total // 3)
-        )
+        choose = every if number < 4 else spread(25)
+        parts[f"kill {number}"] = partial(kill_points, [layout], choose, lambda total: (total // 3, 2 * total // 3))
     if importlib.util.find_spec("atheris"):
         parts["atheris 1"] = lambda: _atheris(1)
         parts["atheris 2"] = lambda: _atheris(2)
     parts["fuzz"] = lambda: fuzz(1_000_000, 3)
     for number, layout in enumerate(LAYOUTS[:2]):
-        parts[f"errors once {number}"] = lambda layout=layout: storage_errors([layout], every, lasting=False)
-        parts[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], spread(10), lasting=True)
-        parts[f"power {number}"] = lambda layout=layout: power_cuts([layout], every, 3)
+        parts[f"errors once {number}"] = lambda layout=layout: storage_errors([layout], spread(12), lasting=False)
+        parts[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], spread(4), lasting=True)
+        parts[f"power {number}"] = lambda layout=layout: power_cuts([layout], spread(40), 3)
         parts[f"conversions {number}"] = lambda number=number: random_conversions(500, number)
     parts["strace"] = lambda: strace_faults(2)
     parts["malformed"] = malformed_checkpoints

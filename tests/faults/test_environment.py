@@ -122,7 +122,7 @@ NO_LOCK = "import filelock; filelock.FileLock.acquire = lambda self, timeout=0: 
 def test_case_108_two_runs_with_locks_that_do_nothing(source: Path, tmp_path: Path) -> None:
     mfptq.convert(source, tmp_path / "expected")
     expected = digests(tmp_path / "expected")
-    for attempt in range(4):
+    for attempt in range(2):
         out = tmp_path / f"out{attempt}"
         line = [sys.executable, "-c", NO_LOCK + RUN, "convert", str(source), str(out), "-q"]
         runs = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(3)]
@@ -227,7 +227,7 @@ def convert_limited(source: Path, out: Path, limit: int, *options: str) -> subpr
 
 def test_case_115_116_memory_that_the_system_refuses(source: Path, tmp_path: Path) -> None:
     codes = []
-    for megabytes in (*range(96, 240, 12), 400):
+    for megabytes in (96, 112, 128, 160, 192, 224, 400):
         out = tmp_path / f"out{megabytes}"
         done = convert_limited(source, out, megabytes * 2**20, "--max-workers", "2")
         if "mfptq" not in done.stderr and done.returncode:

@@ -263,3 +263,51 @@ def test_case_85_a_file_size_limit(source, tmp_path, expected) -> None:
     assert "EFBIG" in done.stderr
     assert command("convert", source, tmp_path / "out").returncode == 0
     assert digests(tmp_path / "out") == expected
+
+
+def test_case_106_a_companion_that_shrinks_while_it_is_copied(source, tmp_path) -> None:
+    out = tmp_path / "out"
+
+    def ends_early(name, real, args, kwargs):
+        return 0
+
+    (source / "vocabulary.txt").write_bytes(b"word\n" * 100)
+    with FaultyFiles((out,), frozenset({"copy_file_range"})) as copies:
+        mfptq.convert(source, tmp_path / "out", workers=1)
+    shutil.rmtree(out)
+    last = len(copies.counted)
+    faulty = FaultyFiles((out,), frozenset({"copy_file_range"}), lambda n: n == last, ends_early)
+    with faulty, pytest.raises(MfptqError, match=r"'vocabulary\.txt' was truncated while being copied") as caught:
+        mfptq.convert(source, out, workers=1)
+    assert caught.value.exit_code == 3
+    assert not out.exists()
+
+
+def test_case_104_finished_shards_that_are_gone_cut_or_no_files_are_redone(source, tmp_path, expected) -> None:
+    for number, damage in enumerate((Path.unlink, lambda path: os.truncate(path, 10), into_folder)):
+        out = tmp_path / f"out{number}"
+        stop_at(source, out, 4)
+        finished = sorted(out.glob("*.safetensors"))
+        damage(finished[0])
+        if finished[0].is_dir():
+            finished[0].rmdir()
+            finished[0].symlink_to(finished[1])
+        assert mfptq.convert(source, out).resumed_shards == len(finished) - 1
+        assert digests(out) == expected
+
+
+def into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def test_temporaries_of_the_living_are_left_alone(source, tmp_path, expected) -> None:
+    out = tmp_path / "out"
+    stop_at(source, out, 4)
+    living, dead = os.getppid(), 2**40
+    for pid in (living, dead, "x"):
+        (out / ".mfptq" / f"a.safetensors.{pid}.0.partial").write_text("")
+    stop_at(source, out, 3)
+    assert {path.name for path in (out / ".mfptq").glob("*.partial")} == {f"a.safetensors.{living}.0.partial"}
+    mfptq.convert(source, out)
+    assert digests(out) == expected

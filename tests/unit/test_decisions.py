@@ -11,7 +11,7 @@ from mfptq.fusion import experts_parent, fused_groups
 from mfptq.header import TensorInfo, tensor_bytes
 from mfptq.layout import StoredTensor, candidates
 from mfptq.patterns import match_names
-from mfptq.rules import Rules, Selection, select
+from mfptq.rules import DEFAULT_RULES, Decision, Rules, Selection, select
 
 
 def tensors(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> list[StoredTensor]:
@@ -251,3 +251,77 @@ def test_case_68_a_matcher_that_does_not_answer(ended: str, monkeypatch) -> None
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuleError, match="ended with 1" if ended == "crash" else "longer than 2 s"):
         match_names(["re:a", "re:b"], ["a"])
+
+
+KEPT = [
+    ("lm_head", "output head", r"re:.*lm_head$"), ("m.embed_tokens", "embedding table", r"re:.*embed_tokens$"),
+    ("m.visual.a", "vision tower", r"re:.*visual.*"), ("mtp.a", "multi-token prediction head", r"re:^mtp.*"),
+    ("m.mtp.a", "multi-token prediction head", r"re:.*mtp\..*"),
+    ("l.linear_attn.in_proj_a", "DeltaNet gate, engines keep it unquantized", r"re:.*linear_attn\.in_proj_[ab]$"),
+    ("l.linear_attn.in_proj_ba", "DeltaNet gate, engines keep it unquantized", r"re:.*linear_attn\.in_proj_ba$"),
+    ("l.linear_attn.conv1d", "convolution", r"re:.*linear_attn\.conv1d$"), ("l.mlp.gate", "router", r"re:.*mlp\.gate$"),
+    ("l.mlp.shared_expert_gate", "shared expert's gate", r"re:.*mlp\.shared_expert_gate$"),
+    ("l.delta.in_proj_b", "DeltaNet gate, engines keep it unquantized", r"re:(.*\.)?(in_proj_a|in_proj_b|in_proj_ba)$"),
+    ("l.moe.gate", "router", r"re:(.*\.)?(block_sparse_moe|moe|feed_forward|ffn|mixer)\.gate$"),
+    ("l.router.layer", "router", r"re:(.*\.)?router(\..*)?$"),
+    ("l.ffn.shared_expert_gate", "shared expert's gate", r"re:(.*\.)?shared_expert_gate$"),
+    ("h.wte", "embedding table",
+     r"re:(.*\.)?(wte|wpe|tok_embeddings|embed_in|embed_positions|pos_embed|relative_attention_bias)$"),
+    ("model.shared", "embedding table", r"re:(model\.)?shared$"),
+    ("e.word_embeddings.x", "embedding table", r"re:(.*\.)?\w*embeddings?(\..*)?$"),
+    ("output", "output head", r"re:(embed_out|output)$"),
+    ("vision_tower.a", "other modality",
+     r"re:.*(vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower).*"),
+    ("l.mixer.conv1d", "convolution", r"re:(.*\.)?conv1d$"), ("l.input_layernorm", "norm", r"re:(.*[._])?(layer)?norm\w*$"),
+    ("l.A_log", "state-space parameter", r"re:(.*\.)?(A_log|dt_bias)$"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "reason", "pattern"), KEPT, ids=[module for module, _, _ in KEPT])
+def test_each_default_rule_says_what_it_keeps_and_why(module: str, reason: str, pattern: str) -> None:
+    found = {
+        item.candidate.module: item.decision
+        for item in decide({f"{module}.weight": (16, 16), "a.weight": (16, 16)}).tensors
+    }
+    assert found == {module: Decision(False, reason, pattern), "a": Decision(True, "linear weight")}
+
+
+def test_every_default_rule_has_its_line_above() -> None:
+    assert [pattern for _, _, pattern in KEPT] == [rule.pattern for rule in DEFAULT_RULES]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_the_three_dtypes_are_quantized(dtype: str) -> None:
+    assert fates(decide({"a.weight": (16, 16)}, dtype=dtype)) == {"a": True}
+
+
+def test_what_was_asked_is_the_reason() -> None:
+    shapes = {"a.weight": (16, 16), "b.weight": (16, 16), "lm_head.weight": (16, 16)}
+    found = {i.candidate.module: i.decision for i in decide(shapes, ignore=("b",), targets=("lm_head",)).tensors}
+    assert found["b"] == Decision(False, "ignored as asked", "b")
+    assert found["lm_head"] == Decision(True, "targeted as asked", "lm_head")
+
+
+def test_a_split_says_who_would_be_what() -> None:
+    with pytest.raises(RuleError, match=r"'l\.k_proj' would be kept, 'l\.\w_proj' quantized"):
+        decide(QKV, ignore=("l.k_proj",))
+    with pytest.raises(RuleError, match=r"^--target 'nothing' matches"):
+        decide(QKV, targets=("nothing",))
+    with pytest.raises(RuleError, match=r"^--ignore 'nothing' matches"):
+        decide(QKV, ignore=("nothing",))
+
+
+def test_a_group_after_one_that_needs_nothing_is_kept_whole_too() -> None:
+    shapes = {
+        "a.gate_proj.weight": (8, 16),
+        "a.up_proj.weight": (8, 16),
+        "l.gate_proj.weight": (8, 24),
+        "l.up_proj.weight": (8, 16),
+    }
+    assert fates(decide(shapes)) == {"a.gate_proj": True, "a.up_proj": True, "l.gate_proj": False, "l.up_proj": False}
+
+
+def test_a_target_whose_partner_cannot_follow() -> None:
+    shapes = {"l.gate_proj.weight": (8, 24), "l.up_proj.weight": (8, 16), "o.weight": (16, 16)}
+    with pytest.raises(RuleError, match=r"'l\.up_proj'\s+would be quantized, 'l\.gate_proj' kept"):
+        decide(shapes, targets=("l.up_proj",))

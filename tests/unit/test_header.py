@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from mfptq.errors import HeaderError
-from mfptq.header import ShardHeader, TensorSpec, encode_header, header_length, parse_header
+from mfptq.header import DTYPE_BITS, ShardHeader, TensorSpec, encode_header, header_length, parse_header
 from tests.faults.malformed import BAD, entry, read, shard
 
 
@@ -91,7 +91,7 @@ def test_limits_are_exact() -> None:
     with pytest.raises(HeaderError, match="at most 100000000"):
         header_length((100_000_001).to_bytes(8, "little"), 2**40)
     assert read(shard({"a": entry(shape=(2**63 - 1, 0), offsets=(0, 0))})).data_bytes == 0
-    assert read(shard({})).tensors == ()
+    assert (read(shard({})).tensors, read(shard({})).data_bytes) == ((), 0)
     assert header_length(bytes(8), 8) == 0
     with pytest.raises(HeaderError, match="7 bytes, need at least 8"):
         header_length(bytes(7), 7)
@@ -124,3 +124,12 @@ MESSAGES = {
 def test_a_refusal_names_the_rule(name: str) -> None:
     with pytest.raises(HeaderError, match=MESSAGES[name]):
         read(BAD[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
+def test_dtypes_are_those_of_the_format_authority(dtype: str) -> None:
+    head, header = encode_header([TensorSpec("a", dtype, (16,))])
+    blob = head + bytes(header.data_bytes)
+    [(name, found)] = safetensors.deserialize(blob)
+    assert (name, found["dtype"], found["shape"], len(found["data"])) == ("a", dtype, [16], 2 * DTYPE_BITS[dtype])
+    assert read(blob) == header

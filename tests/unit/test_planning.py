@@ -11,10 +11,11 @@ from safetensors.numpy import save_file
 import mfptq
 from mfptq import header, planning
 from mfptq.config import config_text
-from mfptq.conversion import make_plan
+from mfptq.conversion import Knowledge, make_plan
 from mfptq.errors import SourceError, UsageError
-from mfptq.planning import CopyTensor, InputScale, Settings
+from mfptq.planning import CopyTensor, InputScale
 from mfptq.rules import Rules
+from mfptq.settings import Settings
 
 WEIGHTS = {
     "m.q_proj.weight": np.ones((4, 32), np.float32),
@@ -40,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 def scaled(folder: Path, tmp_path: Path, value: float = 2.0) -> planning.Plan:
     values = {name.removesuffix(".weight"): value for name in WEIGHTS if "_proj" in name}
     (tmp_path / "scales.json").write_text(json.dumps({"kind": "amax", "values": values}))
-    return make_plan(folder, Settings(), (tmp_path / "scales.json", None))
+    return make_plan(folder, Settings(), Knowledge(tmp_path / "scales.json"))
 
 
 def test_a_job_says_where_every_byte_comes_from_and_goes(folder: Path, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_digests_name_what_the_output_depends_on(folder: Path, tmp_path: Path) -
 
 
 def test_unknown_methods_and_schemes_are_usage_errors(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="'best' is unknown, expected one of search, minmax"):
+    with pytest.raises(UsageError, match="'best' is unknown, expected one of auto, search, minmax"):
         Settings(method="best")
     with pytest.raises(UsageError, match="'FP8' is unknown, expected one of NVFP4, NVFP4A16"):
         Settings(scheme="FP8")  # type: ignore[arg-type]
@@ -129,9 +130,9 @@ def test_unknown_methods_and_schemes_are_usage_errors(folder: Path, tmp_path: Pa
     plan = scaled(folder, tmp_path)
     assert plan.scheme == "NVFP4"
     with pytest.raises(UsageError, match="takes no --input-scales"):
-        make_plan(folder, Settings(scheme="NVFP4A16"), (tmp_path / "scales.json", None))
+        make_plan(folder, Settings(scheme="NVFP4A16"), Knowledge(tmp_path / "scales.json"))
     assert make_plan(folder, Settings(scheme="NVFP4A16")).scheme == make_plan(folder, Settings()).scheme == "NVFP4A16"
-    assert make_plan(folder, Settings(scheme="NVFP4"), (tmp_path / "scales.json", None)).scheme == "NVFP4"
+    assert make_plan(folder, Settings(scheme="NVFP4"), Knowledge(tmp_path / "scales.json")).scheme == "NVFP4"
 
 
 QUANTIZED = [
@@ -184,3 +185,10 @@ def test_headers_beyond_the_formats_limit_are_refused(folder: Path, monkeypatch)
     monkeypatch.setattr(planning, "MAX_HEADER_BYTES", longest - 1)
     with pytest.raises(SourceError, match="the format allows 100 MB"):
         make_plan(folder, Settings())
+
+
+def test_scales_of_kept_modules_are_no_error_and_are_told(folder: Path, tmp_path: Path) -> None:
+    values = {name.removesuffix(".weight"): 2.0 for name in WEIGHTS if "_proj" in name or "lm_head" in name}
+    (tmp_path / "scales.json").write_text(json.dumps({"kind": "amax", "values": values}))
+    [warning] = make_plan(folder, Settings(), Knowledge(tmp_path / "scales.json")).warnings
+    assert "kept" in warning

@@ -110,7 +110,7 @@ def test_a_budget_shrinks_tiles_before_workers_and_is_never_exceeded() -> None:
             break
         assert found.peak <= budget
         assert found.workers <= last.workers
-        assert found.workers == 8 or found.tile_bytes <= 2 * MIN_TILE
+        assert found.workers == 8 or found.tile_bytes < MAX_TILE
         last = found
     else:
         pytest.fail("no budget was too small")
