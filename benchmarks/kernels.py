@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mfptq.calibration.methods import importance, local_hessian
 from mfptq.kernels import Recipe, load_kernel
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, Statistics, load_calibrated_kernel
 
 SHAPE = (256, 4096)
 RECIPES = (Recipe("search", 2.0**13), Recipe("minmax", 2688 / 0.1))
@@ -44,6 +46,25 @@ def cpu() -> None:
         rates.append(best(lambda: kernel.amax(data)))
         search, minmax, amax = (data.size / seconds / 1e6 for seconds in rates)
         print(f"{dtype:8} search {search:6.0f}  minmax {minmax:6.0f}  amax {amax:6.0f}")
+        calibrated(data)
+
+
+def calibrated(data: np.ndarray) -> None:
+    """Print the rates of the methods that take statistics, with correlated inputs of very different sizes."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((256, data.shape[1])) * rng.lognormal(0, 1, data.shape[1])
+    inputs[:, 1:] += 0.5 * inputs[:, :-1]
+    blocks = inputs.reshape(len(inputs), -1, 16).transpose(1, 0, 2)
+    hessian = (blocks.transpose(0, 2, 1) @ blocks / len(inputs)).astype(np.float32)
+    moment = np.diagonal(hessian, axis1=1, axis2=2).reshape(-1)
+    kernel, out = load_calibrated_kernel("cpu"), (np.empty((256, 2048), np.uint8), np.empty((256, 256), np.uint8))
+    for method in CALIBRATED_METHODS:
+        found = Statistics(importance(moment) if method == "weighted" else local_hessian(hessian, 10_000))
+        recipe = Recipe(method, 2.0**13)
+        seconds = best(
+            lambda found=found, recipe=recipe: kernel.quantize(data, recipe, found, packed=out[0], scales=out[1])
+        )
+        print(f"{'':8} {method} {data.size / seconds / 1e6:.0f}")
 
 
 def gpu(device: str) -> None:

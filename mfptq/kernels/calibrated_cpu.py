@@ -80,20 +80,35 @@ def _differences(values, scales, inverses, lanes, differences):  # type: ignore[
 
 
 @jit
-def _quadratic(differences, lower, lanes, errors):  # type: ignore[no-untyped-def]
-    """Write each lane's error; the loops over 8 entries and over 16 only skip entries that are zero."""
+def _quadratic(differences, lower, lanes, errors):  # type: ignore[no-untyped-def]  # noqa: C901, PLR0912
+    """Write each lane's error; the loops over 4, 8, 12 and 16 entries only skip entries that are zero.
+
+    They are written out because only loops of constant length are unrolled and then vectorized across lanes.
+    """
     for lane in range(lanes):
         errors[lane] = ZERO
-    for j in range(8):
+    for j in range(4):
+        for lane in range(lanes):
+            total = ZERO
+            for i in range(4):
+                total += lower[j, i] * differences[i * LANES + lane]
+            errors[lane] += differences[j * LANES + lane] * total
+    for j in range(4, 8):
         for lane in range(lanes):
             total = ZERO
             for i in range(8):
                 total += lower[j, i] * differences[i * LANES + lane]
             errors[lane] += differences[j * LANES + lane] * total
-    for j in range(8, GROUP_SIZE):
+    for j in range(8, 12):
         for lane in range(lanes):
             total = ZERO
-            for i in range(GROUP_SIZE):
+            for i in range(12):
+                total += lower[j, i] * differences[i * LANES + lane]
+            errors[lane] += differences[j * LANES + lane] * total
+    for j in range(12, 16):
+        for lane in range(lanes):
+            total = ZERO
+            for i in range(16):
                 total += lower[j, i] * differences[i * LANES + lane]
             errors[lane] += differences[j * LANES + lane] * total
 

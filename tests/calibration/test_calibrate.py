@@ -334,7 +334,7 @@ def test_layers_outside_of_the_blocks(dataset: Path, tmp_path: Path, monkeypatch
     )  # fmt: skip
     BertModel(config).save_pretrained(tmp_path / "bert")
     found = made(tmp_path / "bert", dataset, tmp_path / "a.safetensors", encoder=object())
-    found.check_model(quantized_columns(tmp_path / "bert"))
+    found.of_model(quantized_columns(tmp_path / "bert"))
     assert found.tokens("pooler.dense") == SAMPLES  # it sees one token of each
     assert found.tokens("encoder.layer.1.attention.self.key") == sum(map(len, samples_of(dataset)))
     with forced(monkeypatch, streamed=True), pytest.raises(ScaleError, match=r"'pooler\.dense' lies outside"):
