@@ -645,6 +645,7 @@ ANY_VALUE = st.recursive(
 ANY_JSON = st.binary(max_size=60) | ANY_VALUE.map(lambda value: json.dumps(value).encode())
 
 
+@settings(deadline=None)
 @given(ANY_JSON, st.sampled_from([None, "amax", "input_scale"]))
 def test_any_json_is_read_or_refused_by_our_error(tmp_path_factory, content, kind):
     path = tmp_path_factory.getbasetemp() / "any.json"
