@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization.utils import generate_gparam
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
