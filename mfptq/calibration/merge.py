@@ -36,9 +36,11 @@ def merged(files: Sequence[Calibration]) -> Contents:
     for file in files[1:]:
         description = _together(description, file.description, file.path)
     infos: dict[str, InputInfo] = {}
+    owner: dict[str, str] = {}
     for file in files:
         for info in file.inputs.values():
-            if infos.setdefault(info.name, info) != info:
+            shared = all(owner.setdefault(module, info.name) == info.name for module in info.modules)
+            if infos.setdefault(info.name, info) != info or not shared:
                 raise ScaleError(f"input {quote(info.name)} of {quote(file.path)} has other columns or modules")
 
     def read(info: InputInfo) -> InputStatistics:

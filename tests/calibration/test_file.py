@@ -215,6 +215,17 @@ def test_inputs_and_experts_of_other_shapes_are_not_merged(tmp_path):
             merge_calibrations(paths, tmp_path / "all.safetensors")
 
 
+def test_modules_with_inputs_of_other_names_are_not_merged(tmp_path):
+    paths = []
+    for name in ("experts.gate_up_proj", "experts.0.gate_proj"):  # of all tokens, and of the router's choice
+        info = InputInfo(name, 32, ("experts.0.gate_proj",))
+        statistics = statistics_of(random_inputs(32))
+        paths.append(write_file(tmp_path / f"{name}.safetensors", {info: statistics}, described(dataset=name)))
+    with pytest.raises(ScaleError, match="has other columns or modules"):
+        merge_calibrations(paths, tmp_path / "all.safetensors")
+    assert not (tmp_path / "all.safetensors").exists()
+
+
 def test_one_file_is_nothing_to_merge(path, tmp_path):
     with pytest.raises(UsageError, match="at least two"):
         merge_calibrations([two_inputs(path)], tmp_path / "all.safetensors")
