@@ -108,10 +108,12 @@ def test_case_95_modes_are_as_umask_says(mask: int, mode: int, source: Path, tmp
 
 def test_case_107_a_second_run_is_refused_by_pid_and_harms_nothing(big: Path, tmp_path: Path) -> None:
     first = begun(big, tmp_path / "out")
+    first.send_signal(signal.SIGSTOP)  # it may not finish before the second begins
     second = command("convert", big, tmp_path / "out")
+    first.send_signal(signal.SIGCONT)
+    first.communicate(timeout=120)
     assert second.returncode == 5, second.stderr
     assert f"in use by pid '{first.pid}'" in second.stderr
-    first.communicate(timeout=120)
     assert first.returncode == 0
     assert mfptq.verify(tmp_path / "out", big).ok
 
