@@ -21,7 +21,7 @@ from .journal import ShardResult
 from .kernels import Recipe, TileStats
 from .kernels.calibrated import Statistics
 from .layout import Weight, numbers_removed
-from .memory import available_bytes
+from .memory import exceeds_half_of_memory
 from .nvfp4 import GROUP_SIZE
 from .partial import PartialFile, Piece
 from .planning import CopyTensor, Plan, QuantizeWeight, ShardJob, ShardPlan
@@ -90,7 +90,7 @@ class Execution:
         self._scales = GlobalScales(plan.method)
         self._open: dict[str, OpenShard] = {}
         self._lanes = max(1, len(buffers) // WORKERS_FOR_A_FILE)
-        self._forget = _exceeds_half_of_memory(plan.checkpoint.tensor_bytes)
+        self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes)
         self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
         self._finishing: list[Future[None]] = []
         self._workers: Workers[Buffers] = Workers(self._supply(), buffers)
@@ -280,9 +280,3 @@ def _scalars(step: QuantizeWeight, scale: float) -> list[Piece]:
     if step.input_scale is not None:
         pieces.append(Piece(step.input_scale.offset, scalar(step.input_scale.divisor)))
     return pieces
-
-
-def _exceeds_half_of_memory(size: int) -> bool:
-    """Return whether so much data would push everything else out of the page cache."""
-    available = available_bytes()
-    return available is not None and size > available // 2

@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 
 from .errors import MemoryBudgetError, UsageError, quote
 
-DEFAULT_BUDGET = 2**30
 MAX_TILE = 4 * 2**20
 MIN_TILE = 256 * 2**10
 PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
@@ -65,6 +64,12 @@ def available_bytes() -> int | None:
         text = path.read_text().strip() if path.is_file() else ""
         limits += [int(text)] if text.isdigit() else []
     return min(limits, default=None)
+
+
+def exceeds_half_of_memory(size: int) -> bool:
+    """Return whether so many bytes of files would push everything else out of the page cache."""
+    available = available_bytes()
+    return available is not None and size > available // 2
 
 
 def _group_limits() -> Iterator[Path]:

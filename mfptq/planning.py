@@ -222,12 +222,7 @@ def build_plan(
     method = settings.resolve_method(calibrated=calibration is not None)
     selection = select(list(candidates(checkpoint.tensors())), settings.rules)
     fates = {item.candidate.tensor.info.name: item for item in selection.tensors}
-    kept = [
-        name
-        for item in selection.tensors
-        if not item.decision.quantize
-        for name in (item.candidate.module, *(weight.module for weight in item.candidate.weights))
-    ]
+    kept = list(_kept_names(selection))
     weights = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
     if calibration is not None:
         calibration = calibration.of_model({name: weight.columns for name, weight in weights.items()}, kept)
@@ -247,14 +242,19 @@ def build_plan(
         shards=shards,
         config_text=config,
         index_text=index,
-        digests={
-            **_digests(checkpoint, method, config, assigned),
-            **({} if calibration is None else {"calibration": calibration.digest}),
-        },
+        digests=_digests(checkpoint, (method, config), assigned, calibration),
         _weights=weights,
         _group_of={member: group for group in selection.groups for member in group.members},
         _fates=fates,
     )
+
+
+def _kept_names(selection: Selection) -> Iterator[str]:
+    """Yield the modules that stay as they are, the parts of kept stacks included."""
+    for item in selection.tensors:
+        if not item.decision.quantize:
+            yield item.candidate.module
+            yield from (weight.module for weight in item.candidate.weights)
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -278,14 +278,17 @@ def _plan_shard(shard: Shard, fates: Mapping[str, Decided], places: dict[str, st
     return ShardPlan(shard.name, len(head) + header.data_bytes, header.data_bytes, len(specs))
 
 
-def _digests(checkpoint: Checkpoint, method: str, config: str, scales: AssignedScales | None) -> dict[str, str]:
-    """Name what the output depends on, so that a resumed run can say what changed."""
+def _digests(
+    checkpoint: Checkpoint, decided: tuple[str, str], scales: AssignedScales | None, calibration: Calibration | None
+) -> dict[str, str]:
+    """Name what the output depends on, so that a resumed run can say what changed; `decided`: method and config."""
     source = [(each.name, each.size, each.stamp.mtime_ns, each.digest) for each in checkpoint.shards]
     return {
         "format": str(PLAN_FORMAT),
         "source": _sha256(json.dumps(source)),
-        "settings": _sha256(json.dumps([method, config])),
+        "settings": _sha256(json.dumps(decided)),
         "input scales": scales.digest if scales is not None else "",
+        **({} if calibration is None else {"calibration": calibration.digest}),
     }
 
 
