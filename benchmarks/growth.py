@@ -1,100 +1,139 @@
 """How wall time grows with size and falls with workers: `python benchmarks/growth.py WORK_FOLDER [--plot FILE.png]`.
 
 Every figure is a whole process (`python -m mfptq convert`), the best of --runs in turn, from a warm page cache. Each size is
-made once; `cp -r` and `sync` of the same folder is measured beside it.
+made once; `cp -r` and `sync` of the same folder is measured beside it. Prints seconds for each GB, and the straight line
+that fits best with the largest deviation from it. `--unequal` measures the largest size alone: once in equal shards, and
+with one shard, the first or the last, of 90 % of the bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-from mfptq.demo import DemoShape
+import numpy as np
+from measuring import QWEN, allot, apart, copying, fresh, measure, size, table, warm, write_checkpoint
+
+from mfptq.demo import DemoShape, demo_tensors, write_demo
+
+LARGE_SHARE = 0.9
 
 
-def shape(layers: int) -> DemoShape:
-    return DemoShape(hidden=4096, intermediate=12288, layers=layers, vocabulary=8192)
+def shape(layers: int, options: argparse.Namespace) -> DemoShape:
+    return DemoShape(hidden=options.hidden, intermediate=3 * options.hidden, layers=layers, vocabulary=8192)
 
 
-def make(folder: Path, layers: int, shards: int) -> Path:
-    path = folder / f"layers-{layers}-{shards}"
+def make(layers: int, options: argparse.Namespace) -> Path:
+    path = options.folder / f"hidden-{options.hidden}-layers-{layers}-{options.shards}"
     if not path.exists():
-        code = "import sys; from pathlib import Path; from growth import shape; from mfptq.demo import write_demo\n"
-        code += f"write_demo(Path({str(path)!r}), shape({layers}), shards={shards})"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+        apart(write_demo, path, shape(layers, options), options.shards)
     return path
 
 
-def timed(command: list[str]) -> tuple[float, str]:
-    begin = time.monotonic()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return time.monotonic() - begin, done.stdout
+def make_unequal(options: argparse.Namespace) -> dict[str, Path]:
+    """Return one checkpoint in three layouts; their tensors lie in their order, as published ones do."""
+    specs = sorted(demo_tensors(shape(options.layers[-1], options)), key=lambda spec: spec.name)
+    others = [(1 - LARGE_SHARE) / (options.shards - 1)] * (options.shards - 1)
+    layouts = {
+        "equal": [1 / options.shards] * options.shards,
+        "first": [LARGE_SHARE, *others],
+        "last": [*others, LARGE_SHARE],
+    }
+    paths = {
+        name: options.folder / f"{name}-{options.hidden}-{options.layers[-1]}-{options.shards}" for name in layouts
+    }
+    for name, shares in layouts.items():
+        if not paths[name].exists():
+            write_checkpoint(paths[name], allot(specs, shares), QWEN)
+    return {
+        f"{options.shards} equal shards": paths["equal"],
+        f"the first of {options.shards} holds {LARGE_SHARE:.0%}": paths["first"],
+        f"the last of {options.shards} holds {LARGE_SHARE:.0%}": paths["last"],
+    }
 
 
-def convert(source: Path, out: Path, options: list[str]) -> tuple[float, dict]:
-    """Return a conversion's wall seconds and its report."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    seconds, text = timed([sys.executable, "-m", "mfptq", "convert", str(source), str(out), "--json", *options])
-    return seconds, json.loads(text)
+def measure_all(sources: list[Path], options: argparse.Namespace) -> list[dict]:
+    """Return for each source the best of several runs: of the copy, and of the conversion for each number of workers.
 
-
-def copy(source: Path, out: Path) -> float:
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    return timed(["sh", "-c", f"cp -r {source} {out} && sync"])[0]
-
-
-def size(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
-
-
-def measure(folder: Path, source: Path, options: argparse.Namespace) -> dict:
-    """Return the best of several runs in turn: of the copy, and of the conversion for each number of workers."""
-    for path in source.glob("*.safetensors"):
-        subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
-    row: dict = {"gb": size(source), "copy": float("inf")}
+    Everything runs in turn, so that a noisy machine troubles all of them alike.
+    """
+    out = options.folder / "out"
+    rows: list[dict] = [{"gb": size(source) / 1e9, "copy": float("inf")} for source in sources]
     for _ in range(options.runs):
-        row["copy"] = min(row["copy"], copy(source, folder / "out"))
-        for workers in options.workers:
-            extra = ["--max-workers", str(workers), "--method", options.method, "--device", options.device]
-            seconds, report = convert(source, folder / "out", extra)
-            if seconds < row.get(workers, (float("inf"), {}))[0]:
-                row[workers] = (seconds, report)
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    return row
+        for source, row in zip(sources, rows, strict=True):
+            warm(source)
+            fresh(out)
+            row["copy"] = min(row["copy"], measure(copying(source, out)).seconds)
+            for workers in options.workers:
+                fresh(out)
+                extra = ["--max-workers", str(workers), "--method", options.method, "--device", options.device]
+                done = measure([sys.executable, "-m", "mfptq", "convert", source, out, "--json", *extra])
+                if done.seconds < row.get(workers, (float("inf"), {}))[0]:
+                    row[workers] = (done.seconds, json.loads(done.output))
+    shutil.rmtree(out, ignore_errors=True)
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--method", default="search")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    rows = [measure(options.folder, make(options.folder, layers, options.shards), options) for layers in options.layers]
-    names = [f"{workers} workers" for workers in options.workers]
-    print(
-        "| source, GB | `cp -r` and `sync`, s |", " | ".join(f"{name}, s (run alone)" for name in names), "| peak, MB |"
-    )
-    print("|---" * (len(names) + 3) + "|")
+def peak(row: dict, options: argparse.Namespace) -> str:
+    return f"{max(row[workers][1]['peak_memory'] for workers in options.workers) / 1e6:.0f}"
+
+
+def names(options: argparse.Namespace) -> list[str]:
+    return [f"{workers} worker{'s' * (workers > 1)}" for workers in options.workers]
+
+
+def report_growth(options: argparse.Namespace) -> None:
+    rows = measure_all([make(layers, options) for layers in options.layers], options)
+    header = ["source, GB", "`cp -r` and `sync`, s"]
+    header += [text for name in names(options) for text in (f"{name}, s (run alone)", "s/GB")]
+    lines = []
     for row in rows:
-        cells = [f"{row[workers][0]:.2f} ({row[workers][1]['seconds']:.2f})" for workers in options.workers]
-        peak = max(row[workers][1]["peak_memory"] for workers in options.workers) / 1e6
-        print(f"| {row['gb']:.2f} | {row['copy']:.2f} |", " | ".join(cells), f"| {peak:.0f} |")
+        cells = [f"{row['gb']:.2f}", f"{row['copy']:.2f}"]
+        for workers in options.workers:
+            seconds, report = row[workers]
+            cells += [f"{seconds:.2f} ({report['seconds']:.2f})", f"{seconds / row['gb']:.2f}"]
+        lines.append([*cells, peak(row, options)])
+    table([*header, "peak, MB"], lines)
+    if len(rows) > 2:
+        report_lines(rows, options)
     if options.plot:
         plot(rows, options)
+
+
+def report_lines(rows: list[dict], options: argparse.Namespace) -> None:
+    """Print the straight line through each program's times, and how far the farthest of them is from it."""
+    sizes = np.array([row["gb"] for row in rows])
+    times = {"`cp -r` and `sync`": [row["copy"] for row in rows]}
+    times |= {name: [row[key][0] for row in rows] for name, key in zip(names(options), options.workers, strict=True)}
+    lines = []
+    for name, seconds in times.items():
+        slope, start = np.polyfit(sizes, seconds, 1)
+        away = np.array(seconds) - (start + slope * sizes)
+        worst = int(np.argmax(np.abs(away)))
+        share = away[worst] / seconds[worst]
+        lines.append(
+            [name, f"{start:.2f} + {slope:.2f} GB", f"{away[worst]:+.2f} ({share:+.1%}) at {sizes[worst]:.2f} GB"]
+        )
+    table(["program", "best straight line, s", "largest deviation, s"], lines)
+
+
+def report_unequal(options: argparse.Namespace) -> None:
+    sources = make_unequal(options)
+    rows = measure_all(list(sources.values()), options)
+    header = ["layout", "source, GB", "largest shard, GB", "`cp -r` and `sync`, s"]
+    header += [text for name in names(options) for text in (f"{name}, s (run alone)", "time / equal")]
+    lines = []
+    for (name, source), row in zip(sources.items(), rows, strict=True):
+        largest = max(path.stat().st_size for path in source.glob("*.safetensors")) / 1e9
+        cells = [name, f"{row['gb']:.2f}", f"{largest:.2f}", f"{row['copy']:.2f}"]
+        for workers in options.workers:
+            seconds, report = row[workers]
+            cells += [f"{seconds:.2f} ({report['seconds']:.2f})", f"{seconds / rows[0][workers][0]:.2f}"]
+        lines.append([*cells, peak(row, options)])
+    table([*header, "peak, MB"], lines)
 
 
 def plot(rows: list[dict], options: argparse.Namespace) -> None:
@@ -112,6 +151,26 @@ def plot(rows: list[dict], options: argparse.Namespace) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(options.plot, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 4, 9, 20])
+    parser.add_argument("--hidden", type=int, default=2048, help="with the default layers: 0.3, 0.6, 1.2 and 2.4 GB")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--method", default="search")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--unequal", action="store_true", help="compare shards of equal and of very unequal size")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.unequal:
+        report_unequal(options)
+    else:
+        report_growth(options)
 
 
 if __name__ == "__main__":

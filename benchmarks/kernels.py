@@ -10,6 +10,7 @@ import argparse
 import threading
 import time
 from collections.abc import Callable
+from ctypes import c_float, c_int64, c_uint64
 
 import numpy as np
 
@@ -68,31 +69,46 @@ def calibrated(data: np.ndarray) -> None:
 
 
 def gpu(device: str) -> None:
-    import torch
+    from mfptq.kernels.cuda import ENTRIES, MAX_GRID, STATS_BYTES, THREADS
+    from mfptq.kernels.driver import Memory, Stream, open_device
+    from mfptq.kernels.ptx import ptx
 
-    from mfptq.kernels import triton as code
-    from mfptq.kernels.cuda import LANES
+    kernel, opened = load_kernel(device), open_device(int(device.partition(":")[2] or 0))
+    print(f"kernel {kernel.name}, billion weights per second, {opened.name}")
+    with opened:
+        functions, stream = opened.load(ptx(), ENTRIES), Stream(opened)
+        for dtype, kind in (("bf16", "bf16"), ("float16", "f16"), ("float32", "f32")):
+            data = np.tile(tile(dtype, (1024, 4096)), (16, 1))
+            blocks, words = data.size // 16, data.nbytes // 4
+            source, packed, scales, stats = (
+                Memory(opened, size) for size in (data.nbytes, 8 * blocks, blocks, STATS_BYTES)
+            )
+            stream.upload(source.pointer, data)
+            places = [c_uint64(each.pointer) for each in (source, packed, scales, stats)]
+            grid, line = min(MAX_GRID, blocks // THREADS), []
+            for recipe in RECIPES:
+                arguments = (*places, c_int64(blocks), c_float(recipe.global_scale))
+                name = f"{recipe.method}_{kind}"
+                line.append((recipe.method, on_device(stream, functions[name], grid, arguments)))
+            found = (places[0], c_int64(words), places[3])
+            line.append(("amax", on_device(stream, functions[f"amax_{8 * data.itemsize}"], grid, found)))
+            print(f"{dtype:8}", "  ".join(f"{name} {data.size / seconds / 1e9:6.1f}" for name, seconds in line))
+            for memory in (source, packed, scales, stats):
+                memory.free()
+    for recipe in RECIPES:
+        rates = ", ".join(f"{streamed(kernel, recipe, threads):.1f} with {threads}" for threads in (1, 4, 8))
+        print(f"{recipe.method} from host memory, by threads: {rates}")
 
-    kernel = load_kernel(device)
-    data = torch.from_numpy(np.tile(tile("bf16", (1024, 4096)), (16, 1)).view(np.int16)).to(device)
-    blocks = data.numel() // 16
-    packed = torch.empty(blocks * 2, dtype=torch.int32, device=device)
-    scales = torch.empty(blocks, dtype=torch.uint8, device=device)
-    stats = torch.empty(7 * -(-blocks // LANES), dtype=torch.float64, device=device)
-    print(f"kernel {kernel.name}, billion weights per second, {torch.cuda.get_device_name(device)}")
-    for recipe, function in zip(RECIPES, (code.search, code.minmax), strict=True):
 
-        def run() -> None:
-            function[(-(-blocks // LANES),)](
-                data.view(torch.int32), packed, scales, stats, blocks, recipe.global_scale, kind=0, lanes=LANES,
-                num_warps=8, enable_fp_fusion=False,
-            )  # fmt: skip
-            torch.cuda.synchronize()
+def on_device(stream, function: int, grid: int, arguments: tuple, launches: int = 20) -> float:
+    """Return seconds of one launch: many are in flight, so that starting them does not count."""
 
-        print(f"{recipe.method}: on the device {data.numel() / best(run) / 1e9:.1f}", end="")
-        for threads in (1, 4, 8):
-            print(f", from host memory with {threads} threads {streamed(kernel, recipe, threads):.1f}", end="")
-        print()
+    def run() -> None:
+        for _ in range(launches):
+            stream.launch(function, grid, 256, arguments)
+        stream.wait()
+
+    return best(run) / launches
 
 
 def streamed(kernel, recipe: Recipe, threads: int, tiles: int = 200) -> float:

@@ -1,25 +1,41 @@
 """Whole processes side by side: mfptq, `cp -r` with `sync`, and llm-compressor's model_free_ptq where it is installed.
 
-    python benchmarks/whole_process.py WORK_FOLDER [--llmc-python PATH] [--runs 3]
+    python benchmarks/whole_process.py WORK_FOLDER [--shards N] [--llmc-python PATH] [--runs 3]
 
-Makes a dense checkpoint of about 2.6 GB once, warms the page cache, then runs every program in turn, so that a noisy machine
-troubles all of them alike. Prints a Markdown table of medians: wall time, peak resident memory, ratio to the copy.
+Makes a dense checkpoint of about 2.6 GB once for each number of shards, warms the page cache, then runs every program in
+turn, so that a noisy machine troubles all of them alike. Prints Markdown tables of medians:
+
+1. what the machine can do: reading the source from the page cache, writing as many bytes as mfptq writes with one fsync at
+   the end, and SHA-256;
+2. each program's wall time, peak resident memory, and time relative to the copy and to that bare writing;
+3. where mfptq's time went: `start` is the wall time outside the run (Python, imports, plan, kernels, exit), the others are
+   seconds of worker time in the run, summed over workers; `wait` holds the end of the last file too (hash, sync);
+4. when the first output file was created, as seen from outside every 2 ms, with compiled kernels on disk and without.
+   Files are preallocated before their first write, so that its creation is what can be seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+
+from measuring import BUFFER, Measured, apart, copying, fresh, measure, size, table, warm
 
 from mfptq.demo import DemoShape, write_demo
 
-SHAPE = DemoShape(hidden=4096, intermediate=12288, layers=4, vocabulary=57000)
+PHASES = ("read", "amax", "quantize", "write", "copy", "wait")
+COPY = "`cp -r` and `sync`"
+WRITING = "write and one fsync"
 LLM_COMPRESSOR = """
 import sys
 from llmcompressor import model_free_ptq
@@ -28,61 +44,141 @@ model_free_ptq(sys.argv[1], sys.argv[2], scheme="NVFP4A16", ignore=ignore, max_w
 """
 
 
-def measure(command: list[str], log: Path) -> tuple[float, float]:
-    """Return a command's wall seconds and peak resident megabytes."""
-    with log.open("ab") as output:
-        begin = time.monotonic()
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - begin
-    if status:
-        raise SystemExit(f"{command[0]} failed: see {log}")
-    return seconds, usage.ru_maxrss / 1000
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--llmc-python")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--make", action="store_true", help="only make the checkpoint")
-    options = parser.parse_args()
-    source, out = options.folder / "source", options.folder / "out"
-    options.folder.mkdir(exist_ok=True)
-    if options.make:
-        write_demo(source, SHAPE, shards=1)
-        return
-    if not source.exists():
-        # in a process of its own: a child's peak memory begins with what its parent held
-        subprocess.run([sys.executable, __file__, str(options.folder), "--make"], check=True)
-    convert = [sys.executable, "-m", "mfptq", "convert", str(source), str(out), "-q"]
-    commands = {
-        "`cp -r` and `sync`": ["sh", "-c", f"cp -r {source} {out} && sync"],
+def commands(source: Path, out: Path, llmc_python: str | None) -> dict[str, list[str]]:
+    convert = [sys.executable, "-m", "mfptq", "convert", str(source), str(out), "--json"]
+    found = {
+        COPY: copying(source, out),
         "mfptq `search`": convert,
         "mfptq `minmax`": [*convert, "--method", "minmax"],
     }
-    if options.llmc_python:
-        commands["llm-compressor `model_free_ptq`"] = [options.llmc_python, "-c", LLM_COMPRESSOR, str(source), str(out)]
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for _ in range(options.runs):
-        for name, command in commands.items():
-            shutil.rmtree(out, ignore_errors=True)
-            os.sync()
-            for path in source.iterdir():
-                path.read_bytes() if path.stat().st_size < 2**20 else subprocess.run(
-                    ["cat", path], stdout=subprocess.DEVNULL, check=True
-                )
-            results[name].append(measure(command, options.folder / "log.txt"))
-    shutil.rmtree(out, ignore_errors=True)
-    copy = [seconds for seconds, _ in results["`cp -r` and `sync`"]]
-    print("| program | wall, s (median) | all runs | peak memory, MB | time / copy |\n|---|---|---|---|---|")
+    if llmc_python:
+        found["llm-compressor `model_free_ptq`"] = [llmc_python, "-c", LLM_COMPRESSOR, str(source), str(out)]
+    return found
+
+
+def read_seconds(source: Path) -> float:
+    begin = time.monotonic()
+    warm(source)
+    return time.monotonic() - begin
+
+
+def write_seconds(path: Path, nbytes: int) -> float:
+    """Write so many bytes that no file system can compress, and remove them."""
+    buffer = memoryview(os.urandom(BUFFER))
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    begin, left = time.monotonic(), nbytes
+    while left:
+        left -= os.write(fd, buffer[:left])
+    os.fsync(fd)
+    seconds = time.monotonic() - begin
+    os.close(fd)
+    path.unlink()
+    return seconds
+
+
+def hash_seconds(nbytes: int) -> float:
+    buffer, digest = os.urandom(BUFFER), hashlib.sha256()
+    begin = time.monotonic()
+    for _ in range(0, nbytes, BUFFER):
+        digest.update(buffer)
+    return time.monotonic() - begin
+
+
+def first_file_seconds(command: list[str], out: Path, cache: str | None = None) -> float:
+    """Return how long after its start a conversion has created its first output file; it is stopped there."""
+    fresh(out)
+    environment = {**os.environ, "MFPTQ_CACHE_DIR": cache} if cache else None
+    begin = time.monotonic()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any((out / ".mfptq").glob("*.partial")):
+        if process.poll() is not None:
+            raise SystemExit("the conversion ended before its first output file was seen")
+        time.sleep(0.002)
+    seconds = time.monotonic() - begin
+    process.terminate()
+    process.wait()
+    return seconds
+
+
+def report_machine(speeds: dict[str, list[float]], amounts: dict[str, int]) -> None:
+    lines = []
+    for name, seconds in speeds.items():
+        rates = [f"{amounts[name] / 1e6 / each:.0f}" for each in (statistics.median(seconds), *seconds)]
+        lines.append([name, f"{amounts[name] / 1e9:.2f}", rates[0], ", ".join(rates[1:])])
+    table(["this machine", "GB", "MB/s (median)", "all runs"], lines)
+
+
+def report_programs(results: dict[str, list[Measured]], writing: list[float]) -> None:
+    lines = []
+    copy = [each.seconds for each in results[COPY]]
     for name, runs in results.items():
-        seconds = [each for each, _ in runs]
-        ratio = statistics.median(each / base for each, base in zip(seconds, copy, strict=True))
-        peak = max(megabytes for _, megabytes in runs)
-        print(
-            f"| {name} | {statistics.median(seconds):.1f} | {', '.join(f'{each:.1f}' for each in seconds)} | {peak:.0f} | {ratio:.2f} |"
+        seconds = [each.seconds for each in runs]
+        ratios = [statistics.median(a / b for a, b in zip(seconds, base, strict=True)) for base in (copy, writing)]
+        line = [name, f"{statistics.median(seconds):.1f}", ", ".join(f"{each:.1f}" for each in seconds)]
+        lines.append([*line, f"{max(each.peak for each in runs):.0f}", *(f"{ratio:.2f}" for ratio in ratios)])
+    table(["program", "wall, s (median)", "all runs", "peak memory, MB", "time / copy", f"time / {WRITING}"], lines)
+
+
+def report_phases(results: dict[str, list[Measured]]) -> None:
+    """Print where the time went in the run of median wall time."""
+    lines = []
+    for name, runs in results.items():
+        if name.startswith("mfptq"):
+            run = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
+            report = json.loads(run.output)
+            spent = [run.seconds - report["seconds"], *(report["timings"].get(phase, 0.0) for phase in PHASES)]
+            lines.append([name, f"{run.seconds:.2f}", *(f"{each:.2f}" for each in spent)])
+    table(["program", "wall, s", "start", *PHASES], lines)
+
+
+def report_first_file(command: list[str], out: Path, runs: int) -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        cold = first_file_seconds(command, out, cache)
+    seconds = [first_file_seconds(command, out) for _ in range(runs)]
+    lines = [
+        ["on disk", f"{statistics.median(seconds):.2f}", ", ".join(f"{each:.2f}" for each in seconds)],
+        ["none (empty `MFPTQ_CACHE_DIR`)", f"{cold:.2f}", f"{cold:.2f}"],
+    ]
+    table(["compiled kernels", "first output file created after, s (median)", "all runs"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--llmc-python")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=4096, help="the model's width; less for a quick try")
+    options = parser.parse_args()
+    source, out = options.folder / f"source-{options.hidden}-{options.shards}", options.folder / "out"
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not source.exists():
+        shape = DemoShape(options.hidden, intermediate=3 * options.hidden, layers=4, vocabulary=57000)
+        apart(write_demo, source, shape, options.shards)
+    programs = commands(source, out, options.llmc_python)
+    planned = json.loads(measure([sys.executable, "-m", "mfptq", "plan", source, "--json"]).output)
+    amounts = {"read from the page cache": size(source), WRITING: planned["output_bytes"], "SHA-256": 2**28}
+    speeds: dict[str, list[float]] = {name: [] for name in amounts}
+    results: defaultdict[str, list[Measured]] = defaultdict(list)
+    for _ in range(options.runs):
+        fresh(out)
+        warm(source)
+        seconds = (
+            read_seconds(source),
+            write_seconds(options.folder / "bytes", planned["output_bytes"]),
+            hash_seconds(2**28),
         )
+        for name, spent in zip(speeds, seconds, strict=True):
+            speeds[name].append(spent)
+        for name, command in programs.items():
+            fresh(out)
+            warm(source)
+            results[name].append(measure(command))
+    report_machine(speeds, amounts)
+    report_programs(results, speeds[WRITING])
+    report_phases(results)
+    report_first_file(programs["mfptq `search`"], out, max(3, options.runs))
+    shutil.rmtree(out, ignore_errors=True)
 
 
 if __name__ == "__main__":

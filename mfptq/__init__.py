@@ -42,7 +42,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: `mfptq --help` needs neither numpy nor numba."""
+    """Import what is asked for when it is asked for: `mfptq --help` needs neither numpy nor LLVM."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mfptq' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

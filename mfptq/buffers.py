@@ -17,7 +17,7 @@ from .kernels.calibrated import CalibratedKernel, Statistics
 from .nvfp4 import GROUP_SIZE, as_float32
 from .tiles import Tile
 
-_NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
 class Buffers:
@@ -46,7 +46,7 @@ class Buffers:
                 start += size
             start = 0
             for tile in tiles:
-                view = self._source[start : start + tile.nbytes].view(_NUMPY_DTYPES[tile.weight.dtype])
+                view = self._source[start : start + tile.nbytes].view(NUMPY_DTYPES[tile.weight.dtype])
                 arrays.append(view.reshape(tile.rows, tile.columns))
                 start += tile.nbytes
             return arrays

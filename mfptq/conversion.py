@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .buffers import Buffers
+from .buffers import NUMPY_DTYPES, Buffers
 from .calibration.likeness import read_likeness
 from .calibration.reading import load_calibration
 from .card import card_text
@@ -23,12 +23,13 @@ from .errors import SourceError, UsageError
 from .execute import Execution, Progress, ProgressCallback
 from .files import confined, read_small
 from .hub import HubOptions, open_checkpoint
-from .kernels import Kernel, load_kernel
-from .kernels.calibrated import CalibratedKernel, load_calibrated_kernel
+from .kernels import Kernel, Recipe, load_kernel
+from .kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, Statistics, load_calibrated_kernel
 from .kernels.choice import choose_device
 from .limits import MAX_CONFIG_BYTES
 from .memory import (
     INTERPRETER,
+    KERNEL_BYTES,
     MemoryPlan,
     check_data_limit,
     memory_errors,
@@ -157,13 +158,28 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     budget = parse_size(resources.max_memory) + held
     statistics = plan.statistics_bytes
     choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), workers)
-    check_data_limit("numba" if choice.device == "cpu" else "torch")
+    family = choice.device.split(":")[0]
+    check_data_limit(family if family in KERNEL_BYTES else "torch")
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
-    kernel.amax(np.zeros((1, GROUP_SIZE), np.float32))  # a kernel's first call brings 60 MB, which the plan must count
-    held_now = resident_bytes()
-    memory = plan_memory(budget, held_now, workers, statistics=statistics, largest_tile=kernel.tile_bytes)
+    _try_out(plan, kernel, calibrated)
+    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=kernel.tile_bytes)
     return Run(plan, kernel, calibrated, memory, choice.reason)
+
+
+def _try_out(plan: Plan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
+    """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
+    packed, scales = np.empty((1, GROUP_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
+    for dtype in {weight.dtype for weight in plan.weights()}:
+        block = np.zeros((1, GROUP_SIZE), NUMPY_DTYPES[dtype])
+        kernel.amax(block)
+        for method in plan.methods:
+            recipe = Recipe(method, 1.0)
+            if method in CALIBRATED_METHODS and calibrated is not None:
+                known = Statistics.neutral(method, GROUP_SIZE)
+                calibrated.quantize(block, recipe, known, packed=packed, scales=scales)
+            else:
+                kernel.quantize(block, recipe, packed, scales)
 
 
 def _cores() -> int:

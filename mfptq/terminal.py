@@ -78,7 +78,7 @@ def summary(report: Report, *, timings: bool) -> str:
 def plan_values(plan: Plan, max_memory: str, workers: int | None) -> dict[str, Any]:
     """Return a plan as JSON values."""
     cores = workers or os.cpu_count() or 1
-    held = INTERPRETER_BYTES + KERNEL_BYTES["numba"]
+    held = INTERPRETER_BYTES + KERNEL_BYTES["cpu"]
     memory = plan_memory(parse_size(max_memory), held, cores, statistics=plan.statistics_bytes)
     kinds = plan_kinds(plan)
     elements = sum(kind.elements for kind in kinds)

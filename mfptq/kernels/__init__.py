@@ -1,4 +1,4 @@
-"""The arithmetic, fast: one small interface, two implementations with the same bytes (numba, and torch on any device)."""
+"""The arithmetic, fast: one small interface; one program for processors and NVIDIA GPUs, and torch for any device, to the same bytes."""
 
 from __future__ import annotations
 
@@ -77,17 +77,18 @@ class Kernel(Protocol):
 
 
 def load_kernel(device: str = "cpu") -> Kernel:
-    """Return the kernel for a device: numba on the CPU, Triton on CUDA, where they are installed, and torch otherwise."""
-    if device == "cpu" and importlib.util.find_spec("numba") is not None:
-        from .cpu import NumbaKernel
-
-        return NumbaKernel()
-    if device.split(":", maxsplit=1)[0] not in ("cpu", "cuda", "mps", "xpu"):
+    """Return the kernel for a device: compiled by LLVM for CPUs and CUDA where llvmlite is installed, torch otherwise."""
+    family, compiled = device.split(":", maxsplit=1)[0], importlib.util.find_spec("llvmlite") is not None
+    if family not in ("cpu", "cuda", "mps", "xpu"):
         raise UsageError(f"device {quote(device)} is unknown, expected cpu, cuda or cuda:N")
-    if device.startswith("cuda") and importlib.util.find_spec("triton") is not None:
-        from .cuda import TritonKernel
+    if device == "cpu" and compiled:
+        from .cpu import CpuKernel
 
-        return TritonKernel(device)
+        return CpuKernel()
+    if family == "cuda" and compiled:
+        from .cuda import CudaKernel
+
+        return CudaKernel(device)
     from .torch import TorchKernel
 
     return TorchKernel(device)

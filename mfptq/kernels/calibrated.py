@@ -8,7 +8,7 @@ to nearest, keep the first with the least error, and differ in the error of a bl
     hessian+   the same, then descent on the values: for each i in turn the value nearest to `x_i - (H d)_i / H_ii`,
                where x_i is the value now, kept if that lowers the error; at most 8 sweeps
 
-Sums are float32, in index order, without contraction, so that numba and torch give the same bytes.
+Sums are float32, in index order, without contraction, so that both kernels give the same bytes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ class Statistics:
     """What a kernel needs of a weight's input: float32 weights `[K]`, or local Hessians `[K/16, 16, 16]`."""
 
     values: Float32Array
+
+    @classmethod
+    def neutral(cls, method: str, columns: int) -> Statistics:
+        """Return statistics under which every value counts the same."""
+        if method == "weighted":
+            return cls(np.ones(columns, np.float32))
+        return cls(
+            np.broadcast_to(np.eye(GROUP_SIZE, dtype=np.float32), (columns // GROUP_SIZE, GROUP_SIZE, GROUP_SIZE))
+        )
 
     @staticmethod
     def nbytes(method: str, columns: int) -> int:
@@ -64,11 +73,11 @@ def lower_factors(hessian: Float32Array) -> Float32Array:
 
 
 def load_calibrated_kernel(device: str = "cpu") -> CalibratedKernel:
-    """Return the kernel for a device: numba on the CPU where it is installed, torch for everything else."""
-    if device == "cpu" and importlib.util.find_spec("numba") is not None:
-        from .calibrated_cpu import CalibratedNumbaKernel
+    """Return the kernel for a device: compiled for the CPU where LLVM is installed, torch for everything else."""
+    if device == "cpu" and importlib.util.find_spec("llvmlite") is not None:
+        from .calibrated_cpu import CalibratedCpuKernel
 
-        return CalibratedNumbaKernel()
+        return CalibratedCpuKernel()
     from .calibrated_torch import CalibratedTorchKernel
 
     return CalibratedTorchKernel(device)

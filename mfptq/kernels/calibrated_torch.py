@@ -1,4 +1,4 @@
-"""The calibrated methods in torch: any device, the same bytes as numba's, in slices of rows that stay in cache."""
+"""The calibrated methods in torch: any device, the same bytes as the compiled kernels', in slices of rows that stay in cache."""
 
 from __future__ import annotations
 

@@ -1,137 +1,192 @@
-"""The kernel for NVIDIA GPUs: copies and Triton kernels of several tiles overlap, and memory is bounded.
+"""The kernel for NVIDIA GPUs: copies and kernels of several tiles overlap, and memory is bounded.
 
-Every worker thread has a stream and buffers of its own; host memory is pinned. On the device a worker holds one tile and
-what it becomes.
+Every worker thread has a stream and buffers of its own; host memory is pinned. On the device a worker holds one tile
+and what it becomes.
 """
 
 from __future__ import annotations
 
+import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_float, c_int64, c_uint64
+from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
-import triton
+import numpy.typing as npt
 
 from ..errors import MemoryBudgetError, UsageError, quote
 from ..nvfp4 import GROUP_SIZE, ByteArray
 from . import STATISTICS, Recipe, Tile, TileStats
-from .triton import minmax, search
+from .driver import Device, DeviceMemoryError, DriverError, Memory, Stream, open_device
+from .ptx import ptx
 
-LANES = 256
-KINDS = {"uint16": 0, "float16": 1, "float32": 2}
+THREADS = 256  # of a block
+WARPS = THREADS // 32
+MAX_GRID = 1024  # on every GPU: the statistics are summed in the same order
+STATS_BYTES = 8 * STATISTICS * MAX_GRID * WARPS
+ALIGNMENT = 256  # of what lies in a buffer
+KINDS = {"uint16": "bf16", "float16": "f16", "float32": "f32"}
+ENTRIES = ("amax_16", "amax_32", *(f"{method}_{kind}" for method in ("search", "minmax") for kind in KINDS.values()))
 
 
 class _Lane(threading.local):
-    """What one worker thread has on the device: a stream, and buffers that grow to its largest tile."""
+    """What one worker thread has on the device: a stream, and a buffer that grows to its largest tile.
 
-    def __init__(self) -> None:
-        self.size = 0
-        self.stream: Any = None
-        self.source: Any = None
-        self.packed: Any = None
-        self.codes: Any = None
-        self.stats: Any = None
-        self.sums: Any = None
+    `room` is the size of that tile, in bytes; `places` are where it, its packed values and its scales lie.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._buffer: Memory | None = None
+        self.room = 0
+        self.places: tuple[int, int, int] = (0, 0, 0)
+        self.stream = Stream(device)
+        self.stats = Memory(device, STATS_BYTES)
+        self.sums: npt.NDArray[np.float64] = device.pinned(STATS_BYTES).view(np.float64)
+
+    def reserve(self, size: int) -> None:
+        """Have room for a tile of `size` bytes: at least two bytes a weight."""
+        if size <= self.room:
+            return
+        if self._buffer is not None:
+            self._buffer.free()  # first: two buffers would be more than what the largest tile needs
+        self.room, self._buffer = 0, None
+        source, packed, scales = (
+            -(-part // ALIGNMENT) * ALIGNMENT for part in (size, size // 4, size // 2 // GROUP_SIZE)
+        )
+        self._buffer = Memory(self._device, source + packed + scales)
+        start = self._buffer.pointer
+        self.room, self.places = size, (start, start + source, start + source + packed)
 
 
-class TritonKernel:
+class CudaKernel:
     """Quantizes on a GPU; safe to use from several threads."""
 
     tile_bytes = 32 * 2**20  # a launch costs as much of the interpreter's time for any size
 
     def __init__(self, device: str) -> None:
+        found = re.fullmatch("cuda(?::([0-9]{1,4}))?", device)
+        if found is None:
+            raise UsageError(f"device {quote(device)} is unknown, expected cuda or cuda:N")
+        self.name = f"cuda:{int(found[1] or 0)}"
         try:
-            self._device = torch.device(device if ":" in device else f"{device}:0")
-            torch.zeros(1, device=self._device)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"device {quote(device)} cannot be used: {str(error).splitlines()[0]}") from None
-        self.name = f"triton-{self._device}"
-        self._lane = _Lane()
+            self._device = open_device(int(found[1] or 0))
+            with self._working("its kernels"):
+                self._functions = _load(self._device)
+                self._lane = _Lane(self._device)
+        except DeviceMemoryError:
+            raise MemoryBudgetError(f"{self.name} has no memory for a context: use another --device") from None
+        except DriverError as error:
+            raise UsageError(f"device {quote(device)} cannot be used: {error}") from None
 
     def allocate(self, size: int) -> ByteArray:
-        """Return pinned host memory, from which copies to the device run beside kernels."""
-        buffer: ByteArray = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        return buffer
+        """Return pinned host memory, from which copies to the device run beside kernels; raises MemoryBudgetError."""
+        with self._working(f"{_megabytes(size)} of pinned host memory"):
+            return self._device.pinned(size)
 
     def amax(self, tile: Tile) -> float:
-        """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
-        lane, wide = self._lane, tile.dtype.itemsize == 4
-        self._reserve(tile.nbytes)
-        with torch.cuda.device(self._device), torch.cuda.stream(lane.stream):
-            source = lane.source[: tile.nbytes]
-            source.copy_(_bytes(tile), non_blocking=True)
-            words = source.view(torch.int32 if wide else torch.int16)
-            largest = int((words & (0x7FFFFFFF if wide else 0x7FFF)).max())
+        """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such.
+
+        Raises MemoryBudgetError where the device has no memory even for half of the tile.
+        """
+        with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
+            largest = max(self._largest(part) for part in self._parts(tile))
         if tile.dtype == np.uint16:
             return float(np.uint32(largest << 16).view(np.float32))
-        return float(np.array([largest], np.uint32 if wide else np.uint16).view(tile.dtype)[0])
+        return float(np.array([largest], f"u{tile.itemsize}").view(tile.dtype)[0])
 
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite.
 
-        Raises MemoryBudgetError where the device has no memory even for a small tile.
+        Raises MemoryBudgetError where the device has no memory even for half of the tile.
         """
+        assert packed.flags.c_contiguous
+        assert scales.flags.c_contiguous
+        stats, nibbles, codes = TileStats(), packed.reshape(-1), scales.reshape(-1)
+        with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
+            for part in self._parts(tile):
+                values, blocks = part.size // 2, part.size // GROUP_SIZE
+                stats.add(self._quantize(part, recipe, nibbles[:values], codes[:blocks]))
+                nibbles, codes = nibbles[values:], codes[blocks:]
+        return stats
+
+    def _parts(self, tile: Tile) -> Iterator[Tile]:
+        """Yield the tile's values, flat: all at once, or in halves where the device has no memory for all."""
+        assert tile.flags.c_contiguous
+        lane, values = self._lane, tile.reshape(-1)
+        size = values.size
         try:
-            return self._run(tile, recipe, packed, scales)
-        except torch.OutOfMemoryError:
-            if len(tile) == 1:
-                raise MemoryBudgetError(f"{self._device} has no memory left: use fewer --max-workers") from None
-            self._lane.size, self._lane.source, self._lane.packed = 0, None, None
-            torch.cuda.empty_cache()
-            half = len(tile) // 2
-            stats = self.quantize(tile[:half], recipe, packed[:half], scales[:half])
-            stats.add(self.quantize(tile[half:], recipe, packed[half:], scales[half:]))
-            return stats
+            lane.reserve(tile.nbytes)
+        except DeviceMemoryError:
+            size = -(-size // 2 // GROUP_SIZE) * GROUP_SIZE
+            lane.reserve(size * tile.itemsize)
+        for start in range(0, values.size, size):
+            yield values[start : start + size]
 
-    def _run(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
+    def _largest(self, part: Tile) -> int:
+        """Return the bits of the largest magnitude."""
+        lane, words = self._lane, part.nbytes // 4
+        source, _, _ = lane.places
+        result = lane.sums.view(np.uint32)[:1]
+        lane.stream.upload(source, part)
+        lane.stream.zero(lane.stats.pointer, result.nbytes)
+        arguments = (c_uint64(source), c_int64(words), c_uint64(lane.stats.pointer))
+        self._launch(f"amax_{8 * part.itemsize}", words, arguments)
+        lane.stream.download(result, lane.stats.pointer)
+        lane.stream.wait()
+        return int(result[0])
+
+    def _quantize(self, part: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         lane, blocks = self._lane, scales.size
-        programs = triton.cdiv(blocks, LANES)
-        self._reserve(tile.nbytes)
-        kernel = search if recipe.method == "search" else minmax
-        with torch.cuda.device(self._device), torch.cuda.stream(lane.stream):
-            source, nibbles = lane.source[: tile.nbytes], lane.packed[: packed.size]
-            codes, stats = lane.codes[:blocks], lane.stats[: programs * STATISTICS]
-            source.copy_(_bytes(tile), non_blocking=True)
-            kernel[(programs,)](
-                source.view(torch.int32),
-                nibbles.view(torch.int32),
-                codes,
-                stats,
-                blocks,
-                recipe.global_scale,
-                kind=KINDS[tile.dtype.name],
-                lanes=LANES,
-                num_warps=8,
-                enable_fp_fusion=False,
-            )
-            _bytes(packed).copy_(nibbles, non_blocking=True)
-            _bytes(scales).copy_(codes, non_blocking=True)
-            lane.sums[: stats.numel()].copy_(stats, non_blocking=True)
-        lane.stream.synchronize()
-        return _together(lane.sums[: stats.numel()].numpy().reshape(programs, STATISTICS), tile.size)
+        source, nibbles, codes = lane.places
+        lane.stream.upload(source, part)
+        places = map(c_uint64, (source, nibbles, codes, lane.stats.pointer))
+        method = "search" if recipe.method == "search" else "minmax"
+        arguments = (*places, c_int64(blocks), c_float(recipe.global_scale))
+        grid = self._launch(f"{method}_{KINDS[part.dtype.name]}", blocks, arguments)
+        lane.stream.download(packed, nibbles)
+        lane.stream.download(scales, codes)
+        sums = lane.sums[: STATISTICS * grid * WARPS]
+        lane.stream.download(sums, lane.stats.pointer)
+        lane.stream.wait()
+        return _together(sums.reshape(STATISTICS, grid * WARPS), part.size)
 
-    def _reserve(self, size: int) -> None:
-        """Have room for a tile of `size` bytes: at least two bytes a weight."""
-        lane = self._lane
-        if lane.stream is None:
-            lane.stream = torch.cuda.Stream(self._device)
-        if lane.size < size:
-            sums = -(-size // 2 // GROUP_SIZE // LANES) * STATISTICS
-            lane.source = torch.empty(size, dtype=torch.uint8, device=self._device)
-            lane.packed = torch.empty(size // 4, dtype=torch.uint8, device=self._device)
-            lane.codes = torch.empty(size // 2 // GROUP_SIZE, dtype=torch.uint8, device=self._device)
-            lane.stats = torch.empty(sums, dtype=torch.float64, device=self._device)
-            lane.sums = torch.empty(sums, dtype=torch.float64, pin_memory=True)
-            lane.size = size
+    def _launch(self, entry: str, items: int, arguments: tuple[Any, ...]) -> int:
+        """Start a kernel with a thread for every item, as far as the grid goes; return the grid's size."""
+        grid = min(MAX_GRID, -(-items // THREADS))
+        self._lane.stream.launch(self._functions[entry], grid, THREADS, arguments)
+        return grid
+
+    @contextmanager
+    def _working(self, what: str) -> Iterator[None]:
+        """Work in the device's context; raise MemoryBudgetError where there is no memory for `what`."""
+        with self._device:
+            try:
+                yield
+            except DeviceMemoryError:
+                free = _megabytes(self._device.free_memory())
+                raise MemoryBudgetError(
+                    f"{self.name} ({self._device.name}) has no memory for {what}, {free} of its own are free: "
+                    "use fewer --max-workers or less --max-memory"
+                ) from None
 
 
-def _bytes(array: Any) -> torch.Tensor:
-    return torch.from_numpy(array.reshape(-1).view(np.uint8))
+@cache
+def _load(device: Device) -> dict[str, int]:
+    """Return the kernels for a device: loaded once in a process."""
+    with device:
+        return device.load(ptx(), ENTRIES)
 
 
-def _together(rows: Any, weights: int) -> TileStats:
-    """Return the statistics of all programs."""
-    stats = rows.sum(axis=0)
-    stats[3] = rows[:, 3].max() ** 0.5
+def _together(rows: npt.NDArray[np.float64], weights: int) -> TileStats:
+    """Return the statistics of all warps."""
+    stats = rows.sum(axis=1)
+    stats[3] = rows[3].max() ** 0.5
     return TileStats.from_array(weights, stats)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""The torch kernel: any torch device, the same bytes as numba's; eager, in slices that stay in cache."""
+"""The torch kernel: any torch device, the same bytes as the compiled kernels'; eager, in slices that stay in cache."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 from mfptq.calibration.methods import importance, local_hessian
 from mfptq.kernels import Recipe, load_kernel
 from mfptq.kernels.calibrated import CALIBRATED_METHODS, CALIBRATED_OFFSETS, SWEEPS, Statistics
-from mfptq.kernels.calibrated_cpu import CalibratedNumbaKernel
+from mfptq.kernels.calibrated_cpu import CalibratedCpuKernel
 from mfptq.kernels.calibrated_torch import CalibratedTorchKernel
 from mfptq.nvfp4 import E2M1_VALUES, E4M3_VALUES, as_float32, dequantize, e2m1_encode, e4m3_encode, search_global_scale
 
@@ -65,10 +65,10 @@ def scale_of(weight) -> float:
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("shape", [(1, 16), (5, 48), (64, 64), (97, 160)])
 @pytest.mark.parametrize("factor", [1, 1.37, 8])  # a global scale that is no power of two, or too large for some blocks
-def test_numba_and_torch_agree_to_the_byte(method, dtype, shape, factor):
+def test_compiled_and_torch_kernels_agree_to_the_byte(method, dtype, shape, factor):
     weight = weights(dtype, *shape)
     found, scale = statistics(method, inputs(shape[1])), float(np.float32(factor * scale_of(weight)))
-    ours = quantize(CalibratedNumbaKernel(), weight, method, scale, found)
+    ours = quantize(CalibratedCpuKernel(), weight, method, scale, found)
     theirs = quantize(CalibratedTorchKernel("cpu"), weight, method, scale, found)
     assert np.array_equal(ours[0], theirs[0])
     assert np.array_equal(ours[1], theirs[1])
@@ -133,7 +133,7 @@ def reference_descent(x, q, s, h):
 def test_bytes_are_those_of_the_rule(method):
     weight = weights("F32", 20, 64)
     found, scale = statistics(method, inputs(64)), scale_of(weight)
-    packed, codes, _ = quantize(CalibratedNumbaKernel(), weight, method, scale, found)
+    packed, codes, _ = quantize(CalibratedCpuKernel(), weight, method, scale, found)
     assert np.array_equal(dequantize(packed, codes, scale), reference(weight, method, scale, found.values))
 
 
@@ -152,7 +152,7 @@ def test_no_block_is_worse_than_search_by_the_measure_of_the_method(method, seed
         h = np.einsum("bii->bi", h)[:, :, None] * np.eye(16)
     scale = scale_of(weight)
     plain = quantize(load_kernel(), weight, "search", scale, None)
-    ours = quantize(CalibratedNumbaKernel(), weight, method, scale, statistics(method, inputs(96, seed=seed)))
+    ours = quantize(CalibratedCpuKernel(), weight, method, scale, statistics(method, inputs(96, seed=seed)))
     before, after = (output_errors(weight, scale, *result[:2], h) for result in (plain, ours))
     assert after.sum() < 0.97 * before.sum()
     assert (after <= before * (1 + 1e-3) + 1e-12 * before.max()).all()
@@ -163,7 +163,7 @@ def test_descent_lowers_the_error_of_the_hessian_alone():
     scale, h = scale_of(weight), hessian_of(x)
     errors = {}
     for method in ("hessian", "hessian+"):
-        packed, codes, _ = quantize(CalibratedNumbaKernel(), weight, method, scale, statistics(method, x))
+        packed, codes, _ = quantize(CalibratedCpuKernel(), weight, method, scale, statistics(method, x))
         errors[method] = output_errors(weight, scale, packed, codes, h)
     assert (errors["hessian+"] <= errors["hessian"] * (1 + 1e-3) + 1e-12).all()
     assert errors["hessian+"].sum() < 0.95 * errors["hessian"].sum()
@@ -172,7 +172,7 @@ def test_descent_lowers_the_error_of_the_hessian_alone():
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_and_parts_of_rows_give_the_bytes_of_the_whole(method):
     weight = weights("BF16", 70, 128)
-    found, scale, kernel = statistics(method, inputs(128)), scale_of(weight), CalibratedNumbaKernel()
+    found, scale, kernel = statistics(method, inputs(128)), scale_of(weight), CalibratedCpuKernel()
     packed, codes, _ = quantize(kernel, weight, method, scale, found)
     for rows, start, columns in [(slice(0, 3), 0, 128), (slice(60, 70), 0, 128), (slice(5, 6), 32, 80)]:
         part = np.ascontiguousarray(weight[rows, start : start + columns])
@@ -181,7 +181,7 @@ def test_rows_and_parts_of_rows_give_the_bytes_of_the_whole(method):
         assert np.array_equal(some[1], codes[rows, start // 16 : (start + columns) // 16])
 
 
-@pytest.mark.parametrize("kernel", [CalibratedNumbaKernel, lambda: CalibratedTorchKernel("cpu")])
+@pytest.mark.parametrize("kernel", [CalibratedCpuKernel, lambda: CalibratedTorchKernel("cpu")])
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_are_positive_and_dead_blocks_have_the_scale_of_zero(method, kernel):
     weight = weights("F32", 8, 64)
@@ -201,7 +201,7 @@ def test_a_dead_channel_is_quantized_as_by_search():
     x = inputs(64)
     x[:, :] = 0
     for method in METHODS:
-        packed, codes, _ = quantize(CalibratedNumbaKernel(), weight, method, scale, statistics(method, x))
+        packed, codes, _ = quantize(CalibratedCpuKernel(), weight, method, scale, statistics(method, x))
         same = codes == plain[1]
         assert same.mean() > 0.9  # four more offsets may win
         assert output_errors(weight, scale, packed, codes, np.tile(np.eye(16), (4, 1, 1))).sum() <= (

@@ -1,12 +1,19 @@
 """The GPU's bytes are the CPU's: run where a CUDA device is, skipped elsewhere."""
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
-import torch
 
-from mfptq.kernels import Recipe, load_kernel
+from mfptq.errors import MemoryBudgetError, UsageError
+from mfptq.kernels import Kernel, Recipe, load_kernel
+from mfptq.kernels.choice import cuda_devices
+from mfptq.kernels.driver import Driver
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(not cuda_devices(), reason="needs a CUDA device")
 
 
 def weights(dtype: str, rows: int, columns: int) -> np.ndarray:
@@ -62,3 +69,63 @@ def test_random_bits() -> None:
                 kernel.quantize(bits, Recipe(method, divisor), packed, codes)
                 results.append(packed.tobytes() + codes.tobytes())
         assert results[:2] == results[2:]
+
+
+def quantized(kernel: Kernel, weight: np.ndarray) -> tuple[bytes, bytes, float]:
+    rows, columns = weight.shape
+    packed, codes = kernel.allocate(rows * columns // 2), kernel.allocate(rows * columns // 16)
+    amax = kernel.amax(weight)
+    kernel.quantize(weight, Recipe("search", 512.0), packed.reshape(rows, -1), codes.reshape(rows, -1))
+    return packed.tobytes(), codes.tobytes(), amax
+
+
+def test_two_threads_at_once() -> None:
+    kernel, barrier = load_kernel("cuda"), Barrier(2)
+    tiles = [weights(dtype, rows, 1040) for rows in (300, 17, 801) for dtype in ("uint16", "float32")]
+
+    def run(of: list[np.ndarray]) -> list[tuple[bytes, bytes, float]]:
+        barrier.wait()
+        return [quantized(kernel, tile) for tile in of * 5]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, (tiles, tiles[::-1])))
+    expected = [quantized(load_kernel("cpu"), tile) for tile in tiles]
+    assert found == [expected * 5, expected[::-1] * 5]
+
+
+def test_half_a_tile_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, most, asked = Driver.call, 0, []
+
+    def short(self: Driver, name: str, *arguments) -> None:
+        if name == "cuMemAlloc_v2":
+            asked.append(arguments[1])
+            if arguments[1] > most:
+                arguments = (arguments[0], 2**44)  # more than any device has: the driver itself refuses
+        call(self, name, *arguments)
+
+    kernel, weight = load_kernel("cuda"), weights("uint16", 1001, 4096)
+    monkeypatch.setattr(Driver, "call", short)
+    most = weight.nbytes
+    assert quantized(kernel, weight) == quantized(load_kernel("cpu"), weight)
+    assert max(asked) > most
+    most = 10_000
+    for run in (kernel.amax, lambda tile: quantized(kernel, tile)):
+        with pytest.raises(MemoryBudgetError, match=r"^cuda:0 .* has no memory for a tile of 8.2 MB, .*--max-workers"):
+            run(weight)
+    most = 2**40
+    assert quantized(kernel, weight) == quantized(load_kernel("cpu"), weight)
+
+
+def test_a_device_that_does_not_exist() -> None:
+    with pytest.raises(UsageError, match=r"no CUDA device 99: the driver shows \d"):
+        load_kernel("cuda:99")
+
+
+def test_nothing_but_the_driver_is_needed() -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from mfptq.kernels import load_kernel\n"
+        "assert load_kernel('cuda').amax(np.full((1, 16), -2, np.float32)) == 2\n"
+        "assert not {'torch', 'triton'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -167,6 +167,5 @@ def test_a_device_is_chosen_by_what_should_finish_first(monkeypatch: pytest.Monk
     monkeypatch.setattr(choice, "cuda_devices", lambda: 0)
     assert choose_device("auto", 10**12, 1).device == "cpu"
     monkeypatch.setattr(choice, "cuda_devices", lambda: 1)
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda _name: object())
     assert choose_device("auto", 10**8, 16).device == "cpu"
     assert choose_device("auto", 10**11, 2).device == "cuda"

@@ -26,9 +26,8 @@ def test_budgets(path: Path) -> None:
         body = function.body[1:] if ast.get_docstring(function) else function.body
         assert not body or (function.end_lineno or 0) - body[0].lineno < 40, function.name
         positional = [*function.args.posonlyargs, *function.args.args]
-        method = positional[:1] and positional[0].arg in ("self", "cls", "_context")
-        if "kernels" not in path.parts:  # compiled functions take their arrays one by one
-            assert len(positional) - bool(method) <= 4, function.name
+        method = positional[:1] and positional[0].arg in ("self", "cls")
+        assert len(positional) - bool(method) <= 4, function.name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -1,0 +1,143 @@
+"""The kernels for NVIDIA GPUs as PTX: the same program as the CPU's, one block of 16 to a thread.
+
+PTX for compute capability 7.0 runs on every later GPU; the driver translates it, and keeps what it made. Instructions round
+as IEEE 754 says and are never contracted (`mul.rn`, `add.rn`, `div.rn`), so that the bytes are the CPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir
+
+from .artifacts import artifact
+from .blocks import BF16, F16, F32, WORST, Sums, block_words, minmax, search, tally, unpack_block
+from .machine import optimized, origin
+from .vector import BYTE, DOUBLE, FLOAT, LONG, VOID, WORD, Code, Words
+
+WARP = 32
+_GLOBAL = 1  # address space
+_TRIPLE = "nvptx64-nvidia-cuda"
+_MODEL, _FEATURES = "sm_70", "+ptx60"
+
+
+def ptx() -> bytes:
+    """Return the PTX of all kernels.
+
+    `search_*`, `minmax_*` for bf16, f16, f32: (source, packed, scales, stats, blocks, global scale), with stats float64
+    [7, W]: column w is what warp w of the grid found. `amax_16`, `amax_32`: (source, words, result), where the result, to
+    be zero before, becomes the largest magnitude's bits.
+    """
+    return artifact("ptx", origin(), _compile)
+
+
+def _compile() -> bytes:
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    target = binding.Target.from_triple(_TRIPLE).create_target_machine(cpu=_MODEL, features=_FEATURES, opt=3)
+    module = ir.Module("mfptq")
+    module.triple, module.data_layout = _TRIPLE, str(target.target_data)
+    for method in ("search", "minmax"):
+        for kind in (BF16, F16, F32):
+            _emit(module, method, kind)
+    for bits in (16, 32):
+        _emit_amax(module, bits)
+    text: str = target.emit_assembly(optimized(module, target))
+    return text.encode()
+
+
+def _kernel(module: ir.Module, name: str, arguments: list[ir.Type]) -> Code:
+    function = ir.Function(module, ir.FunctionType(VOID, arguments), name)
+    function.calling_convention = "ptx_kernel"
+    for argument in function.args:
+        if isinstance(argument.type, ir.PointerType):
+            argument.add_attribute("noalias")
+    return Code(function, 1)
+
+
+def _register(code: Code, name: str) -> Any:
+    return code.intrinsic(f"llvm.nvvm.read.ptx.sreg.{name}", WORD, [])
+
+
+def _threads(code: Code) -> tuple[Any, Any]:
+    """Return (this thread's number in the grid, how many there are), as longs."""
+    build, size = code.build, _register(code, "ntid.x")
+    number = build.add(build.mul(_register(code, "ctaid.x"), size), _register(code, "tid.x"))
+    return build.zext(number, LONG), build.zext(build.mul(_register(code, "nctaid.x"), size), LONG)
+
+
+def _emit(module: ir.Module, method: str, kind: str) -> None:
+    pointers = [element.as_pointer(_GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE)]
+    code = _kernel(module, f"{method}_{kind}", [*pointers, LONG, FLOAT])
+    source, packed, scales, stats, blocks, factor = code.function.args
+    build, words, sums = code.build, block_words(kind), Sums(code)
+    number, threads = _threads(code)
+    global_scale = code.spread(factor)
+    with code.loop(number, blocks, threads) as index:
+        found = unpack_block(_loaded(code, code.at(source, build.mul(index, LONG(words))), words), kind)
+        done = search(code, found, global_scale) if method == "search" else minmax(code, found, global_scale, kind)
+        both = ir.Constant(ir.VectorType(WORD, 2), ir.Undefined)
+        for half, word in enumerate(done.words):
+            both = build.insert_element(both, word.raw, WORD(half))
+        code.store(both, code.at(packed, build.mul(index, LONG(2))), 8)
+        code.store(build.trunc(done.code.raw, BYTE), code.at(scales, index))
+        sums.add(tally(found, done))
+    warp, warps = (build.udiv(count, LONG(WARP)) for count in (number, threads))
+    for row, value in enumerate(sums.doubles()):
+        together = _over_warp(code, value, _larger(code) if row == WORST else build.fadd)
+        code.store(together, code.at(stats, build.add(build.mul(warps, LONG(row)), warp)), 8)
+    build.ret_void()
+
+
+def _loaded(code: Code, start: Any, words: int) -> list[Words]:
+    """Load a block, 16 bytes at a time."""
+    result = []
+    for place in range(0, words, 4):
+        four = code.load(code.at(start, LONG(place)), ir.VectorType(WORD, 4), 16)
+        result += [Words(code, code.build.extract_element(four, WORD(i))) for i in range(4)]
+    return result
+
+
+def _from_neighbour(code: Code, word: Any, distance: int) -> Any:
+    """Return the word of the thread whose number in the warp differs in one bit."""
+    everyone, last = WORD(0xFFFFFFFF), WORD(WARP - 1)
+    return code.intrinsic("llvm.nvvm.shfl.sync.bfly.i32", WORD, [everyone, word, WORD(distance), last])
+
+
+def _over_warp(code: Code, value: Any, join: Callable[[Any, Any], Any]) -> Any:
+    """Return the values of a warp's threads joined, in every thread; the order does not depend on the GPU."""
+    build = code.build
+    for distance in (16, 8, 4, 2, 1):
+        if value.type == WORD:
+            value = join(value, _from_neighbour(code, value, distance))
+            continue
+        bits = build.bitcast(value, LONG)
+        low = _from_neighbour(code, build.trunc(bits, WORD), distance)
+        high = _from_neighbour(code, build.trunc(build.lshr(bits, LONG(32)), WORD), distance)
+        other = build.or_(build.zext(low, LONG), build.shl(build.zext(high, LONG), LONG(32)))
+        value = join(value, build.bitcast(other, DOUBLE))
+    return value
+
+
+def _larger(code: Code) -> Callable[[Any, Any], Any]:
+    return lambda a, b: code.build.select(code.build.fcmp_ordered(">", a, b), a, b)
+
+
+def _emit_amax(module: ir.Module, bits: int) -> None:
+    pointer = WORD.as_pointer(_GLOBAL)
+    code = _kernel(module, f"amax_{bits}", [pointer, LONG, pointer])
+    source, count, result = code.function.args
+    build = code.build
+    number, threads = _threads(code)
+    largest = code.variable(code.words(0))
+    with code.loop(number, count, threads) as index:
+        word = Words(code, code.load(code.at(source, index), WORD, 4))
+        parts = [word & 0x7FFFFFFF] if bits == 32 else [word & 0x7FFF, (word >> 16) & 0x7FFF]
+        for part in parts:
+            largest.set(part.maximum(largest.get()))
+    found = _over_warp(code, largest.get().raw, lambda a, b: build.select(build.icmp_unsigned(">", a, b), a, b))
+    first = build.icmp_unsigned("==", build.and_(_register(code, "tid.x"), WORD(WARP - 1)), WORD(0))
+    with build.if_then(first):
+        build.atomic_rmw("umax", result, found, "monotonic")
+    build.ret_void()

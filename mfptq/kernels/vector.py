@@ -1,0 +1,290 @@
+"""A small language for kernels: numbers with operators that write LLVM instructions.
+
+A value is one number for each of `lanes` blocks: a vector register on a CPU, a plain number in a GPU's thread. What is written
+in it is one program for both, with the same bits: nothing is contracted, reordered or approximated, and a fused product is
+written only where the product is exact.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+BYTE, HALF, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+BIT, VOID = ir.IntType(1), ir.VoidType()
+
+
+class Code:
+    """Where instructions go: into one function, for values of so many lanes."""
+
+    def __init__(self, function: ir.Function, lanes: int, *, fused: bool = True) -> None:
+        self.build = ir.IRBuilder(function.append_basic_block("entry"))
+        self.function = function
+        self.lanes = lanes
+        self.fused = fused
+
+    def typed(self, element: ir.Type) -> ir.Type:
+        """Return the type of a value of such elements."""
+        return ir.VectorType(element, self.lanes) if self.lanes > 1 else element
+
+    def constant(self, element: ir.Type, number: float) -> ir.Constant:
+        """Return the same number in every lane."""
+        return ir.Constant(self.typed(element), [number] * self.lanes if self.lanes > 1 else number)
+
+    def floats(self, number: float) -> Floats:
+        """Return a float32 constant; what float32 cannot hold is rounded."""
+        return Floats(self, self.constant(FLOAT, struct.unpack("<f", struct.pack("<f", number))[0]))
+
+    def words(self, number: int) -> Words:
+        """Return a uint32 constant."""
+        return Words(self, self.constant(WORD, number))
+
+    def spread(self, scalar: Any) -> Any:
+        """Return a float32 or uint32 scalar in every lane."""
+        kind = Floats if scalar.type == FLOAT else Words
+        if self.lanes == 1:
+            return kind(self, scalar)
+        vector = self.build.insert_element(ir.Constant(self.typed(scalar.type), ir.Undefined), scalar, WORD(0))
+        return kind(self, self.shuffle(vector, vector, [0] * self.lanes))
+
+    def shuffle(self, first: Any, second: Any, lanes: Sequence[int]) -> Any:
+        """Return a vector of the lanes named, of two vectors put together."""
+        return self.build.shuffle_vector(first, second, ir.Constant(ir.VectorType(WORD, len(lanes)), list(lanes)))
+
+    def intrinsic(self, name: str, result: ir.Type, arguments: Sequence[Any]) -> Any:
+        """Call one of LLVM's own functions."""
+        module = self.function.module
+        kind = ir.FunctionType(result, [each.type for each in arguments])
+        found = module.globals.get(name) or ir.Function(module, kind, name)
+        return self.build.call(found, arguments)
+
+    def at(self, pointer: Any, index: Any) -> Any:
+        """Return a pointer to an element further on."""
+        return self.build.gep(pointer, [index])
+
+    def load(self, pointer: Any, kind: ir.Type, align: int = 1) -> Any:
+        """Return what lies at a pointer, seen as a type."""
+        return self.build.load(self._seen(pointer, kind), align=align)
+
+    def store(self, value: Any, pointer: Any, align: int = 1) -> None:
+        """Write a value of any type to a pointer."""
+        self.build.store(value, self._seen(pointer, value.type), align=align)
+
+    def _seen(self, pointer: Any, kind: ir.Type) -> Any:
+        return self.build.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
+
+    def variable(self, initial: Any) -> Variable:
+        """Return a variable that holds a value or an instruction's result; registers, in the end."""
+        return Variable(self, initial)
+
+    @contextmanager
+    def loop(self, begin: Any, end: Any, step: Any) -> Iterator[Any]:
+        """Write a loop's body: yields the index; nothing is done where `begin` is not below `end`, which may be a variable."""
+        before, build = self.build.block, self.build
+        body, after = (self.function.append_basic_block(name) for name in ("loop", "after"))
+        build.cbranch(build.icmp_signed("<", begin, _now(end)), body, after)
+        build.position_at_end(body)
+        index = build.phi(begin.type)
+        index.add_incoming(begin, before)
+        yield index
+        following = build.add(index, step)
+        index.add_incoming(following, build.block)
+        build.cbranch(build.icmp_signed("<", following, _now(end)), body, after)
+        build.position_at_end(after)
+
+
+class Variable:
+    """Memory for one value."""
+
+    def __init__(self, code: Code, initial: Any) -> None:
+        self._code = code
+        self._kind = type(initial) if isinstance(initial, Value) else None
+        with code.build.goto_entry_block():
+            self._place = code.build.alloca(_raw(initial).type)
+        self.set(initial)
+
+    def set(self, value: Any) -> None:
+        """Hold another value."""
+        self._code.build.store(_raw(value), self._place)
+
+    def get(self) -> Any:
+        """Return what is held."""
+        found = self._code.build.load(self._place)
+        return found if self._kind is None else self._kind(self._code, found)
+
+
+class Value:
+    """One number for each lane."""
+
+    __slots__ = ("code", "raw")
+
+    def __init__(self, code: Code, raw: Any) -> None:
+        self.code = code
+        self.raw = raw
+
+
+def _now(value: Any) -> Any:
+    return value.get() if isinstance(value, Variable) else value
+
+
+def _raw(value: Any) -> Any:
+    return value.raw if isinstance(value, Value) else value
+
+
+class Mask(Value):
+    """True or false for each lane."""
+
+    __slots__ = ()
+
+    def __and__(self, other: Mask) -> Mask:
+        return Mask(self.code, self.code.build.and_(self.raw, other.raw))
+
+    def choose(self, yes: Any, no: Any) -> Any:
+        """Return `yes` where true, else `no`: two values of one kind, of which one may be a Python number."""
+        kind = type(yes) if isinstance(yes, Value) else type(no)
+        return kind(self.code, self.code.build.select(self.raw, _same(yes, no).raw, _same(no, yes).raw))
+
+    def count(self) -> Words:
+        """Return 1 where true, else 0."""
+        return Words(self.code, self.code.build.zext(self.raw, self.code.typed(WORD)))
+
+    def everywhere(self) -> Any:
+        """Return whether it is true in every lane, one bit."""
+        return self._together(-1)
+
+    def nowhere(self) -> Any:
+        """Return whether it is false in every lane, one bit."""
+        return self._together(0)
+
+    def _together(self, wanted: int) -> Any:
+        bits = self.code.build.bitcast(self.raw, ir.IntType(self.code.lanes))
+        return self.code.build.icmp_unsigned("==", bits, ir.Constant(bits.type, wanted))
+
+
+def _same(value: Any, like: Any) -> Any:
+    """Return a value, or a Python number as a value of the other's kind."""
+    if isinstance(value, Value):
+        return value
+    return like.code.floats(value) if isinstance(like, Floats) else like.code.words(value)
+
+
+class Floats(Value):
+    """Float32 numbers; each operation rounds to nearest, ties to even."""
+
+    __slots__ = ()
+
+    def _with(self, write: Any, other: Floats | float) -> Floats:
+        return Floats(self.code, write(self.raw, _same(other, self).raw))
+
+    def __add__(self, other: Floats | float) -> Floats:
+        return self._with(self.code.build.fadd, other)
+
+    def __sub__(self, other: Floats | float) -> Floats:
+        return self._with(self.code.build.fsub, other)
+
+    def __mul__(self, other: Floats | float) -> Floats:
+        return self._with(self.code.build.fmul, other)
+
+    def __truediv__(self, other: Floats | float) -> Floats:
+        return self._with(self.code.build.fdiv, other)
+
+    def __neg__(self) -> Floats:
+        return Floats(self.code, self.code.build.fneg(self.raw))
+
+    def _compared(self, sign: str, other: Floats | float) -> Mask:
+        return Mask(self.code, self.code.build.fcmp_ordered(sign, self.raw, _same(other, self).raw))
+
+    def __gt__(self, other: Floats | float) -> Mask:
+        return self._compared(">", other)
+
+    def __lt__(self, other: Floats | float) -> Mask:
+        return self._compared("<", other)
+
+    def __le__(self, other: Floats | float) -> Mask:
+        return self._compared("<=", other)
+
+    def differs(self, other: Floats | float) -> Mask:
+        """Return where the two are not equal."""
+        return self._compared("!=", other)
+
+    def maximum(self, other: Floats | float) -> Floats:
+        """Return the larger of two numbers, neither of them NaN."""
+        found: Floats = (self > other).choose(self, other)
+        return found
+
+    def minimum(self, other: Floats | float) -> Floats:
+        """Return the smaller of two numbers, neither of them NaN."""
+        found: Floats = (self < other).choose(self, other)
+        return found
+
+    def bits(self) -> Words:
+        """Return the bits that stand for the numbers."""
+        return Words(self.code, self.code.build.bitcast(self.raw, self.code.typed(WORD)))
+
+    def doubles(self) -> Any:
+        """Return the numbers as float64, an instruction's result."""
+        return self.code.build.fpext(self.raw, self.code.typed(DOUBLE))
+
+    def exact_times(self, factor: Floats | float, add: Floats | float) -> Floats:
+        """Return self * factor + add where the product is exact: in one instruction where there is one."""
+        if not self.code.fused:
+            return self * factor + add
+        suffix = f"v{self.code.lanes}f32" if self.code.lanes > 1 else "f32"
+        arguments = [self.raw, _same(factor, self).raw, _same(add, self).raw]
+        return Floats(self.code, self.code.intrinsic(f"llvm.fma.{suffix}", self.code.typed(FLOAT), arguments))
+
+
+class Words(Value):
+    """Unsigned 32-bit integers, or 32 bits; arithmetic wraps."""
+
+    __slots__ = ()
+
+    def _with(self, write: Any, other: Words | int) -> Words:
+        return Words(self.code, write(self.raw, _same(other, self).raw))
+
+    def __add__(self, other: Words | int) -> Words:
+        return self._with(self.code.build.add, other)
+
+    def __sub__(self, other: Words | int) -> Words:
+        return self._with(self.code.build.sub, other)
+
+    def __mul__(self, other: Words | int) -> Words:
+        return self._with(self.code.build.mul, other)
+
+    def __and__(self, other: Words | int) -> Words:
+        return self._with(self.code.build.and_, other)
+
+    def __or__(self, other: Words | int) -> Words:
+        return self._with(self.code.build.or_, other)
+
+    def __lshift__(self, places: int) -> Words:
+        return self._with(self.code.build.shl, places) if places else self
+
+    def __rshift__(self, places: int) -> Words:
+        return self._with(self.code.build.lshr, places) if places else self
+
+    def _compared(self, sign: str, other: Words | int) -> Mask:
+        return Mask(self.code, self.code.build.icmp_unsigned(sign, self.raw, _same(other, self).raw))
+
+    def equals(self, other: Words | int) -> Mask:
+        """Return where the two are equal."""
+        return self._compared("==", other)
+
+    def maximum(self, other: Words | int) -> Words:
+        """Return the larger of two numbers."""
+        found: Words = self._compared(">", other).choose(self, other)
+        return found
+
+    def minimum(self, other: Words | int) -> Words:
+        """Return the smaller of two numbers."""
+        found: Words = self._compared("<", other).choose(self, other)
+        return found
+
+    def floats(self) -> Floats:
+        """Return the float32 numbers that the bits stand for."""
+        return Floats(self.code, self.code.build.bitcast(self.raw, self.code.typed(FLOAT)))
