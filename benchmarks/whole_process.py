@@ -1,6 +1,6 @@
 """Whole processes side by side: mfptq, `cp -r` with `sync`, and llm-compressor's model_free_ptq where it is installed.
 
-    python benchmarks/whole_process.py WORK_FOLDER [--shards N] [--llmc-python PATH] [--runs 3]
+    python benchmarks/whole_process.py WORK_FOLDER [--shards N] [--layers 4] [--device cuda] [--llmc-python PATH] [--runs 3]
 
 Makes a dense checkpoint of about 2.6 GB once for each number of shards, warms the page cache, then runs every program in
 turn, so that a noisy machine troubles all of them alike. Prints Markdown tables of medians:
@@ -29,9 +29,9 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from measuring import BUFFER, Measured, apart, copying, fresh, measure, size, table, warm
+from measuring import BUFFER, QWEN, Measured, allot, apart, copying, fresh, measure, size, table, warm, write_checkpoint
 
-from mfptq.demo import DemoShape, write_demo
+from mfptq.demo import DemoShape, demo_tensors
 
 PHASES = ("read", "amax", "quantize", "write", "copy", "wait")
 COPY = "`cp -r` and `sync`"
@@ -40,19 +40,21 @@ LLM_COMPRESSOR = """
 import sys
 from llmcompressor import model_free_ptq
 ignore = ["re:.*lm_head$", "re:.*embed_tokens$", "re:.*visual.*", "re:.*mtp.*", "re:.*in_proj_[ab]$", "re:.*conv1d$", "re:.*norm$"]
-model_free_ptq(sys.argv[1], sys.argv[2], scheme="NVFP4A16", ignore=ignore, max_workers=2, device="cpu")
+model_free_ptq(sys.argv[1], sys.argv[2], scheme="NVFP4A16", ignore=ignore, max_workers=int(sys.argv[3]), device=sys.argv[4])
 """
 
 
-def commands(source: Path, out: Path, llmc_python: str | None) -> dict[str, list[str]]:
-    convert = [sys.executable, "-m", "mfptq", "convert", str(source), str(out), "--json"]
+def commands(source: Path, out: Path, options: argparse.Namespace) -> dict[str, list[str]]:
+    workers = str(len(os.sched_getaffinity(0)))
+    convert = [sys.executable, "-m", "mfptq", "convert", str(source), str(out), "--json", "--device", options.device]
     found = {
         COPY: copying(source, out),
         "mfptq `search`": convert,
         "mfptq `minmax`": [*convert, "--method", "minmax"],
     }
-    if llmc_python:
-        found["llm-compressor `model_free_ptq`"] = [llmc_python, "-c", LLM_COMPRESSOR, str(source), str(out)]
+    if options.llmc_python:
+        arguments = [str(source), str(out), workers, options.device]
+        found["llm-compressor `model_free_ptq`"] = [options.llmc_python, "-c", LLM_COMPRESSOR, *arguments]
     return found
 
 
@@ -148,14 +150,18 @@ def main() -> None:
     parser.add_argument("--llmc-python")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--device", default="cpu", help="for mfptq and llm-compressor")
     parser.add_argument("--hidden", type=int, default=4096, help="the model's width; less for a quick try")
     options = parser.parse_args()
-    source, out = options.folder / f"source-{options.hidden}-{options.shards}", options.folder / "out"
+    source = options.folder / f"source-{options.hidden}-{options.layers}-{options.shards}"
+    out = options.folder / "out"
     options.folder.mkdir(parents=True, exist_ok=True)
     if not source.exists():
-        shape = DemoShape(options.hidden, intermediate=3 * options.hidden, layers=4, vocabulary=57000)
-        apart(write_demo, source, shape, options.shards)
-    programs = commands(source, out, options.llmc_python)
+        shape = DemoShape(options.hidden, 3 * options.hidden, options.layers, vocabulary=57000)
+        shares = [1 / options.shards] * options.shards
+        apart(write_checkpoint, source, allot(list(demo_tensors(shape)), shares), QWEN)
+    programs = commands(source, out, options)
     planned = json.loads(measure([sys.executable, "-m", "mfptq", "plan", source, "--json"]).output)
     amounts = {"read from the page cache": size(source), WRITING: planned["output_bytes"], "SHA-256": 2**28}
     speeds: dict[str, list[float]] = {name: [] for name in amounts}
