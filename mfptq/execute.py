@@ -6,30 +6,31 @@ larger ones stream, and their second reading comes from the page cache. Nothing 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from .buffers import Buffers, Quantized
 from .destination import Destination
 from .errors import SourceChangedError, quote
-from .files import COPY_CHUNK, Range, copy_range, storage_errors
+from .files import Range, copy_range, storage_errors
 from .journal import ShardResult
-from .kernels import Recipe, TileStats
+from .kernels import Recipe
 from .kernels.calibrated import Statistics
-from .layout import Weight, numbers_removed
+from .layout import Weight
 from .memory import exceeds_half_of_memory
 from .nvfp4 import GROUP_SIZE
-from .partial import PartialFile, Piece
-from .planning import CopyTensor, Plan, QuantizeWeight, ShardJob, ShardPlan
+from .opened import OpenShard
+from .partial import Piece
+from .planning import CopyTensor, Plan, QuantizeWeight, ShardPlan
 from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
 from .tiles import GroupStep, Tile, bundles, group_steps, tiles, whole_tile
 from .workers import Task, Workers
 
 MAX_FINISHING = 4
+COPY_STEP = 8 * 2**20  # while it is copied, nobody else can write into the file
 WORKERS_FOR_A_FILE = 4
 BufferTask = Task[Buffers]
 WeightTile = tuple[QuantizeWeight, Tile]
@@ -48,34 +49,6 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
-@dataclass(slots=True)
-class OpenShard:
-    """An output file being filled: when none of its work is left, it is finished."""
-
-    job: ShardJob
-    file: PartialFile
-    left: int = 1
-    kinds: dict[str, TileStats] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def note(self, module: str, stats: TileStats) -> None:
-        """Add the statistics of some of a module's weights."""
-        kind = numbers_removed(module)
-        with self.lock:
-            self.kinds.setdefault(kind, TileStats()).add(stats)
-
-    def expect(self, tasks: int) -> None:
-        """Note that more work has been found."""
-        with self.lock:
-            self.left += tasks
-
-    def settle(self) -> bool:
-        """Note that a piece of work is done; return whether it was the last."""
-        with self.lock:
-            self.left -= 1
-            return self.left == 0
-
-
 class Execution:
     """One run of a plan into a destination; `run` returns when every shard is durable."""
 
@@ -90,7 +63,7 @@ class Execution:
         self._scales = GlobalScales(plan.method)
         self._open: dict[str, OpenShard] = {}
         self._lanes = max(1, len(buffers) // WORKERS_FOR_A_FILE)
-        self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes)
+        self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
         self._finishing: list[Future[None]] = []
         self._workers: Workers[Buffers] = Workers(self._supply(), buffers)
@@ -143,6 +116,8 @@ class Execution:
             self._settle(opened)
 
     def _shard_tasks(self, shard: OpenShard) -> Iterator[BufferTask]:
+        pieces = (piece for copy in shard.job.copies for piece in copy.pieces(COPY_STEP))
+        yield partial(self._copy, shard, pieces)
         steps = group_steps(shard.job.weights)
         small = [step for step in steps if step.nbytes <= self._tile_bytes and self._is_complete(step)]
         names = {step.name for step in small}
@@ -151,9 +126,6 @@ class Execution:
                 yield partial(self._start_group, shard, step)
         for bundle in bundles(small, self._tile_bytes):
             yield partial(self._convert_bundle, shard, bundle)
-        for copy in shard.job.copies:
-            for piece in copy.pieces(COPY_CHUNK):
-                yield partial(self._copy, shard, piece)
 
     def _members(self, step: GroupStep) -> tuple[Weight, ...]:
         return self._plan.members(step.weights[0].weight)
@@ -194,6 +166,7 @@ class Execution:
                 shard.file.write(piece.data, piece.offset)
         shard.note(step.weight.module, quantized.stats)
         self._done(shard, tile.offset, tile.nbytes)
+        self._hash_on(shard)
         self._settle(shard)
 
     def _convert_bundle(self, shard: OpenShard, bundle: Sequence[GroupStep], buffers: Buffers) -> None:
@@ -219,6 +192,7 @@ class Execution:
             shard.file.write_pieces(pieces)
         for tile in parts:
             self._done(shard, tile.offset, tile.nbytes)
+        self._hash_on(shard)
         self._settle(shard)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> Statistics | None:
@@ -231,7 +205,12 @@ class Execution:
             self._source.drop_cached(shard.job.name, offset, size)
         self._progress(Progress(size))
 
-    def _copy(self, shard: OpenShard, piece: CopyTensor, buffers: Buffers) -> None:
+    def _copy(self, shard: OpenShard, pieces: Iterator[CopyTensor], buffers: Buffers) -> None:
+        """Copy a piece, and leave the next to whoever is free first: one core copies while the others quantize."""
+        piece = next(pieces, None)
+        if piece is None:
+            self._settle(shard)
+            return
         with buffers.timed("copy"), self._source.descriptor(shard.job.name) as fd:
             try:
                 with storage_errors("copy into", shard.file.target):
@@ -240,8 +219,21 @@ class Execution:
                 raise SourceChangedError(
                     f"{quote(shard.job.name)} ended early: it was truncated while being read"
                 ) from None
-        shard.file.flush(piece.offset, piece.size)
+        shard.file.note(piece.offset, piece.size)
         self._done(shard, piece.source_offset, piece.size)
+        self._workers.add([partial(self._copy, shard, pieces)])
+        self._hash_on(shard)
+
+    def _hash_on(self, shard: OpenShard) -> None:
+        """Let the file's digest follow what is written."""
+        if shard.begin_hashing():
+            self._workers.add([partial(self._hash, shard)])
+
+    def _hash(self, shard: OpenShard, buffers: Buffers) -> None:
+        with buffers.timed("hash"):
+            shard.file.hash_written()
+        shard.hashing = False
+        self._hash_on(shard)
         self._settle(shard)
 
     def _settle(self, shard: OpenShard) -> None:
@@ -258,6 +250,7 @@ class Execution:
             synced.result()
         if self._forget:
             shard.file.forget()
+            self._source.drop_cached(name, 0, 0)  # what tiles that end inside of the kernel's pages have left
         shard.file.commit()
         kinds = {kind: asdict(stats) for kind, stats in sorted(shard.kinds.items())}
         self._destination.record(ShardResult(name, digest, shard.job.size, kinds))

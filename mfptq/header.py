@@ -146,23 +146,24 @@ def _check_cover(tensors: list[TensorInfo], data_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor to be written: everything but its place."""
+    """A tensor to be written: everything but its place. `part` 0 comes first in the file, then 1, and so on."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    part: int = 0
 
 
 def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> tuple[bytes, ShardHeader]:
     """Return a shard's leading bytes, length prefix included, and the header they stand for.
 
-    The bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}: largest
-    dtype first, then by name; compact JSON, padded with spaces to a multiple of 8.
+    Of one part, the bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}:
+    largest dtype first, then by name; compact JSON, padded with spaces to a multiple of 8.
     """
     parts = [f"{encode_basestring(METADATA_KEY)}:{_compact(dict(metadata))}"]
     tensors: list[TensorInfo] = []
     start = 0
-    for spec in sorted(specs, key=lambda s: (-_DTYPE_RANK[s.dtype], s.name.encode())):
+    for spec in sorted(specs, key=lambda s: (s.part, -_DTYPE_RANK[s.dtype], s.name.encode())):
         size = tensor_bytes(spec.dtype, spec.shape)
         assert size is not None
         end = start + size

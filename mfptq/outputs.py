@@ -1,4 +1,9 @@
-"""What each source tensor becomes in the output: names, dtypes and shapes."""
+"""What each source tensor becomes in the output: names, dtypes, shapes, and the part of the file that it lies in.
+
+A file is written, and its digest computed, from its beginning on: kept tensors first, then packed values. Divisors follow
+those, since they are known one by one, and then the small scales. Kept tensors whose size could leave a divisor at an
+address that is no multiple of 4 come last.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,9 @@ from .header import TensorSpec
 from .nvfp4 import GROUP_SIZE
 from .rules import Decided
 
+_KEPT, _PACKED, _DIVISORS, _REST = range(4)
+_ALIGNMENT = 4  # of a divisor; a weight's packed values are a multiple of 8 bytes
+
 
 def output_specs(shard: Shard, fates: Mapping[str, Decided], *, with_input: bool) -> list[TensorSpec]:
     """Return the tensors of an output shard, in the order of their source; `with_input` adds input scales."""
@@ -18,11 +26,11 @@ def output_specs(shard: Shard, fates: Mapping[str, Decided], *, with_input: bool
 def _outputs(item: Decided, *, with_input: bool) -> Iterator[TensorSpec]:
     info = item.candidate.tensor.info
     if not item.decision.quantize:
-        yield TensorSpec(info.name, info.dtype, info.shape)
+        yield TensorSpec(info.name, info.dtype, info.shape, _KEPT if info.nbytes % _ALIGNMENT == 0 else _REST)
         return
     for weight in item.candidate.weights:
-        yield TensorSpec(f"{weight.module}.weight_packed", "U8", (weight.rows, weight.columns // 2))
-        yield TensorSpec(f"{weight.module}.weight_scale", "F8_E4M3", (weight.rows, weight.columns // GROUP_SIZE))
-        yield TensorSpec(f"{weight.module}.weight_global_scale", "F32", (1,))
+        yield TensorSpec(f"{weight.module}.weight_packed", "U8", (weight.rows, weight.columns // 2), _PACKED)
+        yield TensorSpec(f"{weight.module}.weight_scale", "F8_E4M3", (weight.rows, weight.columns // GROUP_SIZE), _REST)
+        yield TensorSpec(f"{weight.module}.weight_global_scale", "F32", (1,), _DIVISORS)
         if with_input:
-            yield TensorSpec(f"{weight.module}.input_global_scale", "F32", (1,))
+            yield TensorSpec(f"{weight.module}.input_global_scale", "F32", (1,), _DIVISORS)

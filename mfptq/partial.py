@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import secrets
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from operator import itemgetter
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from .files import advise, read_exact, storage_errors, sync_folder, write_all
 
 HASH_CHUNK = 2**20
+HASH_STEP = 8 * 2**20
 FLUSH_BYTES = 2**19
 PARTIAL_SUFFIX = ".partial"
 _NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
@@ -42,6 +44,8 @@ class PartialFile:
         self.path = path
         self.target = target
         self.size = size
+        self._written = WrittenPrefix()
+        self._digest = Digest()
         with storage_errors("create", target):
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -55,7 +59,7 @@ class PartialFile:
         """Write bytes at an offset."""
         with storage_errors("write", self.target):
             write_all(self.fd, data, offset)
-        self.flush(offset, len(data))
+        self.note(offset, len(data))
 
     def write_pieces(self, pieces: Iterable[Piece]) -> None:
         """Write many pieces, neighbours together."""
@@ -72,19 +76,31 @@ class PartialFile:
         if run:
             self.write(b"".join(run), begin)
 
-    def flush(self, offset: int, size: int) -> None:
-        """Let the kernel begin to write a large range to disk, so that the final sync has little left to wait for."""
+    def note(self, offset: int, size: int) -> None:
+        """Note that a range is written; the kernel may begin to write it to disk, so that the last sync has little to do."""
         if size >= FLUSH_BYTES:
             advise(self.fd, offset, size, "POSIX_FADV_DONTNEED")
+        self._written.add(offset, size)
+
+    @property
+    def unhashed(self) -> int:
+        """How many bytes are written one behind the other that the digest has not seen."""
+        return self._written.end - self._digest.end
+
+    def hash_written(self) -> None:
+        """Take some of what is written into the digest; never by two threads at once."""
+        with storage_errors("read back", self.target):
+            self._digest.read(self.fd, min(self._written.end, self._digest.end + HASH_STEP))
 
     def forget(self) -> None:
         """Let the kernel drop what is durable from its cache."""
         advise(self.fd, 0, self.size, "POSIX_FADV_DONTNEED")
 
     def sha256(self) -> str:
-        """Return the SHA-256 of what was written, hexadecimal."""
+        """Return the SHA-256 of what was written, which must be all, hexadecimal."""
         with storage_errors("read back", self.target):
-            return file_sha256(self.fd, self.size)
+            self._digest.read(self.fd, self.size)
+            return self._digest.hex()
 
     def sync(self) -> None:
         """Make the content durable; a failure is final, the temporary must be discarded."""
@@ -112,13 +128,48 @@ class PartialFile:
 
 def file_sha256(fd: int, size: int) -> str:
     """Return the SHA-256 of the first `size` bytes of an open file, hexadecimal."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(HASH_CHUNK, max(size, 1))))
-    for offset in range(0, size, HASH_CHUNK):
-        part = buffer[: min(HASH_CHUNK, size - offset)]
-        read_exact(fd, part, offset)
-        digest.update(part)
-    return digest.hexdigest()
+    digest = Digest()
+    digest.read(fd, size)
+    return digest.hex()
+
+
+class Digest:
+    """The SHA-256 of a file's first bytes: `end` of them so far."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._state = hashlib.sha256()
+        self._buffer = memoryview(b"")
+
+    def read(self, fd: int, end: int) -> None:
+        """Take in an open file's bytes up to `end`; raises EOFError if it ends before."""
+        if end - self.end > len(self._buffer) < HASH_CHUNK:
+            self._buffer = memoryview(bytearray(min(HASH_CHUNK, end - self.end)))
+        while self.end < end:
+            part = self._buffer[: end - self.end]
+            read_exact(fd, part, self.end)
+            self._state.update(part)
+            self.end += len(part)
+
+    def hex(self) -> str:
+        """Return the digest, hexadecimal."""
+        return self._state.hexdigest()
+
+
+class WrittenPrefix:
+    """Where the bytes of a file that are written one behind the other end, whatever the order of writing."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._ahead: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, size: int) -> None:
+        """Note a range; none may be written twice."""
+        with self._lock:
+            self._ahead[offset] = offset + size
+            while (end := self._ahead.pop(self.end, None)) is not None:
+                self.end = end
 
 
 def _preallocate(fd: int, size: int) -> None:

@@ -27,7 +27,7 @@ from .rules import Decided, Selection, select
 from .scales import AssignedScales, InputScales, assign_input_scales
 from .settings import Settings, unreached
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
