@@ -107,8 +107,7 @@ def write_checkpoint(
     folder: Path, parts: Sequence[Sequence[TensorSpec]], config: dict[str, Any], *, sparse: bool = False
 ) -> None:
     """Write shards with normally distributed bf16 weights, or with holes for data; holds a few MB, whatever the size."""
-    values = np.random.default_rng(0).standard_normal(BUFFER // 2, np.float32) * np.float32(0.02)
-    block = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    rng = np.random.default_rng(0)  # no block twice: storage may compress, or store equal blocks once
     new = folder.with_name(folder.name + ".new")  # whatever has its final name is complete
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -119,7 +118,8 @@ def write_checkpoint(
         with (new / name).open("wb") as file:
             file.write(head)
             for start in range(0, 0 if sparse else header.data_bytes, BUFFER):
-                file.write(block[: header.data_bytes - start])
+                values = rng.standard_normal(BUFFER // 2, np.float32) * np.float32(0.02)
+                file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes()[: header.data_bytes - start])
             file.truncate(len(head) + header.data_bytes)
         places |= {info.name: name for info in header.tensors}
         total += header.data_bytes

@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -65,12 +66,14 @@ def read_seconds(source: Path) -> float:
 
 
 def write_seconds(path: Path, nbytes: int) -> float:
-    """Write so many bytes that no file system can compress, and remove them."""
-    buffer = memoryview(os.urandom(BUFFER))
+    """Write so many bytes that no storage can compress or recognize, and remove them."""
+    buffer, marks = bytearray(os.urandom(BUFFER)), random.Random(0)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     begin, left = time.monotonic(), nbytes
     while left:
-        left -= os.write(fd, buffer[:left])
+        for place in range(0, BUFFER, 4096):
+            buffer[place : place + 16] = marks.randbytes(16)
+        left -= os.write(fd, memoryview(buffer)[:left])
     os.fsync(fd)
     seconds = time.monotonic() - begin
     os.close(fd)

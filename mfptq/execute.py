@@ -30,7 +30,7 @@ from .tiles import GroupStep, Tile, bundles, group_steps, tiles, whole_tile
 from .workers import Task, Workers
 
 MAX_FINISHING = 4
-COPY_STEP = 8 * 2**20  # while it is copied, nobody else can write into the file
+COPY_STEP = 2 * 2**20  # while it is copied, nobody else can write into the file
 WORKERS_FOR_A_FILE = 4
 BufferTask = Task[Buffers]
 WeightTile = tuple[QuantizeWeight, Tile]
@@ -65,6 +65,7 @@ class Execution:
         self._lanes = max(1, len(buffers) // WORKERS_FOR_A_FILE)
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
+        self._flusher = ThreadPoolExecutor(1, "mfptq-flush")
         self._finishing: list[Future[None]] = []
         self._workers: Workers[Buffers] = Workers(self._supply(), buffers)
 
@@ -74,7 +75,8 @@ class Execution:
             self._workers.run()
             self._wait_for_finishing(0)
         finally:
-            self._finisher.shutdown(wait=True, cancel_futures=True)
+            for pool in (self._finisher, self._flusher):
+                pool.shutdown(wait=True, cancel_futures=True)
             for shard in self._open.values():
                 shard.file.discard()
 
@@ -166,7 +168,7 @@ class Execution:
                 shard.file.write(piece.data, piece.offset)
         shard.note(step.weight.module, quantized.stats)
         self._done(shard, tile.offset, tile.nbytes)
-        self._hash_on(shard)
+        self._follow(shard)
         self._settle(shard)
 
     def _convert_bundle(self, shard: OpenShard, bundle: Sequence[GroupStep], buffers: Buffers) -> None:
@@ -192,7 +194,7 @@ class Execution:
             shard.file.write_pieces(pieces)
         for tile in parts:
             self._done(shard, tile.offset, tile.nbytes)
-        self._hash_on(shard)
+        self._follow(shard)
         self._settle(shard)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> Statistics | None:
@@ -222,10 +224,12 @@ class Execution:
         shard.file.note(piece.offset, piece.size)
         self._done(shard, piece.source_offset, piece.size)
         self._workers.add([partial(self._copy, shard, pieces)])
-        self._hash_on(shard)
+        self._follow(shard)
 
-    def _hash_on(self, shard: OpenShard) -> None:
-        """Let the file's digest follow what is written."""
+    def _follow(self, shard: OpenShard) -> None:
+        """Let the disk and the file's digest follow what is written: waiting for the disk is no worker's business."""
+        if shard.file.unflushed:
+            self._flusher.submit(shard.file.flush)
         if shard.begin_hashing():
             self._workers.add([partial(self._hash, shard)])
 
@@ -233,7 +237,7 @@ class Execution:
         with buffers.timed("hash"):
             shard.file.hash_written()
         shard.hashing = False
-        self._hash_on(shard)
+        self._follow(shard)
         self._settle(shard)
 
     def _settle(self, shard: OpenShard) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import threading
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from operator import itemgetter
@@ -46,6 +47,8 @@ class PartialFile:
         self.size = size
         self._written = WrittenPrefix()
         self._digest = Digest()
+        self._large: deque[tuple[int, int]] = deque()
+        self._closing = threading.Lock()  # held by whoever closes the file, or works on it beside the workers
         with storage_errors("create", target):
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -77,10 +80,21 @@ class PartialFile:
             self.write(b"".join(run), begin)
 
     def note(self, offset: int, size: int) -> None:
-        """Note that a range is written; the kernel may begin to write it to disk, so that the last sync has little to do."""
+        """Note that a range is written."""
         if size >= FLUSH_BYTES:
-            advise(self.fd, offset, size, "POSIX_FADV_DONTNEED")
+            self._large.append((offset, size))
         self._written.add(offset, size)
+
+    @property
+    def unflushed(self) -> bool:
+        """Whether there are large ranges that the kernel may keep to itself until the last sync."""
+        return bool(self._large)
+
+    def flush(self) -> None:
+        """Let the kernel begin to write large ranges to disk; waits where the disk has much to do already."""
+        with self._closing:
+            while self._large and self.fd >= 0:
+                advise(self.fd, *self._large.popleft(), "POSIX_FADV_DONTNEED")
 
     @property
     def unhashed(self) -> int:
@@ -111,19 +125,22 @@ class PartialFile:
         """Make the file durable under its name."""
         self.sync()
         with storage_errors("rename to", self.target):
-            os.close(self.fd)
-            self.fd = -1
+            self._close()
             os.replace(self.path, self.target)  # noqa: PTH105 - every system call goes through `os`
             sync_folder(self.target.parent)
 
     def discard(self) -> None:
         """Remove the temporary, if it is still one; a failure to do so never hides what led here."""
         with suppress(OSError):
-            if self.fd >= 0:
-                os.close(self.fd)
-        self.fd = -1
+            self._close()
         with suppress(OSError):
             os.unlink(self.path)  # noqa: PTH108 - every system call goes through `os`
+
+    def _close(self) -> None:
+        with self._closing:
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                os.close(fd)
 
 
 def file_sha256(fd: int, size: int) -> str:
