@@ -34,7 +34,7 @@ from measuring import BUFFER, QWEN, Measured, allot, apart, copying, fresh, meas
 
 from mfptq.demo import DemoShape, demo_tensors
 
-PHASES = ("read", "amax", "quantize", "write", "copy", "wait")
+PHASES = ("read", "amax", "quantize", "write", "copy", "hash", "wait")
 COPY = "`cp -r` and `sync`"
 WRITING = "write and one fsync"
 LLM_COMPRESSOR = """

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from .bundles import Bundle
 from .errors import NonFiniteWeightError, quote
 from .files import FolderSource
-from .kernels import Kernel, Recipe, TileStats
+from .kernels import STATISTICS, Float64Array, Kernel, Many, Recipe, TileStats
 from .kernels import Tile as TileArray
 from .kernels.calibrated import CalibratedKernel, Statistics
-from .nvfp4 import GROUP_SIZE, as_float32
+from .layout import Weight
+from .nvfp4 import GROUP_SIZE, ByteArray, Float32Array, as_float32
+from .planning import QuantizeWeight
 from .tiles import Tile
 
 NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
@@ -36,32 +40,38 @@ class Buffers:
         """Add the time that the block takes to a phase."""
         return Timed(self.seconds, phase)
 
-    def read(self, source: FolderSource, tiles: Sequence[Tile]) -> list[TileArray]:
-        """Return each tile's data; together they must fit into the buffer. The next call overwrites them."""
+    def read(self, source: FolderSource, tile: Tile) -> TileArray:
+        """Return a tile's data `[R, K]`, which must fit into the buffer. The next call overwrites it."""
+        stretches = [(tile.offset, tile.nbytes)]
+        return self._read(source, tile.weight.shard, stretches, tile.weight.dtype).reshape(tile.rows, tile.columns)
+
+    def read_bundle(self, source: FolderSource, bundle: Bundle) -> TileArray:
+        """Return the data of many weights, flat, which must fit into the buffer. The next call overwrites it."""
+        return self._read(source, bundle.steps[0].weight.shard, bundle.reads(), bundle.dtype)
+
+    def _read(self, source: FolderSource, shard: str, stretches: Iterable[tuple[int, int]], dtype: str) -> TileArray:
         with self.timed("read"):
-            start = 0
-            arrays = []
-            for shard, offset, size in _runs(tiles):
-                source.read_into(shard, offset, self._source.data[start : start + size])
-                start += size
-            start = 0
-            for tile in tiles:
-                view = self._source[start : start + tile.nbytes].view(NUMPY_DTYPES[tile.weight.dtype])
-                arrays.append(view.reshape(tile.rows, tile.columns))
-                start += tile.nbytes
-            return arrays
+            end = 0
+            for offset, size in stretches:
+                source.read_into(shard, offset, self._source.data[end : end + size])
+                end += size
+            return self._source[:end].view(NUMPY_DTYPES[dtype])
 
     def amax(self, data: TileArray, tile: Tile) -> float:
         """Return the tile's largest magnitude; raises NonFiniteWeightError for NaN or infinity."""
         with self.timed("amax"):
             found = self.kernel.amax(data)
-        if not np.isfinite(found):
-            bad = int(np.flatnonzero(~np.isfinite(as_float32(data.reshape(-1))))[0])
-            weight = tile.weight
-            raise NonFiniteWeightError(
-                f"{quote(weight.module)} in {quote(weight.shard)} holds {as_float32(data.reshape(-1))[bad]} at flat index "
-                f"{tile.start + bad}: it cannot be quantized; --ignore it or repair the source"
-            )
+        if not math.isfinite(found):
+            raise _not_finite(data.reshape(-1), tile.weight, tile.start)
+        return found
+
+    def amax_each(self, data: TileArray, bundle: Bundle) -> Float32Array:
+        """Return each weight's largest magnitude; raises NonFiniteWeightError for NaN or infinity."""
+        with self.timed("amax"):
+            found = self.kernel.amax_each(data, bundle.starts)
+        if not np.isfinite(found).all():
+            bad = int(np.flatnonzero(~np.isfinite(found))[0])
+            raise _not_finite(data[bundle.starts[bad] : bundle.starts[bad + 1]], bundle.steps[bad].weight, 0)
         return found
 
     def quantize(
@@ -77,6 +87,37 @@ class Buffers:
             assert self.calibrated is not None
             stats = self.calibrated.quantize(data, recipe, statistics, packed=packed, scales=scales)
             return Quantized(packed, scales, stats)
+
+    def quantize_each(self, data: TileArray, many: Many) -> QuantizedMany:
+        """Return what many weights become."""
+        packed, scales = self._packed[: data.size // 2], self._scales[: data.size // GROUP_SIZE]
+        with self.timed("quantize"):
+            return QuantizedMany(packed, scales, self.kernel.quantize_each(data, many, packed, scales))
+
+    def quantize_by(
+        self,
+        statistics: Callable[[QuantizeWeight], Statistics | None],
+        data: TileArray,
+        bundle: Bundle,
+        divisors: Float32Array,
+    ) -> QuantizedMany:
+        """Return what many weights become, minding what is known of each one's input."""
+        stats = np.empty((len(bundle.steps), STATISTICS))
+        for row, step in enumerate(bundle.steps):
+            start, end = bundle.starts[row : row + 2].tolist()
+            tile = data[start:end].reshape(step.weight.rows, step.weight.columns)
+            recipe = Recipe(step.method, float(divisors[row]))
+            stats[row] = self.quantize(tile, recipe, statistics(step), start=start).stats.as_array()
+        return QuantizedMany(self._packed[: data.size // 2], self._scales[: data.size // GROUP_SIZE], stats)
+
+
+def _not_finite(values: TileArray, weight: Weight, start: int) -> NonFiniteWeightError:
+    """Return the error for the first value that is no number, of values that begin at `start` in their weight."""
+    bad = int(np.flatnonzero(~np.isfinite(as_float32(values)))[0])
+    return NonFiniteWeightError(
+        f"{quote(weight.module)} in {quote(weight.shard)} holds {as_float32(values)[bad]} at flat index "
+        f"{start + bad}: it cannot be quantized; --ignore it or repair the source"
+    )
 
 
 class Timed:
@@ -95,26 +136,19 @@ class Timed:
         self._seconds[self._phase] += time.perf_counter() - self._begin
 
 
+@dataclass(frozen=True, slots=True)
 class Quantized:
     """A quantized tile: uint8 `[R, K/2]` packed values, uint8 `[R, K/16]` scale codes, and what it cost."""
 
-    __slots__ = ("packed", "scales", "stats")
-
-    def __init__(self, packed: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8], stats: TileStats) -> None:
-        self.packed = packed
-        self.scales = scales
-        self.stats = stats
+    packed: ByteArray
+    scales: ByteArray
+    stats: TileStats
 
 
-def _runs(tiles: Sequence[Tile]) -> Iterator[tuple[str, int, int]]:
-    """Yield (shard, offset, bytes) of each contiguous stretch, so that neighbours are read at once."""
-    shard, offset, size = "", 0, 0
-    for tile in tiles:
-        if size and tile.weight.shard == shard and tile.offset == offset + size:
-            size += tile.nbytes
-            continue
-        if size:
-            yield shard, offset, size
-        shard, offset, size = tile.weight.shard, tile.offset, tile.nbytes
-    if size:
-        yield shard, offset, size
+@dataclass(frozen=True, slots=True)
+class QuantizedMany:
+    """Many quantized weights, flat: packed values and scale codes, one weight behind the other, and their statistics."""
+
+    packed: ByteArray
+    scales: ByteArray
+    stats: Float64Array

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from .buffers import Buffers, Quantized
+from .bundles import Bundle, bundles
 from .destination import Destination
 from .errors import SourceChangedError, quote
 from .files import Range, copy_range, storage_errors
 from .journal import ShardResult
-from .kernels import Recipe
+from .kernels import Many, Recipe
 from .kernels.calibrated import Statistics
 from .layout import Weight
 from .memory import exceeds_half_of_memory
@@ -26,7 +27,7 @@ from .opened import OpenShard
 from .partial import Piece
 from .planning import CopyTensor, Plan, QuantizeWeight, ShardPlan
 from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
-from .tiles import GroupStep, Tile, bundles, group_steps, tiles, whole_tile
+from .tiles import GroupStep, Tile, group_steps, tiles
 from .workers import Task, Workers
 
 MAX_FINISHING = 4
@@ -121,7 +122,9 @@ class Execution:
         pieces = (piece for copy in shard.job.copies for piece in copy.pieces(COPY_STEP))
         yield partial(self._copy, shard, pieces)
         steps = group_steps(shard.job.weights)
-        small = [step for step in steps if step.nbytes <= self._tile_bytes and self._is_complete(step)]
+        small = [
+            step for step in steps if step.nbytes <= self._tile_bytes and step.is_uniform and self._is_complete(step)
+        ]
         names = {step.name for step in small}
         for step in steps:
             if step.name not in names:
@@ -144,7 +147,7 @@ class Execution:
             self._workers.add(partial(self._find_amax, step.name, tile) for tile in found)
 
     def _find_amax(self, group: str, tile: Tile, buffers: Buffers) -> None:
-        [data] = buffers.read(self._source, [tile])
+        data = buffers.read(self._source, tile)
         self._scales.found(group, buffers.amax(data, tile))
 
     def _quantize_group(self, shard: OpenShard, step: GroupStep, scale: float) -> None:
@@ -161,7 +164,7 @@ class Execution:
 
     def _quantize_tile(self, shard: OpenShard, work: WeightTile, scale: float, buffers: Buffers) -> None:
         step, tile = work
-        [data] = buffers.read(self._source, [tile])
+        data = buffers.read(self._source, tile)
         quantized = buffers.quantize(data, Recipe(step.method, scale), self._statistics(step, tile))
         with buffers.timed("write"):
             for piece in _places(work, quantized):
@@ -171,29 +174,24 @@ class Execution:
         self._follow(shard)
         self._settle(shard)
 
-    def _convert_bundle(self, shard: OpenShard, bundle: Sequence[GroupStep], buffers: Buffers) -> None:
+    def _convert_bundle(self, shard: OpenShard, bundle: Bundle, buffers: Buffers) -> None:
         """Convert whole groups that fit into the buffer together: read once, written in as few runs as they lie in."""
-        steps = [step for group in bundle for step in group.weights]
-        parts = [whole_tile(step.weight) for step in steps]
-        works = dict(zip([step.weight.module for step in steps], zip(steps, parts, strict=True), strict=True))
-        data = dict(zip(works, buffers.read(self._source, parts), strict=True))
-        pieces: list[Piece] = []
-        start = 0
-        for group in bundle:
-            modules = [step.weight.module for step in group.weights]
-            amax = max(buffers.amax(data[module], works[module][1]) for module in modules)
-            scale = global_scale(self._plan.method, amax, self._members(group))
-            for module in modules:
-                step, tile = works[module]
-                recipe = Recipe(step.method, scale)
-                quantized = buffers.quantize(data[module], recipe, self._statistics(step, tile), start=start)
-                pieces += [*_scalars(step, scale), *_places(works[module], quantized)]
-                shard.note(module, quantized.stats)
-                start += tile.size
+        data = buffers.read_bundle(self._source, bundle)
+        amax = bundle.of_groups(buffers.amax_each(data, bundle))
+        groups = zip(bundle.groups, amax.tolist(), strict=True)
+        scales = [global_scale(self._plan.method, found, self._members(group)) for group, found in groups]
+        divisors = bundle.for_weights(scales)
+        if self._plan.calibration is None:
+            quantized = buffers.quantize_each(data, Many(self._plan.method, bundle.starts, divisors))
+        else:
+            quantized = buffers.quantize_by(self._plan.statistics, data, bundle, divisors)
         with buffers.timed("write"):
-            shard.file.write_pieces(pieces)
-        for tile in parts:
-            self._done(shard, tile.offset, tile.nbytes)
+            for piece in bundle.pieces(quantized.packed, quantized.scales, divisors):
+                shard.file.write(piece.data, piece.offset)
+        for kind, stats in bundle.by_kind(quantized.stats).items():
+            shard.note(kind, stats)
+        for offset, size in bundle.reads():
+            self._done(shard, offset, size)
         self._follow(shard)
         self._settle(shard)
 

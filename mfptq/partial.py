@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .files import advise, read_exact, storage_errors, sync_folder, write_all
 
-HASH_CHUNK = 2**20
+HASH_CHUNK = 2**18
 HASH_STEP = 8 * 2**20
 FLUSH_BYTES = 2**19
 PARTIAL_SUFFIX = ".partial"

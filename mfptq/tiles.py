@@ -1,4 +1,4 @@
-"""How the work on a shard is cut: weights into tiles of bounded size, small fused groups into bundles read once."""
+"""How the work on a shard is cut: into fused groups, and weights into tiles of bounded size."""
 
 from __future__ import annotations
 
@@ -53,11 +53,6 @@ def tiles(weight: Weight, tile_bytes: int) -> Iterator[Tile]:
             yield Tile(weight, row * weight.columns + column, 1, min(width, weight.columns - column))
 
 
-def whole_tile(weight: Weight) -> Tile:
-    """Return a weight as one tile."""
-    return Tile(weight, 0, weight.rows, weight.columns)
-
-
 @dataclass(frozen=True, slots=True)
 class GroupStep:
     """The weights of one fused group that lie in one shard."""
@@ -70,6 +65,11 @@ class GroupStep:
         """Size in the source, in bytes."""
         return sum(step.weight.nbytes for step in self.weights)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether its weights have one dtype."""
+        return len(self.weights) == 1 or len({step.weight.dtype for step in self.weights}) == 1
+
 
 def group_steps(weights: Iterable[QuantizeWeight]) -> list[GroupStep]:
     """Return a shard's weights by fused group, in the order in which their data begins."""
@@ -77,17 +77,3 @@ def group_steps(weights: Iterable[QuantizeWeight]) -> list[GroupStep]:
     for step in weights:
         by_group.setdefault(step.group, []).append(step)
     return [GroupStep(name, tuple(steps)) for name, steps in by_group.items()]
-
-
-def bundles(groups: Iterable[GroupStep], tile_bytes: int) -> Iterator[tuple[GroupStep, ...]]:
-    """Yield runs of groups that together fit into one tile."""
-    run: list[GroupStep] = []
-    size = 0
-    for group in groups:
-        if run and size + group.nbytes > tile_bytes:
-            yield tuple(run)
-            run, size = [], 0
-        run.append(group)
-        size += group.nbytes
-    if run:
-        yield tuple(run)

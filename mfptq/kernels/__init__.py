@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError, quote
-from ..nvfp4 import ByteArray
+from ..nvfp4 import GROUP_SIZE, ByteArray, Float32Array
 
 Tile = npt.NDArray[Any]
+Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
 STATISTICS = 7
 
 
@@ -59,21 +63,62 @@ class TileStats:
         error, weight, rounding, worst, zeroed, saturated, zero = values.tolist()
         return cls(weights, error, weight, rounding, worst, int(zeroed), int(saturated), int(zero))
 
+    @classmethod
+    def together(cls, weights: int, rows: npt.NDArray[np.float64]) -> TileStats:
+        """Return the statistics of several weights, `[n, 7]`, as one."""
+        values = rows.sum(axis=0)
+        values[3] = rows[:, 3].max()
+        return cls.from_array(weights, values)
 
-class Kernel(Protocol):
+    def as_array(self) -> npt.NDArray[np.float64]:
+        """Return what `from_array` takes."""
+        return np.array([getattr(self, name) for name in self.__slots__[1:]], np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Many:
+    """Weights of one dtype that lie one behind the other, and how to quantize them.
+
+    Weight i has the elements from `starts[i]` to `starts[i + 1]`, a multiple of 16, and the divisor `global_scales[i]`.
+    """
+
+    method: str
+    starts: Int64Array
+    global_scales: Float32Array
+
+
+class Kernel(ABC):
     """What quantizes tiles: `[R, K]` C-contiguous, K a multiple of 16; uint16 means raw bfloat16 bits."""
 
     name: str
     tile_bytes: int  # what it takes at once with the least overhead
 
+    @abstractmethod
     def allocate(self, size: int) -> ByteArray:
         """Return `size` bytes of memory that the kernel reads tiles from best."""
 
+    @abstractmethod
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
 
+    @abstractmethod
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
+
+    def amax_each(self, data: Tile, starts: Int64Array) -> Float32Array:
+        """Return the largest magnitude of each of many weights, flat; see Many."""
+        spans = itertools.pairwise(starts.tolist())
+        return np.array([self.amax(data[begin:end].reshape(1, -1)) for begin, end in spans], np.float32)
+
+    def quantize_each(self, data: Tile, many: Many, packed: ByteArray, scales: ByteArray) -> Float64Array:
+        """Write the packed values and scale codes of many weights, flat; return the statistics `[n, 7]` of each."""
+        stats = np.empty((len(many.global_scales), STATISTICS))
+        for row, (begin, end) in enumerate(itertools.pairwise(many.starts.tolist())):
+            parts = (packed[begin // 2 : end // 2], scales[begin // GROUP_SIZE : end // GROUP_SIZE])
+            recipe = Recipe(many.method, float(many.global_scales[row]))
+            found = self.quantize(data[begin:end].reshape(1, -1), recipe, *(part.reshape(1, -1) for part in parts))
+            stats[row] = found.as_array()
+        return stats
 
 
 def load_kernel(device: str = "cpu") -> Kernel:

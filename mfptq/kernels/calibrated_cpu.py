@@ -44,7 +44,7 @@ def _emit(module: ir.Module, name: str) -> None:
         done = calibrated(x, global_scale, Known(code, *places), method)
         _store_rows(code, done, (packed, scales), [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)])
         sums.add(tally(Block([(each.bits() & 0x7FFFFFFF).floats() for each in x], ()), done))
-    store_sums(code, sums, stats)
+    store_sums(code, sums, stats, LONG(0))
     build.ret_void()
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 
-from ..nvfp4 import GROUP_SIZE, ByteArray
-from . import STATISTICS, Recipe, Tile, TileStats
+from ..nvfp4 import GROUP_SIZE, ByteArray, Float32Array
+from . import STATISTICS, Float64Array, Int64Array, Kernel, Many, Recipe, Tile, TileStats
 from .blocks import BF16, F16, F32, WORST, Quantized, Sums, block_words, minmax, search, tally, unpack_block
 from .machine import LANES, MachineCode, has_fused
-from .vector import BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Words
+from .vector import BIT, BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Words
 
 KINDS = {"H": BF16, "e": F16, "f": F32}  # by numpy's type characters; uint16 stands for bfloat16
 _POINTER = ctypes.c_void_p
@@ -52,8 +52,11 @@ def transposed(code: Code, source: Any, words: int, stride: Any = None) -> list[
     return [Words(code, row) for row in rows]
 
 
-def store_sums(code: Code, sums: Sums, stats: Any) -> None:
-    """Write the statistics of all lanes together: sums in the order of lanes, and the worst relative error."""
+def store_sums(code: Code, sums: Sums, stats: Any, padding: Any) -> None:
+    """Write the statistics of all lanes together: sums in the order of lanes, and the worst relative error.
+
+    `padding` is how many of the blocks were only there to fill a chunk.
+    """
     build, values = code.build, sums.doubles()
     for place, vector in enumerate(values):
         total, *others = [build.extract_element(vector, WORD(lane)) for lane in range(LANES)]
@@ -62,6 +65,8 @@ def store_sums(code: Code, sums: Sums, stats: Any) -> None:
             total = build.select(larger, lane, total) if place == WORST else build.fadd(total, lane)
         if place == WORST:
             total = code.intrinsic("llvm.sqrt.f64", DOUBLE, [total])
+        if place == STATISTICS - 1:
+            total = build.fsub(total, build.sitofp(padding, DOUBLE))
         code.store(total, code.at(stats, LONG(place)))
 
 
@@ -75,31 +80,96 @@ def store_chunk(code: Code, done: Quantized, packed: Any, scales: Any) -> None:
 
 
 def _emit(module: ir.Module, name: str) -> None:
-    """Write a function for whole chunks: (source, packed, scales, stats, blocks, global scale)."""
-    method, kind = name.split("_")
-    pointers = [element.as_pointer() for element in (WORD, WORD, BYTE, DOUBLE)]
-    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG, FLOAT]), name)
-    source, packed, scales, stats, blocks, factor = function.args
-    for pointer in (source, packed, scales, stats):
-        pointer.add_attribute("noalias")
-    code = Code(function, LANES, fused=has_fused())
-    sums, global_scale, words = Sums(code), code.spread(factor), block_words(kind)
-    with code.loop(LONG(0), blocks, LONG(LANES)) as block:
-        start = code.at(source, code.build.mul(block, LONG(words)))
-        chunk = unpack_block(transposed(code, start, words), kind)
-        done = search(code, chunk, global_scale) if method == "search" else minmax(code, chunk, global_scale, kind)
-        store_chunk(code, done, code.at(packed, code.build.mul(block, LONG(2))), code.at(scales, block))
-        sums.add(tally(chunk, done))
-    store_sums(code, sums, stats)
+    """Write a function for many weights that lie one behind the other.
+
+    Its arguments: (source, packed, scales, stats [n, 7], where each weight begins and the last one ends, counted in blocks
+    [n + 1], their global scales [n], n).
+    """
+    one = _emit_one(module, name)
+    pointers = [element.as_pointer() for element in (WORD, WORD, BYTE, DOUBLE, LONG, FLOAT)]
+    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG]), name)
+    source, packed, scales, stats, starts, factors, count = function.args
+    code = Code(function, 1)
+    with code.loop(LONG(0), count, LONG(1)) as index:
+        begin, end = (code.load(code.at(starts, code.build.add(index, LONG(k))), LONG, 8) for k in (0, 1))
+        places = [
+            code.at(pointer, code.build.mul(begin, LONG(size)))
+            for pointer, size in ((source, block_words(name.split("_")[1])), (packed, 2), (scales, 1))
+        ]
+        statistics = code.at(stats, code.build.mul(index, LONG(STATISTICS)))
+        factor = code.load(code.at(factors, index), FLOAT, 4)
+        code.build.call(one, [*places, statistics, code.build.sub(end, begin), factor])
     code.build.ret_void()
 
 
+def _emit_one(module: ir.Module, name: str) -> ir.Function:
+    """Write a function for one weight: (source, packed, scales, stats, blocks, global scale)."""
+    method, kind = name.split("_")
+    pointers = [element.as_pointer() for element in (WORD, WORD, BYTE, DOUBLE)]
+    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG, FLOAT]), f"{name}_one")
+    function.linkage = "internal"
+    for pointer in function.args[:4]:
+        pointer.add_attribute("noalias")
+    source, packed, scales, stats, blocks, factor = function.args
+    code = Code(function, LANES, fused=has_fused())
+    sums, global_scale, words = Sums(code), code.spread(factor), block_words(kind)
+    sizes = (4 * words, 8, 1)  # bytes of a block: as it comes, packed, its scale
+    with code.loop(LONG(0), blocks, LONG(LANES)) as block:
+        places = [
+            code.at(each, code.build.mul(block, LONG(k))) for each, k in ((source, words), (packed, 2), (scales, 1))
+        ]
+        chunk = _Chunk(code, places, sizes, code.build.sub(blocks, block))
+        found = unpack_block(transposed(code, chunk.source, words), kind)
+        done = search(code, found, global_scale) if method == "search" else minmax(code, found, global_scale, kind)
+        store_chunk(code, done, chunk.packed, chunk.scales)
+        chunk.close()
+        sums.add(tally(found, done))
+    padding = code.build.and_(code.build.sub(LONG(0), blocks), LONG(LANES - 1))
+    store_sums(code, sums, stats, padding)
+    code.build.ret_void()
+    return function
+
+
+class _Chunk:
+    """Where 16 blocks come from and go to: the last ones of a weight, if they are fewer, by way of scratch memory."""
+
+    def __init__(self, code: Code, places: Sequence[Any], sizes: Sequence[int], left: Any) -> None:
+        build = code.build
+        self._code, self._places, self._sizes, self._left = code, places, sizes, left
+        self._partial = build.icmp_signed("<", left, LONG(LANES))
+        with build.goto_entry_block():
+            self._scratch = [build.alloca(ir.ArrayType(BYTE, size * LANES)) for size in sizes]
+        with build.if_then(self._partial, likely=False):
+            self._code.store(ir.Constant(ir.ArrayType(BYTE, sizes[0] * LANES), None), self._scratch[0])
+            self._copy(self._scratch[0], places[0], sizes[0])
+        self.source, self.packed, self.scales = (
+            build.select(self._partial, build.bitcast(scratch, place.type), place)
+            for scratch, place in zip(self._scratch, places, strict=True)
+        )
+
+    def close(self) -> None:
+        """Take what was written to scratch memory to its place."""
+        with self._code.build.if_then(self._partial, likely=False):
+            for scratch, place, size in list(zip(self._scratch, self._places, self._sizes, strict=True))[1:]:
+                self._copy(place, scratch, size)
+
+    def _copy(self, to: Any, source: Any, size: int) -> None:
+        build, pointer = self._code.build, BYTE.as_pointer()
+        arguments = [
+            build.bitcast(to, pointer),
+            build.bitcast(source, pointer),
+            build.mul(self._left, LONG(size)),
+            BIT(0),
+        ]
+        self._code.intrinsic("llvm.memcpy.p0.p0.i64", VOID, arguments)
+
+
 def _emit_amax(module: ir.Module, name: str) -> None:
-    """Write a function for any number of magnitudes of 16 or 32 bits: (source, result, how many)."""
+    """Write a function for the magnitudes of many weights: (source, results [n], where each begins [n + 1], n)."""
     element = HALF if name.endswith("16") else WORD
     pointer, lanes = element.as_pointer(), 64 * 8 // element.width
-    function = ir.Function(module, ir.FunctionType(VOID, [pointer, pointer, LONG]), name)
-    source, result, count = function.args
+    function = ir.Function(module, ir.FunctionType(VOID, [pointer, pointer, LONG.as_pointer(), LONG]), name)
+    source, results, starts, count = function.args
     code, vector = Code(function, lanes), ir.VectorType(element, lanes)
     mask, build = 2 ** (element.width - 1) - 1, code.build
 
@@ -108,21 +178,23 @@ def _emit_amax(module: ir.Module, name: str) -> None:
         build.store(build.select(build.icmp_unsigned(">", found, build.load(held)), found, build.load(held)), held)
 
     wide, single = build.alloca(vector), build.alloca(element)
-    build.store(ir.Constant(vector, [0] * lanes), wide)
-    build.store(element(0), single)
-    whole = build.and_(count, LONG(-lanes))
-    with code.loop(LONG(0), whole, LONG(lanes)) as index:
-        larger(wide, code.load(code.at(source, index), vector))
-    with code.loop(whole, count, LONG(1)) as index:
-        larger(single, code.load(code.at(source, index), element, element.width // 8))
-    for lane in range(lanes):
-        larger(single, build.extract_element(build.load(wide), WORD(lane)))
-    build.store(build.load(single), result)
+    with code.loop(LONG(0), count, LONG(1)) as number:
+        begin, end = (code.load(code.at(starts, build.add(number, LONG(k))), LONG, 8) for k in (0, 1))
+        build.store(ir.Constant(vector, [0] * lanes), wide)
+        build.store(element(0), single)
+        whole = build.add(begin, build.and_(build.sub(end, begin), LONG(-lanes)))
+        with code.loop(begin, whole, LONG(lanes)) as index:
+            larger(wide, code.load(code.at(source, index), vector))
+        with code.loop(whole, end, LONG(1)) as index:
+            larger(single, code.load(code.at(source, index), element, element.width // 8))
+        for lane in range(lanes):
+            larger(single, build.extract_element(build.load(wide), WORD(lane)))
+        build.store(build.load(single), code.at(results, number))
     build.ret_void()
 
 
-_quantizers = MachineCode(_emit, [*[_POINTER] * 4, ctypes.c_int64, ctypes.c_float])
-_searchers = MachineCode(_emit_amax, [_POINTER, _POINTER, ctypes.c_int64])
+_quantizers = MachineCode(_emit, [*[_POINTER] * 6, ctypes.c_int64])
+_searchers = MachineCode(_emit_amax, [_POINTER, _POINTER, _POINTER, ctypes.c_int64])
 
 
 def address(array: npt.NDArray[Any]) -> int:
@@ -131,7 +203,7 @@ def address(array: npt.NDArray[Any]) -> int:
     return place
 
 
-class CpuKernel:
+class CpuKernel(Kernel):
     """Quantizes on the CPU; safe to use from several threads."""
 
     name = "cpu"
@@ -143,33 +215,28 @@ class CpuKernel:
 
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
-        bits = np.uint32 if tile.dtype.itemsize == 4 else np.uint16
-        found = np.empty(1, bits)
-        _searchers["amax_32" if bits is np.uint32 else "amax_16"](address(tile), address(found), tile.size)
-        if tile.dtype == np.uint16:
-            return float((found.astype(np.uint32) << 16).view(np.float32)[0])
-        return float(found.view(tile.dtype)[0])
+        return float(self.amax_each(tile.reshape(-1), np.array([0, tile.size], np.int64))[0])
+
+    def amax_each(self, data: Tile, starts: Int64Array) -> Float32Array:
+        """Return the largest magnitude of each weight."""
+        bits = np.uint32 if data.dtype.itemsize == 4 else np.uint16
+        found = np.empty(len(starts) - 1, bits)
+        run = _searchers["amax_32" if bits is np.uint32 else "amax_16"]
+        run(address(data), address(found), address(starts), len(found))
+        if data.dtype == np.uint16:
+            return (found.astype(np.uint32) << 16).view(np.float32)
+        return found.view(data.dtype).astype(np.float32)
 
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-        run = _quantizers[f"{'search' if recipe.method == 'search' else 'minmax'}_{KINDS[tile.dtype.char]}"]
-        whole = scales.size // LANES * LANES
-        stats = np.empty(STATISTICS)
-        run(address(tile), address(packed), address(scales), address(stats), whole, recipe.global_scale)
-        found = TileStats.from_array(whole * GROUP_SIZE, stats)
-        if whole < scales.size:
-            found.add(_last_blocks(run, (tile.reshape(-1), packed.reshape(-1), scales.reshape(-1)), whole, recipe))
-        return found
+        starts, factor = np.array([0, tile.size], np.int64), np.array([recipe.global_scale], np.float32)
+        stats = self.quantize_each(tile.reshape(-1), Many(recipe.method, starts, factor), packed, scales)
+        return TileStats.from_array(tile.size, stats[0])
 
-
-def _last_blocks(run: Any, arrays: Sequence[npt.NDArray[Any]], whole: int, recipe: Recipe) -> TileStats:
-    """Quantize what is left after whole chunks, as a chunk filled up with zeros."""
-    tile, packed, scales = arrays
-    left = scales.size - whole
-    source = np.zeros(LANES * GROUP_SIZE, tile.dtype)
-    source[: left * GROUP_SIZE] = tile[whole * GROUP_SIZE :]
-    codes, nibbles, stats = np.empty(LANES, np.uint8), np.empty(LANES * 8, np.uint8), np.empty(STATISTICS)
-    run(address(source), address(nibbles), address(codes), address(stats), LANES, recipe.global_scale)
-    packed[whole * 8 :], scales[whole:] = nibbles[: left * 8], codes[:left]
-    stats[-1] -= LANES - left
-    return TileStats.from_array(left * GROUP_SIZE, stats)
+    def quantize_each(self, data: Tile, many: Many, packed: ByteArray, scales: ByteArray) -> Float64Array:
+        """Write the packed values and scale codes of many weights, flat; return the statistics `[n, 7]` of each."""
+        run = _quantizers[f"{'search' if many.method == 'search' else 'minmax'}_{KINDS[data.dtype.char]}"]
+        stats, blocks = np.empty((len(many.global_scales), STATISTICS)), many.starts // GROUP_SIZE
+        arrays = (data, packed, scales, stats, blocks, many.global_scales)
+        run(*map(address, arrays), len(stats))
+        return stats

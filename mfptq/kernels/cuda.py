@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import MemoryBudgetError, UsageError, quote
-from ..nvfp4 import GROUP_SIZE, ByteArray
-from . import STATISTICS, Recipe, Tile, TileStats
+from ..nvfp4 import GROUP_SIZE, ByteArray, Float32Array
+from . import STATISTICS, Float64Array, Int64Array, Kernel, Many, Recipe, Tile, TileStats
+from .cpu import CpuKernel
 from .driver import Device, DeviceMemoryError, DriverError, Memory, Stream, open_device
 from .ptx import ptx
 
@@ -62,7 +63,7 @@ class _Lane(threading.local):
         self.room, self.places = size, (start, start + source, start + source + packed)
 
 
-class CudaKernel:
+class CudaKernel(Kernel):
     """Quantizes on a GPU; safe to use from several threads."""
 
     tile_bytes = 32 * 2**20  # a launch costs as much of the interpreter's time for any size
@@ -72,6 +73,7 @@ class CudaKernel:
         if found is None:
             raise UsageError(f"device {quote(device)} is unknown, expected cuda or cuda:N")
         self.name = f"cuda:{int(found[1] or 0)}"
+        self._small = CpuKernel()
         try:
             self._device = open_device(int(found[1] or 0))
             with self._working("its kernels"):
@@ -112,6 +114,14 @@ class CudaKernel:
                 stats.add(self._quantize(part, recipe, nibbles[:values], codes[:blocks]))
                 nibbles, codes = nibbles[values:], codes[blocks:]
         return stats
+
+    def amax_each(self, data: Tile, starts: Int64Array) -> Float32Array:
+        """Return the largest magnitude of each of many small weights: the CPU is done before they could be sent."""
+        return self._small.amax_each(data, starts)
+
+    def quantize_each(self, data: Tile, many: Many, packed: ByteArray, scales: ByteArray) -> Float64Array:
+        """Quantize many small weights, on the CPU, to the same bytes; return the statistics `[n, 7]` of each."""
+        return self._small.quantize_each(data, many, packed, scales)
 
     def _parts(self, tile: Tile) -> Iterator[Tile]:
         """Yield the tile's values, flat: all at once, or in halves where the device has no memory for all."""

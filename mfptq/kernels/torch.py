@@ -17,12 +17,12 @@ from ..nvfp4 import (
     ZERO_BLOCK_CODE,
     ByteArray,
 )
-from . import STATISTICS, Recipe, Tile, TileStats
+from . import STATISTICS, Kernel, Recipe, Tile, TileStats
 
 SLICE_BLOCKS = 2**14
 
 
-class TorchKernel:
+class TorchKernel(Kernel):
     """Quantizes with torch; never touches torch's global state."""
 
     tile_bytes = 4 * 2**20
