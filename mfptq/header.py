@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import HeaderError, quote
 from .limits import MAX_DIMENSION, MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSOR_NAME_BYTES, MAX_TENSORS
@@ -31,8 +31,7 @@ DTYPE_BITS: Mapping[str, int] = {
 _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor of a shard: `start` and `end` are bytes from the beginning of the shard's data."""
 
     name: str
@@ -144,8 +143,7 @@ def _check_cover(tensors: list[TensorInfo], data_bytes: int) -> None:
         raise HeaderError(f"tensors end at byte {end} of the data, but the shard holds {data_bytes}: {hint}")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """A tensor to be written: everything but its place. `part` 0 comes first in the file, then 1, and so on."""
 
     name: str
@@ -160,22 +158,30 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_
     Of one part, the bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}:
     largest dtype first, then by name; compact JSON, padded with spaces to a multiple of 8.
     """
-    parts = [f"{encode_basestring(METADATA_KEY)}:{_compact(dict(metadata))}"]
+    entries = [f"{encode_basestring(METADATA_KEY)}:{_compact(dict(metadata))}"]
     tensors: list[TensorInfo] = []
+    known: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # tensors of one shape are many
     start = 0
-    for spec in sorted(specs, key=lambda s: (s.part, -_DTYPE_RANK[s.dtype], s.name.encode())):
-        size = tensor_bytes(spec.dtype, spec.shape)
-        assert size is not None
+    for name, dtype, shape, _part in sorted(specs, key=_order):
+        if (dtype, shape) not in known:
+            size = tensor_bytes(dtype, shape)
+            assert size is not None
+            known[dtype, shape] = f'"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[', size
+        text, size = known[dtype, shape]
         end = start + size
-        tensors.append(TensorInfo(spec.name, spec.dtype, spec.shape, start, end))
-        shape = ",".join(map(str, spec.shape))
-        entry = f'{{"dtype":"{spec.dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}'
-        parts.append(f"{encode_basestring(spec.name)}:{entry}")  # the encoder itself takes ten times as long
+        tensors.append(TensorInfo(name, dtype, shape, start, end))
+        entries.append(
+            f"{encode_basestring(name)}:{{{text}{start},{end}]}}"
+        )  # the encoder itself takes ten times as long
         start = end
-    text = f"{{{','.join(parts)}}}".encode()
-    text += b" " * (-len(text) % PREFIX_BYTES)
-    header = ShardHeader(tuple(tensors), metadata, PREFIX_BYTES + len(text))
-    return len(text).to_bytes(PREFIX_BYTES, "little") + text, header
+    encoded = f"{{{','.join(entries)}}}".encode()
+    encoded += b" " * (-len(encoded) % PREFIX_BYTES)
+    header = ShardHeader(tuple(tensors), metadata, PREFIX_BYTES + len(encoded))
+    return len(encoded).to_bytes(PREFIX_BYTES, "little") + encoded, header
+
+
+def _order(spec: TensorSpec) -> tuple[int, int, bytes]:
+    return spec.part, -_DTYPE_RANK[spec.dtype], spec.name.encode()
 
 
 def _compact(value: Any) -> str:

@@ -113,6 +113,6 @@ def _slices(parent: str, tensor: StoredTensor) -> Iterator[Weight]:
         yield Weight(f"{parent}.{expert}.{STACKED_DOWN}", tensor.shard, tensor.info.dtype, offset, rows, columns)
 
 
-def numbers_removed(module: str) -> str:
+def numbers_removed(module: str, by: str = "*") -> str:
     """Return the kind of a module: its name with every number replaced, so that layers and experts fall together."""
-    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+    return ".".join([by if part.isdigit() else part for part in module.split(".")])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .errors import RuleError, UnsupportedTensorError, quote
 from .fusion import FusedGroup, experts_parent, fused_groups
-from .layout import Candidate
+from .layout import Candidate, numbers_removed
 from .likeness import Likeness
 from .nvfp4 import GROUP_SIZE
 from .patterns import REGEX_PREFIX, match_names, unmatched_error
@@ -79,6 +79,9 @@ class Decision:
     rule: str = ""
 
 
+_LINEAR = Decision(True, "linear weight")
+
+
 @dataclass(frozen=True, slots=True)
 class Decided:
     """A source tensor and its fate."""
@@ -103,13 +106,14 @@ def select(candidates: Sequence[Candidate], rules: Rules) -> Selection:
     """
     hits = _user_hits(candidates, rules)
     alike = rules.like.chosen(weight.module for item in candidates for weight in item.weights) if rules.like else None
-    defaults = [(rule, _regex(rule.pattern)) for rule in DEFAULT_RULES] if rules.use_defaults else []
+    defaults = _Defaults(DEFAULT_RULES if rules.use_defaults else ())
     decided = [Decided(item, _decide(item, hits, defaults, alike)) for item in candidates]
-    decided = _keep_groups_whole(decided)
-    quantized = [w.module for item in decided if item.decision.quantize for w in item.candidate.weights]
+    groups = fused_groups(weight.module for item in candidates for weight in item.weights)
+    decided = _keep_groups_whole(decided, groups)
+    quantized = {w.module for item in decided if item.decision.quantize for w in item.candidate.weights}
     if not quantized:
         raise RuleError("nothing is left to quantize: every weight is ignored or has a shape that NVFP4 cannot hold")
-    return Selection(tuple(decided), tuple(fused_groups(quantized)))
+    return Selection(tuple(decided), tuple(group for group in groups if group.members[0] in quantized))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +172,25 @@ def _obstacle(candidate: Candidate) -> str:
     return ""
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern.removeprefix(REGEX_PREFIX))
+class _Defaults:
+    """The default rules, asked once for all modules whose names differ in numbers only: no rule looks at a number."""
+
+    def __init__(self, rules: Iterable[DefaultRule]) -> None:
+        self._rules = [(rule, re.compile(rule.pattern.removeprefix(REGEX_PREFIX))) for rule in rules]
+        self._known: dict[str, DefaultRule | None] = {}
+
+    def rule(self, module: str) -> DefaultRule | None:
+        """Return the first rule that keeps a module, if there is one."""
+        kind = numbers_removed(module, "0")
+        if kind not in self._known:
+            self._known[kind] = next((rule for rule, regex in self._rules if regex.match(kind)), None)
+        return self._known[kind]
 
 
 def _decide(
     item: Candidate,
     hits: _Hits,
-    defaults: Sequence[tuple[DefaultRule, re.Pattern[str]]],
+    defaults: _Defaults,
     alike: Collection[str] | None,
 ) -> Decision:
     if pattern := _user_pattern(item, hits.ignored):
@@ -189,11 +204,10 @@ def _decide(
             return Decision(False, "kept in --like, as asked", "--like")
         decision = Decision(True, "quantized in --like, as asked", "--like")
     else:
-        names = [item.module, item.weights[0].module] if item.is_stack else [item.module]
-        for rule, regex in defaults:
-            if any(regex.match(name) for name in names):
-                return Decision(False, rule.reason, rule.pattern)
-        decision = Decision(True, "linear weight")
+        rule = defaults.rule(item.module) or (defaults.rule(item.weights[0].module) if item.is_stack else None)
+        if rule is not None:
+            return Decision(False, rule.reason, rule.pattern)
+        decision = _LINEAR
     if item.tensor.info.dtype not in SOURCE_DTYPES:
         raise UnsupportedTensorError(
             f"{quote(item.module)} in {quote(item.tensor.shard)} is {item.tensor.info.dtype}, "
@@ -218,10 +232,10 @@ def _user_pattern(item: Candidate, matched: Mapping[str, str]) -> str:
     return matched[names[0]]
 
 
-def _keep_groups_whole(decided: list[Decided]) -> list[Decided]:
+def _keep_groups_whole(decided: list[Decided], groups: Iterable[FusedGroup]) -> list[Decided]:
     """Return the decisions with every group that cannot be quantized whole kept whole, or raise RuleError."""
     changed: dict[int, Decision] = {}
-    for group, rows in _undivided(decided):
+    for group, rows in _undivided(decided, groups):
         current = [changed.get(row, decided[row].decision) for row in rows]
         kept = [(row, each) for row, each in zip(rows, current, strict=True) if not each.quantize]
         wanted = [(row, each) for row, each in zip(rows, current, strict=True) if each.quantize]
@@ -244,7 +258,7 @@ def _fate(decision: Decision) -> str:
     return "quantized" if decision.quantize else "kept"
 
 
-def _undivided(decided: Sequence[Decided]) -> list[tuple[str, list[int]]]:
+def _undivided(decided: Sequence[Decided], groups: Iterable[FusedGroup]) -> list[tuple[str, list[int]]]:
     """Return the sets of tensors (by position) that share one fate: routed experts first, then fused layers."""
     rows = {weight.module: row for row, item in enumerate(decided) for weight in item.candidate.weights}
     experts: dict[str, list[int]] = {}
@@ -252,5 +266,5 @@ def _undivided(decided: Sequence[Decided]) -> list[tuple[str, list[int]]]:
         parent = experts_parent(module)
         if parent is not None:
             experts.setdefault(parent, []).append(row)
-    fused = [(group.name, [rows[member] for member in group.members]) for group in fused_groups(rows)]
+    fused = [(group.name, [rows[name] for name in group.members]) for group in groups if len(group.members) > 1]
     return [*((name, list(dict.fromkeys(found))) for name, found in experts.items()), *fused]
