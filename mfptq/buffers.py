@@ -47,7 +47,7 @@ class Buffers:
 
     def read_bundle(self, source: FolderSource, bundle: Bundle) -> TileArray:
         """Return the data of many weights, flat, which must fit into the buffer. The next call overwrites it."""
-        return self._read(source, bundle.steps[0].weight.shard, bundle.reads(), bundle.dtype)
+        return self._read(source, bundle.steps[0].weight.shard, bundle.reads, bundle.dtype)
 
     def _read(self, source: FolderSource, shard: str, stretches: Iterable[tuple[int, int]], dtype: str) -> TileArray:
         with self.timed("read"):

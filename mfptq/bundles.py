@@ -23,33 +23,30 @@ from .tiles import GroupStep
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Whole groups of one shard and dtype, read at once: weight i has elements `starts[i]` to `starts[i + 1]`."""
+    """Whole groups of one shard and dtype, read at once: weight i has elements `starts[i]` to `starts[i + 1]`.
+
+    `reads` are the stretches of the source file, (offset, size) in bytes, in which the weights lie, in their order.
+    """
 
     groups: tuple[GroupStep, ...]
     steps: tuple[QuantizeWeight, ...]
     starts: Int64Array
+    reads: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, groups: Sequence[GroupStep]) -> Bundle:
         """Return the bundle of some groups."""
         steps = tuple(step for group in groups for step in group.weights)
         sizes = [step.weight.rows * step.weight.columns for step in steps]
-        return cls(tuple(groups), steps, np.cumsum([0, *sizes], dtype=np.int64))
+        places = np.array([step.weight.offset for step in steps])
+        nbytes = np.array(sizes) * (DTYPE_BITS[steps[0].weight.dtype] // 8)
+        starts = np.cumsum([0, *sizes], dtype=np.int64)
+        return cls(tuple(groups), steps, starts, tuple(_stretches(places, nbytes)))
 
     @property
     def dtype(self) -> str:
         """The dtype of all its weights."""
         return self.steps[0].weight.dtype
-
-    @property
-    def bits(self) -> int:
-        """The size of an element, in bits."""
-        return DTYPE_BITS[self.dtype]
-
-    def reads(self) -> Iterator[tuple[int, int]]:
-        """Yield the stretches of the source file, (offset, size) in bytes, in which the weights lie, in their order."""
-        sizes = np.diff(self.starts) * self.bits // 8
-        yield from _stretches(np.array([step.weight.offset for step in self.steps]), sizes)
 
     def of_groups(self, amax: Float32Array) -> Float32Array:
         """Return the largest of each group's values, of one value for each weight."""

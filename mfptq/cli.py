@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import click
 from ._version import __version__
 from .calibration.file_commands import calibration
 from .errors import MfptqError, UsageError, VerificationError, quote
-from .memory import memory_errors
+from .memory import OBJECTS_BETWEEN_COLLECTIONS, memory_errors
 
 if TYPE_CHECKING:
     from .hub import HubOptions
@@ -59,6 +60,7 @@ def run() -> None:
     if sys.stderr is None or not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
         with memory_errors():
             main.main(standalone_mode=False)
         if sys.stdout is None:

@@ -20,7 +20,7 @@ from .files import Range, copy_range, storage_errors
 from .journal import ShardResult
 from .kernels import Many, Recipe
 from .kernels.calibrated import Statistics
-from .layout import Weight
+from .layout import Weight, numbers_removed
 from .memory import exceeds_half_of_memory
 from .nvfp4 import GROUP_SIZE
 from .opened import OpenShard
@@ -169,7 +169,7 @@ class Execution:
         with buffers.timed("write"):
             for piece in _places(work, quantized):
                 shard.file.write(piece.data, piece.offset)
-        shard.note(step.weight.module, quantized.stats)
+        shard.note(numbers_removed(step.weight.module), quantized.stats)
         self._done(shard, tile.offset, tile.nbytes)
         self._follow(shard)
         self._settle(shard)
@@ -190,7 +190,7 @@ class Execution:
                 shard.file.write(piece.data, piece.offset)
         for kind, stats in bundle.by_kind(quantized.stats).items():
             shard.note(kind, stats)
-        for offset, size in bundle.reads():
+        for offset, size in bundle.reads:
             self._done(shard, offset, size)
         self._follow(shard)
         self._settle(shard)

@@ -152,15 +152,23 @@ class TensorSpec(NamedTuple):
     part: int = 0
 
 
-def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> tuple[bytes, ShardHeader]:
-    """Return a shard's leading bytes, length prefix included, and the header they stand for.
+class Layout(NamedTuple):
+    """A shard to be written: its leading bytes, where each tensor begins in the file, and its length, all in bytes."""
+
+    head: bytes
+    places: dict[str, int]
+    size: int
+
+
+def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> Layout:
+    """Return a shard's leading bytes, length prefix included, and the places of its tensors.
 
     Of one part, the bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}:
     largest dtype first, then by name; compact JSON, padded with spaces to a multiple of 8.
     """
     entries = [f"{encode_basestring(METADATA_KEY)}:{_compact(dict(metadata))}"]
-    tensors: list[TensorInfo] = []
     known: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # tensors of one shape are many
+    starts: list[tuple[str, int]] = []
     start = 0
     for name, dtype, shape, _part in sorted(specs, key=_order):
         if (dtype, shape) not in known:
@@ -169,15 +177,28 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_
             known[dtype, shape] = f'"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[', size
         text, size = known[dtype, shape]
         end = start + size
-        tensors.append(TensorInfo(name, dtype, shape, start, end))
+        starts.append((name, start))
         entries.append(
             f"{encode_basestring(name)}:{{{text}{start},{end}]}}"
         )  # the encoder itself takes ten times as long
         start = end
     encoded = f"{{{','.join(entries)}}}".encode()
     encoded += b" " * (-len(encoded) % PREFIX_BYTES)
-    header = ShardHeader(tuple(tensors), metadata, PREFIX_BYTES + len(encoded))
-    return len(encoded).to_bytes(PREFIX_BYTES, "little") + encoded, header
+    data_start = PREFIX_BYTES + len(encoded)
+    head = len(encoded).to_bytes(PREFIX_BYTES, "little") + encoded
+    return Layout(head, {name: data_start + place for name, place in starts}, data_start + start)
+
+
+def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> tuple[bytes, ShardHeader]:
+    """Return a shard's leading bytes, as `lay_out` does, and the header they stand for."""
+    head, places, size = lay_out(specs := list(specs), metadata)
+    by_name = {spec.name: spec for spec in specs}
+    ends = [*list(places.values())[1:], size]
+    tensors = tuple(
+        TensorInfo(name, by_name[name].dtype, by_name[name].shape, start - len(head), end - len(head))
+        for (name, start), end in zip(places.items(), ends, strict=True)
+    )
+    return head, ShardHeader(tensors, metadata, len(head))
 
 
 def _order(spec: TensorSpec) -> tuple[int, int, bytes]:

@@ -6,7 +6,6 @@ import threading
 from dataclasses import dataclass, field
 
 from .kernels import TileStats
-from .layout import numbers_removed
 from .partial import HASH_STEP, PartialFile
 from .planning import ShardJob
 
@@ -22,9 +21,8 @@ class OpenShard:
     kinds: dict[str, TileStats] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, module: str, stats: TileStats) -> None:
-        """Add the statistics of some of a module's weights."""
-        kind = numbers_removed(module)
+    def note(self, kind: str, stats: TileStats) -> None:
+        """Add the statistics of some weights of a kind."""
         with self.lock:
             self.kinds.setdefault(kind, TileStats()).add(stats)
 

@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, Shard, stored_tensors
 from .config import QUANTIZATION_CONFIG, Scheme, config_text, ignore_list, index_text, quantization_config
 from .errors import SourceError, quote
 from .fusion import FusedGroup
-from .header import PREFIX_BYTES, encode_header
+from .header import PREFIX_BYTES, lay_out
 from .kernels.calibrated import Statistics
 from .layout import Weight, candidates
 from .limits import MAX_HEADER_BYTES
@@ -176,9 +176,7 @@ class Plan:
     def job(self, name: str) -> ShardJob:
         """Return the steps of one output shard; built when its turn comes, so that plans of huge models stay small."""
         shard = self.checkpoint.shard(name)
-        head, header = encode_header(output_specs(shard, self._fates, with_input=self.input_scales is not None))
-        data_start = len(head)
-        places = {info.name: data_start + info.start for info in header.tensors}
+        head, places, size = lay_out(output_specs(shard, self._fates, with_input=self.input_scales is not None))
         copies, weights = [], []
         for tensor in stored_tensors(shard):
             item = self._fates[tensor.info.name]
@@ -187,7 +185,7 @@ class Plan:
             else:
                 name_ = tensor.info.name
                 copies.append(CopyTensor(name_, tensor.offset, places[name_], tensor.info.nbytes))
-        return ShardJob(name, head, data_start + header.data_bytes, tuple(copies), tuple(weights))
+        return ShardJob(name, head, size, tuple(copies), tuple(weights))
 
     def _step(self, weight: Weight, places: Mapping[str, int]) -> QuantizeWeight:
         group = self._group_of[weight.module].name
@@ -272,10 +270,10 @@ def _plan_shard(shard: Shard, fates: Mapping[str, Decided], places: dict[str, st
         if spec.name in places:
             raise SourceError(f"two tensors would be written as {quote(spec.name)}: rename one in the source")
         places[spec.name] = shard.name
-    head, header = encode_header(specs)
+    head, _, size = lay_out(specs)
     if len(head) - PREFIX_BYTES > MAX_HEADER_BYTES:
         raise SourceError(f"{quote(shard.name)} would need a header of {len(head)} bytes, the format allows 100 MB")
-    return ShardPlan(shard.name, len(head) + header.data_bytes, header.data_bytes, len(specs))
+    return ShardPlan(shard.name, size, size - len(head), len(specs))
 
 
 def _digests(
