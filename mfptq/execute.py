@@ -136,7 +136,7 @@ class Execution:
         return self._plan.members(step.weights[0].weight)
 
     def _is_complete(self, step: GroupStep) -> bool:
-        return len(self._members(step)) == len(step.weights)
+        return len(self._plan.group_of(step.weights[0].weight).members) == len(step.weights)
 
     def _start_group(self, shard: OpenShard, step: GroupStep, _buffers: Buffers) -> None:
         """Find the largest magnitude over all members, wherever they lie; then quantize those of this shard."""
@@ -178,11 +178,10 @@ class Execution:
         """Convert whole groups that fit into the buffer together: read once, written in as few runs as they lie in."""
         data = buffers.read_bundle(self._source, bundle)
         amax = bundle.of_groups(buffers.amax_each(data, bundle))
-        groups = zip(bundle.groups, amax.tolist(), strict=True)
-        scales = [global_scale(self._plan.method, found, self._members(group)) for group, found in groups]
-        divisors = bundle.for_weights(scales)
+        method = self._plan.method
+        divisors = bundle.for_weights([global_scale(method, found, bundle.dtype) for found in amax.tolist()])
         if self._plan.calibration is None:
-            quantized = buffers.quantize_each(data, Many(self._plan.method, bundle.starts, divisors))
+            quantized = buffers.quantize_each(data, Many(method, bundle.starts, divisors))
         else:
             quantized = buffers.quantize_by(self._plan.statistics, data, bundle, divisors)
         with buffers.timed("write"):

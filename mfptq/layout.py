@@ -8,7 +8,7 @@ rows), `up_proj` (the second half) and `down_proj`. Every weight is contiguous i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .header import DTYPE_BITS, TensorInfo
 
@@ -17,8 +17,7 @@ STACKED_GATE_UP = "gate_up_proj"
 STACKED_DOWN = "down_proj"
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """One linear layer's matrix `[rows, columns]`: `offset` is in bytes from the beginning of the file `shard`."""
 
     module: str
@@ -39,8 +38,7 @@ class Weight:
         return self.rows * self.columns
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A source tensor with its place: `offset` is in bytes from the beginning of the file `shard`."""
 
     info: TensorInfo
@@ -48,8 +46,7 @@ class StoredTensor:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A source tensor and the weights it would become; none, and why, where the layout offers no linear weight."""
 
     tensor: StoredTensor

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .calibration.reading import Calibration
 from .checkpoint import Checkpoint, Shard, stored_tensors
@@ -54,8 +55,7 @@ class InputScale:
     divisor: float
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizeWeight:
+class QuantizeWeight(NamedTuple):
     """A weight, its method, and the places of what it becomes, in bytes from the beginning of the output file."""
 
     weight: Weight
@@ -167,7 +167,11 @@ class Plan:
 
     def members(self, weight: Weight) -> tuple[Weight, ...]:
         """Return the weights fused with `weight`, itself included, wherever they lie."""
-        return tuple(self._weights[module] for module in self._group_of[weight.module].members)
+        return tuple(self._weights[module] for module in self.group_of(weight).members)
+
+    def group_of(self, weight: Weight) -> FusedGroup:
+        """Return the fused group that a weight belongs to."""
+        return self._group_of[weight.module]
 
     def weights(self) -> Iterator[Weight]:
         """Yield every weight that becomes FP4."""

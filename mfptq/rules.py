@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import RuleError, UnsupportedTensorError, quote
 from .fusion import FusedGroup, experts_parent, fused_groups
@@ -82,8 +83,7 @@ class Decision:
 _LINEAR = Decision(True, "linear weight")
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
+class Decided(NamedTuple):
     """A source tensor and its fate."""
 
     candidate: Candidate

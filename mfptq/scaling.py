@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .layout import Weight
@@ -24,12 +24,15 @@ class AmaxSearch:
     waiting: list[ScaleWaiter] = field(default_factory=list)
 
 
-def global_scale(method: str, amax: float, members: Sequence[Weight]) -> float:
-    """Return the divisor that a fused group shares; members of different dtypes are computed in float32."""
-    if method == "minmax":
-        dtypes = {weight.dtype for weight in members}
-        return minmax_global_scale(amax, dtypes.pop() if len(dtypes) == 1 else "F32")
-    return search_global_scale(amax)
+def global_scale(method: str, amax: float, dtype: str) -> float:
+    """Return the divisor that a fused group of that dtype shares."""
+    return minmax_global_scale(amax, dtype) if method == "minmax" else search_global_scale(amax)
+
+
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """Return the dtype that a fused group is computed in: float32 where its members have different ones."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else "F32"
 
 
 def scalar(value: float) -> bytes:
@@ -63,7 +66,7 @@ class GlobalScales:
             group.left -= 1
             if group.left:
                 return
-            group.scale = global_scale(self._method, group.amax, group.members)
+            group.scale = global_scale(self._method, group.amax, common_dtype(weight.dtype for weight in group.members))
             waiting, group.waiting = group.waiting, []
         for waiter in waiting:
             waiter(group.scale)

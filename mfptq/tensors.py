@@ -12,8 +12,9 @@ import numpy as np
 from .errors import NonFiniteWeightError, UnsupportedTensorError, UsageError
 from .fusion import fused_groups
 from .kernels import Recipe, TileStats, load_kernel
-from .layout import WEIGHT_SUFFIX, Weight
+from .layout import WEIGHT_SUFFIX
 from .nvfp4 import GROUP_SIZE, dequantize
+from .scaling import common_dtype
 from .scaling import global_scale as find_global_scale
 from .settings import PLAIN_METHODS
 
@@ -54,8 +55,8 @@ def _as_tile(weight: Any) -> np.ndarray[Any, Any]:
 _CODES = {"uint16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def _members(tiles: Iterable[np.ndarray[Any, Any]]) -> list[Weight]:
-    return [Weight("", "", _CODES[tile.dtype.name], 0, *tile.shape) for tile in tiles]
+def _dtype(tiles: Iterable[np.ndarray[Any, Any]]) -> str:
+    return common_dtype(_CODES[tile.dtype.name] for tile in tiles)
 
 
 def _amax(tile: np.ndarray[Any, Any]) -> float:
@@ -76,7 +77,7 @@ def quantize_nvfp4(weight: Any, *, method: str = "search", global_scale: float |
         raise UsageError(f"method {method!r} is unknown, expected one of {', '.join(PLAIN_METHODS)}")
     tile = _as_tile(weight)
     amax = _amax(tile)
-    scale = global_scale if global_scale is not None else find_global_scale(method, amax, _members([tile]))
+    scale = global_scale if global_scale is not None else find_global_scale(method, amax, _dtype([tile]))
     packed = np.empty((tile.shape[0], tile.shape[1] // 2), np.uint8)
     scales = np.empty((tile.shape[0], tile.shape[1] // GROUP_SIZE), np.uint8)
     stats = load_kernel().quantize(tile, Recipe(method, scale), packed, scales)
@@ -109,7 +110,7 @@ def quantize_state_dict(state: Mapping[str, Any], modules: Iterable[str], *, met
     result = dict(state)
     for group in fused_groups(modules):
         tiles = [_as_tile(state[member + WEIGHT_SUFFIX]) for member in group.members]
-        scale = find_global_scale(method, max(_amax(tile) for tile in tiles), _members(tiles))
+        scale = find_global_scale(method, max(_amax(tile) for tile in tiles), _dtype(tiles))
         for member in group.members:
             weight = result.pop(member + WEIGHT_SUFFIX)
             quantized = quantize_nvfp4(weight, method=method, global_scale=scale)
