@@ -18,7 +18,7 @@ from .kernels import Tile as TileArray
 from .kernels.calibrated import CalibratedKernel, Statistics
 from .layout import Weight
 from .nvfp4 import GROUP_SIZE, ByteArray, Float32Array, as_float32
-from .planning import QuantizeWeight
+from .steps import QuantizeWeight
 from .tiles import Tile
 
 NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}

@@ -17,7 +17,7 @@ from .kernels import Float64Array, Int64Array, TileStats
 from .layout import numbers_removed
 from .nvfp4 import GROUP_SIZE, ByteArray, Float32Array
 from .partial import Piece
-from .planning import QuantizeWeight
+from .steps import QuantizeWeight
 from .tiles import GroupStep
 
 

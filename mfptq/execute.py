@@ -25,8 +25,9 @@ from .memory import exceeds_half_of_memory
 from .nvfp4 import GROUP_SIZE
 from .opened import OpenShard
 from .partial import Piece
-from .planning import CopyTensor, Plan, QuantizeWeight, ShardPlan
+from .planning import Plan
 from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
+from .steps import CopyTensor, QuantizeWeight, ShardPlan
 from .tiles import GroupStep, Tile, group_steps, tiles
 from .workers import Task, Workers
 
@@ -109,7 +110,7 @@ class Execution:
                 self._progress(Progress(read, finished=shard.name, resumed=True))
                 continue
             self._wait_for_finishing(MAX_FINISHING * self._lanes)
-            job = self._plan.job(shard.name)
+            job = self._plan.job(shard)
             opened = OpenShard(job, self._destination.create(job.name, job.size))
             self._open[job.name] = opened
             opened.file.write(job.head, 0)

@@ -100,7 +100,7 @@ def _metadata(value: Any) -> dict[str, str]:
 
 def _tensor(name: str, entry: Any) -> TensorInfo:
     try:
-        if len(name) > MAX_TENSOR_NAME_BYTES or not name.isascii() and len(name.encode()) > MAX_TENSOR_NAME_BYTES:
+        if len(name) > MAX_TENSOR_NAME_BYTES or (not name.isascii() and len(name.encode()) > MAX_TENSOR_NAME_BYTES):
             raise HeaderError(f"tensor name {quote(name)} is longer than {MAX_TENSOR_NAME_BYTES} bytes")
     except UnicodeEncodeError:
         raise HeaderError(f"tensor name {quote(name)} is not valid Unicode") from None

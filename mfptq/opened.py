@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .kernels import TileStats
 from .partial import HASH_STEP, PartialFile
-from .planning import ShardJob
+from .steps import ShardJob
 
 
 @dataclass(slots=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from .calibration.reading import Calibration
 from .checkpoint import Checkpoint, Shard, stored_tensors
@@ -27,65 +28,9 @@ from .outputs import output_specs
 from .rules import Decided, Selection, select
 from .scales import AssignedScales, InputScales, assign_input_scales
 from .settings import Settings, unreached
+from .steps import CopyTensor, InputScale, QuantizeWeight, ShardJob, ShardPlan
 
 PLAN_FORMAT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class CopyTensor:
-    """Bytes that go over unchanged; offsets are in bytes in the source file and in the output file."""
-
-    name: str
-    source_offset: int
-    offset: int
-    size: int
-
-    def pieces(self, limit: int) -> Iterator[CopyTensor]:
-        """Yield the copy in pieces of at most `limit` bytes, so that one huge tensor is not one worker's alone."""
-        for start in range(0, self.size, limit):
-            size = min(limit, self.size - start)
-            yield CopyTensor(self.name, self.source_offset + start, self.offset + start, size)
-
-
-@dataclass(frozen=True, slots=True)
-class InputScale:
-    """A group's `input_global_scale` and its place in the output file."""
-
-    offset: int
-    divisor: float
-
-
-class QuantizeWeight(NamedTuple):
-    """A weight, its method, and the places of what it becomes, in bytes from the beginning of the output file."""
-
-    weight: Weight
-    group: str
-    method: str
-    packed: int
-    scale: int
-    global_scale: int
-    input_scale: InputScale | None
-
-
-@dataclass(frozen=True, slots=True)
-class ShardJob:
-    """All the work on one output file: `head` is its leading bytes, `size` its length in bytes."""
-
-    name: str
-    head: bytes
-    size: int
-    copies: tuple[CopyTensor, ...]
-    weights: tuple[QuantizeWeight, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """What is known of an output file without building its header: how many bytes of tensors and of file."""
-
-    name: str
-    size: int
-    tensor_bytes: int
-    tensors: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,36 +122,25 @@ class Plan:
         """Yield every weight that becomes FP4."""
         yield from self._weights.values()
 
-    def job(self, name: str) -> ShardJob:
+    def job(self, shard: ShardPlan) -> ShardJob:
         """Return the steps of one output shard; built when its turn comes, so that plans of huge models stay small."""
-        shard = self.checkpoint.shard(name)
-        head, places, size = lay_out(output_specs(shard, self._fates, with_input=self.input_scales is not None))
+        places = iter(shard.places)
         copies, weights = [], []
-        for tensor in stored_tensors(shard):
+        for tensor in stored_tensors(self.checkpoint.shard(shard.name)):
             item = self._fates[tensor.info.name]
             if item.decision.quantize:
                 weights += [self._step(weight, places) for weight in item.candidate.weights]
             else:
-                name_ = tensor.info.name
-                copies.append(CopyTensor(name_, tensor.offset, places[name_], tensor.info.nbytes))
-        return ShardJob(name, head, size, tuple(copies), tuple(weights))
+                copies.append(CopyTensor(tensor.info.name, tensor.offset, next(places), tensor.info.nbytes))
+        return ShardJob(shard.name, shard.head, shard.size, tuple(copies), tuple(weights))
 
-    def _step(self, weight: Weight, places: Mapping[str, int]) -> QuantizeWeight:
+    def _step(self, weight: Weight, places: Iterator[int]) -> QuantizeWeight:
         group = self._group_of[weight.module].name
-        scale = (
-            None
-            if self.input_scales is None
-            else InputScale(places[f"{weight.module}.input_global_scale"], self.input_scales.divisors[group])
-        )
-        return QuantizeWeight(
-            weight,
-            group,
-            self.method_of(weight),
-            places[f"{weight.module}.weight_packed"],
-            places[f"{weight.module}.weight_scale"],
-            places[f"{weight.module}.weight_global_scale"],
-            scale,
-        )
+        packed, scale, divisor = next(places), next(places), next(places)
+        given = None
+        if self.input_scales is not None:
+            given = InputScale(next(places), self.input_scales.divisors[group])
+        return QuantizeWeight(weight, group, self.method_of(weight), packed, scale, divisor, given)
 
 
 def build_plan(
@@ -274,10 +208,12 @@ def _plan_shard(shard: Shard, fates: Mapping[str, Decided], places: dict[str, st
         if spec.name in places:
             raise SourceError(f"two tensors would be written as {quote(spec.name)}: rename one in the source")
         places[spec.name] = shard.name
-    head, _, size = lay_out(specs)
+    head, offsets, size = lay_out(specs)
     if len(head) - PREFIX_BYTES > MAX_HEADER_BYTES:
         raise SourceError(f"{quote(shard.name)} would need a header of {len(head)} bytes, the format allows 100 MB")
-    return ShardPlan(shard.name, size, size - len(head), len(specs))
+    return ShardPlan(
+        shard.name, size, size - len(head), array("q", [offsets[spec.name] for spec in specs]), zlib.compress(head, 1)
+    )
 
 
 def _digests(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .header import DTYPE_BITS
 from .layout import Weight
 from .nvfp4 import GROUP_SIZE
-from .planning import QuantizeWeight
+from .steps import QuantizeWeight
 
 
 @dataclass(frozen=True, slots=True)

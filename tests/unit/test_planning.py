@@ -13,9 +13,9 @@ from mfptq import header, planning
 from mfptq.config import config_text
 from mfptq.conversion import Knowledge, make_plan
 from mfptq.errors import SourceError, UsageError
-from mfptq.planning import CopyTensor, InputScale
 from mfptq.rules import Rules
 from mfptq.settings import Settings
+from mfptq.steps import CopyTensor, InputScale
 
 WEIGHTS = {
     "m.q_proj.weight": np.ones((4, 32), np.float32),
@@ -47,7 +47,7 @@ def scaled(folder: Path, tmp_path: Path, value: float = 2.0) -> planning.Plan:
 def test_a_job_says_where_every_byte_comes_from_and_goes(folder: Path, tmp_path: Path) -> None:
     plan = scaled(folder, tmp_path)
     shard = plan.checkpoint.shard("model-2.safetensors")
-    job = plan.job("model-2.safetensors")
+    job = plan.job(plan.shards[1])
     length = int.from_bytes(job.head[:8], "little")
     made = header.parse_header(job.head[8:], job.size)
     places = {info.name: len(job.head) + info.start for info in made.tensors}
@@ -76,7 +76,7 @@ def test_sizes_are_sums_of_what_is_written(folder: Path, tmp_path: Path) -> None
     plan = make_plan(folder, Settings())
     assert [shard.tensors for shard in plan.shards] == [4, 7]
     for shard in plan.shards:
-        job = plan.job(shard.name)
+        job = plan.job(shard)
         made = header.parse_header(job.head[8:], job.size)
         assert (job.size, made.data_bytes) == (shard.size, shard.tensor_bytes)
     assert plan.output_bytes == sum(shard.size for shard in plan.shards)
@@ -179,7 +179,7 @@ def test_two_tensors_that_would_get_one_name(folder: Path) -> None:
 
 def test_headers_beyond_the_formats_limit_are_refused(folder: Path, monkeypatch) -> None:
     plan = make_plan(folder, Settings())
-    longest = max(len(plan.job(shard.name).head) - 8 for shard in plan.shards)
+    longest = max(len(plan.job(shard).head) - 8 for shard in plan.shards)
     monkeypatch.setattr(planning, "MAX_HEADER_BYTES", longest)
     make_plan(folder, Settings())
     monkeypatch.setattr(planning, "MAX_HEADER_BYTES", longest - 1)

@@ -1,0 +1,82 @@
+"""What the work on one output file consists of: copies and weights, each with its place in the source and in the output."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .layout import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTensor:
+    """Bytes that go over unchanged; offsets are in bytes in the source file and in the output file."""
+
+    name: str
+    source_offset: int
+    offset: int
+    size: int
+
+    def pieces(self, limit: int) -> Iterator[CopyTensor]:
+        """Yield the copy in pieces of at most `limit` bytes, so that one huge tensor is not one worker's alone."""
+        for start in range(0, self.size, limit):
+            size = min(limit, self.size - start)
+            yield CopyTensor(self.name, self.source_offset + start, self.offset + start, size)
+
+
+@dataclass(frozen=True, slots=True)
+class InputScale:
+    """A group's `input_global_scale` and its place in the output file."""
+
+    offset: int
+    divisor: float
+
+
+class QuantizeWeight(NamedTuple):
+    """A weight, its method, and the places of what it becomes, in bytes from the beginning of the output file."""
+
+    weight: Weight
+    group: str
+    method: str
+    packed: int
+    scale: int
+    global_scale: int
+    input_scale: InputScale | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """All the work on one output file: `head` is its leading bytes, `size` its length in bytes."""
+
+    name: str
+    head: bytes
+    size: int
+    copies: tuple[CopyTensor, ...]
+    weights: tuple[QuantizeWeight, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """An output file laid out, in little memory: its leading bytes compressed, the places of its tensors as numbers.
+
+    `places` are offsets in the file, in the order of `output_specs`; `size` and `tensor_bytes` are in bytes.
+    """
+
+    name: str
+    size: int
+    tensor_bytes: int
+    places: array[int] = field(repr=False)
+    packed_head: bytes = field(repr=False)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the file will have."""
+        return len(self.places)
+
+    @property
+    def head(self) -> bytes:
+        """The file's leading bytes: length prefix and header."""
+        return zlib.decompress(self.packed_head)
