@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from measuring import QWEN, allot, apart, copying, fresh, measure, size, table, warm, write_checkpoint
 
-from mfptq.demo import DemoShape, demo_tensors, write_demo
+from mfptq.demo import DemoShape, demo_tensors
 
 LARGE_SHARE = 0.9
 
@@ -29,7 +29,8 @@ def shape(layers: int, options: argparse.Namespace) -> DemoShape:
 def make(layers: int, options: argparse.Namespace) -> Path:
     path = options.folder / f"hidden-{options.hidden}-layers-{layers}-{options.shards}"
     if not path.exists():
-        apart(write_demo, path, shape(layers, options), options.shards)
+        shares = [1 / options.shards] * options.shards
+        apart(write_checkpoint, path, allot(list(demo_tensors(shape(layers, options))), shares), QWEN)
     return path
 
 
