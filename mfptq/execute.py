@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -67,6 +67,7 @@ class Execution:
         self._lanes = max(1, len(buffers) // WORKERS_FOR_A_FILE)
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
+        self._syncer = ThreadPoolExecutor(self._lanes + 1, "mfptq-sync")
         self._flusher = ThreadPoolExecutor(1, "mfptq-flush")
         self._finishing: list[Future[None]] = []
         self._workers: Workers[Buffers] = Workers(self._supply(), buffers)
@@ -77,7 +78,7 @@ class Execution:
             self._workers.run()
             self._wait_for_finishing(0)
         finally:
-            for pool in (self._finisher, self._flusher):
+            for pool in (self._finisher, self._syncer, self._flusher):
                 pool.shutdown(wait=True, cancel_futures=True)
             for shard in self._open.values():
                 shard.file.discard()
@@ -246,10 +247,12 @@ class Execution:
         """Make a shard durable under its name and note it, after its source proved unchanged."""
         name = shard.job.name
         self._plan.check_unchanged(name)
-        with ThreadPoolExecutor(1, "mfptq-sync") as pool:  # the disk and the hash work at the same time
-            synced = pool.submit(shard.file.sync)
+        synced = self._syncer.submit(shard.file.sync)  # the disk and the hash work at the same time
+        try:
             digest = shard.file.sha256()
-            synced.result()
+        finally:
+            wait([synced])  # whatever happens, the file is closed after its last system call
+        synced.result()
         if self._forget:
             shard.file.forget()
             self._source.drop_cached(name, 0, 0)  # what tiles that end inside of the kernel's pages have left

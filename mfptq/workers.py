@@ -26,7 +26,9 @@ class Workers(Generic[State]):
         self._ended = 0
         self._exhausted = False
         self._error: BaseException | None = None
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # workers wait here for tasks, and nobody else
+        self._stopped = threading.Condition(lock)
         self._supplying = threading.Lock()
         self._threads = [
             threading.Thread(target=self._work, args=(state,), name=f"mfptq-{number}", daemon=True)
@@ -36,8 +38,9 @@ class Workers(Generic[State]):
     def add(self, tasks: Iterable[Task[State]]) -> None:
         """Add follow-up tasks; they run in the given order, before anything else."""
         with self._changed:
+            before = len(self._ready)
             self._ready.extend(reversed(list(tasks)))
-            self._changed.notify_all()
+            self._changed.notify(len(self._ready) - before)
 
     def run(self) -> None:
         """Run everything; raise the first error, after every worker has stopped. Interruptible at any time."""
@@ -57,9 +60,9 @@ class Workers(Generic[State]):
 
         Threads count themselves: an interrupted `Thread.join` may take a running thread for an ended one.
         """
-        with self._changed:
+        with self._stopped:
             while self._ended < max(self._begun, threads):
-                self._changed.wait(_POLL_SECONDS)
+                self._stopped.wait(_POLL_SECONDS)
 
     def _work(self, state: State) -> None:
         with self._changed:
@@ -69,13 +72,14 @@ class Workers(Generic[State]):
                 task(state)
                 with self._changed:
                     self._running -= 1
-                    self._changed.notify_all()
+                    if not self._running:
+                        self._changed.notify_all()
         except BaseException as error:
             self._fail(error)
         finally:
             with self._changed:
                 self._ended += 1
-                self._changed.notify_all()
+                self._stopped.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:

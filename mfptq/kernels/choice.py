@@ -8,7 +8,7 @@ from .driver import device_count
 
 CORE_WEIGHTS = 2.5e8  # a second, by one core, `search`, with reading and writing
 GPU_WEIGHTS = 1.5e9  # a second, whatever the GPU: by then the copies and the disk decide
-GPU_START = 6.0  # seconds, of opening the device and of loading kernels
+GPU_START = 1.0  # seconds, of opening the device and of loading kernels
 
 
 @dataclass(frozen=True, slots=True)
