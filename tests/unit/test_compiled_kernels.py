@@ -1,0 +1,137 @@
+"""What LLVM makes of the kernels: nothing contracted, nothing recompiled, the same from damaged caches and on old processors."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llvmlite import binding, ir
+
+from mfptq.kernels import Many, Recipe, load_kernel
+from mfptq.kernels.cpu import _emit
+from mfptq.kernels.machine import _target, has_fused, optimized
+from mfptq.kernels.ptx import _compile, ptx
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return _compile().decode()
+
+
+def test_ptx_has_every_kernel_and_rounds_as_ieee_754_says(text: str) -> None:
+    entries = set(re.findall(r"\.entry (\w+)\(", text))
+    kinds = ("bf16", "f16", "f32")
+    assert entries == {f"{m}_{k}" for m in ("search", "minmax") for k in kinds} | {"amax_16", "amax_32"}
+    used = Counter(re.findall(r"^\s+(?:@%p\d+ )?(\w+)\.([\w.]*f(?:32|64))\b", text, re.MULTILINE))
+    for (operation, kind), _ in used.items():
+        if operation in ("add", "sub", "mul", "div", "fma", "rcp", "sqrt"):
+            assert kind in ("rn.f32", "rn.f64"), f"{operation}.{kind} may be contracted, approximated or flushed"
+    assert ".ftz" not in text
+    assert ".approx" not in text
+
+
+def test_fused_products_are_only_where_they_are_exact(text: str) -> None:
+    parts = dict(re.findall(r"\.entry (\w+)\((.*?)\n\}", text, re.DOTALL))
+    for name, part in parts.items():
+        count = len(re.findall(r"\bfma\.rn\.f32", part))
+        # ten candidates of sixteen values: two to round each, on either path, and one for its error on the simple one
+        assert count == (10 * 16 * (2 + 2 + 1) if name.startswith("search") else 0), name
+
+
+def test_ptx_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("MFPTQ_CACHE_DIR", str(tmp_path))
+    assert ptx().decode() == text
+    monkeypatch.setattr("mfptq.kernels.ptx._compile", lambda: pytest.fail("compiled again"))
+    assert ptx().decode() == text
+
+
+@pytest.mark.parametrize("name", ["search_bf16", "minmax_f16", "search_f32"])
+def test_cpu_code_contracts_nothing(name: str) -> None:
+    module = ir.Module(name)
+    _emit(module, name)
+    written = str(optimized(module, _target()))
+    operations = re.findall(r"= (f(?:add|sub|mul|div|neg)) ([a-z ]*?)<", written)
+    assert operations
+    assert {flags for _, flags in operations} == {""}, "fast-math flags"
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    code = (
+        "import numpy as np\n"
+        "import mfptq.kernels.machine as machine\n"
+        "from mfptq.kernels import Recipe, load_kernel\n"
+        "made = []\n"
+        "original = machine.optimized\n"
+        "machine.optimized = lambda *a: (made.append(1), original(*a))[1]\n"
+        "kernel = load_kernel()\n"
+        "kernel.amax(np.zeros((1, 16), np.uint16))\n"
+        "kernel.quantize(np.zeros((1, 16), np.uint16), Recipe('search', 1.0), np.empty((1, 8), np.uint8), np.empty((1, 1), np.uint8))\n"
+        "import sys\n"
+        "print(len(made), 'torch' in sys.modules, 'llvmlite.ir' in sys.modules)\n"
+    )
+    environment = {**os.environ, "MFPTQ_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-c", code]
+    first, second = (subprocess.run(run, env=environment, capture_output=True, check=True).stdout for _ in range(2))
+    assert first == b"2 False True\n"
+    assert second.startswith(b"0 False")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
+@pytest.mark.parametrize("method", ["search", "minmax"])
+def test_many_weights_in_one_call_are_those_of_single_calls(method: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [16, 32, 16 * 15, 16 * 16, 16 * 17, 16 * 100, 16]
+    values = rng.standard_normal(sum(sizes)).astype(np.float32) * 0.02
+    data = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "uint16" else values.astype(dtype)
+    starts = np.cumsum([0, *sizes])
+    kernel, scales = load_kernel(), (2.0 ** np.arange(7, 14)).astype(np.float32)
+    packed, codes = np.full(data.size // 2, 0xEE, np.uint8), np.full(data.size // 16, 0xEE, np.uint8)
+    stats = kernel.quantize_each(data, Many(method, starts, scales), packed, codes)
+    largest = kernel.amax_each(data, starts)
+    for row, (begin, end) in enumerate(itertools.pairwise(starts)):
+        tile = data[begin:end].reshape(1, -1)
+        own_packed, own_codes = np.empty((1, tile.size // 2), np.uint8), np.empty((1, tile.size // 16), np.uint8)
+        found = kernel.quantize(tile, Recipe(method, float(scales[row])), own_packed, own_codes)
+        assert np.array_equal(packed[begin // 2 : end // 2], own_packed[0])
+        assert np.array_equal(codes[begin // 16 : end // 16], own_codes[0])
+        assert np.array_equal(stats[row], found.as_array())
+        assert largest[row] == kernel.amax(tile)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compares generations of x86-64")
+@pytest.mark.parametrize(("processor", "fused"), [("x86-64", False), ("haswell", True)])
+@pytest.mark.parametrize("name", ["search_bf16", "minmax_bf16"])
+def test_older_processors_get_the_same_bytes(
+    name: str, processor: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No vector of 512 bits, or none of 256 and no fused product either: chunks become more, and nothing else."""
+    if fused and not has_fused():
+        pytest.skip("this processor has no fused product")
+    monkeypatch.setattr("mfptq.kernels.cpu.has_fused", lambda: fused)
+    target = binding.Target.from_default_triple().create_target_machine(cpu=processor, opt=3, jit=True)
+    module = ir.Module(name)
+    _emit(module, name)
+    engine = binding.create_mcjit_compiler(optimized(module, target), target)
+    run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 6, ctypes.c_int64)(engine.get_function_address(name))
+    data = np.random.default_rng(1).integers(0, 2**16, 16 * 100, np.uint16)
+    data[(data & 0x7F80) == 0x7F80] = 0
+    results = []
+    for call in (run, None):
+        packed, codes, stats = np.empty(800, np.uint8), np.empty(100, np.uint8), np.empty((1, 7))
+        scales, starts = np.array([2.0**-3], np.float32), np.array([0, 100])
+        if call is None:
+            many = Many(name.partition("_")[0], starts * 16, scales)
+            stats = load_kernel().quantize_each(data, many, packed, codes)
+        else:
+            call(*(array.ctypes.data for array in (data, packed, codes, stats, starts, scales)), 1)
+        results.append((packed.tobytes(), codes.tobytes(), stats.tobytes()))
+    assert results[0] == results[1]
