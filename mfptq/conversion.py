@@ -159,7 +159,8 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     statistics = plan.statistics_bytes
     choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), workers)
     family = choice.device.split(":")[0]
-    check_data_limit(family if family in KERNEL_BYTES else "torch")
+    known = "calibrated" if family == "cpu" and statistics else family
+    check_data_limit(known if known in KERNEL_BYTES else "torch")
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     _try_out(plan, kernel, calibrated)

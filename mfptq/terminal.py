@@ -12,12 +12,12 @@ from typing import Any
 
 from .execute import Progress, ProgressCallback
 from .inspection import Inspection, TensorKind, plan_kinds
-from .memory import KERNEL_BYTES, parse_size, plan_memory
+from .memory import parse_size, plan_memory
 from .planning import Plan
 from .report import Report
 from .verification import Verification
 
-INTERPRETER_BYTES = 60 * 2**20
+HELD_BYTES = 85 * 2**20  # by the interpreter, with numpy and kernels that are compiled already
 SHOWN_FAULTS = 20
 
 
@@ -78,8 +78,7 @@ def summary(report: Report, *, timings: bool) -> str:
 def plan_values(plan: Plan, max_memory: str, workers: int | None) -> dict[str, Any]:
     """Return a plan as JSON values."""
     cores = workers or os.cpu_count() or 1
-    held = INTERPRETER_BYTES + KERNEL_BYTES["cpu"]
-    memory = plan_memory(parse_size(max_memory), held, cores, statistics=plan.statistics_bytes)
+    memory = plan_memory(parse_size(max_memory), HELD_BYTES, cores, statistics=plan.statistics_bytes)
     kinds = plan_kinds(plan)
     elements = sum(kind.elements for kind in kinds)
     return {
