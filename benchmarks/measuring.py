@@ -20,6 +20,7 @@ from mfptq.config import index_text
 from mfptq.header import TensorSpec, encode_header, tensor_bytes
 
 BUFFER = 4 * 2**20
+REST = 3  # seconds
 QWEN = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "dtype": "bfloat16"}
 QWEN_MOE = {**QWEN, "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
 
@@ -64,9 +65,12 @@ def copying(source: Path, out: Path) -> list[str]:
 
 
 def fresh(out: Path) -> None:
-    """Remove an output, and let what is still being written reach the disk before the next measurement."""
+    """Remove an output, and let the disk come to rest: what is removed may be discarded on it for seconds after a sync."""
+    existed = out.exists()
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    if existed:
+        time.sleep(REST)
 
 
 def warm(folder: Path) -> None:
