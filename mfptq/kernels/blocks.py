@@ -27,7 +27,7 @@ _STEP = 20  # one E4M3 code further is bit 20 of the float32 that it stands for
 _BIAS = 960  # the code of a normal E4M3 value is its float32 bits >> 20, less this
 _LOWEST, _HIGHEST = ((code + _BIAS) << _STEP for code in (MIN_NORMAL_CODE, E4M3_MAX_CODE))
 _GRID = 2.0**22
-_F16_TO_F32 = 2.0**112
+F16_TO_F32 = 2.0**112
 WORST = 3  # among the statistics: the one that is no sum
 
 
@@ -73,7 +73,7 @@ def unpack_block(words: Sequence[Words], kind: str) -> Block:
         both = (word & 0x80000000) | ((word & 0x8000) << 12)
         signs[i // 4] |= both >> (24 - 8 * (i % 4))
         halves = ((word & 0x7FFF) << 16, word & 0x7FFF0000)
-        x += [half.floats() if kind == BF16 else (half >> 3).floats() * _F16_TO_F32 for half in halves]
+        x += [half.floats() if kind == BF16 else (half >> 3).floats() * F16_TO_F32 for half in halves]
     return Block(x, signs)
 
 

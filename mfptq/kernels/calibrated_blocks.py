@@ -10,12 +10,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..nvfp4 import E2M1_MAX, E4M3_MAX, GROUP_SIZE, ZERO_BLOCK_CODE
-from .blocks import BF16, F32, Quantized, bounded, largest, neighbour, nonzero_nibbles, round_e2m1, rounded_scale
+from .blocks import (
+    BF16,
+    F16_TO_F32,
+    F32,
+    Quantized,
+    bounded,
+    largest,
+    neighbour,
+    nonzero_nibbles,
+    round_e2m1,
+    rounded_scale,
+)
 from .calibrated import CALIBRATED_OFFSETS, SWEEPS
 from .vector import FLOAT, LONG, Code, Floats, Mask, Words
 
 _SIGN, _MAGNITUDE = 0x80000000, 0x7FFFFFFF
-_F16_TO_F32 = 2.0**112
 
 
 class Known(NamedTuple):
@@ -53,7 +63,7 @@ def signed_values(words: Sequence[Words], kind: str) -> list[Floats]:
 
 def _widened(half: Words) -> Floats:
     """Return the float32 value of a float16 whose bits are the upper half."""
-    magnitude = ((half & 0x7FFF0000) >> 3).floats() * _F16_TO_F32
+    magnitude = ((half & 0x7FFF0000) >> 3).floats() * F16_TO_F32
     return (magnitude.bits() | (half & _SIGN)).floats()
 
 

@@ -208,10 +208,6 @@ class Floats(Value):
     def __le__(self, other: Floats | float) -> Mask:
         return self._compared("<=", other)
 
-    def differs(self, other: Floats | float) -> Mask:
-        """Return where the two are not equal."""
-        return self._compared("!=", other)
-
     def maximum(self, other: Floats | float) -> Floats:
         """Return the larger of two numbers, neither of them NaN."""
         found: Floats = (self > other).choose(self, other)
