@@ -32,9 +32,8 @@ from .tiles import GroupStep, Tile, group_steps, tiles
 from .workers import Task, Workers
 
 MAX_FINISHING = 4
-COPY_STEP = (
-    2**19
-)  # while a piece is copied nobody else can write into the file, and larger pieces starve those who wait
+# While a piece is copied, nobody else can write into the file; larger pieces starve those who wait.
+COPY_STEP = 2**19
 WORKERS_FOR_A_FILE = 4
 BufferTask = Task[Buffers]
 WeightTile = tuple[QuantizeWeight, Tile]

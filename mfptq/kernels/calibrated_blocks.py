@@ -103,7 +103,7 @@ def calibrated(x: Sequence[Floats], global_scale: Floats, known: Known, method: 
     step = code.floats(1.0) / global_scale
     magnitudes = [(each.bits() & _MAGNITUDE).floats() for each in x]
     base = bounded(rounded_scale((largest(magnitudes) / E2M1_MAX * global_scale).minimum(E4M3_MAX)))
-    chosen, best, rounding = base, code.floats(math.inf), best_of_rounding(x, base, step)
+    chosen, best, rounding = base, code.floats(math.inf), _rounding_error(x, base, step)
     objective = _weighted if method == "weighted" else _quadratic
     for offset in CALIBRATED_OFFSETS:
         scale = neighbour(base, offset)
@@ -119,7 +119,7 @@ def calibrated(x: Sequence[Floats], global_scale: Floats, known: Known, method: 
     return Quantized(words, scale_code, _squares(_differences(x, values, chosen, step)), rounding)
 
 
-def best_of_rounding(x: Sequence[Floats], base: Words, step: Floats) -> Floats:
+def _rounding_error(x: Sequence[Floats], base: Words, step: Floats) -> Floats:
     """Return the squared error of a block at its scale rounded to nearest."""
     return _squares(_differences(x, _rounded(x, base, step), base, step))
 
