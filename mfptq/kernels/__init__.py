@@ -18,6 +18,7 @@ Tile = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 STATISTICS = 7
+BF16, F16, F32 = "bf16", "f16", "f32"  # dtypes of weights, as kernels are named
 
 
 @dataclass(frozen=True, slots=True)

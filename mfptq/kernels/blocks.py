@@ -20,9 +20,9 @@ from ..nvfp4 import (
     SEARCH_OFFSETS,
     ZERO_BLOCK_CODE,
 )
+from . import BF16, F32
 from .vector import DOUBLE, Code, Floats, Words
 
-BF16, F16, F32 = "bf16", "f16", "f32"
 _STEP = 20  # one E4M3 code further is bit 20 of the float32 that it stands for
 _BIAS = 960  # the code of a normal E4M3 value is its float32 bits >> 20, less this
 _LOWEST, _HIGHEST = ((code + _BIAS) << _STEP for code in (MIN_NORMAL_CODE, E4M3_MAX_CODE))

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..nvfp4 import E2M1_MAX, E4M3_MAX, GROUP_SIZE, ZERO_BLOCK_CODE
+from . import BF16, F32
 from .blocks import (
-    BF16,
     F16_TO_F32,
-    F32,
     Quantized,
     bounded,
     largest,

@@ -20,9 +20,10 @@ import numpy.typing as npt
 from ..errors import MemoryBudgetError, UsageError, quote
 from ..nvfp4 import GROUP_SIZE, ByteArray, Float32Array
 from . import STATISTICS, Float64Array, Int64Array, Kernel, Many, Recipe, Tile, TileStats
+from .artifacts import artifact
 from .cpu import CpuKernel
 from .driver import Device, DeviceMemoryError, DriverError, Memory, Stream, open_device
-from .ptx import ptx
+from .machine import origin
 
 THREADS = 256  # of a block
 WARPS = THREADS // 32
@@ -184,11 +185,22 @@ class CudaKernel(Kernel):
                 ) from None
 
 
+def _ptx() -> bytes:
+    """Return the kernels as PTX: from disk, or compiled now."""
+
+    def compiled() -> bytes:
+        from .ptx import compile_ptx
+
+        return compile_ptx()
+
+    return artifact("ptx", origin(), compiled)
+
+
 @cache
 def _load(device: Device) -> dict[str, int]:
     """Return the kernels for a device: loaded once in a process."""
     with device:
-        return device.load(ptx(), ENTRIES)
+        return device.load(_ptx(), ENTRIES)
 
 
 def _together(rows: npt.NDArray[np.float64], weights: int) -> TileStats:

@@ -1,4 +1,4 @@
-"""From LLVM instructions to functions of this processor: compiled once for a machine, then loaded from disk in milliseconds.
+"""Functions of this processor: compiled once for a machine, then loaded from disk in milliseconds, without LLVM.
 
 Object code is kept under what it was made from: the generating sources, LLVM's version, the processor and its features. A
 function that is not there yet takes about a second, whoever starts at the same time.
@@ -8,41 +8,25 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import platform
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llvmlite import binding
+import llvmlite
 
 from .artifacts import artifact
+from .linking import CannotLinkError, link
 
 if TYPE_CHECKING:
     from llvmlite import ir
 
-LANES = 16
+LANES = 16  # blocks, or rows, that one pass of a loop takes
+CPUINFO = Path("/proc/cpuinfo")
+_IDENTITY = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 _lock = threading.RLock()
-
-
-@cache
-def has_fused() -> bool:
-    """Return whether this processor has an instruction for x * y + z."""
-    return bool(_features().get("fma")) or not binding.get_process_triple().startswith(("x86_64", "amd64", "i686"))
-
-
-@cache
-def _features() -> Any:
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    return binding.get_host_cpu_features()
-
-
-@cache
-def _target() -> Any:
-    features = _features().flatten()
-    target = binding.Target.from_default_triple()
-    return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3, jit=True)
 
 
 @cache
@@ -50,7 +34,7 @@ def origin() -> bytes:
     """Return what decides about every kernel beside its name: the generating sources and LLVM's version."""
     folder = Path(__file__).parent
     sources = [*sorted(folder.glob("*.py")), folder.parent / "nvfp4.py"]
-    digest = hashlib.sha256(repr(binding.llvm_version_info).encode())
+    digest = hashlib.sha256(llvmlite.__version__.encode())
     for path in sources:
         digest.update(path.read_bytes())
     return digest.digest()
@@ -58,21 +42,23 @@ def origin() -> bytes:
 
 @cache
 def _key() -> bytes:
-    parts = (binding.get_process_triple(), binding.get_host_cpu_name(), _features().flatten())
-    return origin() + repr(parts).encode()
+    return origin() + (_processor() or _known_to_llvm()).encode()
 
 
-def optimized(module: ir.Module, target: Any) -> Any:
-    """Return a module as LLVM makes it fast, ready to be emitted."""
-    parsed = binding.parse_assembly(str(module))
-    builder = binding.create_pass_builder(target, binding.create_pipeline_tuning_options(speed_level=3))
-    builder.getModulePassManager().run(parsed, builder)
-    return parsed
+def _processor() -> str | None:
+    """Return what Linux tells of an x86-64 processor's make and features; None elsewhere."""
+    if platform.machine() != "x86_64" or not CPUINFO.exists():
+        return None
+    first = CPUINFO.read_text().split("\n\n", maxsplit=1)[0]
+    fields = dict(line.split(":", maxsplit=1) for line in first.splitlines() if ":" in line)
+    known = {name.strip(): value.strip() for name, value in fields.items()}
+    return repr([known.get(name) for name in _IDENTITY]) if known.get("flags") else None
 
 
-@cache
-def _engine() -> Any:
-    return binding.create_mcjit_compiler(binding.parse_assembly(""), _target())
+def _known_to_llvm() -> str:
+    from .compiling import host
+
+    return host()
 
 
 class MachineCode:
@@ -93,14 +79,18 @@ class MachineCode:
 
     def _load(self, name: str) -> Any:
         code = artifact(name, name.encode() + _key(), lambda: self._compile(name))
-        engine = _engine()
-        engine.add_object_file(binding.ObjectFileRef.from_data(code))
-        engine.finalize_object()
-        return self._type(engine.get_function_address(name))
+        try:
+            return self._type(link(code, name))
+        except CannotLinkError:
+            from .compiling import load
+
+            return self._type(load(code, name))
 
     def _compile(self, name: str) -> bytes:
         from llvmlite import ir
 
+        from .compiling import object_code
+
         module = ir.Module(name)
         self._emit(module, name)
-        return bytes(_target().emit_object(optimized(module, _target())))
+        return object_code(module)

@@ -11,9 +11,9 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from .artifacts import artifact
-from .blocks import BF16, F16, F32, WORST, Sums, block_words, minmax, search, tally, unpack_block
-from .machine import optimized, origin
+from . import BF16, F16, F32
+from .blocks import WORST, Sums, block_words, minmax, search, tally, unpack_block
+from .compiling import optimized
 from .vector import BYTE, DOUBLE, FLOAT, LONG, VOID, WORD, Code, Words
 
 WARP = 32
@@ -22,17 +22,13 @@ _TRIPLE = "nvptx64-nvidia-cuda"
 _MODEL, _FEATURES = "sm_70", "+ptx60"
 
 
-def ptx() -> bytes:
+def compile_ptx() -> bytes:
     """Return the PTX of all kernels.
 
     `search_*`, `minmax_*` for bf16, f16, f32: (source, packed, scales, stats, blocks, global scale), with stats float64
     [7, W]: column w is what warp w of the grid found. `amax_16`, `amax_32`: (source, words, result), where the result, to
     be zero before, becomes the largest magnitude's bits.
     """
-    return artifact("ptx", origin(), _compile)
-
-
-def _compile() -> bytes:
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     target = binding.Target.from_triple(_TRIPLE).create_target_machine(cpu=_MODEL, features=_FEATURES, opt=3)

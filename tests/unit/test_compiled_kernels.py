@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 from llvmlite import binding, ir
 
-from mfptq.kernels import Many, Recipe, load_kernel
-from mfptq.kernels.cpu import _emit
-from mfptq.kernels.machine import _target, has_fused, optimized
-from mfptq.kernels.ptx import _compile, ptx
+from mfptq.kernels import Many, Recipe, load_kernel, machine
+from mfptq.kernels.compiling import _target, has_fused, load, object_code, optimized
+from mfptq.kernels.cpu_code import emit
+from mfptq.kernels.cuda import _ptx
+from mfptq.kernels.linking import CannotLinkError, link
+from mfptq.kernels.ptx import compile_ptx
 
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return _compile().decode()
+    return compile_ptx().decode()
 
 
 def test_ptx_has_every_kernel_and_rounds_as_ieee_754_says(text: str) -> None:
@@ -49,15 +51,15 @@ def test_fused_products_are_only_where_they_are_exact(text: str) -> None:
 
 def test_ptx_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("MFPTQ_CACHE_DIR", str(tmp_path))
-    assert ptx().decode() == text
-    monkeypatch.setattr("mfptq.kernels.ptx._compile", lambda: pytest.fail("compiled again"))
-    assert ptx().decode() == text
+    assert _ptx().decode() == text
+    monkeypatch.setattr("mfptq.kernels.ptx.compile_ptx", lambda: pytest.fail("compiled again"))
+    assert _ptx().decode() == text
 
 
 @pytest.mark.parametrize("name", ["search_bf16", "minmax_f16", "search_f32"])
 def test_cpu_code_contracts_nothing(name: str) -> None:
     module = ir.Module(name)
-    _emit(module, name)
+    emit(module, name)
     written = str(optimized(module, _target()))
     operations = re.findall(r"= (f(?:add|sub|mul|div|neg)) ([a-z ]*?)<", written)
     assert operations
@@ -67,22 +69,23 @@ def test_cpu_code_contracts_nothing(name: str) -> None:
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     code = (
         "import numpy as np\n"
-        "import mfptq.kernels.machine as machine\n"
+        "import sys\n"
         "from mfptq.kernels import Recipe, load_kernel\n"
         "made = []\n"
-        "original = machine.optimized\n"
-        "machine.optimized = lambda *a: (made.append(1), original(*a))[1]\n"
+        "from mfptq.kernels.machine import MachineCode\n"
+        "original = MachineCode._compile\n"
+        "MachineCode._compile = lambda *a: (made.append(1), original(*a))[1]\n"
         "kernel = load_kernel()\n"
         "kernel.amax(np.zeros((1, 16), np.uint16))\n"
         "kernel.quantize(np.zeros((1, 16), np.uint16), Recipe('search', 1.0), np.empty((1, 8), np.uint8), np.empty((1, 1), np.uint8))\n"
-        "import sys\n"
-        "print(len(made), 'torch' in sys.modules, 'llvmlite.ir' in sys.modules)\n"
+        "print(len(made), *(name in sys.modules for name in ('torch', 'llvmlite.ir', 'llvmlite.binding')))\n"
     )
     environment = {**os.environ, "MFPTQ_CACHE_DIR": str(tmp_path)}
     run = [sys.executable, "-c", code]
     first, second = (subprocess.run(run, env=environment, capture_output=True, check=True).stdout for _ in range(2))
-    assert first == b"2 False True\n"
-    assert second.startswith(b"0 False")
+    assert first == b"2 False True True\n"
+    linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    assert second == (b"0 False False False\n" if linux else b"0 False False True\n")
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
@@ -116,10 +119,10 @@ def test_older_processors_get_the_same_bytes(
     """No vector of 512 bits, or none of 256 and no fused product either: chunks become more, and nothing else."""
     if fused and not has_fused():
         pytest.skip("this processor has no fused product")
-    monkeypatch.setattr("mfptq.kernels.cpu.has_fused", lambda: fused)
+    monkeypatch.setattr("mfptq.kernels.cpu_code.has_fused", lambda: fused)
     target = binding.Target.from_default_triple().create_target_machine(cpu=processor, opt=3, jit=True)
     module = ir.Module(name)
-    _emit(module, name)
+    emit(module, name)
     engine = binding.create_mcjit_compiler(optimized(module, target), target)
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 6, ctypes.c_int64)(engine.get_function_address(name))
     data = np.random.default_rng(1).integers(0, 2**16, 16 * 100, np.uint16)
@@ -135,3 +138,68 @@ def test_older_processors_get_the_same_bytes(
             call(*(array.ctypes.data for array in (data, packed, codes, stats, starts, scales)), 1)
         results.append((packed.tobytes(), codes.tobytes(), stats.tobytes()))
     assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def code() -> bytes:
+    module = ir.Module("search_bf16")
+    emit(module, "search_bf16")
+    return object_code(module)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="elsewhere LLVM links")
+def test_linked_code_is_what_llvm_loads(code: bytes) -> None:
+    results = []
+    data = np.random.default_rng(2).standard_normal(16 * 37).astype(np.float32).view(np.uint32) >> 16
+    source, starts, scales = data.astype(np.uint16), np.array([0, 20, 37]), np.array([2.0**5, 100.0], np.float32)
+    for place in (link(code, "search_bf16"), load(code, "search_bf16")):
+        run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 6, ctypes.c_int64)(place)
+        packed, codes, stats = np.zeros(8 * 37, np.uint8), np.zeros(37, np.uint8), np.zeros((2, 7))
+        run(*(array.ctypes.data for array in (source, packed, codes, stats, starts, scales)), 2)
+        results.append((packed.tobytes(), codes.tobytes(), stats.tobytes()))
+    assert results[0] == results[1]
+
+
+def test_what_is_no_object_file_for_this_machine_is_not_linked(code: bytes) -> None:
+    with pytest.raises(CannotLinkError):
+        link(code, "another_name")
+    for size in (0, 7, 16, 63, len(code) // 2, len(code) - 1):
+        with pytest.raises(CannotLinkError):
+            link(code[:size], "search_bf16")
+    for place in (0, 4, 16, 18):  # magic number, class, type, machine
+        changed = bytearray(code)
+        changed[place] ^= 0xFF
+        with pytest.raises(CannotLinkError):
+            link(bytes(changed), "search_bf16")
+
+
+def test_an_address_that_is_not_known_is_not_linked(code: bytes) -> None:
+    with pytest.raises(CannotLinkError):
+        link(code.replace(b"memcpy", b"memcpx"), "search_bf16")
+
+
+def test_where_nothing_can_be_linked_llvm_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_code: bytes, _name: str) -> int:
+        raise CannotLinkError
+
+    monkeypatch.setattr("mfptq.kernels.machine.link", refuse)
+    functions = machine.MachineCode(emit, [*[ctypes.c_void_p] * 6, ctypes.c_int64])
+    source, starts, scales = np.full(16, 0x3F80, np.uint16), np.array([0, 1]), np.array([2.0**6], np.float32)
+    packed, codes, stats = np.zeros(8, np.uint8), np.zeros(1, np.uint8), np.zeros((1, 7))
+    functions["search_bf16"](*(a.ctypes.data for a in (source, packed, codes, stats, starts, scales)), 1)
+    assert stats[0, 1] == 16.0
+
+
+def test_a_processor_is_known_by_its_features(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = "processor : 0\nmodel : 7\nflags : fma avx\ncpu MHz : {}\n\nprocessor : 1\nflags : none\n"
+    found = []
+    for number, text in enumerate((told.format(1), told.format(2), told.replace("avx", "sse"), "processor : 0\n")):
+        path = tmp_path / str(number)
+        path.write_text(text)
+        monkeypatch.setattr(machine, "CPUINFO", path)
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        found.append(machine._processor())
+    assert found[0] == found[1] != found[2]
+    assert found[3] is None
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert machine._processor() is None

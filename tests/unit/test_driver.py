@@ -132,7 +132,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
     found = FakeLibrary()
     device = Device(Driver(found), 0)
     monkeypatch.setattr(cuda, "open_device", lambda ordinal: device)
-    monkeypatch.setattr(cuda, "ptx", lambda: b"text for all")
+    monkeypatch.setattr(cuda, "_ptx", lambda: b"text for all")
     return found
 
 
@@ -238,6 +238,6 @@ def test_devices_that_cannot_be_used(library: FakeLibrary, monkeypatch: pytest.M
             cuda.CudaKernel(name)
     with pytest.raises(UsageError, match="no CUDA device 99: the driver shows 1"):
         Device(Driver(library), 99)
-    monkeypatch.setattr(cuda, "ptx", lambda: b"broken")
+    monkeypatch.setattr(cuda, "_ptx", lambda: b"broken")
     with pytest.raises(UsageError, match=r"'cuda' cannot be used: .*UNSUPPORTED_PTX_VERSION"):
         cuda.CudaKernel("cuda")
