@@ -36,6 +36,11 @@ class Buffers:
         self._packed = kernel.allocate(tile_bytes // 4)
         self._scales = kernel.allocate(tile_bytes // 2 // GROUP_SIZE)
 
+    @property
+    def memory(self) -> memoryview:
+        """Memory for a tile, which is free between tiles."""
+        return self._source.data
+
     def timed(self, phase: str) -> Timed:
         """Add the time that the block takes to a phase."""
         return Timed(self.seconds, phase)
@@ -51,11 +56,16 @@ class Buffers:
 
     def _read(self, source: FolderSource, shard: str, stretches: Iterable[tuple[int, int]], dtype: str) -> TileArray:
         with self.timed("read"):
-            end = 0
-            for offset, size in stretches:
-                source.read_into(shard, offset, self._source.data[end : end + size])
-                end += size
-            return self._source[:end].view(NUMPY_DTYPES[dtype])
+            size = len(self.read_bytes(source, shard, stretches))
+            return self._source[:size].view(NUMPY_DTYPES[dtype])
+
+    def read_bytes(self, source: FolderSource, shard: str, stretches: Iterable[tuple[int, int]]) -> memoryview:
+        """Return stretches of a file, (offset, size) in bytes, one behind the other. The next call overwrites them."""
+        end = 0
+        for offset, size in stretches:
+            source.read_into(shard, offset, self.memory[end : end + size])
+            end += size
+        return self.memory[:end]
 
     def amax(self, data: TileArray, tile: Tile) -> float:
         """Return the tile's largest magnitude; raises NonFiniteWeightError for NaN or infinity."""

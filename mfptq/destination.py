@@ -28,7 +28,7 @@ from .errors import (
     UnsafePathError,
     quote,
 )
-from .files import Range, copy_range, open_regular, plain_name, read_small, storage_errors, sync_folder
+from .files import open_regular, plain_name, read_small, storage_errors, sync_folder
 from .journal import Journal, JournalState, ShardResult, read_journal
 from .limits import MAX_INDEX_BYTES
 from .partial import PARTIAL_SUFFIX, PartialFile, file_sha256, partial_path
@@ -78,9 +78,8 @@ class Destination:
         """Copy a companion file of the source, whole or not at all; return its SHA-256, hexadecimal."""
         fd = open_regular(path)
         try:
-            size = os.fstat(fd).st_size
-            with self._new(name, size) as file, storage_errors("copy into", file.target):
-                copy_range(Range(fd, 0, size), file.fd, 0)
+            with self._new(name, os.fstat(fd).st_size) as file, storage_errors("copy into", file.target):
+                file.fill(fd)
                 return file.sha256()
         except EOFError:
             raise SourceChangedError(f"{quote(name)} was truncated while being copied: start again") from None

@@ -15,8 +15,6 @@ from functools import partial
 from .buffers import Buffers, Quantized
 from .bundles import Bundle, bundles
 from .destination import Destination
-from .errors import SourceChangedError, quote
-from .files import Range, copy_range, storage_errors
 from .journal import ShardResult
 from .kernels import Many, Recipe
 from .kernels.calibrated import Statistics
@@ -27,14 +25,12 @@ from .opened import OpenShard
 from .partial import Piece
 from .planning import Plan
 from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
-from .steps import CopyTensor, QuantizeWeight, ShardPlan
+from .steps import CopyRun, QuantizeWeight, ShardPlan, copy_runs
 from .tiles import GroupStep, Tile, group_steps, tiles
 from .workers import Task, Workers
 
 MAX_FINISHING = 4
-# While a piece is copied, nobody else can write into the file; larger pieces starve those who wait.
-COPY_STEP = 2**19
-WORKERS_FOR_A_FILE = 4
+WORKERS_FOR_A_FILE = 2
 BufferTask = Task[Buffers]
 WeightTile = tuple[QuantizeWeight, Tile]
 
@@ -122,8 +118,7 @@ class Execution:
             self._settle(opened)
 
     def _shard_tasks(self, shard: OpenShard) -> Iterator[BufferTask]:
-        pieces = (piece for copy in shard.job.copies for piece in copy.pieces(COPY_STEP))
-        yield partial(self._copy, shard, pieces)
+        yield partial(self._copy, shard, copy_runs(shard.job.copies, self._tile_bytes))
         steps = group_steps(shard.job.weights)
         small = [
             step for step in steps if step.nbytes <= self._tile_bytes and step.is_uniform and self._is_complete(step)
@@ -207,24 +202,21 @@ class Execution:
             self._source.drop_cached(shard.job.name, offset, size)
         self._progress(Progress(size))
 
-    def _copy(self, shard: OpenShard, pieces: Iterator[CopyTensor], buffers: Buffers) -> None:
-        """Copy a piece, and leave the next to whoever is free first: one core copies while the others quantize."""
-        piece = next(pieces, None)
-        if piece is None:
+    def _copy(self, shard: OpenShard, runs: Iterator[CopyRun], buffers: Buffers) -> None:
+        """Copy a run, and leave the next to whoever is free first: one core copies while the others quantize."""
+        run = next(runs, None)
+        if run is None:
             self._settle(shard)
             return
-        with buffers.timed("copy"), self._source.descriptor(shard.job.name) as fd:
-            try:
-                with storage_errors("copy into", shard.file.target):
-                    copy_range(Range(fd, piece.source_offset, piece.size), shard.file.fd, piece.offset)
-            except EOFError:
-                raise SourceChangedError(
-                    f"{quote(shard.job.name)} ended early: it was truncated while being read"
-                ) from None
-        shard.file.note(piece.offset, piece.size)
-        self._done(shard, piece.source_offset, piece.size)
-        self._workers.add([partial(self._copy, shard, pieces)])
+        with buffers.timed("copy"):
+            data = buffers.read_bytes(self._source, shard.job.name, run.stretches)
+            shard.file.write(data, run.offset)
+        with buffers.timed("hash"):
+            shard.file.hash_at_hand(data, run.offset)
+        for offset, size in run.stretches:
+            self._done(shard, offset, size)
         self._follow(shard)
+        self._workers.add([partial(self._copy, shard, runs)])
 
     def _follow(self, shard: OpenShard) -> None:
         """Let the disk and the file's digest follow what is written: waiting for the disk is no worker's business."""
@@ -235,7 +227,7 @@ class Execution:
 
     def _hash(self, shard: OpenShard, buffers: Buffers) -> None:
         with buffers.timed("hash"):
-            shard.file.hash_written()
+            shard.file.hash_written(buffers.memory)
         shard.hashing = False
         self._follow(shard)
         self._settle(shard)

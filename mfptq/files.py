@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import stat
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +19,7 @@ from .errors import MfptqError, SourceChangedError, SourceError, StorageError, U
 from .limits import MAX_FILE_NAME_BYTES
 
 MAX_OPEN_FILES = 128
-COPY_CHUNK = 64 * 2**20
 _PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}  # not the file's fault
-_COPY_FALLBACK = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
 
 
 def plain_name(name: str) -> str:
@@ -206,41 +203,6 @@ def advise(fd: int, offset: int, size: int, advice: str) -> None:
     """Give the kernel a hint about a range, where it takes any."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, size, getattr(os, advice))
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A range of an open file, in bytes."""
-
-    fd: int
-    offset: int
-    size: int
-
-
-def copy_range(source: Range, fd: int, offset: int) -> None:
-    """Copy a range to `offset` of another file inside the kernel, or through a buffer where it cannot.
-
-    Raises EOFError if the source ends early and OSError as the system calls do.
-    """
-    done = 0
-    while done < source.size:
-        count = _copy_some(source, done, fd, offset + done)
-        if count == 0:
-            raise EOFError
-        done += count
-
-
-def _copy_some(source: Range, done: int, fd: int, offset: int) -> int:
-    size = min(COPY_CHUNK, source.size - done)
-    if sys.platform == "linux":
-        try:
-            return os.copy_file_range(source.fd, fd, size, source.offset + done, offset)
-        except OSError as error:
-            if error.errno not in _COPY_FALLBACK:
-                raise
-    data = os.pread(source.fd, min(size, 2**20), source.offset + done)
-    write_all(fd, data, offset)
-    return len(data)
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .files import advise, read_exact, storage_errors, sync_folder, write_all
 
-HASH_CHUNK = 2**18
+HASH_CHUNK = 2**20
 HASH_STEP = 8 * 2**20
 FLUSH_BYTES = 2**19
 PARTIAL_SUFFIX = ".partial"
@@ -48,6 +48,7 @@ class PartialFile:
         self._written = WrittenPrefix()
         self._digest = Digest()
         self._large: deque[tuple[int, int]] = deque()
+        self._hashing = threading.Lock()  # held by whoever is at the digest
         self._closing = threading.Lock()  # held by whoever closes the file, or works on it beside the workers
         with storage_errors("create", target):
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -79,6 +80,15 @@ class PartialFile:
         if run:
             self.write(b"".join(run), begin)
 
+    def fill(self, fd: int) -> None:
+        """Write what another open file holds; raises EOFError if it ends before `size` bytes."""
+        buffer = _buffer(self.size)
+        for start in range(0, self.size, HASH_CHUNK):
+            part = buffer[: self.size - start]
+            read_exact(fd, part, start)
+            self.write(part, start)
+            self.hash_at_hand(part, start)
+
     def note(self, offset: int, size: int) -> None:
         """Note that a range is written."""
         if size >= FLUSH_BYTES:
@@ -101,10 +111,22 @@ class PartialFile:
         """How many bytes are written one behind the other that the digest has not seen."""
         return self._written.end - self._digest.end
 
-    def hash_written(self) -> None:
-        """Take some of what is written into the digest; never by two threads at once."""
-        with storage_errors("read back", self.target):
-            self._digest.read(self.fd, min(self._written.end, self._digest.end + HASH_STEP))
+    def hash_at_hand(self, data: memoryview | bytes, offset: int) -> None:
+        """Take what was just written into the digest, if it comes next and nobody else is at it.
+
+        What is in the processor's cache already need not be read back.
+        """
+        if self._digest.end == offset and self._hashing.acquire(blocking=False):
+            try:
+                if self._digest.end == offset:
+                    self._digest.update(data)
+            finally:
+                self._hashing.release()
+
+    def hash_written(self, buffer: memoryview) -> None:
+        """Take some of what is written into the digest, by way of the caller's buffer."""
+        with self._hashing, storage_errors("read back", self.target):
+            self._digest.read(self.fd, min(self._written.end, self._digest.end + HASH_STEP), buffer)
 
     def forget(self) -> None:
         """Let the kernel drop what is durable from its cache."""
@@ -112,8 +134,8 @@ class PartialFile:
 
     def sha256(self) -> str:
         """Return the SHA-256 of what was written, which must be all, hexadecimal."""
-        with storage_errors("read back", self.target):
-            self._digest.read(self.fd, self.size)
+        with self._hashing, storage_errors("read back", self.target):
+            self._digest.read(self.fd, self.size, _buffer(self.size - self._digest.end))
             return self._digest.hex()
 
     def sync(self) -> None:
@@ -146,8 +168,12 @@ class PartialFile:
 def file_sha256(fd: int, size: int) -> str:
     """Return the SHA-256 of the first `size` bytes of an open file, hexadecimal."""
     digest = Digest()
-    digest.read(fd, size)
+    digest.read(fd, size, _buffer(size))
     return digest.hex()
+
+
+def _buffer(size: int) -> memoryview:
+    return memoryview(bytearray(min(size, HASH_CHUNK)))
 
 
 class Digest:
@@ -156,17 +182,18 @@ class Digest:
     def __init__(self) -> None:
         self.end = 0
         self._state = hashlib.sha256()
-        self._buffer = memoryview(b"")
 
-    def read(self, fd: int, end: int) -> None:
+    def read(self, fd: int, end: int, buffer: memoryview) -> None:
         """Take in an open file's bytes up to `end`; raises EOFError if it ends before."""
-        if end - self.end > len(self._buffer) < HASH_CHUNK:
-            self._buffer = memoryview(bytearray(min(HASH_CHUNK, end - self.end)))
         while self.end < end:
-            part = self._buffer[: end - self.end]
+            part = buffer[: end - self.end]
             read_exact(fd, part, self.end)
-            self._state.update(part)
-            self.end += len(part)
+            self.update(part)
+
+    def update(self, data: memoryview | bytes) -> None:
+        """Take in the bytes that come next."""
+        self._state.update(data)
+        self.end += len(data)
 
     def hex(self) -> str:
         """Return the digest, hexadecimal."""

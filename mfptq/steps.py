@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from .layout import Weight
@@ -20,11 +21,34 @@ class CopyTensor:
     offset: int
     size: int
 
-    def pieces(self, limit: int) -> Iterator[CopyTensor]:
-        """Yield the copy in pieces of at most `limit` bytes, so that one huge tensor is not one worker's alone."""
-        for start in range(0, self.size, limit):
-            size = min(limit, self.size - start)
-            yield CopyTensor(self.name, self.source_offset + start, self.offset + start, size)
+
+class CopyRun(NamedTuple):
+    """Bytes that lie one behind the other in the output; `stretches` are their (offset, size) in the source file."""
+
+    offset: int
+    stretches: tuple[tuple[int, int], ...]
+
+
+def copy_runs(copies: Iterable[CopyTensor], limit: int) -> Iterator[CopyRun]:
+    """Yield copies as they follow each other in the output, at most `limit` bytes at a time.
+
+    So one huge tensor is not one worker's alone, and a thousand small ones are not a thousand pieces of work.
+    """
+    run: list[tuple[int, int]] = []
+    begin = end = 0
+    for copy in sorted(copies, key=attrgetter("offset")):
+        done = 0
+        while done < copy.size:
+            if run and (copy.offset + done != end or end - begin == limit):
+                yield CopyRun(begin, tuple(run))
+                run = []
+            if not run:
+                begin = end = copy.offset + done
+            size = min(copy.size - done, limit - (end - begin))
+            run.append((copy.source_offset + done, size))
+            done, end = done + size, end + size
+    if run:
+        yield CopyRun(begin, tuple(run))
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def _kill_phase(tally: Tally, work: Workplace, start: tuple[str, int], choose: S
     calls = _count(work, (_prepared(work, phase, first) / "out",), **options)
     for number in choose(len(calls)) if calls else ():
         # After any other call is before the next, but a write may be done by half.
-        for fault in (kill, kill_in_the_middle) if calls[number - 1] in ("pwrite", "copy_file_range") else (kill,):
+        for fault in (kill, kill_in_the_middle) if calls[number - 1] == "pwrite" else (kill,):
             place = _prepared(work, phase, first)
             what = f"{work.layout.name}, {phase} {first}, {fault.__name__} {number} of {len(calls)}"
             code = _killed(work, place, number, fault, **options)
@@ -149,11 +149,11 @@ def _storage_error(tally: Tally, work: Workplace, fault: tuple[str, int, int], *
 
 
 def short_calls(layouts: Iterable[Layout]) -> Tally:
-    """Let every read, write and copy do half of what it was asked: the run must not notice."""
+    """let every read and write do half of what it was asked: the run must not notice."""
     tally = Tally()
     for layout in layouts:
         with workplace(layout) as work:
-            for call in ("pwrite", "preadv", "copy_file_range"):
+            for call in ("pwrite", "preadv"):
                 place = work.new()
 
                 def halving(call: str = call, place: Path = place) -> None:

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KILLED = frozenset({"open", "pwrite", "fsync", "replace", "unlink", "posix_fallocate", "ftruncate", "copy_file_range",
-                    "mkdir", "rmdir"})  # fmt: skip
+KILLED = frozenset({"open", "pwrite", "fsync", "replace", "unlink", "posix_fallocate", "ftruncate", "mkdir", "rmdir"})
 WATCHED = KILLED | {"pread", "preadv", "listdir", "statvfs", "fstat", "close"}
 
 Real = Callable[..., Any]
@@ -58,9 +57,6 @@ def short(name: str, real: Real, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if name == "preadv":
         fd, [buffer], offset = args
         return real(fd, [buffer[: (len(buffer) + 1) // 2]], offset)
-    if name == "copy_file_range":
-        source, target, count, *offsets = args
-        return real(source, target, (count + 1) // 2, *offsets)
     return real(*args, **kwargs)
 
 
@@ -124,7 +120,7 @@ class FaultyFiles:
 
     def _place(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Return the path that a call is about, if it is below the roots."""
-        subject = args[1] if name == "copy_file_range" else args[0]
+        subject = args[0]
         if isinstance(subject, int):
             return self._names.get(subject)
         path = os.fspath(subject)
@@ -151,12 +147,9 @@ class FaultyFiles:
             self._trace(name, place, args, result)
 
     def _trace(self, name: str, place: str, args: tuple[Any, ...], result: Any) -> None:
-        node = self._open_nodes.get(args[1] if name == "copy_file_range" else args[0], -1)
+        node = self._open_nodes.get(args[0], -1)
         if name == "pwrite":
             self.events.append(Event("write", node, offset=args[2], data=bytes(memoryview(args[1])[:result])))
-        elif name == "copy_file_range":
-            data = self._real["pread"](args[1], result, args[4])
-            self.events.append(Event("write", node, offset=args[4], data=data))
         elif name in ("ftruncate", "posix_fallocate"):
             self.events.append(Event("size", node, offset=args[-1] if name == "ftruncate" else args[1] + args[2]))
         elif name == "fsync":
@@ -294,7 +287,6 @@ ERRNOS = {
     "pwrite": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
     "preadv": (errno.EIO, errno.ESTALE),
     "pread": (errno.EIO,),
-    "copy_file_range": (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EXDEV, errno.ENOSYS),
     "fsync": (errno.EIO, errno.ENOSPC, errno.EDQUOT),
     "replace": (errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES),
     "unlink": (errno.EIO, errno.EROFS, errno.EACCES),

@@ -33,10 +33,10 @@ def test_case_83_86_87_91_every_call_fails_from_some_moment_on() -> None:
     assert sum(tried.values()) > 50
 
 
-def test_case_88_short_reads_writes_and_copies() -> None:
+def test_case_88_short_reads_and_writes() -> None:
     tried, broken = sample("short")
     assert not broken
-    assert sum(tried.values()) == 6
+    assert sum(tried.values()) == 4
 
 
 def test_case_102_power_cuts() -> None:

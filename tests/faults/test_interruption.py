@@ -272,11 +272,11 @@ def test_case_106_a_companion_that_shrinks_while_it_is_copied(source, tmp_path) 
         return 0
 
     (source / "vocabulary.txt").write_bytes(b"word\n" * 100)
-    with FaultyFiles((out,), frozenset({"copy_file_range"})) as copies:
+    with FaultyFiles((source,), frozenset({"preadv"})) as reads:
         mfptq.convert(source, tmp_path / "out", workers=1)
     shutil.rmtree(out)
-    last = len(copies.counted)
-    faulty = FaultyFiles((out,), frozenset({"copy_file_range"}), lambda n: n == last, ends_early)
+    last = len(reads.counted)
+    faulty = FaultyFiles((source,), frozenset({"preadv"}), lambda n: n == last, ends_early)
     with faulty, pytest.raises(MfptqError, match=r"'vocabulary\.txt' was truncated while being copied") as caught:
         mfptq.convert(source, out, workers=1)
     assert caught.value.exit_code == 3

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from tests.faults.warm import LAYOUTS, Tally, Workplace, workplace
 
 # Calls that nothing but the writing of an output makes.
-_ERRORS = {"pwrite64": "ENOSPC", "fsync": "EIO", "rename": "EIO", "preadv": "EIO", "copy_file_range": "EDQUOT",
+_ERRORS = {"pwrite64": "ENOSPC", "fsync": "EIO", "rename": "EIO", "preadv": "EIO",
            "fallocate": "ENOSPC", "ftruncate": "EFBIG", "unlinkat": "EACCES"}  # fmt: skip
 _INTERRUPTIBLE = ("pwrite64", "fsync", "ftruncate", "preadv")
 _COMMAND = [sys.executable, "-c", "from mfptq.cli import run; run()", "convert", "--max-workers", "1", "-q"]

@@ -36,14 +36,28 @@ def test_the_digest_is_that_of_the_whole_file(tmp_path: Path, seed: int) -> None
     for start, piece in pieces:
         file.write(piece, start)
         file.flush()
+        if rng.random() < 0.5:
+            file.hash_at_hand(piece, start)
         if file.unhashed and rng.random() < 0.5:
             before = file.unhashed
-            file.hash_written()
+            file.hash_written(memoryview(bytearray(1000)))
             assert file.unhashed == max(0, before - HASH_STEP)
     assert file.sha256() == hashlib.sha256(data).hexdigest()
     file.commit()
     file.flush()  # a request that comes too late finds no file
     assert (tmp_path / "x").read_bytes() == data
+
+
+def test_what_is_at_hand_is_hashed_only_in_its_turn(tmp_path: Path) -> None:
+    file = PartialFile(tmp_path / "x.partial", tmp_path / "x", 4)
+    for start, piece, unhashed in ((2, b"cd", 0), (0, b"ab", 2)):
+        file.write(piece, start)
+        file.hash_at_hand(piece, start)
+        assert file.unhashed == unhashed
+    file.hash_at_hand(b"cd", 2)
+    assert file.unhashed == 0
+    assert file.sha256() == hashlib.sha256(b"abcd").hexdigest()
+    file.discard()
 
 
 def test_what_is_still_to_be_written_is_never_hashed(tmp_path: Path) -> None:
@@ -52,7 +66,7 @@ def test_what_is_still_to_be_written_is_never_hashed(tmp_path: Path) -> None:
     assert file.unhashed == 0
     file.write(b"a" * 50, 0)
     assert file.unhashed == 100
-    file.hash_written()
+    file.hash_written(memoryview(bytearray(1000)))
     assert file.sha256() == hashlib.sha256(b"a" * 50 + b"b" * 50).hexdigest()
     file.discard()
     assert not list(tmp_path.iterdir())

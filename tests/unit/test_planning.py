@@ -15,7 +15,7 @@ from mfptq.conversion import Knowledge, make_plan
 from mfptq.errors import SourceError, UsageError
 from mfptq.rules import Rules
 from mfptq.settings import Settings
-from mfptq.steps import CopyTensor, InputScale
+from mfptq.steps import CopyTensor, InputScale, copy_runs
 
 WEIGHTS = {
     "m.q_proj.weight": np.ones((4, 32), np.float32),
@@ -92,12 +92,22 @@ def test_sizes_are_sums_of_what_is_written(folder: Path, tmp_path: Path) -> None
     ("size", "limit", "expected"), [(0, 4, []), (4, 4, [(0, 4)]), (9, 4, [(0, 4), (4, 4), (8, 1)])]
 )
 def test_copies_come_in_pieces_without_overlap_or_hole(size, limit, expected) -> None:
-    pieces = [(piece.source_offset - 100, piece.size) for piece in CopyTensor("a", 100, 1000, size).pieces(limit)]
-    assert pieces == expected
-    assert all(
-        p.offset - 1000 == p.source_offset - 100 and p.name == "a"
-        for p in CopyTensor("a", 100, 1000, size).pieces(limit)
-    )
+    runs = list(copy_runs([CopyTensor("a", 100, 1000, size)], limit))
+    assert [(run.stretches[0][0] - 100, run.stretches[0][1]) for run in runs] == expected
+    assert all(run.offset - 1000 == run.stretches[0][0] - 100 and len(run.stretches) == 1 for run in runs)
+
+
+def test_small_copies_that_follow_each_other_are_one_run() -> None:
+    copies = [
+        CopyTensor("c", 50, 107, 4),
+        CopyTensor("a", 10, 100, 5),
+        CopyTensor("b", 30, 105, 2),
+        CopyTensor("e", 0, 107, 0),
+    ]
+    assert list(copy_runs(copies, 100)) == [(100, ((10, 5), (30, 2), (50, 4)))]
+    assert list(copy_runs(copies, 6)) == [(100, ((10, 5), (30, 1))), (106, ((31, 1), (50, 4)))]
+    apart = [CopyTensor("a", 10, 100, 5), CopyTensor("b", 15, 200, 5)]
+    assert list(copy_runs(apart, 100)) == [(100, ((10, 5),)), (200, ((15, 5),))]
 
 
 def test_digests_name_what_the_output_depends_on(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mfptq.errors import MemoryBudgetError, SourceChangedError, UnsafePathError, UsageError
-from mfptq.files import FolderSource, Range, copy_range, plain_name
+from mfptq.files import FolderSource, plain_name
 from mfptq.kernels import choice
 from mfptq.kernels.choice import choose_device
 from mfptq.memory import MAX_TILE, MIN_TILE, parse_size, plan_memory, worker_bytes
@@ -124,18 +123,6 @@ def test_pieces_are_written_where_they_belong_whatever_their_order(tmp_path: Pat
     file.commit()
     assert (tmp_path / "file").read_bytes() == b"ab--\0\0\0\0\0\0cdefg\0\0\0\0z"
     assert not (tmp_path / "temporary").exists()
-
-
-def test_copies_are_exact_at_any_offset(tmp_path: Path) -> None:
-    data = os.urandom(300_000)
-    (tmp_path / "one").write_bytes(data)
-    one, other = os.open(tmp_path / "one", os.O_RDONLY), os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
-    copy_range(Range(one, 12_345, 200_001), other, 77)
-    assert os.pread(other, 200_001, 77) == data[12_345 : 12_345 + 200_001]
-    with pytest.raises(EOFError):
-        copy_range(Range(one, 299_000, 2_000), other, 0)
-    os.close(one)
-    os.close(other)
 
 
 def test_a_source_that_is_cut_or_replaced_is_an_error(tmp_path: Path) -> None:
