@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -18,7 +17,8 @@ import click
 from ._version import __version__
 from .calibration.file_commands import calibration
 from .errors import MfptqError, UsageError, VerificationError, quote
-from .memory import OBJECTS_BETWEEN_COLLECTIONS, memory_errors
+from .interpreter import tune_interpreter
+from .memory import memory_errors
 
 if TYPE_CHECKING:
     from .hub import HubOptions
@@ -56,11 +56,11 @@ def _stop_at_once(number: int, _frame: FrameType | None) -> None:
 
 def run() -> None:
     """Run the command line; every error of ours is one line on stderr and its exit code."""
+    tune_interpreter()
     _handle(_raise_interrupted)
     if sys.stderr is None or not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
         with memory_errors():
             main.main(standalone_mode=False)
         if sys.stdout is None:

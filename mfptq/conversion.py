@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from .buffers import NUMPY_DTYPES, Buffers
-from .calibration.likeness import read_likeness
-from .calibration.reading import load_calibration
 from .card import card_text
 from .checkpoint import CONFIG, INDEX
 from .config import Scheme
@@ -44,6 +42,8 @@ from .report import Report, gather, kind_reports, report_text, suspicions, total
 from .rules import Rules
 from .scales import read_input_scales
 from .settings import Settings
+
+FEW_WORKERS = 4  # more of them wait for each other at the interpreter's lock, less often with larger tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +141,14 @@ def make_plan(
     if known.input_scales is not None:
         scales = read_input_scales(known.input_scales, known.input_scales_kind)
     elif known.like is not None:
+        from .calibration.likeness import read_likeness
+
         model = read_likeness(known.like)
         settings = replace(settings, rules=replace(settings.rules, like=model))
         scales = None if weight_only else model.scales
     elif known.calibration is not None:
+        from .calibration.reading import load_calibration
+
         calibration = load_calibration(known.calibration)
         scales = None if weight_only else calibration.input_scales()
     return build_plan(open_checkpoint(source, hub), settings, scales, calibration)
@@ -164,7 +168,8 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     _try_out(plan, kernel, calibrated)
-    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=kernel.tile_bytes)
+    tile = kernel.tile_bytes * (2 if workers > FEW_WORKERS else 1)
+    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=tile)
     return Run(plan, kernel, calibrated, memory, choice.reason)
 
 

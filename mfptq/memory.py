@@ -20,7 +20,6 @@ INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything
 THREAD_BYTES = 8 * 2**20  # a stack
 # What loading a kernel takes of the data segment, where it must be compiled first too.
 KERNEL_BYTES = {"cpu": 60 * 2**20, "calibrated": 110 * 2**20, "cuda": 400 * 2**20, "torch": 330 * 2**20}
-OBJECTS_BETWEEN_COLLECTIONS = 1_000_000  # a plan is a million small objects that stay: to look at them again is in vain
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

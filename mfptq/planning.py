@@ -14,8 +14,8 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from .calibration.reading import Calibration
 from .checkpoint import Checkpoint, Shard, stored_tensors
 from .config import QUANTIZATION_CONFIG, Scheme, config_text, ignore_list, index_text, quantization_config
 from .errors import SourceError, quote
@@ -29,6 +29,9 @@ from .rules import Decided, Selection, select
 from .scales import AssignedScales, InputScales, assign_input_scales
 from .settings import Settings, unreached
 from .steps import CopyTensor, InputScale, QuantizeWeight, ShardJob, ShardPlan
+
+if TYPE_CHECKING:
+    from .calibration.reading import Calibration
 
 PLAN_FORMAT = 2
 

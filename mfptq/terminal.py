@@ -8,16 +8,18 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .execute import Progress, ProgressCallback
-from .inspection import Inspection, TensorKind, plan_kinds
 from .memory import parse_size, plan_memory
 from .planning import Plan
 from .report import Report
-from .verification import Verification
 
-HELD_BYTES = 85 * 2**20  # by the interpreter, with numpy and kernels that are compiled already
+if TYPE_CHECKING:
+    from .inspection import Inspection, TensorKind
+    from .verification import Verification
+
+HELD_BYTES = 40 * 2**20  # by the interpreter, with numpy and kernels that are compiled already
 SHOWN_FAULTS = 20
 
 
@@ -37,15 +39,15 @@ def size_text(size: int) -> str:
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[ProgressCallback]:
     """Lend a callback that moves a bar in source bytes; there is no bar off a terminal."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        yield lambda _event: None
+        return
     from threading import Lock
 
     from tqdm import tqdm
 
-    disabled = (
-        quiet or sys.stderr is None or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
-    )
     lock = Lock()
-    with tqdm(unit="B", unit_scale=True, disable=disabled, desc="convert", leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, desc="convert", leave=False) as bar:
 
         def show(event: Progress) -> None:
             with lock:
@@ -79,6 +81,8 @@ def plan_values(plan: Plan, max_memory: str, workers: int | None) -> dict[str, A
     """Return a plan as JSON values."""
     cores = workers or os.cpu_count() or 1
     memory = plan_memory(parse_size(max_memory), HELD_BYTES, cores, statistics=plan.statistics_bytes)
+    from .inspection import plan_kinds
+
     kinds = plan_kinds(plan)
     elements = sum(kind.elements for kind in kinds)
     return {

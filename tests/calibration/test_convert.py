@@ -245,7 +245,7 @@ def test_a_run_with_wide_inputs_keeps_its_ceiling(tmp_path):
 
     subprocess.run([sys.executable, "-c", _WIDE, str(tmp_path)], check=True, timeout=60)
     options = ("--calibration", tmp_path / "wide.calibration.safetensors", "--max-workers", 4, "--json")
-    refused = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", "100MB")
+    refused = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", "50MB")
     assert refused.returncode == 8
     least = int(refused.stderr.rpartition("here is ")[2].split()[0]) + 2  # what a process begins with varies a little
     done = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", f"{least}MB")
