@@ -3,7 +3,7 @@
 Every figure is a whole process (`python -m mfptq convert`), the best of --runs in turn, from a warm page cache. Each size is
 made once; `cp -r` and `sync` of the same folder is measured beside it. Prints seconds for each GB, and the straight line
 that fits best with the largest deviation from it. `--unequal` measures the largest size alone: once in equal shards, and
-with one shard, the first or the last, of 90 % of the bytes.
+with one shard, the first or the last, of 90 % of the bytes. `--no-sync` leaves the disk out: cores are then the only limit.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from measuring import QWEN, allot, apart, copying, fresh, measure, size, table, warm, write_checkpoint
+from measuring import QWEN, allot, apart, copying, fresh, measure, ready_memory, size, table, warm, write_checkpoint
 
 from mfptq.demo import DemoShape, demo_tensors
 
 LARGE_SHARE = 0.9
+NO_SYNC = """
+import os
+os.fsync = lambda fd: None
+os.posix_fadvise = lambda *arguments: None
+from mfptq.cli import run
+run()
+"""
 
 
 def shape(layers: int, options: argparse.Namespace) -> DemoShape:
@@ -67,15 +74,21 @@ def measure_all(sources: list[Path], options: argparse.Namespace) -> list[dict]:
         for source, row in zip(sources, rows, strict=True):
             warm(source)
             fresh(out)
+            ready_memory(2 * size(source))
             row["copy"] = min(row["copy"], measure(copying(source, out)).seconds)
             for workers in options.workers:
                 fresh(out)
+                ready_memory(2 * size(source))
                 extra = ["--max-workers", str(workers), "--method", options.method, "--device", options.device]
-                done = measure([sys.executable, "-m", "mfptq", "convert", source, out, "--json", *extra])
+                done = measure([*program(options), "convert", source, out, "--json", *extra])
                 if done.seconds < row.get(workers, (float("inf"), {}))[0]:
                     row[workers] = (done.seconds, json.loads(done.output))
     shutil.rmtree(out, ignore_errors=True)
     return rows
+
+
+def program(options: argparse.Namespace) -> list[str]:
+    return [sys.executable, "-c", NO_SYNC] if options.no_sync else [sys.executable, "-m", "mfptq"]
 
 
 def peak(row: dict, options: argparse.Namespace) -> str:
@@ -165,6 +178,7 @@ def main() -> None:
     parser.add_argument("--method", default="search")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--unequal", action="store_true", help="compare shards of equal and of very unequal size")
+    parser.add_argument("--no-sync", action="store_true", help="do not wait for the disk, to see what the cores can do")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
     python benchmarks/whole_process.py WORK_FOLDER [--shards N] [--layers 4] [--device cuda] [--llmc-python PATH] [--runs 3]
 
 Makes a dense checkpoint of about 2.6 GB once for each number of shards, warms the page cache, then runs every program in
-turn, so that a noisy machine troubles all of them alike. Prints Markdown tables of medians:
+turn, so that a noisy machine troubles all of them alike. Free memory is touched before each: what a virtual machine has
+given back to its host costs whoever uses it next two seconds for each GB, the copy most of all. Prints Markdown tables of medians:
 
 1. what the machine can do: reading the source from the page cache, writing as many bytes as mfptq writes with one fsync at
    the end, and SHA-256;
@@ -30,7 +31,21 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from measuring import BUFFER, QWEN, Measured, allot, apart, copying, fresh, measure, size, table, warm, write_checkpoint
+from measuring import (
+    BUFFER,
+    QWEN,
+    Measured,
+    allot,
+    apart,
+    copying,
+    fresh,
+    measure,
+    ready_memory,
+    size,
+    table,
+    warm,
+    write_checkpoint,
+)
 
 from mfptq.demo import DemoShape, demo_tensors
 
@@ -154,6 +169,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--cold-memory", action="store_true", help="take free memory as it is")
     parser.add_argument("--device", default="cpu", help="for mfptq and llm-compressor")
     parser.add_argument("--hidden", type=int, default=4096, help="the model's width; less for a quick try")
     options = parser.parse_args()
@@ -182,6 +198,8 @@ def main() -> None:
         for name, command in programs.items():
             fresh(out)
             warm(source)
+            if not options.cold_memory:
+                ready_memory(2 * size(source))
             results[name].append(measure(command))
     report_machine(speeds, amounts)
     report_programs(results, speeds[WRITING])
