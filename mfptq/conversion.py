@@ -43,8 +43,6 @@ from .rules import Rules
 from .scales import read_input_scales
 from .settings import Settings
 
-FEW_WORKERS = 4  # more of them wait for each other at the interpreter's lock, less often with larger tiles
-
 
 @dataclass(frozen=True, slots=True)
 class Resources:
@@ -168,8 +166,7 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     _try_out(plan, kernel, calibrated)
-    tile = kernel.tile_bytes * (2 if workers > FEW_WORKERS else 1)
-    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=tile)
+    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=kernel.tile_bytes)
     return Run(plan, kernel, calibrated, memory, choice.reason)
 
 

@@ -14,6 +14,7 @@ from .errors import MemoryBudgetError, UsageError, quote
 
 MAX_TILE = 4 * 2**20
 MIN_TILE = 256 * 2**10
+FEW_WORKERS = 4  # more of them wait for each other at the interpreter's lock, with larger tiles less often
 PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
 RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
 INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything of its own
@@ -107,8 +108,8 @@ def plan_memory(
     `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read, as
     prepared and as its kernel factors them, and two inputs' are kept besides.
 
-    Tiles shrink first, then workers; raises MemoryBudgetError, naming the least that works, when one small tile is too
-    much.
+    `largest_tile` is what suits the kernel, in bytes; more than FEW_WORKERS get twice that. Tiles shrink first, then
+    workers; raises MemoryBudgetError, naming the least that works, when one small tile is too much.
     """
     base = held + RESERVE + 2 * statistics
     least = base + worker_bytes(MIN_TILE, statistics)
@@ -117,7 +118,7 @@ def plan_memory(
             f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
         )
     count = min(workers, (budget - base) // worker_bytes(MIN_TILE, statistics))
-    tile = largest_tile
+    tile = largest_tile * (2 if workers > FEW_WORKERS else 1)
     while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
         tile //= 2
     return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))

@@ -98,7 +98,8 @@ def test_sizes_that_are_none(text: str) -> None:
 def test_a_budget_shrinks_tiles_before_workers_and_is_never_exceeded() -> None:
     held = 100 * 2**20
     plenty = plan_memory(2**30, held, 8)
-    assert (plenty.workers, plenty.tile_bytes) == (8, MAX_TILE)
+    assert (plenty.workers, plenty.tile_bytes) == (8, 2 * MAX_TILE)
+    assert plan_memory(2**30, held, 4).tile_bytes == MAX_TILE
     last = plenty
     for budget in range(2**30, held, -(2**20)):
         try:
