@@ -116,7 +116,7 @@ class PartialFile:
 
         What is in the processor's cache already need not be read back.
         """
-        if self._digest.end == offset and self._hashing.acquire(blocking=False):
+        if self._hashing.acquire(blocking=False):
             try:
                 if self._digest.end == offset:
                     self._digest.update(data)

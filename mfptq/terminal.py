@@ -37,10 +37,10 @@ def size_text(size: int) -> str:
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[ProgressCallback]:
-    """Lend a callback that moves a bar in source bytes; there is no bar off a terminal."""
+def progress(*, quiet: bool) -> Iterator[ProgressCallback | None]:
+    """Lend a callback that moves a bar in source bytes; there is no bar, and None, off a terminal."""
     if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
-        yield lambda _event: None
+        yield None
         return
     from threading import Lock
 
