@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from measuring import QWEN, allot, apart, copying, fresh, measure, ready_memory, size, table, warm, write_checkpoint
+from measuring import QWEN, allot, apart, copying, make_ready, measure, size, table, write_checkpoint
 
 from mfptq.demo import DemoShape, demo_tensors
 
@@ -72,13 +72,10 @@ def measure_all(sources: list[Path], options: argparse.Namespace) -> list[dict]:
     rows: list[dict] = [{"gb": size(source) / 1e9, "copy": float("inf")} for source in sources]
     for _ in range(options.runs):
         for source, row in zip(sources, rows, strict=True):
-            warm(source)
-            fresh(out)
-            ready_memory(2 * size(source))
+            make_ready(source, out)
             row["copy"] = min(row["copy"], measure(copying(source, out)).seconds)
             for workers in options.workers:
-                fresh(out)
-                ready_memory(2 * size(source))
+                make_ready(source, out)
                 extra = ["--max-workers", str(workers), "--method", options.method, "--device", options.device]
                 done = measure([*program(options), "convert", source, out, "--json", *extra])
                 if done.seconds < row.get(workers, (float("inf"), {}))[0]:

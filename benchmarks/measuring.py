@@ -74,9 +74,15 @@ def fresh(out: Path) -> None:
         time.sleep(REST)
 
 
-def ready_memory(nbytes: int) -> None:
-    """Touch free memory in a process of its own: what a virtual machine has given back costs its next user seconds per GB."""
-    apart(_touch, nbytes)
+def make_ready(source: Path, out: Path, *, touch: bool = True) -> None:
+    """Remove an output, bring its source into the page cache, and touch the free memory that a copy would need.
+
+    What a virtual machine has given back to its host costs whoever uses it next seconds for each GB.
+    """
+    fresh(out)
+    warm(source)
+    if touch:
+        apart(_touch, 2 * size(source))
 
 
 def _touch(nbytes: int) -> None:

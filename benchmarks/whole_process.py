@@ -39,8 +39,8 @@ from measuring import (
     apart,
     copying,
     fresh,
+    make_ready,
     measure,
-    ready_memory,
     size,
     table,
     warm,
@@ -196,10 +196,7 @@ def main() -> None:
         for name, spent in zip(speeds, seconds, strict=True):
             speeds[name].append(spent)
         for name, command in programs.items():
-            fresh(out)
-            warm(source)
-            if not options.cold_memory:
-                ready_memory(2 * size(source))
+            make_ready(source, out, touch=not options.cold_memory)
             results[name].append(measure(command))
     report_machine(speeds, amounts)
     report_programs(results, speeds[WRITING])
