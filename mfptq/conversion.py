@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -42,6 +41,7 @@ from .report import Report, gather, kind_reports, report_text, suspicions, total
 from .rules import Rules
 from .scales import read_input_scales
 from .settings import Settings
+from .workers import available_cores, workers_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +154,13 @@ def make_plan(
 
 def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     """Return a run that fits into its memory; `held` bytes of the process are the caller's own."""
-    workers = resources.workers if resources.workers is not None else _cores()
+    cores = available_cores()
+    workers = resources.workers if resources.workers is not None else workers_for(cores)
     if workers < 1:
         raise UsageError(f"{workers} workers cannot do anything: use at least 1")
     budget = parse_size(resources.max_memory) + held
     statistics = plan.statistics_bytes
-    choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), workers)
+    choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), min(workers, cores))
     family = choice.device.split(":")[0]
     known = "calibrated" if family == "cpu" and statistics else family
     check_data_limit(known if known in KERNEL_BYTES else "torch")
@@ -183,10 +184,6 @@ def _try_out(plan: Plan, kernel: Kernel, calibrated: CalibratedKernel | None) ->
                 calibrated.quantize(block, recipe, known, packed=packed, scales=scales)
             else:
                 kernel.quantize(block, recipe, packed, scales)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: ProgressCallback) -> Report:

@@ -64,9 +64,9 @@ class Destination:
         self.done = dict(done)
         self._journal = journal
 
-    def create(self, name: str, size: int) -> PartialFile:
-        """Return a new temporary of `size` bytes that will become `name`."""
-        return PartialFile(partial_path(self.root / WORK, name), self.root / name, size)
+    def create(self, name: str, size: int, *, direct: bool = False) -> PartialFile:
+        """Return a new temporary of `size` bytes that will become `name`; `direct` is for what is large."""
+        return PartialFile(partial_path(self.root / WORK, name), self.root / name, size, direct=direct)
 
     def write(self, name: str, data: bytes) -> str:
         """Write a small file, whole or not at all; return its SHA-256, hexadecimal."""

@@ -61,7 +61,7 @@ class Execution:
         self._progress = progress
         self._scales = GlobalScales(plan.method)
         self._open: dict[str, OpenShard] = {}
-        self._lanes = max(1, len(buffers) // WORKERS_FOR_A_FILE)
+        self._lanes = -(-len(buffers) // WORKERS_FOR_A_FILE)
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
         self._syncer = ThreadPoolExecutor(self._lanes + 1, "mfptq-sync")
@@ -109,7 +109,7 @@ class Execution:
                 continue
             self._wait_for_finishing(MAX_FINISHING * self._lanes)
             job = self._plan.job(shard)
-            opened = OpenShard(job, self._destination.create(job.name, job.size))
+            opened = OpenShard(job, self._destination.create(job.name, job.size, direct=True))
             self._open[job.name] = opened
             opened.file.write(job.head, 0)
             for task in self._shard_tasks(opened):
@@ -203,20 +203,24 @@ class Execution:
         self._progress(Progress(size))
 
     def _copy(self, shard: OpenShard, runs: Iterator[CopyRun], buffers: Buffers) -> None:
-        """Copy a run, and leave the next to whoever is free first: one core copies while the others quantize."""
+        """Copy a run; whoever is free first takes the next while this one is on its way to the disk.
+
+        So copies are hashed in their order, by one core, while the others quantize.
+        """
         run = next(runs, None)
-        if run is None:
-            self._settle(shard)
-            return
-        with buffers.timed("copy"):
-            data = buffers.read_bytes(self._source, shard.job.name, run.stretches)
-            shard.file.write(data, run.offset)
-        with buffers.timed("hash"):
-            shard.file.hash_at_hand(data, run.offset)
-        for offset, size in run.stretches:
-            self._done(shard, offset, size)
-        self._follow(shard)
-        self._workers.add([partial(self._copy, shard, runs)])
+        if run is not None:
+            with buffers.timed("copy"):
+                data = buffers.read_bytes(self._source, shard.job.name, run.stretches)
+            with buffers.timed("hash"):
+                hashed = shard.file.hash_at_hand(data, run.offset)
+            shard.expect(1)
+            self._workers.add([partial(self._copy, shard, runs)])
+            with buffers.timed("copy"):
+                shard.file.store(data, run.offset, hashed=hashed)
+            for offset, size in run.stretches:
+                self._done(shard, offset, size)
+            self._follow(shard)
+        self._settle(shard)
 
     def _follow(self, shard: OpenShard) -> None:
         """Let the disk and the file's digest follow what is written: waiting for the disk is no worker's business."""

@@ -165,11 +165,14 @@ class Layout(NamedTuple):
     size: int
 
 
-def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> Layout:
+def lay_out(
+    specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA, *, alignment: int = PREFIX_BYTES
+) -> Layout:
     """Return a shard's leading bytes, length prefix included, and the places of its tensors.
 
     Of one part, the bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}:
-    largest dtype first, then by name; compact JSON, padded with spaces to a multiple of 8.
+    largest dtype first, then by name; compact JSON, padded with spaces so that the data begins at a multiple of
+    `alignment`, itself a multiple of 8.
     """
     entries = [f"{encode_basestring(METADATA_KEY)}:{_compact(dict(metadata))}"]
     known: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # tensors of one shape are many
@@ -188,7 +191,7 @@ def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADA
         )  # the encoder itself takes ten times as long
         start = end
     encoded = f"{{{','.join(entries)}}}".encode()
-    encoded += b" " * (-len(encoded) % PREFIX_BYTES)
+    encoded += b" " * (-(PREFIX_BYTES + len(encoded)) % alignment)
     data_start = PREFIX_BYTES + len(encoded)
     head = len(encoded).to_bytes(PREFIX_BYTES, "little") + encoded
     return Layout(head, {name: data_start + place for name, place in starts}, data_start + start)

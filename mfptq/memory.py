@@ -14,7 +14,7 @@ from .errors import MemoryBudgetError, UsageError, quote
 
 MAX_TILE = 4 * 2**20
 MIN_TILE = 256 * 2**10
-FEW_WORKERS = 4  # more of them wait for each other at the interpreter's lock, with larger tiles less often
+FEW_WORKERS = 6  # more of them wait for each other at the interpreter's lock, with larger tiles less often
 PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
 RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
 INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything of its own

@@ -14,7 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import advise, read_exact, storage_errors, sync_folder, write_all
+from .files import PAGE, advise, open_direct, read_exact, storage_errors, sync_folder, write_all, write_direct
 
 HASH_CHUNK = 2**20
 HASH_STEP = 8 * 2**20
@@ -41,7 +41,7 @@ _offset = itemgetter(0)
 class PartialFile:
     """A file that does not exist under its name until `commit`."""
 
-    def __init__(self, path: Path, target: Path, size: int) -> None:
+    def __init__(self, path: Path, target: Path, size: int, *, direct: bool = False) -> None:
         self.path = path
         self.target = target
         self.size = size
@@ -50,20 +50,33 @@ class PartialFile:
         self._large: deque[tuple[int, int]] = deque()
         self._hashing = threading.Lock()  # held by whoever is at the digest
         self._closing = threading.Lock()  # held by whoever closes the file, or works on it beside the workers
+        self._direct = -1
         with storage_errors("create", target):
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             with storage_errors("reserve space for", target):
                 _preallocate(self.fd, size)
+            if direct:
+                with storage_errors("open", target):
+                    self._direct = open_direct(path)
         except BaseException:
             self.discard()
             raise
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Write bytes at an offset."""
+        """Write bytes at an offset; the digest takes them at once where it can."""
+        self.store(data, offset, hashed=self.hash_at_hand(data, offset))
+
+    def store(self, data: memoryview | bytes, offset: int, *, hashed: bool) -> None:
+        """Write bytes at an offset: past the page cache if they are whole pages that the digest need not read back."""
+        done = 0
         with storage_errors("write", self.target):
-            write_all(self.fd, data, offset)
-        self.note(offset, len(data))
+            if hashed and self._direct >= 0 and isinstance(data, memoryview) and not (offset | len(data)) % PAGE:
+                done = write_direct(self._direct, data, offset)
+            if done < len(data):
+                write_all(self.fd, data[done:], offset + done)
+                self._note_large(offset + done, len(data) - done)
+        self._written.add(offset, len(data))
 
     def write_pieces(self, pieces: Iterable[Piece]) -> None:
         """Write many pieces, neighbours together."""
@@ -87,13 +100,10 @@ class PartialFile:
             part = buffer[: self.size - start]
             read_exact(fd, part, start)
             self.write(part, start)
-            self.hash_at_hand(part, start)
 
-    def note(self, offset: int, size: int) -> None:
-        """Note that a range is written."""
+    def _note_large(self, offset: int, size: int) -> None:
         if size >= FLUSH_BYTES:
             self._large.append((offset, size))
-        self._written.add(offset, size)
 
     @property
     def unflushed(self) -> bool:
@@ -111,17 +121,28 @@ class PartialFile:
         """How many bytes are written one behind the other that the digest has not seen."""
         return self._written.end - self._digest.end
 
-    def hash_at_hand(self, data: memoryview | bytes, offset: int) -> None:
-        """Take what was just written into the digest, if it comes next and nobody else is at it.
+    def hash_at_hand(self, data: memoryview | bytes, offset: int) -> bool:
+        """Take into the digest what is about to be written, if it is its turn and nobody else is at it; return whether.
 
-        What is in the processor's cache already need not be read back.
+        What is in the processor's cache already need not be read back. A little that is missing before it is.
         """
-        if self._hashing.acquire(blocking=False):
-            try:
-                if self._digest.end == offset:
-                    self._digest.update(data)
-            finally:
-                self._hashing.release()
+        if not self._is_next(offset) or not self._hashing.acquire(blocking=False):
+            return False
+        try:
+            if not self._is_next(offset):
+                return False
+            if self._digest.end < offset:
+                with storage_errors("read back", self.target):
+                    self._digest.read(self.fd, offset, _buffer(offset - self._digest.end))
+            self._digest.update(data)
+            return True
+        finally:
+            self._hashing.release()
+
+    def _is_next(self, offset: int) -> bool:
+        """Return whether everything before is written, or at least hashed, and the digest is not far behind."""
+        hashed = self._digest.end
+        return hashed <= offset <= max(hashed, self._written.end) and offset - hashed <= HASH_STEP
 
     def hash_written(self, buffer: memoryview) -> None:
         """Take some of what is written into the digest, by way of the caller's buffer."""
@@ -160,9 +181,10 @@ class PartialFile:
 
     def _close(self) -> None:
         with self._closing:
-            fd, self.fd = self.fd, -1
-            if fd >= 0:
-                os.close(fd)
+            fds, self.fd, self._direct = (self.fd, self._direct), -1, -1
+            for fd in fds:
+                if fd >= 0:
+                    os.close(fd)
 
 
 def file_sha256(fd: int, size: int) -> str:

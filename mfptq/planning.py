@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from .checkpoint import Checkpoint, Shard, stored_tensors
 from .config import QUANTIZATION_CONFIG, Scheme, config_text, ignore_list, index_text, quantization_config
 from .errors import SourceError, quote
+from .files import PAGE
 from .fusion import FusedGroup
 from .header import PREFIX_BYTES, lay_out
 from .kernels.calibrated import Statistics
@@ -33,7 +34,7 @@ from .steps import CopyTensor, InputScale, QuantizeWeight, ShardJob, ShardPlan
 if TYPE_CHECKING:
     from .calibration.reading import Calibration
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ def _plan_shard(shard: Shard, fates: Mapping[str, Decided], places: dict[str, st
         if spec.name in places:
             raise SourceError(f"two tensors would be written as {quote(spec.name)}: rename one in the source")
         places[spec.name] = shard.name
-    head, offsets, size = lay_out(specs)
+    head, offsets, size = lay_out(specs, alignment=PAGE)
     if len(head) - PREFIX_BYTES > MAX_HEADER_BYTES:
         raise SourceError(f"{quote(shard.name)} would need a header of {len(head)} bytes, the format allows 100 MB")
     return ShardPlan(

@@ -14,6 +14,7 @@ from .execute import Progress, ProgressCallback
 from .memory import parse_size, plan_memory
 from .planning import Plan
 from .report import Report
+from .workers import available_cores, workers_for
 
 if TYPE_CHECKING:
     from .inspection import Inspection, TensorKind
@@ -79,8 +80,8 @@ def summary(report: Report, *, timings: bool) -> str:
 
 def plan_values(plan: Plan, max_memory: str, workers: int | None) -> dict[str, Any]:
     """Return a plan as JSON values."""
-    cores = workers or os.cpu_count() or 1
-    memory = plan_memory(parse_size(max_memory), HELD_BYTES, cores, statistics=plan.statistics_bytes)
+    threads = workers or workers_for(available_cores())
+    memory = plan_memory(parse_size(max_memory), HELD_BYTES, threads, statistics=plan.statistics_bytes)
     from .inspection import plan_kinds
 
     kinds = plan_kinds(plan)

@@ -6,6 +6,7 @@ last tensor is never one worker's alone; follow-ups come first, so that what was
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -13,6 +14,16 @@ from typing import Generic, TypeVar
 State = TypeVar("State")
 Task = Callable[[State], None]
 _POLL_SECONDS = 0.1
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_for(cores: int) -> int:
+    """Return how many threads keep so many cores busy, when some always wait for the disk."""
+    return cores + (cores + 1) // 2
 
 
 class Workers(Generic[State]):

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from mmap import PAGESIZE
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,11 @@ class Kernel(ABC):
     name: str
     tile_bytes: int  # what it takes at once with the least overhead
 
-    @abstractmethod
     def allocate(self, size: int) -> ByteArray:
-        """Return `size` bytes of memory that the kernel reads tiles from best."""
+        """Return `size` bytes of memory that the kernel reads tiles from best; they begin at a page, as direct writes do."""
+        memory = np.empty(size + PAGESIZE, np.uint8)
+        start = -memory.ctypes.data % PAGESIZE
+        return memory[start : start + size]
 
     @abstractmethod
     def amax(self, tile: Tile) -> float:

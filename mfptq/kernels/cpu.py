@@ -47,10 +47,6 @@ class CpuKernel(Kernel):
     name = "cpu"
     tile_bytes = 4 * 2**20
 
-    def allocate(self, size: int) -> ByteArray:
-        """Return `size` bytes of memory."""
-        return np.empty(size, np.uint8)
-
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
         return float(self.amax_each(tile.reshape(-1), np.array([0, tile.size], np.int64))[0])

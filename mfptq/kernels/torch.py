@@ -36,10 +36,6 @@ class TorchKernel(Kernel):
         self._values = torch.from_numpy(E2M1_VALUES.copy()).to(self._device)
         self.name = f"torch-{device}"
 
-    def allocate(self, size: int) -> ByteArray:
-        """Return `size` bytes of memory."""
-        return np.empty(size, np.uint8)
-
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
         return float(self._load(tile).abs().max())

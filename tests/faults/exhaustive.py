@@ -77,10 +77,10 @@ def _parts() -> dict[str, Part]:
 
 # Small choices of the same, for every run of the tests.
 SAMPLES: Mapping[str, Part] = {
-    "kills": lambda: kill_points(LAYOUTS[:3:2], spread(7), lambda total: (total // 2,)),
+    "kills": lambda: kill_points((*LAYOUTS[:3:2], LAYOUTS[-1]), spread(7), lambda total: (total // 2,)),
     "errors": lambda: storage_errors(LAYOUTS[:1], spread(3), lasting=False),
     "lasting": lambda: storage_errors(LAYOUTS[1:2], spread(2), lasting=True),
-    "power": lambda: power_cuts(LAYOUTS[:1], spread(25), 3),
+    "power": lambda: power_cuts((LAYOUTS[0], LAYOUTS[-1]), spread(25), 3),
     "unsynced": lambda: power_cuts(LAYOUTS[:1], spread(8), 3, unsynced=True),
     "memory": lambda: memory_errors(LAYOUTS[:1], spread(40)),
     "short": lambda: short_calls(LAYOUTS[:2]),
