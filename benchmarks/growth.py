@@ -24,6 +24,7 @@ NO_SYNC = """
 import os
 os.fsync = lambda fd: None
 os.posix_fadvise = lambda *arguments: None
+del os.O_DIRECT
 from mfptq.cli import run
 run()
 """

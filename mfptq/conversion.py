@@ -154,13 +154,14 @@ def make_plan(
 
 def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     """Return a run that fits into its memory; `held` bytes of the process are the caller's own."""
-    cores = available_cores()
-    workers = resources.workers if resources.workers is not None else workers_for(cores)
+    workers = resources.workers if resources.workers is not None else workers_for(len(plan.shards))
     if workers < 1:
         raise UsageError(f"{workers} workers cannot do anything: use at least 1")
     budget = parse_size(resources.max_memory) + held
     statistics = plan.statistics_bytes
-    choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), min(workers, cores))
+    choice = choose_device(
+        resources.device, sum(weight.size for weight in plan.weights()), min(workers, available_cores())
+    )
     family = choice.device.split(":")[0]
     known = "calibrated" if family == "cpu" and statistics else family
     check_data_limit(known if known in KERNEL_BYTES else "torch")
