@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,22 +25,46 @@ from .tiles import Tile
 NUMPY_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
+class Memory:
+    """Room for a tile of `size` bytes of source data, and for what they become."""
+
+    def __init__(self, kernel: Kernel, size: int) -> None:
+        self.source = kernel.allocate(size)
+        self.packed = kernel.allocate(size // 4)
+        self.scales = kernel.allocate(size // 2 // GROUP_SIZE)
+
+
 class Buffers:
-    """One worker's memory: `tile_bytes` of source data, and what they become."""
+    """One worker's memory, for tiles of `tile_bytes`: while one half of it is written, the other is filled."""
 
     def __init__(self, kernel: Kernel, tile_bytes: int, calibrated: CalibratedKernel | None = None) -> None:
         self.kernel = kernel
         self.calibrated = calibrated
         self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
-        self._source = kernel.allocate(tile_bytes)
-        self._packed = kernel.allocate(tile_bytes // 4)
-        self._scales = kernel.allocate(tile_bytes // 2 // GROUP_SIZE)
+        self._now, self._other = Memory(kernel, tile_bytes), Memory(kernel, tile_bytes)
+        self._writing: Future[None] | None = None
 
     @property
     def memory(self) -> memoryview:
         """Memory for a tile, which is free between tiles."""
-        return self._source.data
+        return self._now.source.data
+
+    def hand_over(self, writer: Executor, write: Callable[[], None]) -> None:
+        """Have what is in memory written by another thread, and go on with the other half when that is written.
+
+        What went wrong with an earlier write is raised here, or by `wait_for_writing`.
+        """
+        before, self._writing = self._writing, writer.submit(write)
+        self._now, self._other = self._other, self._now
+        with self.timed("write"):
+            if before is not None:
+                before.result()
+
+    def wait_for_writing(self) -> None:
+        """Return when everything that was handed over is written, or raise what went wrong."""
+        if self._writing is not None:
+            self._writing.result()
 
     def timed(self, phase: str) -> Timed:
         """Add the time that the block takes to a phase."""
@@ -57,7 +82,7 @@ class Buffers:
     def _read(self, source: FolderSource, shard: str, stretches: Iterable[tuple[int, int]], dtype: str) -> TileArray:
         with self.timed("read"):
             size = len(self.read_bytes(source, shard, stretches))
-            return self._source[:size].view(NUMPY_DTYPES[dtype])
+            return self._now.source[:size].view(NUMPY_DTYPES[dtype])
 
     def read_bytes(self, source: FolderSource, shard: str, stretches: Iterable[tuple[int, int]]) -> memoryview:
         """Return stretches of a file, (offset, size) in bytes, one behind the other. The next call overwrites them."""
@@ -89,8 +114,8 @@ class Buffers:
     ) -> Quantized:
         """Return what the tile becomes, minding what is known of its input; it is kept in the buffer from weight `start`."""
         end = start + data.size
-        packed = self._packed[start // 2 : end // 2].reshape(data.shape[0], -1)
-        scales = self._scales[start // GROUP_SIZE : end // GROUP_SIZE].reshape(data.shape[0], -1)
+        packed = self._now.packed[start // 2 : end // 2].reshape(data.shape[0], -1)
+        scales = self._now.scales[start // GROUP_SIZE : end // GROUP_SIZE].reshape(data.shape[0], -1)
         with self.timed("quantize"):
             if statistics is None:
                 return Quantized(packed, scales, self.kernel.quantize(data, recipe, packed, scales))
@@ -100,7 +125,7 @@ class Buffers:
 
     def quantize_each(self, data: TileArray, many: Many) -> QuantizedMany:
         """Return what many weights become."""
-        packed, scales = self._packed[: data.size // 2], self._scales[: data.size // GROUP_SIZE]
+        packed, scales = self._now.packed[: data.size // 2], self._now.scales[: data.size // GROUP_SIZE]
         with self.timed("quantize"):
             return QuantizedMany(packed, scales, self.kernel.quantize_each(data, many, packed, scales))
 
@@ -118,7 +143,7 @@ class Buffers:
             tile = data[start:end].reshape(step.weight.rows, step.weight.columns)
             recipe = Recipe(step.method, float(divisors[row]))
             stats[row] = self.quantize(tile, recipe, statistics(step), start=start).stats.as_array()
-        return QuantizedMany(self._packed[: data.size // 2], self._scales[: data.size // GROUP_SIZE], stats)
+        return QuantizedMany(self._now.packed[: data.size // 2], self._now.scales[: data.size // GROUP_SIZE], stats)
 
 
 def _not_finite(values: TileArray, weight: Weight, start: int) -> NonFiniteWeightError:

@@ -41,7 +41,7 @@ from .report import Report, gather, kind_reports, report_text, suspicions, total
 from .rules import Rules
 from .scales import read_input_scales
 from .settings import Settings
-from .workers import available_cores, workers_for
+from .workers import available_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +154,12 @@ def make_plan(
 
 def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
     """Return a run that fits into its memory; `held` bytes of the process are the caller's own."""
-    workers = resources.workers if resources.workers is not None else workers_for(len(plan.shards))
+    workers = resources.workers if resources.workers is not None else available_cores()
     if workers < 1:
         raise UsageError(f"{workers} workers cannot do anything: use at least 1")
     budget = parse_size(resources.max_memory) + held
     statistics = plan.statistics_bytes
-    choice = choose_device(
-        resources.device, sum(weight.size for weight in plan.weights()), min(workers, available_cores())
-    )
+    choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), workers)
     family = choice.device.split(":")[0]
     known = "calibrated" if family == "cpu" and statistics else family
     check_data_limit(known if known in KERNEL_BYTES else "torch")

@@ -7,7 +7,7 @@ larger ones stream, and their second reading comes from the page cache. Nothing 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,8 +30,9 @@ from .tiles import GroupStep, Tile, group_steps, tiles
 from .workers import Task, Workers
 
 MAX_FINISHING = 4
-WORKERS_FOR_A_FILE = 2
+FEW_FILES, WORKERS_FOR_A_FILE = 2, 2
 BufferTask = Task[Buffers]
+Stretches = Iterable[tuple[int, int]]
 WeightTile = tuple[QuantizeWeight, Tile]
 
 
@@ -61,8 +62,10 @@ class Execution:
         self._progress = progress
         self._scales = GlobalScales(plan.method)
         self._open: dict[str, OpenShard] = {}
-        self._lanes = -(-len(buffers) // WORKERS_FOR_A_FILE)
+        self._buffers = buffers
+        self._lanes = max(min(len(buffers), FEW_FILES), len(buffers) // WORKERS_FOR_A_FILE)
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
+        self._writer = ThreadPoolExecutor(len(buffers), "mfptq-write")
         self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
         self._syncer = ThreadPoolExecutor(self._lanes + 1, "mfptq-sync")
         self._flusher = ThreadPoolExecutor(1, "mfptq-flush")
@@ -73,9 +76,11 @@ class Execution:
         """Do all the work that is not done yet; raise the first error, leaving no temporary behind."""
         try:
             self._workers.run()
+            for buffers in self._buffers:
+                buffers.wait_for_writing()
             self._wait_for_finishing(0)
         finally:
-            for pool in (self._finisher, self._syncer, self._flusher):
+            for pool in (self._writer, self._finisher, self._syncer, self._flusher):
                 pool.shutdown(wait=True, cancel_futures=True)
             for shard in self._open.values():
                 shard.file.discard()
@@ -164,13 +169,9 @@ class Execution:
         step, tile = work
         data = buffers.read(self._source, tile)
         quantized = buffers.quantize(data, Recipe(step.method, scale), self._statistics(step, tile))
-        with buffers.timed("write"):
-            for piece in _places(work, quantized):
-                shard.file.write(piece.data, piece.offset)
         shard.note(numbers_removed(step.weight.module), quantized.stats)
-        self._done(shard, tile.offset, tile.nbytes)
+        self._write(shard, _places(work, quantized), [(tile.offset, tile.nbytes)], buffers)
         self._follow(shard)
-        self._settle(shard)
 
     def _convert_bundle(self, shard: OpenShard, bundle: Bundle, buffers: Buffers) -> None:
         """Convert whole groups that fit into the buffer together: read once, written in as few runs as they lie in."""
@@ -182,14 +183,25 @@ class Execution:
             quantized = buffers.quantize_each(data, Many(method, bundle.starts, divisors))
         else:
             quantized = buffers.quantize_by(self._plan.statistics, data, bundle, divisors)
-        with buffers.timed("write"):
-            for piece in bundle.pieces(quantized.packed, quantized.scales, divisors):
-                shard.file.write(piece.data, piece.offset)
         for kind, stats in bundle.by_kind(quantized.stats).items():
             shard.note(kind, stats)
-        for offset, size in bundle.reads:
-            self._done(shard, offset, size)
+        self._write(shard, bundle.pieces(quantized.packed, quantized.scales, divisors), bundle.reads, buffers)
         self._follow(shard)
+
+    def _write(self, shard: OpenShard, pieces: Iterable[Piece], reads: Stretches, buffers: Buffers) -> None:
+        """Have what is in memory written while the worker goes on, but hashed now, where the digest can take it.
+
+        `reads` is what it was made from: (offset, size) in the source file, in bytes.
+        """
+        with buffers.timed("hash"):
+            found = [(piece, shard.file.hash_at_hand(piece.data, piece.offset)) for piece in pieces]
+        buffers.hand_over(self._writer, partial(self._store, shard, found, reads))
+
+    def _store(self, shard: OpenShard, pieces: Iterable[tuple[Piece, bool]], reads: Stretches) -> None:
+        for piece, hashed in pieces:
+            shard.file.store(piece.data, piece.offset, hashed=hashed)
+        for offset, size in reads:
+            self._done(shard, offset, size)
         self._settle(shard)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> Statistics | None:
@@ -203,24 +215,17 @@ class Execution:
         self._progress(Progress(size))
 
     def _copy(self, shard: OpenShard, runs: Iterator[CopyRun], buffers: Buffers) -> None:
-        """Copy a run; whoever is free first takes the next while this one is on its way to the disk.
-
-        So copies are hashed in their order, by one core, while the others quantize.
-        """
+        """Copy a run, and leave the next to whoever is free first: one core copies while the others quantize."""
         run = next(runs, None)
-        if run is not None:
-            with buffers.timed("copy"):
-                data = buffers.read_bytes(self._source, shard.job.name, run.stretches)
-            with buffers.timed("hash"):
-                hashed = shard.file.hash_at_hand(data, run.offset)
-            shard.expect(1)
-            self._workers.add([partial(self._copy, shard, runs)])
-            with buffers.timed("copy"):
-                shard.file.store(data, run.offset, hashed=hashed)
-            for offset, size in run.stretches:
-                self._done(shard, offset, size)
-            self._follow(shard)
-        self._settle(shard)
+        if run is None:
+            self._settle(shard)
+            return
+        with buffers.timed("copy"):
+            data = buffers.read_bytes(self._source, shard.job.name, run.stretches)
+        shard.expect(1)
+        self._write(shard, [Piece(run.offset, data)], run.stretches, buffers)
+        self._follow(shard)
+        self._workers.add([partial(self._copy, shard, runs)])
 
     def _follow(self, shard: OpenShard) -> None:
         """Let the disk and the file's digest follow what is written: waiting for the disk is no worker's business."""

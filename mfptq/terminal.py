@@ -14,7 +14,7 @@ from .execute import Progress, ProgressCallback
 from .memory import parse_size, plan_memory
 from .planning import Plan
 from .report import Report
-from .workers import workers_for
+from .workers import available_cores
 
 if TYPE_CHECKING:
     from .inspection import Inspection, TensorKind
@@ -80,7 +80,7 @@ def summary(report: Report, *, timings: bool) -> str:
 
 def plan_values(plan: Plan, max_memory: str, workers: int | None) -> dict[str, Any]:
     """Return a plan as JSON values."""
-    threads = workers or workers_for(len(plan.shards))
+    threads = workers or available_cores()
     memory = plan_memory(parse_size(max_memory), HELD_BYTES, threads, statistics=plan.statistics_bytes)
     from .inspection import plan_kinds
 

@@ -21,15 +21,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def workers_for(files: int) -> int:
-    """Return how many threads keep this process's cores busy with so many output files.
-
-    Some always wait for the disk; with one file they wait for its digest, which is one core's work, and more do not help.
-    """
-    cores = available_cores()
-    return cores + (cores + 1) // 2 if files > 1 else cores
-
-
 class Workers(Generic[State]):
     """A pool that runs tasks until the supply is empty and every follow-up is done."""
 
