@@ -171,7 +171,6 @@ class Execution:
         quantized = buffers.quantize(data, Recipe(step.method, scale), self._statistics(step, tile))
         shard.note(numbers_removed(step.weight.module), quantized.stats)
         self._write(shard, _places(work, quantized), [(tile.offset, tile.nbytes)], buffers)
-        self._follow(shard)
 
     def _convert_bundle(self, shard: OpenShard, bundle: Bundle, buffers: Buffers) -> None:
         """Convert whole groups that fit into the buffer together: read once, written in as few runs as they lie in."""
@@ -186,7 +185,6 @@ class Execution:
         for kind, stats in bundle.by_kind(quantized.stats).items():
             shard.note(kind, stats)
         self._write(shard, bundle.pieces(quantized.packed, quantized.scales, divisors), bundle.reads, buffers)
-        self._follow(shard)
 
     def _write(self, shard: OpenShard, pieces: Iterable[Piece], reads: Stretches, buffers: Buffers) -> None:
         """Have what is in memory written while the worker goes on, but hashed now, where the digest can take it.
@@ -196,6 +194,7 @@ class Execution:
         with buffers.timed("hash"):
             found = [(piece, shard.file.hash_at_hand(piece.data, piece.offset)) for piece in pieces]
         buffers.hand_over(self._writer, partial(self._store, shard, found, reads))
+        self._follow(shard)
 
     def _store(self, shard: OpenShard, pieces: Iterable[tuple[Piece, bool]], reads: Stretches) -> None:
         for piece, hashed in pieces:
@@ -224,7 +223,6 @@ class Execution:
             data = buffers.read_bytes(self._source, shard.job.name, run.stretches)
         shard.expect(1)
         self._write(shard, [Piece(run.offset, data)], run.stretches, buffers)
-        self._follow(shard)
         self._workers.add([partial(self._copy, shard, runs)])
 
     def _follow(self, shard: OpenShard) -> None:

@@ -75,7 +75,8 @@ class PartialFile:
                 done = write_direct(self._direct, data, offset)
             if done < len(data):
                 write_all(self.fd, data[done:], offset + done)
-                self._note_large(offset + done, len(data) - done)
+                if len(data) - done >= FLUSH_BYTES:
+                    self._large.append((offset + done, len(data) - done))
         self._written.add(offset, len(data))
 
     def write_pieces(self, pieces: Iterable[Piece]) -> None:
@@ -100,10 +101,6 @@ class PartialFile:
             part = buffer[: self.size - start]
             read_exact(fd, part, start)
             self.write(part, start)
-
-    def _note_large(self, offset: int, size: int) -> None:
-        if size >= FLUSH_BYTES:
-            self._large.append((offset, size))
 
     @property
     def unflushed(self) -> bool:
