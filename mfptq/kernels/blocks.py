@@ -27,14 +27,16 @@ _STEP = 20  # one E4M3 code further is bit 20 of the float32 that it stands for
 _BIAS = 960  # the code of a normal E4M3 value is its float32 bits >> 20, less this
 _LOWEST, _HIGHEST = ((code + _BIAS) << _STEP for code in (MIN_NORMAL_CODE, E4M3_MAX_CODE))
 _GRID = 2.0**22
+_CODED_GRID = _GRID + 1  # adds two steps: with the exponent's last bits, those of the octaves below
 F16_TO_F32 = 2.0**112
 WORST = 3  # among the statistics: the one that is no sum
 
 
 class Block(NamedTuple):
-    """A block for each lane: 16 magnitudes, and sign bits of the nibbles of the first and of the last eight."""
+    """A block for each lane: 16 magnitudes, how many are not 0, and sign bits of the first and of the last eight nibbles."""
 
     x: Sequence[Floats]
+    present: Words
     signs: Sequence[Words]
 
 
@@ -62,19 +64,38 @@ def block_words(kind: str) -> int:
 
 def unpack_block(words: Sequence[Words], kind: str) -> Block:
     """Return a block's values from its raw words: 16 of float32, or 8 that hold two values each, the first one low."""
-    signs = [words[0] & 0, words[0] & 0]
-    x: list[Floats] = []
     if kind == F32:
+        x = [(word & 0x7FFFFFFF).floats() for word in words]
+        return Block(x, present(x), [_signs(words[half : half + 8], [(4, 31)]) for half in (0, 8)])
+    magnitudes = [word & 0x7FFF7FFF for word in words]
+    halves = [half for both in magnitudes for half in (both << 16, both & 0xFFFF0000)]
+    x = [half.floats() if kind == BF16 else (half >> 3).floats() * F16_TO_F32 for half in halves]
+    found = words[0] & 0
+    for i, both in enumerate(magnitudes):  # a sum reaches bit 15 or 31 where its half is not zero
+        found = ((both + 0x7FFF7FFF) >> i) & (0x80008000 >> i) | found
+    return Block(x, found.ones(), [_signs(words[half : half + 4], [(8, 15), (8, 31)]) for half in (0, 4)])
+
+
+def _signs(words: Sequence[Words], places: Sequence[tuple[int, int]]) -> Words:
+    """Return sign bits where eight nibbles have them, from words that each hold one or two signs.
+
+    Each of `places` is (how many bits apart the words' nibbles are, which bit of a word is the sign).
+    """
+    found = words[0] & 0
+    for number, (apart, bit) in enumerate(places):
         for i, word in enumerate(words):
-            signs[i // 8] |= (word & 0x80000000) >> (28 - 4 * (i % 8))
-            x.append((word & 0x7FFFFFFF).floats())
-        return Block(x, signs)
-    for i, word in enumerate(words):
-        both = (word & 0x80000000) | ((word & 0x8000) << 12)
-        signs[i // 4] |= both >> (24 - 8 * (i % 4))
-        halves = ((word & 0x7FFF) << 16, word & 0x7FFF0000)
-        x += [half.floats() if kind == BF16 else (half >> 3).floats() * F16_TO_F32 for half in halves]
-    return Block(x, signs)
+            place = apart * i + 4 * number + 3
+            moved = word >> (bit - place) if bit >= place else word << (place - bit)
+            found = moved & (1 << place) | found
+    return found
+
+
+def present(x: Sequence[Floats]) -> Words:
+    """Return how many magnitudes are not zero."""
+    found = x[0].bits() & 0
+    for each in x:
+        found = found + (each > 0.0).count()
+    return found
 
 
 def round_e2m1(y: Floats) -> Floats:
@@ -87,15 +108,14 @@ def round_e2m1(y: Floats) -> Floats:
 
 
 def on_grid(y: Floats) -> tuple[Words, Floats]:
-    """Return (the code 0..7, the value) of y in [0, 6] rounded to E2M1, ties to even.
+    """Return (bits whose last three are the code 0..7, the value) of y in [0, 6] rounded to E2M1, ties to even.
 
     Added to 2**22 times its octave, y is rounded to E2M1's step there, and the sum's last bits count such steps; the
-    code has two more for each octave above the first, which are put into the number that is added.
+    code has two more for each octave above the first: the exponent's last bits.
     """
-    octave = (y.bits() & 0x7F800000).maximum(0x3F800000)
-    grid = (octave + (octave >> 22) + ((22 << 23) - (0x3F800000 >> 22))).floats()
-    found = y + grid
-    return found.bits() & 7, found - grid
+    octave = y.maximum(1.0).bits() & 0x7F800000
+    found = octave.floats().exact_times(_CODED_GRID, y)
+    return found.bits() + (octave >> 22), octave.floats().exact_times(-_CODED_GRID, found)
 
 
 def rounded_scale(value: Floats) -> Words:
@@ -138,7 +158,8 @@ def search(code: Code, block: Block, global_scale: Floats) -> Quantized:
             _set(found, _least(block, base, _any_error(global_scale)))
     scale, error, rounding = (each.get() for each in found)
     inverse = code.floats(1.0) / (scale.floats() / global_scale)
-    words = [_nibbles([x * inverse for x in block.x[half : half + 8]]) for half in (0, 8)]
+    codes = [on_grid((x * inverse).minimum(E2M1_MAX))[0] for x in block.x]
+    words = [_nibbles(codes[half : half + 8]) for half in (0, 8)]
     empty = (words[0] | words[1]).equals(0)
     words = [word | (sign & nonzero_nibbles(word)) for word, sign in zip(words, block.signs, strict=True)]
     return Quantized(words, empty.choose(ZERO_BLOCK_CODE, (scale >> _STEP) - _BIAS), error, rounding)
@@ -193,11 +214,11 @@ def _any_error(global_scale: Floats) -> Callable[[Block, Floats, int], Floats]:
     return error
 
 
-def _nibbles(y: Sequence[Floats]) -> Words:
-    """Return eight values as nibbles without signs, the first one lowest."""
-    word = y[0].bits() & 0
-    for i, each in enumerate(y):
-        word = word | (on_grid(each.minimum(E2M1_MAX))[0] << (4 * i))
+def _nibbles(codes: Sequence[Words]) -> Words:
+    """Return the last three bits of eight words as nibbles, the first one lowest."""
+    word = codes[0] & 0
+    for each in reversed(codes):
+        word = (each & 7) | (word << 4)
     return word
 
 
@@ -217,17 +238,17 @@ def minmax(code: Code, block: Block, global_scale: Floats, kind: str) -> Quantiz
     divisor = scale / global_scale
     words, error = [], code.floats(0.0)
     for half, signs in zip((0, 8), block.signs, strict=True):
-        word, kept = code.words(0), code.words(0x77777777)
+        codes, kept = [], code.words(0x77777777)
         for i, x in enumerate(block.x[half : half + 8]):
             y = x / divisor
             kept = (y > 0.0).choose(
                 kept | (8 << (4 * i)), kept
             )  # what is not zero keeps its sign even if it becomes zero
-            nibble, rounded = on_grid(y.minimum(E2M1_MAX))
-            word = word | (nibble << (4 * i))
+            found, rounded = on_grid(y.minimum(E2M1_MAX))
+            codes.append(found)
             difference = rounded * divisor - x
             error = error + difference * difference
-        words.append(word | (signs & kept))
+        words.append(_nibbles(codes) | (signs & kept))
     return Quantized(words, scale_code, error, error)
 
 
@@ -236,20 +257,15 @@ def nonzero_nibbles(word: Words) -> Words:
     return ((word | (word << 1) | (word << 2)) & 0x44444444) << 1
 
 
-def _count(word: Words) -> Words:
-    """Return the number of set bits, of which only every fourth may be set."""
-    return ((word >> 3) * 0x11111111) >> 28
-
-
 def tally(block: Block, done: Quantized) -> Tally:
     """Return what quantizing did to each block."""
-    norm, present = done.error.code.floats(0.0), done.code & 0
+    norm = done.error.code.floats(0.0)
     for x in block.x:
         norm = norm + x * x
-        present = present + (x > 0.0).count()
     worst = done.error / (norm > 0.0).choose(norm, 1.0)
-    stored = _count(nonzero_nibbles(done.words[0])) + _count(nonzero_nibbles(done.words[1]))
-    counts = (present - stored, done.code.equals(E4M3_MAX_CODE).count(), present.equals(0).count())
+    low, high = (nonzero_nibbles(word) for word in done.words)
+    stored = (low | (high >> 1)).ones()
+    counts = (block.present - stored, done.code.equals(E4M3_MAX_CODE).count(), block.present.equals(0).count())
     return Tally((done.error, norm, done.rounding), worst, counts)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 
 from ..nvfp4 import GROUP_SIZE
-from .blocks import Block, Quantized, Sums, block_words, tally
+from .blocks import Block, Quantized, Sums, block_words, present, tally
 from .calibrated_blocks import Known, calibrated, signed_values
 from .compiling import has_fused
 from .cpu_code import store_sums, transposed
@@ -38,7 +38,8 @@ def emit(module: ir.Module, name: str) -> None:
         places = [code.at(each, build.mul(block, LONG(size))) for each, size in zip(known, sizes, strict=True)]
         done = calibrated(x, global_scale, Known(code, *places), method)
         _store_rows(code, done, (packed, scales), [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)])
-        sums.add(tally(Block([(each.bits() & 0x7FFFFFFF).floats() for each in x], ()), done))
+        magnitudes = [(each.bits() & 0x7FFFFFFF).floats() for each in x]
+        sums.add(tally(Block(magnitudes, present(magnitudes), ()), done))
     store_sums(code, sums, stats, LONG(0))
     build.ret_void()
 

@@ -133,6 +133,8 @@ class _Chunk:
         self._partial = build.icmp_signed("<", left, LONG(LANES))
         with build.goto_entry_block():
             self._scratch = [build.alloca(ir.ArrayType(BYTE, size * LANES)) for size in sizes]
+        for scratch in self._scratch:
+            scratch.align = 64  # which aligns the stack, and what LLVM puts there
         with build.if_then(self._partial, likely=False):
             self._code.store(ir.Constant(ir.ArrayType(BYTE, sizes[0] * LANES), None), self._scratch[0])
             self._copy(self._scratch[0], places[0], sizes[0])

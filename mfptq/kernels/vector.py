@@ -281,6 +281,11 @@ class Words(Value):
         found: Words = self._compared("<", other).choose(self, other)
         return found
 
+    def ones(self) -> Words:
+        """Return how many bits are set."""
+        suffix = f"v{self.code.lanes}i32" if self.code.lanes > 1 else "i32"
+        return Words(self.code, self.code.intrinsic(f"llvm.ctpop.{suffix}", self.raw.type, [self.raw]))
+
     def floats(self) -> Floats:
         """Return the float32 numbers that the bits stand for."""
         return Floats(self.code, self.code.build.bitcast(self.raw, self.code.typed(FLOAT)))
