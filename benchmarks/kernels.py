@@ -71,12 +71,12 @@ def calibrated(data: np.ndarray) -> None:
 def gpu(device: str) -> None:
     from mfptq.kernels.cuda import ENTRIES, MAX_GRID, STATS_BYTES, THREADS
     from mfptq.kernels.driver import Memory, Stream, open_device
-    from mfptq.kernels.ptx import ptx
+    from mfptq.kernels.ptx import compile_ptx
 
     kernel, opened = load_kernel(device), open_device(int(device.partition(":")[2] or 0))
     print(f"kernel {kernel.name}, billion weights per second, {opened.name}")
     with opened:
-        functions, stream = opened.load(ptx(), ENTRIES), Stream(opened)
+        functions, stream = opened.load(compile_ptx(), ENTRIES), Stream(opened)
         for dtype, kind in (("bf16", "bf16"), ("float16", "f16"), ("float32", "f32")):
             data = np.tile(tile(dtype, (1024, 4096)), (16, 1))
             blocks, words = data.size // 16, data.nbytes // 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from .kernels import STATISTICS, Float64Array, Kernel, Many, Recipe, TileStats
 from .kernels import Tile as TileArray
 from .kernels.calibrated import CalibratedKernel, Statistics
 from .layout import Weight
+from .memory import PARTS
 from .nvfp4 import GROUP_SIZE, ByteArray, Float32Array, as_float32
 from .steps import QuantizeWeight
 from .tiles import Tile
@@ -35,15 +36,15 @@ class Memory:
 
 
 class Buffers:
-    """One worker's memory, for tiles of `tile_bytes`: while one half of it is written, the other is filled."""
+    """One worker's memory, for tiles of `tile_bytes`: while parts of it are written, another is filled."""
 
     def __init__(self, kernel: Kernel, tile_bytes: int, calibrated: CalibratedKernel | None = None) -> None:
         self.kernel = kernel
         self.calibrated = calibrated
         self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
-        self._now, self._other = Memory(kernel, tile_bytes), Memory(kernel, tile_bytes)
-        self._writing: Future[None] | None = None
+        self._now, *others = (Memory(kernel, tile_bytes) for _ in range(PARTS))
+        self._written: deque[tuple[Memory, Future[None] | None]] = deque((part, None) for part in others)
 
     @property
     def memory(self) -> memoryview:
@@ -51,20 +52,21 @@ class Buffers:
         return self._now.source.data
 
     def hand_over(self, writer: Executor, write: Callable[[], None]) -> None:
-        """Have what is in memory written by another thread, and go on with the other half when that is written.
+        """Have what is in memory written by another thread, and go on with the part that has been written longest.
 
         What went wrong with an earlier write is raised here, or by `wait_for_writing`.
         """
-        before, self._writing = self._writing, writer.submit(write)
-        self._now, self._other = self._other, self._now
+        self._written.append((self._now, writer.submit(write)))
+        self._now, written = self._written.popleft()
         with self.timed("write"):
-            if before is not None:
-                before.result()
+            if written is not None:
+                written.result()
 
     def wait_for_writing(self) -> None:
         """Return when everything that was handed over is written, or raise what went wrong."""
-        if self._writing is not None:
-            self._writing.result()
+        for _, written in self._written:
+            if written is not None:
+                written.result()
 
     def timed(self, phase: str) -> Timed:
         """Add the time that the block takes to a phase."""

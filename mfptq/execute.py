@@ -19,7 +19,7 @@ from .journal import ShardResult
 from .kernels import Many, Recipe
 from .kernels.calibrated import Statistics
 from .layout import Weight, numbers_removed
-from .memory import exceeds_half_of_memory
+from .memory import PARTS, exceeds_half_of_memory
 from .nvfp4 import GROUP_SIZE
 from .opened import OpenShard
 from .partial import Piece
@@ -65,7 +65,7 @@ class Execution:
         self._buffers = buffers
         self._lanes = max(min(len(buffers), FEW_FILES), len(buffers) // WORKERS_FOR_A_FILE)
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
-        self._writer = ThreadPoolExecutor(len(buffers), "mfptq-write")
+        self._writer = ThreadPoolExecutor((PARTS - 1) * len(buffers), "mfptq-write")
         self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
         self._syncer = ThreadPoolExecutor(self._lanes + 1, "mfptq-sync")
         self._flusher = ThreadPoolExecutor(1, "mfptq-flush")

@@ -14,6 +14,7 @@ from .errors import MemoryBudgetError, UsageError, quote
 
 MAX_TILE = 4 * 2**20
 MIN_TILE = 256 * 2**10
+PARTS = 3  # of a worker's memory: one is filled while the others are written
 FEW_WORKERS = 4  # more of them wait for each other at the interpreter's lock, with larger tiles less often
 PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
 RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
@@ -96,8 +97,8 @@ class MemoryPlan:
 
 
 def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
-    """Return what one worker holds: a tile and what it becomes, twice, scratch, and an input's statistics in three forms."""
-    return 2 * (tile_bytes + tile_bytes // 4 + tile_bytes // 32) + PER_WORKER + 3 * statistics
+    """Return what one worker holds: parts for a tile and what it becomes, scratch, an input's statistics in three forms."""
+    return PARTS * (tile_bytes + tile_bytes // 4 + tile_bytes // 32) + PER_WORKER + 3 * statistics
 
 
 def plan_memory(
