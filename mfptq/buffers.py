@@ -33,6 +33,12 @@ class Memory:
         self.source = kernel.allocate(size)
         self.packed = kernel.allocate(size // 4)
         self.scales = kernel.allocate(size // 2 // GROUP_SIZE)
+        self.written: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Return when its content is written, or raise what went wrong."""
+        if self.written is not None:
+            self.written.result()
 
 
 class Buffers:
@@ -43,8 +49,11 @@ class Buffers:
         self.calibrated = calibrated
         self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
-        self._now, *others = (Memory(kernel, tile_bytes) for _ in range(PARTS))
-        self._written: deque[tuple[Memory, Future[None] | None]] = deque((part, None) for part in others)
+        self._parts = deque(Memory(kernel, tile_bytes) for _ in range(PARTS))
+
+    @property
+    def _now(self) -> Memory:
+        return self._parts[0]
 
     @property
     def memory(self) -> memoryview:
@@ -56,17 +65,15 @@ class Buffers:
 
         What went wrong with an earlier write is raised here, or by `wait_for_writing`.
         """
-        self._written.append((self._now, writer.submit(write)))
-        self._now, written = self._written.popleft()
+        self._now.written = writer.submit(write)
+        self._parts.rotate(-1)
         with self.timed("write"):
-            if written is not None:
-                written.result()
+            self._now.wait()
 
     def wait_for_writing(self) -> None:
         """Return when everything that was handed over is written, or raise what went wrong."""
-        for _, written in self._written:
-            if written is not None:
-                written.result()
+        for part in self._parts:
+            part.wait()
 
     def timed(self, phase: str) -> Timed:
         """Add the time that the block takes to a phase."""

@@ -66,25 +66,22 @@ def unpack_block(words: Sequence[Words], kind: str) -> Block:
     """Return a block's values from its raw words: 16 of float32, or 8 that hold two values each, the first one low."""
     if kind == F32:
         x = [(word & 0x7FFFFFFF).floats() for word in words]
-        return Block(x, present(x), [_signs(words[half : half + 8], [(4, 31)]) for half in (0, 8)])
+        return Block(x, present(x), [_signs(words[half : half + 8], (31,)) for half in (0, 8)])
     magnitudes = [word & 0x7FFF7FFF for word in words]
     halves = [half for both in magnitudes for half in (both << 16, both & 0xFFFF0000)]
     x = [half.floats() if kind == BF16 else (half >> 3).floats() * F16_TO_F32 for half in halves]
     found = words[0] & 0
     for i, both in enumerate(magnitudes):  # a sum reaches bit 15 or 31 where its half is not zero
         found = ((both + 0x7FFF7FFF) >> i) & (0x80008000 >> i) | found
-    return Block(x, found.ones(), [_signs(words[half : half + 4], [(8, 15), (8, 31)]) for half in (0, 4)])
+    return Block(x, found.ones(), [_signs(words[half : half + 4], (15, 31)) for half in (0, 4)])
 
 
-def _signs(words: Sequence[Words], places: Sequence[tuple[int, int]]) -> Words:
-    """Return sign bits where eight nibbles have them, from words that each hold one or two signs.
-
-    Each of `places` is (how many bits apart the words' nibbles are, which bit of a word is the sign).
-    """
+def _signs(words: Sequence[Words], bits: Sequence[int]) -> Words:
+    """Return sign bits where eight nibbles have them, from words whose signs, in the order of values, are those bits."""
     found = words[0] & 0
-    for number, (apart, bit) in enumerate(places):
+    for number, bit in enumerate(bits):
         for i, word in enumerate(words):
-            place = apart * i + 4 * number + 3
+            place = 4 * (len(bits) * i + number) + 3
             moved = word >> (bit - place) if bit >= place else word << (place - bit)
             found = moved & (1 << place) | found
     return found

@@ -63,6 +63,11 @@ class Code:
         found = module.globals.get(name) or ir.Function(module, kind, name)
         return self.build.call(found, arguments)
 
+    def each(self, name: str, element: str, arguments: Sequence[Any]) -> Any:
+        """Call one of LLVM's functions that do the same in every lane, to values of one type."""
+        suffix = f"v{self.lanes}{element}" if self.lanes > 1 else element
+        return self.intrinsic(f"llvm.{name}.{suffix}", arguments[0].type, arguments)
+
     def at(self, pointer: Any, index: Any) -> Any:
         """Return a pointer to an element further on."""
         return self.build.gep(pointer, [index])
@@ -230,9 +235,9 @@ class Floats(Value):
         """Return self * factor + add where the product is exact: in one instruction where there is one."""
         if not self.code.fused:
             return self * factor + add
-        suffix = f"v{self.code.lanes}f32" if self.code.lanes > 1 else "f32"
-        arguments = [self.raw, _same(factor, self).raw, _same(add, self).raw]
-        return Floats(self.code, self.code.intrinsic(f"llvm.fma.{suffix}", self.code.typed(FLOAT), arguments))
+        return Floats(
+            self.code, self.code.each("fma", "f32", [self.raw, _same(factor, self).raw, _same(add, self).raw])
+        )
 
 
 class Words(Value):
@@ -248,9 +253,6 @@ class Words(Value):
 
     def __sub__(self, other: Words | int) -> Words:
         return self._with(self.code.build.sub, other)
-
-    def __mul__(self, other: Words | int) -> Words:
-        return self._with(self.code.build.mul, other)
 
     def __and__(self, other: Words | int) -> Words:
         return self._with(self.code.build.and_, other)
@@ -283,8 +285,7 @@ class Words(Value):
 
     def ones(self) -> Words:
         """Return how many bits are set."""
-        suffix = f"v{self.code.lanes}i32" if self.code.lanes > 1 else "i32"
-        return Words(self.code, self.code.intrinsic(f"llvm.ctpop.{suffix}", self.raw.type, [self.raw]))
+        return Words(self.code, self.code.each("ctpop", "i32", [self.raw]))
 
     def floats(self) -> Floats:
         """Return the float32 numbers that the bits stand for."""
