@@ -101,12 +101,14 @@ class Buffers:
             end += size
         return self.memory[:end]
 
-    def amax(self, data: TileArray, tile: Tile) -> float:
-        """Return the tile's largest magnitude; raises NonFiniteWeightError for NaN or infinity."""
-        with self.timed("amax"):
-            found = self.kernel.amax(data)
+    def amax(self, source: FolderSource, tile: Tile) -> float:
+        """Return the largest magnitude of a tile in its file; raises NonFiniteWeightError for NaN or infinity."""
+        weight = tile.weight
+        data = self._now.source[: tile.nbytes].view(NUMPY_DTYPES[weight.dtype]).reshape(tile.rows, tile.columns)
+        with self.timed("amax"), source.reading(weight.shard, tile.offset, tile.nbytes) as fd:
+            found = self.kernel.amax_in_file(fd, tile.offset, data)
         if not math.isfinite(found):
-            raise _not_finite(data.reshape(-1), tile.weight, tile.start)
+            raise _not_finite(self.read(source, tile).reshape(-1), weight, tile.start)
         return found
 
     def amax_each(self, data: TileArray, bundle: Bundle) -> Float32Array:

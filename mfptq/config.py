@@ -101,6 +101,7 @@ def config_text(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> s
 
 def index_text(total_size: int, weight_map: Mapping[str, str]) -> str:
     """Return model.safetensors.index.json; `total_size` is the size of all tensors in bytes."""
-    lines = (f"    {encode_basestring(name)}: {encode_basestring(shard)}" for name, shard in sorted(weight_map.items()))
+    encoded = {shard: encode_basestring(shard) for shard in set(weight_map.values())}
+    lines = [f"    {encode_basestring(name)}: {encoded[weight_map[name]]}" for name in sorted(weight_map)]
     places = ",\n".join(lines)  # as json indents it, which takes ten times as long
     return f'{{\n  "metadata": {{\n    "total_size": {total_size}\n  }},\n  "weight_map": {{\n{places}\n  }}\n}}\n'

@@ -173,8 +173,10 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
 def _try_out(plan: Plan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
     """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
     packed, scales = np.empty((1, GROUP_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
-    for dtype in {weight.dtype for weight in plan.weights()}:
+    for dtype, weight in {weight.dtype: weight for weight in plan.weights()}.items():
         block = np.zeros((1, GROUP_SIZE), NUMPY_DTYPES[dtype])
+        with plan.checkpoint.source.reading(weight.shard, weight.offset, block.nbytes) as fd:
+            kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
         kernel.amax(block)
         for method in plan.methods:
             recipe = Recipe(method, 1.0)

@@ -25,7 +25,7 @@ from .opened import OpenShard
 from .partial import Piece
 from .planning import Plan
 from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
-from .steps import CopyRun, QuantizeWeight, ShardPlan, copy_runs
+from .steps import CopyRun, QuantizeWeight, ShardPlan, copy_runs, largest_first
 from .tiles import GroupStep, Tile, group_steps, tiles
 from .workers import Task, Workers
 
@@ -96,7 +96,7 @@ class Execution:
     def _supply(self) -> Iterator[BufferTask]:
         """Yield tasks of a few shards in turn: writes into one file wait for each other, whatever the number of cores."""
         self._progress(Progress(total=self._plan.checkpoint.tensor_bytes))
-        shards = iter(self._plan.shards)
+        shards = iter(largest_first(self._plan.shards))
         lanes = deque(self._tasks(shards) for _ in range(self._lanes))
         while lanes:
             lane = lanes.popleft()
@@ -150,8 +150,7 @@ class Execution:
             self._workers.add(partial(self._find_amax, step.name, tile) for tile in found)
 
     def _find_amax(self, group: str, tile: Tile, buffers: Buffers) -> None:
-        data = buffers.read(self._source, tile)
-        self._scales.found(group, buffers.amax(data, tile))
+        self._scales.found(group, buffers.amax(self._source, tile))
 
     def _quantize_group(self, shard: OpenShard, step: GroupStep, scale: float) -> None:
         work = []

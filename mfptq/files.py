@@ -196,17 +196,21 @@ class FolderSource:
         for name in [name for name in self._open if not self._users[name]][: max(0, len(self._open) - keep)]:
             os.close(self._open.pop(name))
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset` of the file."""
+    @contextlib.contextmanager
+    def reading(self, name: str, offset: int, size: int) -> Iterator[int]:
+        """Lend the file's descriptor to read `size` bytes from `offset`, and say what was wrong where that fails."""
         with self.descriptor(name) as fd:
             try:
-                read_exact(fd, buffer, offset)
+                yield fd
             except EOFError:
-                raise SourceChangedError(
-                    f"{quote(name)} ended before byte {offset + len(buffer)}: truncated?"
-                ) from None
+                raise SourceChangedError(f"{quote(name)} ended before byte {offset + size}: truncated?") from None
             except OSError as error:
                 raise StorageError(f"read byte {offset} of", name, error) from None
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` of the file."""
+        with self.reading(name, offset, len(buffer)) as fd:
+            read_exact(fd, buffer, offset)
 
     def check_unchanged(self, name: str) -> None:
         """Raise SourceChangedError if the file is no longer what it was when it was first opened."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
 from types import MappingProxyType
+from typing import NamedTuple
 
 # Fused layer -> the names its members have in checkpoints. Two or more of them under one parent belong together.
 FUSED_LAYERS: Mapping[str, tuple[str, ...]] = MappingProxyType({
@@ -41,8 +43,7 @@ for _fused, _members in FUSED_LAYERS.items():
         _LAYERS_OF[_leaf] = (*_LAYERS_OF.get(_leaf, ()), _fused)
 
 
-@dataclass(frozen=True, slots=True)
-class FusedGroup:
+class FusedGroup(NamedTuple):
     """The modules of one fused layer, sorted; a weight that is fused with nothing is a group of one."""
 
     name: str
@@ -60,13 +61,15 @@ def fused_groups(modules: Iterable[str]) -> list[FusedGroup]:
         else:
             groups.append(FusedGroup(module, (module,)))
     for parent, present in leaves.items():
-        groups.extend(_groups_under(parent, sorted(present)))
-    return sorted(groups, key=lambda group: group.name)
+        prefix = f"{parent}." if parent else ""
+        for name, members in _joined(tuple(sorted(present))):
+            groups.append(FusedGroup(prefix + name, tuple([prefix + leaf for leaf in members])))
+    return sorted(groups, key=attrgetter("name"))
 
 
-def _groups_under(parent: str, leaves: list[str]) -> list[FusedGroup]:
+@cache
+def _joined(leaves: tuple[str, ...]) -> tuple[FusedGroup, ...]:
     """Join the leaves that any fused layer joins; layers that overlap (wq_a+wkv, wkv+wgate) become one group."""
-    prefix = f"{parent}." if parent else ""
     joined: list[tuple[str, set[str]]] = []
     known = {fused for leaf in leaves for fused in _LAYERS_OF[leaf]}
     for fused in [fused for fused in FUSED_LAYERS if fused in known]:
@@ -79,7 +82,7 @@ def _groups_under(parent: str, leaves: list[str]) -> list[FusedGroup]:
         joined.append((fused, found))
     fused_leaves = {leaf for _, found in joined for leaf in found}
     alone = [(leaf, {leaf}) for leaf in leaves if leaf not in fused_leaves]
-    return [FusedGroup(prefix + name, tuple(prefix + leaf for leaf in sorted(found))) for name, found in joined + alone]
+    return tuple(FusedGroup(name, tuple(sorted(found))) for name, found in joined + alone)
 
 
 def experts_parent(module: str) -> str | None:

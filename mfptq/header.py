@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from json.encoder import encode_basestring
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -157,6 +159,9 @@ class TensorSpec(NamedTuple):
     part: int = 0
 
 
+_name = itemgetter(0)  # of a TensorSpec
+
+
 class Layout(NamedTuple):
     """A shard to be written: its leading bytes, where each tensor begins in the file, and its length, all in bytes."""
 
@@ -174,27 +179,28 @@ def lay_out(
     largest dtype first, then by name; compact JSON, padded with spaces so that the data begins at a multiple of
     `alignment`, itself a multiple of 8.
     """
+    ordered = list(_in_order(specs))
+    known = {kind: _described(*kind) for kind in {(spec.dtype, spec.shape) for spec in ordered}}
+    kinds = [known[dtype, shape] for _, dtype, shape, _ in ordered]
+    starts = list(accumulate((size for _, size in kinds), initial=0))
     entries = [f"{encode_basestring(METADATA_KEY)}:{_compact(dict(metadata))}"]
-    known: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # tensors of one shape are many
-    starts: list[tuple[str, int]] = []
-    start = 0
-    for name, dtype, shape, _part in sorted(specs, key=_order):
-        if (dtype, shape) not in known:
-            size = tensor_bytes(dtype, shape)
-            assert size is not None
-            known[dtype, shape] = f'"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[', size
-        text, size = known[dtype, shape]
-        end = start + size
-        starts.append((name, start))
-        entries.append(
-            f"{encode_basestring(name)}:{{{text}{start},{end}]}}"
-        )  # the encoder itself takes ten times as long
-        start = end
+    entries += [  # as the encoder itself writes them, which takes ten times as long
+        f"{encode_basestring(spec.name)}:{{{text}{start},{end}]}}"
+        for spec, (text, _), start, end in zip(ordered, kinds, starts, starts[1:], strict=False)
+    ]
     encoded = f"{{{','.join(entries)}}}".encode()
     encoded += b" " * (-(PREFIX_BYTES + len(encoded)) % alignment)
     data_start = PREFIX_BYTES + len(encoded)
     head = len(encoded).to_bytes(PREFIX_BYTES, "little") + encoded
-    return Layout(head, {name: data_start + place for name, place in starts}, data_start + start)
+    places = {spec.name: data_start + start for spec, start in zip(ordered, starts, strict=False)}
+    return Layout(head, places, data_start + starts[-1])
+
+
+def _described(dtype: str, shape: tuple[int, ...]) -> tuple[str, int]:
+    """Return what a header says of a tensor, up to its offsets, and its size in bytes."""
+    size = tensor_bytes(dtype, shape)
+    assert size is not None
+    return f'"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":[', size
 
 
 def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> tuple[bytes, ShardHeader]:
@@ -209,8 +215,13 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_
     return head, ShardHeader(tensors, metadata, len(head))
 
 
-def _order(spec: TensorSpec) -> tuple[int, int, bytes]:
-    return spec.part, -_DTYPE_RANK[spec.dtype], spec.name.encode()
+def _in_order(specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
+    """Yield tensors part by part, of each part the largest dtype first, then by name, whose UTF-8 sorts as the text does."""
+    runs: dict[tuple[int, int], list[TensorSpec]] = {}
+    for spec in specs:
+        runs.setdefault((spec.part, -_DTYPE_RANK[spec.dtype]), []).append(spec)
+    for _, run in sorted(runs.items()):
+        yield from sorted(run, key=_name)
 
 
 def _compact(value: Any) -> str:

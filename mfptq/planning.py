@@ -208,10 +208,11 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _plan_shard(shard: Shard, fates: Mapping[str, Decided], places: dict[str, str], *, with_input: bool) -> ShardPlan:
     specs = output_specs(shard, fates, with_input=with_input)
-    for spec in specs:
-        if spec.name in places:
-            raise SourceError(f"two tensors would be written as {quote(spec.name)}: rename one in the source")
-        places[spec.name] = shard.name
+    own = dict.fromkeys([spec.name for spec in specs], shard.name)
+    if len(own) < len(specs) or not places.keys().isdisjoint(own):
+        name = next(name for name, count in Counter([*places, *(spec.name for spec in specs)]).items() if count > 1)
+        raise SourceError(f"two tensors would be written as {quote(name)}: rename one in the source")
+    places.update(own)
     head, offsets, size = lay_out(specs, alignment=PAGE)
     if len(head) - PREFIX_BYTES > MAX_HEADER_BYTES:
         raise SourceError(f"{quote(shard.name)} would need a header of {len(head)} bytes, the format allows 100 MB")

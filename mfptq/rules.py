@@ -237,10 +237,10 @@ def _keep_groups_whole(decided: list[Decided], groups: Iterable[FusedGroup]) -> 
     changed: dict[int, Decision] = {}
     for group, rows in _undivided(decided, groups):
         current = [changed.get(row, decided[row].decision) for row in rows]
+        if len({each.quantize for each in current}) < 2:
+            continue
         kept = [(row, each) for row, each in zip(rows, current, strict=True) if not each.quantize]
         wanted = [(row, each) for row, each in zip(rows, current, strict=True) if each.quantize]
-        if not kept or not wanted:
-            continue
         for row, each in [*kept, *wanted]:
             if each.reason.endswith("as asked"):
                 other = kept[0] if each.quantize else wanted[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -104,3 +104,12 @@ class ShardPlan:
     def head(self) -> bytes:
         """The file's leading bytes: length prefix and header."""
         return zlib.decompress(self.packed_head)
+
+
+def largest_first(shards: Sequence[ShardPlan]) -> list[ShardPlan]:
+    """Return shards in the order of work: the digest of a file much larger than others must not be what is left at the end.
+
+    Those of about one size stay in their order, since neighbours may hold parts of one fused group.
+    """
+    mean = sum(shard.size for shard in shards) / max(1, len(shards))
+    return sorted(shards, key=lambda shard: -round(shard.size / mean))

@@ -41,7 +41,10 @@ def _constant(name: str) -> NoReturn:
     raise StrictJsonError(f"{name} is not JSON")
 
 
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER = b"0" * (MAX_INTEGER_DIGITS + 1)  # with zeros for its digits
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+_SHORT = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
 _WITH_INFINITY = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float)
 
 
@@ -50,8 +53,9 @@ def parse_json(raw: bytes, *, infinity: bool = False) -> Any:
 
     With `infinity`, NaN and Infinity are numbers: Hugging Face configs hold them (`time_step_limit` of Mamba models).
     """
+    strict = _STRICT if _LONG_NUMBER in raw.translate(_ZEROS) else _SHORT  # a call for each number takes longer
     try:
-        return (_WITH_INFINITY if infinity else _STRICT).decode(raw.decode("utf-8"))
+        return (_WITH_INFINITY if infinity else strict).decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise StrictJsonError(f"not UTF-8 at byte {error.start}") from None
     except RecursionError:

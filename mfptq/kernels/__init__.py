@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError, quote
+from ..files import read_exact
 from ..nvfp4 import GROUP_SIZE, ByteArray, Float32Array
 
 Tile = npt.NDArray[Any]
@@ -104,6 +105,14 @@ class Kernel(ABC):
     @abstractmethod
     def amax(self, tile: Tile) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
+
+    def amax_in_file(self, fd: int, offset: int, tile: Tile) -> float:
+        """Return the largest magnitude of a tile that lies in a file, at `offset` in bytes; its memory is overwritten.
+
+        Raises EOFError if the file ends before, OSError if it cannot be read.
+        """
+        read_exact(fd, tile.reshape(-1).view(np.uint8).data, offset)
+        return self.amax(tile)
 
     @abstractmethod
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:

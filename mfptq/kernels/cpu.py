@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llvmlite import ir
 
 KINDS = {"H": BF16, "e": F16, "f": F32}  # by numpy's type characters; uint16 stands for bfloat16
+CACHED_BYTES = 2**20  # what is read at once, to be used from the processor's own cache
 _POINTER = ctypes.c_void_p
 
 
@@ -31,14 +32,38 @@ def _searcher(module: ir.Module, name: str) -> None:
     emit_amax(module, name)
 
 
+def _file_searcher(module: ir.Module, name: str) -> None:
+    from .cpu_code import emit_amax_in_file
+
+    emit_amax_in_file(module, name)
+
+
 _quantizers = MachineCode(_quantizer, [*[_POINTER] * 6, ctypes.c_int64])
 _searchers = MachineCode(_searcher, [_POINTER, _POINTER, _POINTER, ctypes.c_int64])
+_file_searchers = MachineCode(
+    _file_searcher, [_POINTER, ctypes.c_int64, _POINTER, _POINTER, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+)
 
 
 def address(array: npt.NDArray[Any]) -> int:
     """Return where a C-contiguous array lies; it must be kept until the call ends."""
     place: int = array.__array_interface__["data"][0]
     return place
+
+
+def _width(data: Tile) -> int:
+    return 8 * data.itemsize
+
+
+def _bits(data: Tile) -> npt.DTypeLike:
+    return f"u{data.itemsize}"
+
+
+def _magnitudes(bits: npt.NDArray[Any], dtype: npt.DTypeLike) -> Float32Array:
+    """Return the numbers that bits stand for in weights of a dtype."""
+    if dtype == np.uint16:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(dtype).astype(np.float32)
 
 
 class CpuKernel(Kernel):
@@ -53,13 +78,17 @@ class CpuKernel(Kernel):
 
     def amax_each(self, data: Tile, starts: Int64Array) -> Float32Array:
         """Return the largest magnitude of each weight."""
-        bits = np.uint32 if data.dtype.itemsize == 4 else np.uint16
-        found = np.empty(len(starts) - 1, bits)
-        run = _searchers["amax_32" if bits is np.uint32 else "amax_16"]
-        run(address(data), address(found), address(starts), len(found))
-        if data.dtype == np.uint16:
-            return (found.astype(np.uint32) << 16).view(np.float32)
-        return found.view(data.dtype).astype(np.float32)
+        found = np.empty(len(starts) - 1, _bits(data))
+        _searchers[f"amax_{_width(data)}"](address(data), address(found), address(starts), len(found))
+        return _magnitudes(found, data.dtype)
+
+    def amax_in_file(self, fd: int, offset: int, tile: Tile) -> float:
+        """Return the largest magnitude of a tile that lies in a file; its memory is overwritten."""
+        found, done = np.empty(1, _bits(tile)), np.zeros(1, np.int64)
+        room = min(tile.size, CACHED_BYTES // tile.itemsize)
+        run = _file_searchers[f"amax_in_file_{_width(tile)}"]
+        run(address(tile), room, address(found), address(done), fd, offset, tile.size)
+        return float(_magnitudes(found, tile.dtype)[0]) if done[0] else super().amax_in_file(fd, offset, tile)
 
     def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""

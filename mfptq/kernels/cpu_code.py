@@ -162,10 +162,53 @@ class _Chunk:
 
 def emit_amax(module: ir.Module, name: str) -> None:
     """Write a function for the magnitudes of many weights: (source, results [n], where each begins [n + 1], n)."""
-    element = HALF if name.endswith("16") else WORD
-    pointer, lanes = element.as_pointer(), 64 * 8 // element.width
+    largest = _emit_largest(module, name)
+    pointer = largest.args[0].type
     function = ir.Function(module, ir.FunctionType(VOID, [pointer, pointer, LONG.as_pointer(), LONG]), name)
     source, results, starts, count = function.args
+    code = Code(function, 1)
+    with code.loop(LONG(0), count, LONG(1)) as number:
+        begin, end = (code.load(code.at(starts, code.build.add(number, LONG(k))), LONG, 8) for k in (0, 1))
+        code.build.store(code.build.call(largest, [source, begin, end]), code.at(results, number))
+    code.build.ret_void()
+
+
+def emit_amax_in_file(module: ir.Module, name: str) -> None:
+    """Write a function for the largest magnitude of what lies in a file, part by part, each used while it is in cache.
+
+    Its arguments: (memory for a part, its size, result [1], how much was done [1], file, offset, size), sizes in elements.
+    Nothing was done where a part could not be read at once; what is wrong is then for others to find out.
+    """
+    largest = _emit_largest(module, name)
+    pointer, byte = largest.args[0].type, BYTE.as_pointer()
+    arguments = [pointer, LONG, pointer, LONG.as_pointer(), WORD, LONG, LONG]
+    function = ir.Function(module, ir.FunctionType(VOID, arguments), name)
+    memory, room, result, done, file, offset, size = function.args
+    code = Code(function, 1)
+    build, wide = code.build, LONG(pointer.pointee.width // 8)
+    found, left = code.variable(pointer.pointee(0)), code.variable(size)
+    with code.loop(LONG(0), left, room) as begin:
+        rest = build.sub(size, begin)
+        part = build.select(build.icmp_signed("<", rest, room), rest, room)
+        place = build.add(offset, build.mul(begin, wide))
+        wanted = build.mul(part, wide)
+        read = code.intrinsic("pread", LONG, [file, build.bitcast(memory, byte), wanted, place])
+        whole = build.icmp_signed("==", read, wanted)
+        left.set(build.select(whole, size, LONG(0)))
+        held, new = found.get(), build.call(largest, [memory, LONG(0), build.select(whole, part, LONG(0))])
+        found.set(build.select(build.icmp_unsigned(">", new, held), new, held))
+    build.store(found.get(), result)
+    build.store(left.get(), done)
+    build.ret_void()
+
+
+def _emit_largest(module: ir.Module, name: str) -> ir.Function:
+    """Write a function that returns the largest magnitude, as bits, of the elements from one index to another."""
+    element = HALF if "16" in name else WORD
+    pointer, lanes = element.as_pointer(), 64 * 8 // element.width
+    function = ir.Function(module, ir.FunctionType(element, [pointer, LONG, LONG]), f"{name}_one")
+    function.linkage = "internal"
+    source, begin, end = function.args
     code, vector = Code(function, lanes), ir.VectorType(element, lanes)
     mask, build = 2 ** (element.width - 1) - 1, code.build
 
@@ -174,16 +217,14 @@ def emit_amax(module: ir.Module, name: str) -> None:
         build.store(build.select(build.icmp_unsigned(">", found, build.load(held)), found, build.load(held)), held)
 
     wide, single = build.alloca(vector), build.alloca(element)
-    with code.loop(LONG(0), count, LONG(1)) as number:
-        begin, end = (code.load(code.at(starts, build.add(number, LONG(k))), LONG, 8) for k in (0, 1))
-        build.store(ir.Constant(vector, [0] * lanes), wide)
-        build.store(element(0), single)
-        whole = build.add(begin, build.and_(build.sub(end, begin), LONG(-lanes)))
-        with code.loop(begin, whole, LONG(lanes)) as index:
-            larger(wide, code.load(code.at(source, index), vector))
-        with code.loop(whole, end, LONG(1)) as index:
-            larger(single, code.load(code.at(source, index), element, element.width // 8))
-        for lane in range(lanes):
-            larger(single, build.extract_element(build.load(wide), WORD(lane)))
-        build.store(build.load(single), code.at(results, number))
-    build.ret_void()
+    build.store(ir.Constant(vector, [0] * lanes), wide)
+    build.store(element(0), single)
+    whole = build.add(begin, build.and_(build.sub(end, begin), LONG(-lanes)))
+    with code.loop(begin, whole, LONG(lanes)) as index:
+        larger(wide, code.load(code.at(source, index), vector))
+    with code.loop(whole, end, LONG(1)) as index:
+        larger(single, code.load(code.at(source, index), element, element.width // 8))
+    for lane in range(lanes):
+        larger(single, build.extract_element(build.load(wide), WORD(lane)))
+    build.ret(build.load(single))
+    return function

@@ -1,7 +1,7 @@
 """Put the object code of a kernel into memory: what it needs of a linker, which is little, instead of all of LLVM.
 
 Kernels are compiled for addresses of 64 bits, so that an ELF file for x86-64 asks for one thing only: that addresses of its
-own constants and of `memcpy` be written into it (System V ABI, AMD64 supplement, R_X86_64_64). What asks for more is left to
+own constants and of functions of the C library be written into it (System V ABI, AMD64 supplement, R_X86_64_64). What asks for more is left to
 LLVM, as are other machines.
 """
 
@@ -19,7 +19,7 @@ _RELOCATABLE, _X86_64 = 1, 62
 _BITS, _ADDENDS, _SYMBOLS = 1, 4, 2  # kinds of sections
 _ALLOCATED = 2
 _ADDRESS = 1  # R_X86_64_64
-_EXTERNAL = ("memcpy", "memset")
+_EXTERNAL = ("memcpy", "memset", "pread")
 _kept: list[mmap.mmap] = []  # functions stay for as long as the process
 
 

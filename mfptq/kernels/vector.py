@@ -57,10 +57,11 @@ class Code:
         return self.build.shuffle_vector(first, second, ir.Constant(ir.VectorType(WORD, len(lanes)), list(lanes)))
 
     def intrinsic(self, name: str, result: ir.Type, arguments: Sequence[Any]) -> Any:
-        """Call one of LLVM's own functions."""
+        """Call one of LLVM's own functions, or of the C library's."""
         module = self.function.module
         kind = ir.FunctionType(result, [each.type for each in arguments])
         found = module.globals.get(name) or ir.Function(module, kind, name)
+        found.attributes.add("nounwind")
         return self.build.call(found, arguments)
 
     def each(self, name: str, element: str, arguments: Sequence[Any]) -> Any:

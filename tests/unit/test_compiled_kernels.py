@@ -18,6 +18,7 @@ from llvmlite import binding, ir
 
 from mfptq.kernels import Many, Recipe, load_kernel, machine
 from mfptq.kernels.compiling import _target, has_fused, load, object_code, optimized
+from mfptq.kernels.cpu import CACHED_BYTES
 from mfptq.kernels.cpu_code import emit
 from mfptq.kernels.cuda import _ptx
 from mfptq.kernels.linking import CannotLinkError, link
@@ -96,7 +97,7 @@ def test_many_weights_in_one_call_are_those_of_single_calls(method: str, dtype: 
     rng = np.random.default_rng(0)
     sizes = [16, 32, 16 * 15, 16 * 16, 16 * 17, 16 * 100, 16]
     values = rng.standard_normal(sum(sizes)).astype(np.float32) * 0.02
-    data = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "uint16" else values.astype(dtype)
+    data = of_dtype(values, dtype)
     starts = np.cumsum([0, *sizes])
     kernel, scales = load_kernel(), (2.0 ** np.arange(7, 14)).astype(np.float32)
     packed, codes = np.full(data.size // 2, 0xEE, np.uint8), np.full(data.size // 16, 0xEE, np.uint8)
@@ -110,6 +111,37 @@ def test_many_weights_in_one_call_are_those_of_single_calls(method: str, dtype: 
         assert np.array_equal(codes[begin // 16 : end // 16], own_codes[0])
         assert np.array_equal(stats[row], found.as_array())
         assert largest[row] == kernel.amax(tile)
+
+
+def of_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
+    return (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "uint16" else values.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
+@pytest.mark.parametrize("parts", [0.001, 1, 2, 2.3])
+def test_the_largest_magnitude_in_a_file_is_found_without_python(
+    parts: float, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(0).standard_normal((4, int(parts * CACHED_BYTES) // 16)).astype(np.float32)
+    data = of_dtype(values, dtype)
+    kernel, memory = load_kernel(), np.empty_like(data)
+    monkeypatch.setattr("mfptq.kernels.read_exact", None)
+    for value, place in ((-7, 0), (-8, data.size // 3), (-9, data.size - 1)):
+        data.reshape(-1)[place] = of_dtype(np.full(1, value, np.float32), dtype)[0]
+        (tmp_path / "x").write_bytes(b"odd" + data.tobytes() + b"more")
+        with (tmp_path / "x").open("rb") as file:
+            assert kernel.amax_in_file(file.fileno(), 3, memory) == kernel.amax(data) == -value
+
+
+def test_a_file_that_cannot_be_read_is_reported_as_python_does(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(100))
+    memory = np.ones((1, 64), np.uint16)
+    with (tmp_path / "x").open("rb") as file:
+        with pytest.raises(EOFError):
+            load_kernel().amax_in_file(file.fileno(), 0, memory)
+        fd = file.fileno()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        load_kernel().amax_in_file(fd, 0, memory)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compares generations of x86-64")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mfptq.kernels import choice
 from mfptq.kernels.choice import choose_device
 from mfptq.memory import MAX_TILE, MIN_TILE, parse_size, plan_memory, worker_bytes
 from mfptq.partial import PartialFile, Piece
+from mfptq.steps import ShardPlan, largest_first
 from mfptq.workers import Workers
 
 
@@ -47,6 +49,13 @@ def test_follow_ups_come_before_the_supply() -> None:
     workers = Workers(iter([first, lambda _s: order.append("second")]), [0])
     workers.run()
     assert order == ["first", "follow 1", "follow 2", "second"]
+
+
+def test_much_larger_files_come_first_and_the_others_stay_in_order() -> None:
+    sizes = {"a": 100, "b": 90, "c": 400, "d": 110, "e": 30, "f": 420, "g": 95}
+    shards = [ShardPlan(name, size, 0, array("q"), b"") for name, size in sizes.items()]
+    assert [shard.name for shard in largest_first(shards)] == ["c", "f", "a", "b", "d", "g", "e"]
+    assert largest_first([]) == []
 
 
 @pytest.mark.parametrize("where", ["task", "supply"])
