@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import mmap
 import multiprocessing
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import mfptq
 from mfptq.config import index_text
 from mfptq.header import TensorSpec, encode_header, tensor_bytes
 
@@ -24,6 +26,8 @@ BUFFER = 4 * 2**20
 REST = 3  # seconds
 QWEN = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "dtype": "bfloat16"}
 QWEN_MOE = {**QWEN, "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
+
+compileall.compile_dir(Path(mfptq.__file__).parent, quiet=1)  # as pip leaves a package, and a checkout need not be
 
 
 @dataclass(frozen=True)
