@@ -4,6 +4,8 @@ Every figure is a whole process (`python -m mfptq convert`), the best of --runs 
 made once; `cp -r` and `sync` of the same folder is measured beside it. Prints seconds for each GB, and the straight line
 that fits best with the largest deviation from it. `--unequal` measures the largest size alone: once in equal shards, and
 with one shard, the first or the last, of 90 % of the bytes. `--no-sync` leaves the disk out: cores are then the only limit.
+`--apart` shows how far they are one: as many processes at once as there would be workers, each with a worker of its own and
+the smallest checkpoint, which share nothing but the machine.
 """
 
 from __future__ import annotations
@@ -11,11 +13,24 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-from measuring import QWEN, allot, apart, copying, make_ready, measure, size, table, write_checkpoint
+from measuring import (
+    QWEN,
+    allot,
+    apart,
+    copying,
+    fresh,
+    make_ready,
+    measure,
+    size,
+    table,
+    touch_memory,
+    write_checkpoint,
+)
 
 from mfptq.demo import DemoShape, demo_tensors
 
@@ -148,6 +163,32 @@ def report_unequal(options: argparse.Namespace) -> None:
     table([*header, "peak, MB"], lines)
 
 
+def report_apart(options: argparse.Namespace) -> None:
+    """Print what processes that know nothing of each other get done in the time that one of them takes alone."""
+    source = make(options.layers[0], options)
+    seconds = {count: min(alone(count, source, options) for _ in range(options.runs)) for count in options.workers}
+    lines = [
+        [str(count), f"{mean:.2f}", f"{count * seconds[options.workers[0]] / mean:.1f}"]
+        for count, mean in seconds.items()
+    ]
+    table(["processes at once", "mean time of one, s (run alone)", "times as much done as by the first row"], lines)
+
+
+def alone(count: int, source: Path, options: argparse.Namespace) -> float:
+    """Return the mean time, in seconds, of so many conversions at once, each with one worker."""
+    outs = [options.folder / f"out-{number}" for number in range(count)]
+    for out in outs:
+        fresh(out)
+    make_ready(source, options.folder / "out")
+    apart(touch_memory, count * size(source))
+    command = [*program(options), "convert", source, "--json", "--max-workers", "1", "--method", options.method]
+    running = [subprocess.Popen([*map(str, command), str(out)], stdout=subprocess.PIPE, text=True) for out in outs]
+    reports = [json.loads(process.communicate()[0]) for process in running]
+    for out in outs:
+        shutil.rmtree(out)
+    return sum(report["seconds"] for report in reports) / count
+
+
 def plot(rows: list[dict], options: argparse.Namespace) -> None:
     import matplotlib as mpl
 
@@ -177,11 +218,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--unequal", action="store_true", help="compare shards of equal and of very unequal size")
     parser.add_argument("--no-sync", action="store_true", help="do not wait for the disk, to see what the cores can do")
+    parser.add_argument(
+        "--apart", action="store_true", help="compare with processes that share nothing but the machine"
+    )
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.unequal:
         report_unequal(options)
+    elif options.apart:
+        report_apart(options)
     else:
         report_growth(options)
 

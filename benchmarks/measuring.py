@@ -86,10 +86,11 @@ def make_ready(source: Path, out: Path, *, touch: bool = True) -> None:
     fresh(out)
     warm(source)
     if touch:
-        apart(_touch, 2 * size(source))
+        apart(touch_memory, 2 * size(source))
 
 
-def _touch(nbytes: int) -> None:
+def touch_memory(nbytes: int) -> None:
+    """Take so much memory, and give it back; best in `apart`."""
     memory = mmap.mmap(-1, nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -14,14 +14,15 @@ _KEPT_FIELDS = ("license", "license_name", "license_link", "pipeline_tag", "lang
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?^---\r?\n", re.DOTALL | re.MULTILINE)
 
 
-def card_text(plan: Plan, kinds: Mapping[str, TileStats], source_card: str = "") -> str:
+def card_text(plan: Plan, kinds: Mapping[str, TileStats], metadata: str, source_card: str = "") -> str:
     """Return README.md: metadata for the Hub, what was done with which error, how to serve it, then the source's card."""
     body = _FRONT_MATTER.sub("", source_card)
-    parts = [f"---\n{_metadata(plan, source_card)}\n---", _summary(plan), _table(plan, kinds), _usage(plan)]
+    parts = [f"---\n{metadata}\n---", _summary(plan), _table(plan, kinds), _usage(plan)]
     return "\n\n".join([*parts, *([body.strip()] if body.strip() else [])]) + "\n"
 
 
-def _metadata(plan: Plan, source_card: str) -> str:
+def card_metadata(plan: Plan, source_card: str) -> str:
+    """Return what the card says to the Hub, as YAML; `source_card` is the text of the source's own."""
     from huggingface_hub import ModelCardData
 
     known = _source_metadata(source_card)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from .buffers import NUMPY_DTYPES, Buffers
-from .card import card_text
+from .card import card_metadata, card_text
 from .checkpoint import CONFIG, INDEX
 from .config import Scheme
 from .destination import CARD, MANIFEST, REPORT, Claim, Destination, open_destination
@@ -20,7 +21,7 @@ from .errors import SourceError, UsageError
 from .execute import Execution, Progress, ProgressCallback
 from .files import confined, read_small
 from .hub import HubOptions, open_checkpoint
-from .kernels import Kernel, Recipe, load_kernel
+from .kernels import Kernel, Recipe, TileStats, load_kernel
 from .kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, Statistics, load_calibrated_kernel
 from .kernels.choice import choose_device
 from .limits import MAX_CONFIG_BYTES
@@ -193,21 +194,26 @@ def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: Progres
     sizes = {shard.name: shard.size for shard in plan.shards}
     claim = Claim(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
     buffers = [Buffers(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
-    with open_destination(destination, claim, overwrite=overwrite) as out:
+    source_card = _source_card(plan.checkpoint.origin.folder)
+    with (
+        open_destination(destination, claim, overwrite=overwrite) as out,
+        ThreadPoolExecutor(1, "mfptq-card") as beside,
+    ):
         resumed = len(out.done)
+        metadata = beside.submit(card_metadata, plan, source_card)  # whose libraries would be waited for in the end
         Execution(plan, out, buffers, progress).run()
-        _finalize(plan, out)
+        kinds = gather(out.done.values())
+        _finalize(plan, out, kinds, card_text(plan, kinds, metadata.result(), source_card))
         return _report(run, out, buffers, resumed)
 
 
-def _finalize(plan: Plan, out: Destination) -> None:
+def _finalize(plan: Plan, out: Destination, kinds: Mapping[str, TileStats], card: str) -> None:
     """Write everything that is not a shard; config.json last, since it makes the folder a checkpoint."""
-    kinds = gather(out.done.values())
     root = plan.checkpoint.origin.folder
     sums = {result.name: result.sha256 for result in out.done.values()}
     for name in plan.checkpoint.companions:
         sums[name] = out.copy(name, confined(root, name))
-    texts = {REPORT: report_text(plan, kinds), CARD: card_text(plan, kinds, _source_card(root))}
+    texts = {REPORT: report_text(plan, kinds), CARD: card}
     if plan.index_text is not None:
         texts[INDEX] = plan.index_text
     for name, text in texts.items():
