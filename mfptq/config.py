@@ -102,6 +102,7 @@ def config_text(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> s
 def index_text(total_size: int, weight_map: Mapping[str, str]) -> str:
     """Return model.safetensors.index.json; `total_size` is the size of all tensors in bytes."""
     encoded = {shard: encode_basestring(shard) for shard in set(weight_map.values())}
-    lines = [f"    {encode_basestring(name)}: {encoded[weight_map[name]]}" for name in sorted(weight_map)]
-    places = ",\n".join(lines)  # as json indents it, which takes ten times as long
+    places = ",\n".join(  # as json indents it, which takes ten times as long
+        [f"    {encode_basestring(name)}: {encoded[weight_map[name]]}" for name in sorted(weight_map)]
+    )
     return f'{{\n  "metadata": {{\n    "total_size": {total_size}\n  }},\n  "weight_map": {{\n{places}\n  }}\n}}\n'
