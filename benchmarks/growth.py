@@ -4,7 +4,7 @@ Every figure is a whole process (`python -m mfptq convert`), the best of --runs 
 made once; `cp -r` and `sync` of the same folder is measured beside it. Prints seconds for each GB, and the straight line
 that fits best with the largest deviation from it. `--unequal` measures the largest size alone: once in equal shards, and
 with one shard, the first or the last, of 90 % of the bytes. `--no-sync` leaves the disk out: cores are then the only limit.
-`--apart` shows how far they are one: as many processes at once as there would be workers, each with a worker of its own and
+`--apart` shows what they can do at most: as many processes at once as there would be workers, each with a worker of its own and
 the smallest checkpoint, which share nothing but the machine.
 """
 
@@ -166,7 +166,7 @@ def report_unequal(options: argparse.Namespace) -> None:
 def report_apart(options: argparse.Namespace) -> None:
     """Print what processes that know nothing of each other get done in the time that one of them takes alone."""
     source = make(options.layers[0], options)
-    seconds = {count: min(alone(count, source, options) for _ in range(options.runs)) for count in options.workers}
+    seconds = {count: min(at_once(count, source, options) for _ in range(options.runs)) for count in options.workers}
     lines = [
         [str(count), f"{mean:.2f}", f"{count * seconds[options.workers[0]] / mean:.1f}"]
         for count, mean in seconds.items()
@@ -174,12 +174,12 @@ def report_apart(options: argparse.Namespace) -> None:
     table(["processes at once", "mean time of one, s (run alone)", "times as much done as by the first row"], lines)
 
 
-def alone(count: int, source: Path, options: argparse.Namespace) -> float:
+def at_once(count: int, source: Path, options: argparse.Namespace) -> float:
     """Return the mean time, in seconds, of so many conversions at once, each with one worker."""
     outs = [options.folder / f"out-{number}" for number in range(count)]
     for out in outs:
         fresh(out)
-    make_ready(source, options.folder / "out")
+    make_ready(source, options.folder / "out", touch=False)
     apart(touch_memory, count * size(source))
     command = [*program(options), "convert", source, "--json", "--max-workers", "1", "--method", options.method]
     running = [subprocess.Popen([*map(str, command), str(out)], stdout=subprocess.PIPE, text=True) for out in outs]

@@ -90,8 +90,11 @@ class Buffers:
 
     def _read(self, source: FolderSource, shard: str, stretches: Iterable[tuple[int, int]], dtype: str) -> TileArray:
         with self.timed("read"):
-            size = len(self.read_bytes(source, shard, stretches))
-            return self._now.source[:size].view(NUMPY_DTYPES[dtype])
+            return self._values(len(self.read_bytes(source, shard, stretches)), dtype)
+
+    def _values(self, nbytes: int, dtype: str) -> TileArray:
+        """Return the memory's first bytes as values of a dtype, flat."""
+        return self._now.source[:nbytes].view(NUMPY_DTYPES[dtype])
 
     def read_bytes(self, source: FolderSource, shard: str, stretches: Iterable[tuple[int, int]]) -> memoryview:
         """Return stretches of a file, (offset, size) in bytes, one behind the other. The next call overwrites them."""
@@ -104,7 +107,7 @@ class Buffers:
     def amax(self, source: FolderSource, tile: Tile) -> float:
         """Return the largest magnitude of a tile in its file; raises NonFiniteWeightError for NaN or infinity."""
         weight = tile.weight
-        data = self._now.source[: tile.nbytes].view(NUMPY_DTYPES[weight.dtype]).reshape(tile.rows, tile.columns)
+        data = self._values(tile.nbytes, weight.dtype).reshape(tile.rows, tile.columns)
         with self.timed("amax"), source.reading(weight.shard, tile.offset, tile.nbytes) as fd:
             found = self.kernel.amax_in_file(fd, tile.offset, data)
         if not math.isfinite(found):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from json.encoder import encode_basestring
-from operator import itemgetter
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -159,9 +159,6 @@ class TensorSpec(NamedTuple):
     part: int = 0
 
 
-_name = itemgetter(0)  # of a TensorSpec
-
-
 class Layout(NamedTuple):
     """A shard to be written: its leading bytes, where each tensor begins in the file, and its length, all in bytes."""
 
@@ -221,7 +218,7 @@ def _in_order(specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
     for spec in specs:
         runs.setdefault((spec.part, -_DTYPE_RANK[spec.dtype]), []).append(spec)
     for _, run in sorted(runs.items()):
-        yield from sorted(run, key=_name)
+        yield from sorted(run, key=attrgetter("name"))
 
 
 def _compact(value: Any) -> str:

@@ -20,28 +20,16 @@ CACHED_BYTES = 2**20  # what is read at once, to be used from the processor's ow
 _POINTER = ctypes.c_void_p
 
 
-def _quantizer(module: ir.Module, name: str) -> None:
+def _emit(module: ir.Module, name: str) -> None:
     from .cpu_code import emit
 
     emit(module, name)
 
 
-def _searcher(module: ir.Module, name: str) -> None:
-    from .cpu_code import emit_amax
-
-    emit_amax(module, name)
-
-
-def _file_searcher(module: ir.Module, name: str) -> None:
-    from .cpu_code import emit_amax_in_file
-
-    emit_amax_in_file(module, name)
-
-
-_quantizers = MachineCode(_quantizer, [*[_POINTER] * 6, ctypes.c_int64])
-_searchers = MachineCode(_searcher, [_POINTER, _POINTER, _POINTER, ctypes.c_int64])
+_quantizers = MachineCode(_emit, [*[_POINTER] * 6, ctypes.c_int64])
+_searchers = MachineCode(_emit, [_POINTER, _POINTER, _POINTER, ctypes.c_int64])
 _file_searchers = MachineCode(
-    _file_searcher, [_POINTER, ctypes.c_int64, _POINTER, _POINTER, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    _emit, [_POINTER, ctypes.c_int64, _POINTER, _POINTER, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 )
 
 

@@ -74,6 +74,16 @@ def store_chunk(code: Code, done: Quantized, packed: Any, scales: Any) -> None:
 
 
 def emit(module: ir.Module, name: str) -> None:
+    """Write the function of a name: of a method and a dtype (search_bf16), or of a width in bits (amax_16, amax_in_file_16)."""
+    if name.startswith("amax_in_file"):
+        _emit_amax_in_file(module, name)
+    elif name.startswith("amax"):
+        _emit_amax(module, name)
+    else:
+        _emit_many(module, name)
+
+
+def _emit_many(module: ir.Module, name: str) -> None:
     """Write a function for many weights that lie one behind the other.
 
     Its arguments: (source, packed, scales, stats [n, 7], where each weight begins and the last one ends, counted in blocks
@@ -160,7 +170,7 @@ class _Chunk:
         self._code.intrinsic("llvm.memcpy.p0.p0.i64", VOID, arguments)
 
 
-def emit_amax(module: ir.Module, name: str) -> None:
+def _emit_amax(module: ir.Module, name: str) -> None:
     """Write a function for the magnitudes of many weights: (source, results [n], where each begins [n + 1], n)."""
     largest = _emit_largest(module, name)
     pointer = largest.args[0].type
@@ -173,7 +183,7 @@ def emit_amax(module: ir.Module, name: str) -> None:
     code.build.ret_void()
 
 
-def emit_amax_in_file(module: ir.Module, name: str) -> None:
+def _emit_amax_in_file(module: ir.Module, name: str) -> None:
     """Write a function for the largest magnitude of what lies in a file, part by part, each used while it is in cache.
 
     Its arguments: (memory for a part, its size, result [1], how much was done [1], file, offset, size), sizes in elements.
@@ -204,7 +214,7 @@ def emit_amax_in_file(module: ir.Module, name: str) -> None:
 
 def _emit_largest(module: ir.Module, name: str) -> ir.Function:
     """Write a function that returns the largest magnitude, as bits, of the elements from one index to another."""
-    element = HALF if "16" in name else WORD
+    element = HALF if name.endswith("16") else WORD
     pointer, lanes = element.as_pointer(), 64 * 8 // element.width
     function = ir.Function(module, ir.FunctionType(element, [pointer, LONG, LONG]), f"{name}_one")
     function.linkage = "internal"

@@ -1,8 +1,8 @@
 """Put the object code of a kernel into memory: what it needs of a linker, which is little, instead of all of LLVM.
 
 Kernels are compiled for addresses of 64 bits, so that an ELF file for x86-64 asks for one thing only: that addresses of its
-own constants and of functions of the C library be written into it (System V ABI, AMD64 supplement, R_X86_64_64). What asks for more is left to
-LLVM, as are other machines.
+own constants and of functions of the C library be written into it (System V ABI, AMD64 supplement, R_X86_64_64). What asks
+for more is left to LLVM, as are other machines.
 """
 
 from __future__ import annotations
