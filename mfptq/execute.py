@@ -6,11 +6,11 @@ larger ones stream, and their second reading comes from the page cache. Nothing 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
+from threading import Lock
 
 from .buffers import Buffers, Quantized
 from .bundles import Bundle, bundles
@@ -27,10 +27,11 @@ from .planning import Plan
 from .scaling import AmaxSearch, GlobalScales, global_scale, scalar
 from .steps import CopyRun, QuantizeWeight, ShardPlan, copy_runs, largest_first
 from .tiles import GroupStep, Tile, group_steps, tiles
-from .workers import Task, Workers
+from .workers import Task, Workers, running_pool
 
 MAX_FINISHING = 4
-FEW_FILES, WORKERS_FOR_A_FILE = 2, 2
+MAX_WRITING = 16
+MAX_SYNCING = 8
 BufferTask = Task[Buffers]
 Stretches = Iterable[tuple[int, int]]
 WeightTile = tuple[QuantizeWeight, Tile]
@@ -63,50 +64,41 @@ class Execution:
         self._scales = GlobalScales(plan.method)
         self._open: dict[str, OpenShard] = {}
         self._buffers = buffers
-        self._lanes = max(min(len(buffers), FEW_FILES), len(buffers) // WORKERS_FOR_A_FILE)
+        self._lanes = max(1, min(len(buffers), len(plan.shards)))
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
-        self._writer = ThreadPoolExecutor((PARTS - 1) * len(buffers), "mfptq-write")
-        self._finisher = ThreadPoolExecutor(self._lanes + 1, "mfptq-finish")
-        self._syncer = ThreadPoolExecutor(self._lanes + 1, "mfptq-sync")
-        self._flusher = ThreadPoolExecutor(1, "mfptq-flush")
+        self._writer = running_pool(min((PARTS - 1) * len(buffers), MAX_WRITING), "mfptq-write")
+        self._finisher = running_pool(min(self._lanes, MAX_SYNCING) + 1, "mfptq-finish")
+        self._flusher = running_pool(1, "mfptq-flush")
         self._finishing: list[Future[None]] = []
-        self._workers: Workers[Buffers] = Workers(self._supply(), buffers)
+        self._waiting = Lock()  # held by whoever looks after the shards that are being made durable
+        shards = iter(largest_first(plan.shards))
+        self._workers: Workers[Buffers] = Workers([self._tasks(shards, lane) for lane in range(self._lanes)], buffers)
 
     def run(self) -> None:
         """Do all the work that is not done yet; raise the first error, leaving no temporary behind."""
+        self._progress(Progress(total=self._plan.checkpoint.tensor_bytes))
         try:
             self._workers.run()
             for buffers in self._buffers:
                 buffers.wait_for_writing()
             self._wait_for_finishing(0)
         finally:
-            for pool in (self._writer, self._finisher, self._syncer, self._flusher):
+            for pool in (self._writer, self._finisher, self._flusher):
                 pool.shutdown(wait=True, cancel_futures=True)
             for shard in self._open.values():
                 shard.file.discard()
 
     def _wait_for_finishing(self, allowed: int) -> None:
         """Wait until at most `allowed` shards are being made durable; raise what went wrong with any."""
-        while len(self._finishing) > allowed:
-            self._finishing.pop(0).result()
-        for future in [future for future in self._finishing if future.done()]:
-            self._finishing.remove(future)
-            future.result()
+        with self._waiting:
+            while len(self._finishing) > allowed:
+                self._finishing.pop(0).result()
+            for future in [future for future in self._finishing if future.done()]:
+                self._finishing.remove(future)
+                future.result()
 
-    def _supply(self) -> Iterator[BufferTask]:
-        """Yield tasks of a few shards in turn: writes into one file wait for each other, whatever the number of cores."""
-        self._progress(Progress(total=self._plan.checkpoint.tensor_bytes))
-        shards = iter(largest_first(self._plan.shards))
-        lanes = deque(self._tasks(shards) for _ in range(self._lanes))
-        while lanes:
-            lane = lanes.popleft()
-            task = next(lane, None)
-            if task is not None:
-                lanes.append(lane)
-                yield task
-
-    def _tasks(self, shards: Iterator[ShardPlan]) -> Iterator[BufferTask]:
-        """Yield tasks shard by shard; a shard is opened when its first task is asked for."""
+    def _tasks(self, shards: Iterator[ShardPlan], lane: int) -> Iterator[BufferTask]:
+        """Yield a lane's tasks shard by shard; a shard is opened when its first task is asked for."""
         for shard in shards:
             if shard.name in self._destination.done:
                 read = self._plan.checkpoint.shard(shard.name).header.data_bytes
@@ -114,7 +106,7 @@ class Execution:
                 continue
             self._wait_for_finishing(MAX_FINISHING * self._lanes)
             job = self._plan.job(shard)
-            opened = OpenShard(job, self._destination.create(job.name, job.size, direct=True))
+            opened = OpenShard(job, self._destination.create(job.name, job.size, direct=True), lane)
             self._open[job.name] = opened
             opened.file.write(job.head, 0)
             for task in self._shard_tasks(opened):
@@ -147,7 +139,7 @@ class Execution:
         found = [tile for weight in members for tile in tiles(weight, self._tile_bytes)]
         waiter = partial(self._quantize_group, shard, step)
         if self._scales.begin(step.name, AmaxSearch(members, len(found)), waiter):
-            self._workers.add(partial(self._find_amax, step.name, tile) for tile in found)
+            self._workers.add((partial(self._find_amax, step.name, tile) for tile in found), shard.lane)
 
     def _find_amax(self, group: str, tile: Tile, buffers: Buffers) -> None:
         self._scales.found(group, buffers.amax(self._source, tile))
@@ -158,7 +150,7 @@ class Execution:
             shard.file.write_pieces(_scalars(weight, scale))
             work += [partial(self._quantize_tile, shard, (weight, tile), scale) for tile in self._tiles(weight)]
         shard.expect(len(work))
-        self._workers.add(work)
+        self._workers.add(work, shard.lane)
         self._settle(shard)
 
     def _tiles(self, step: QuantizeWeight) -> Iterator[Tile]:
@@ -192,15 +184,19 @@ class Execution:
         """
         with buffers.timed("hash"):
             found = [(piece, shard.file.hash_at_hand(piece.data, piece.offset)) for piece in pieces]
+        self._workers.expect()
         buffers.hand_over(self._writer, partial(self._store, shard, found, reads))
         self._follow(shard)
 
     def _store(self, shard: OpenShard, pieces: Iterable[tuple[Piece, bool]], reads: Stretches) -> None:
-        for piece, hashed in pieces:
-            shard.file.store(piece.data, piece.offset, hashed=hashed)
-        for offset, size in reads:
-            self._done(shard, offset, size)
-        self._settle(shard)
+        try:
+            for piece, hashed in pieces:
+                shard.file.store(piece.data, piece.offset, hashed=hashed)
+            for offset, size in reads:
+                self._done(shard, offset, size)
+            self._settle(shard)
+        finally:
+            self._workers.settle()
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> Statistics | None:
         found = self._plan.statistics(step)
@@ -222,14 +218,14 @@ class Execution:
             data = buffers.read_bytes(self._source, shard.job.name, run.stretches)
         shard.expect(1)
         self._write(shard, [Piece(run.offset, data)], run.stretches, buffers)
-        self._workers.add([partial(self._copy, shard, runs)])
+        self._workers.add([partial(self._copy, shard, runs)], shard.lane)
 
     def _follow(self, shard: OpenShard) -> None:
         """Let the disk and the file's digest follow what is written: waiting for the disk is no worker's business."""
         if shard.file.unflushed:
             self._flusher.submit(shard.file.flush)
         if shard.begin_hashing():
-            self._workers.add([partial(self._hash, shard)])
+            self._workers.add([partial(self._hash, shard)], shard.lane)
 
     def _hash(self, shard: OpenShard, buffers: Buffers) -> None:
         with buffers.timed("hash"):
@@ -239,25 +235,39 @@ class Execution:
         self._settle(shard)
 
     def _settle(self, shard: OpenShard) -> None:
+        """Note that a piece of work is done. After the last, the disk and the digest work at the same time."""
         if shard.settle():
-            self._finishing.append(self._finisher.submit(self._finish, shard))
+            shard.expect(2)
+            self._later(self._sync, shard)
+            self._workers.add([partial(self._complete_digest, shard)], shard.lane)
 
-    def _finish(self, shard: OpenShard) -> None:
-        """Make a shard durable under its name and note it, after its source proved unchanged."""
+    def _later(self, finish: Callable[[OpenShard], None], shard: OpenShard) -> None:
+        self._finishing.append(self._finisher.submit(finish, shard))
+
+    def _sync(self, shard: OpenShard) -> None:
+        """Make a shard's content durable, after its source proved unchanged."""
+        self._plan.check_unchanged(shard.job.name)
+        shard.file.sync()
+        self._close(shard)
+
+    def _complete_digest(self, shard: OpenShard, buffers: Buffers) -> None:
+        with buffers.timed("hash"):
+            shard.digest = shard.file.sha256(buffers.memory)
+        self._close(shard)
+
+    def _close(self, shard: OpenShard) -> None:
+        if shard.settle():
+            self._later(self._commit, shard)
+
+    def _commit(self, shard: OpenShard) -> None:
+        """Give a shard its name, durably, and note it."""
         name = shard.job.name
-        self._plan.check_unchanged(name)
-        synced = self._syncer.submit(shard.file.sync)  # the disk and the hash work at the same time
-        try:
-            digest = shard.file.sha256()
-        finally:
-            wait([synced])  # whatever happens, the file is closed after its last system call
-        synced.result()
         if self._forget:
             shard.file.forget()
             self._source.drop_cached(name, 0, 0)  # what tiles that end inside of the kernel's pages have left
         shard.file.commit()
         kinds = {kind: asdict(stats) for kind, stats in sorted(shard.kinds.items())}
-        self._destination.record(ShardResult(name, digest, shard.job.size, kinds))
+        self._destination.record(ShardResult(name, shard.digest, shard.job.size, kinds))
         del self._open[name]
         self._progress(Progress(finished=name))
 

@@ -16,6 +16,8 @@ class OpenShard:
 
     job: ShardJob
     file: PartialFile
+    lane: int
+    digest: str = ""
     left: int = 1
     hashing: bool = False
     kinds: dict[str, TileStats] = field(default_factory=dict)

@@ -144,16 +144,18 @@ class PartialFile:
     def hash_written(self, buffer: memoryview) -> None:
         """Take some of what is written into the digest, by way of the caller's buffer."""
         with self._hashing, storage_errors("read back", self.target):
-            self._digest.read(self.fd, min(self._written.end, self._digest.end + HASH_STEP), buffer)
+            self._digest.read(self.fd, min(self._written.end, self._digest.end + HASH_STEP), buffer[:HASH_CHUNK])
 
     def forget(self) -> None:
         """Let the kernel drop what is durable from its cache."""
         advise(self.fd, 0, self.size, "POSIX_FADV_DONTNEED")
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of what was written, which must be all, hexadecimal."""
+    def sha256(self, buffer: memoryview | None = None) -> str:
+        """Return the SHA-256 of what was written, which must be all, hexadecimal; by way of the caller's buffer, if given."""
+        if buffer is None:
+            buffer = _buffer(self.size - self._digest.end)
         with self._hashing, storage_errors("read back", self.target):
-            self._digest.read(self.fd, self.size, _buffer(self.size - self._digest.end))
+            self._digest.read(self.fd, self.size, buffer[:HASH_CHUNK])
             return self._digest.hex()
 
     def sync(self) -> None:

@@ -1,14 +1,17 @@
-"""Threads that share a stream of small tasks: the newest follow-up first, then the next task of a lazy supply.
+"""Threads that share lanes of small tasks: the newest follow-up first, then the next task of the lane's lazy supply.
 
 Kernels, reads and writes all release the interpreter lock, so threads are enough. A task is small (one tile), so that the
 last tensor is never one worker's alone; follow-ups come first, so that what was just read is used while it is in cache.
+Every worker has a lane of its own, or shares it with its neighbours, and goes to others only when nothing is left there: what
+belongs together, such as one file's tiles, is done in about its order.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 State = TypeVar("State")
@@ -21,32 +24,64 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Workers(Generic[State]):
-    """A pool that runs tasks until the supply is empty and every follow-up is done."""
+def running_pool(threads: int, name: str) -> ThreadPoolExecutor:
+    """Return a pool whose threads run already: to begin one takes milliseconds when all cores are busy."""
+    pool = ThreadPoolExecutor(threads, name)
+    all_begun = threading.Barrier(threads)
+    try:
+        wait([pool.submit(all_begun.wait) for _ in range(threads)])
+    except BaseException:
+        all_begun.abort()
+        pool.shutdown()
+        raise
+    return pool
 
-    def __init__(self, supply: Iterator[Task[State]], states: Iterable[State]) -> None:
-        self._supply = supply
-        self._ready: list[Task[State]] = []
+
+class Lane(Generic[State]):
+    """Tasks that belong together: those to come, of which one is asked for at a time, and follow-ups that are ready."""
+
+    def __init__(self, supply: Iterator[Task[State]]) -> None:
+        self.supply = supply
+        self.ready: list[Task[State]] = []
+        self.open = True  # whether the supply may be asked: it is not exhausted, and nobody is asking
+
+
+class Workers(Generic[State]):
+    """A pool that runs tasks until every supply is exhausted and every follow-up is done."""
+
+    def __init__(self, supplies: Iterable[Iterator[Task[State]]], states: Sequence[State]) -> None:
+        self._lanes = [Lane(supply) for supply in supplies]
         self._running = 0
         self._begun = 0
         self._ended = 0
-        self._exhausted = False
         self._error: BaseException | None = None
         lock = threading.RLock()
         self._changed = threading.Condition(lock)  # workers wait here for tasks, and nobody else
         self._stopped = threading.Condition(lock)
-        self._supplying = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._work, args=(state,), name=f"mfptq-{number}", daemon=True)
+            threading.Thread(target=self._work, args=(state, number), name=f"mfptq-{number}", daemon=True)
             for number, state in enumerate(states)
         ]
 
-    def add(self, tasks: Iterable[Task[State]]) -> None:
-        """Add follow-up tasks; they run in the given order, before anything else."""
+    def add(self, tasks: Iterable[Task[State]], lane: int = 0) -> None:
+        """Add follow-up tasks to a lane; they run in the given order, before anything else there."""
         with self._changed:
-            before = len(self._ready)
-            self._ready.extend(reversed(list(tasks)))
-            self._changed.notify(len(self._ready) - before)
+            ready = self._lanes[lane].ready
+            before = len(ready)
+            ready.extend(reversed(list(tasks)))
+            self._changed.notify(len(ready) - before)
+
+    def expect(self) -> None:
+        """Note that work goes on elsewhere which may still add tasks, until `settle`."""
+        with self._changed:
+            self._running += 1
+
+    def settle(self) -> None:
+        """Note that a task, or work elsewhere, has ended."""
+        with self._changed:
+            self._running -= 1
+            if not self._running:
+                self._changed.notify_all()
 
     def run(self) -> None:
         """Run everything; raise the first error, after every worker has stopped. Interruptible at any time."""
@@ -70,16 +105,15 @@ class Workers(Generic[State]):
             while self._ended < max(self._begun, threads):
                 self._stopped.wait(_POLL_SECONDS)
 
-    def _work(self, state: State) -> None:
+    def _work(self, state: State, number: int) -> None:
         with self._changed:
             self._begun += 1
+        home = number * len(self._lanes) // len(self._threads)
+        lanes = self._lanes[home:] + self._lanes[:home]
         try:
-            while (task := self._next()) is not None:
+            while (task := self._next(lanes)) is not None:
                 task(state)
-                with self._changed:
-                    self._running -= 1
-                    if not self._running:
-                        self._changed.notify_all()
+                self.settle()
         except BaseException as error:
             self._fail(error)
         finally:
@@ -92,28 +126,26 @@ class Workers(Generic[State]):
             self._error = self._error or error
             self._changed.notify_all()
 
-    def _next(self) -> Task[State] | None:
+    def _next(self, lanes: Sequence[Lane[State]]) -> Task[State] | None:
         """Return the next task, waiting for one if others may still add some; None when all is done or failed."""
         while True:
             with self._changed:
-                while not self._ready and self._exhausted and self._running and not self._error:
+                while (lane := self._first(lanes)) is None and self._running and not self._error:
                     self._changed.wait()
-                if self._error or (not self._ready and self._exhausted):
+                if lane is None or self._error:
                     return None
-                if self._ready:
-                    self._running += 1
-                    return self._ready.pop()
-                self._running += 1  # taking from the supply counts as running: it may yet yield a task
-            task = self._take()
+                self._running += 1  # asking the supply counts as running: it may yet yield a task
+                if lane.ready:
+                    return lane.ready.pop()
+                lane.open = False
+            task = next(lane.supply, None)
+            with self._changed:
+                lane.open = task is not None
+                self._running -= task is None
+                self._changed.notify_all()
             if task is not None:
                 return task
 
-    def _take(self) -> Task[State] | None:
-        with self._supplying:
-            task = next(self._supply, None)
-        if task is None:
-            with self._changed:
-                self._exhausted = True
-                self._running -= 1
-                self._changed.notify_all()
-        return task
+    def _first(self, lanes: Sequence[Lane[State]]) -> Lane[State] | None:
+        """Return the first lane that has something to do."""
+        return next((lane for lane in lanes if lane.ready or lane.open), None)

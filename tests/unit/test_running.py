@@ -16,7 +16,7 @@ from mfptq.kernels.choice import choose_device
 from mfptq.memory import MAX_TILE, MIN_TILE, parse_size, plan_memory, worker_bytes
 from mfptq.partial import PartialFile, Piece
 from mfptq.steps import ShardPlan, largest_first
-from mfptq.workers import Workers
+from mfptq.workers import Workers, running_pool
 
 
 def test_every_task_and_every_follow_up_runs_once() -> None:
@@ -32,7 +32,7 @@ def test_every_task_and_every_follow_up_runs_once() -> None:
 
         return run
 
-    workers = Workers((task(number, 0) for number in range(50)), range(4))
+    workers = Workers([(task(number, 0) for number in range(50))], range(4))
     workers.run()
     assert len(done) == 50 * (1 + 2 + 4 + 8)
     assert {number for number, _ in done} == set(range(50))
@@ -46,9 +46,78 @@ def test_follow_ups_come_before_the_supply() -> None:
         order.append("first")
         workers.add([lambda _s: order.append("follow 1"), lambda _s: order.append("follow 2")])
 
-    workers = Workers(iter([first, lambda _s: order.append("second")]), [0])
+    workers = Workers([iter([first, lambda _s: order.append("second")])], [0])
     workers.run()
     assert order == ["first", "follow 1", "follow 2", "second"]
+
+
+def test_a_worker_stays_in_its_lane_and_helps_elsewhere_when_nothing_is_left_there() -> None:
+    both, ran = threading.Barrier(2), list[tuple[str, int]]()
+
+    def lane(name: str, tasks: int):
+        for number in range(tasks):
+            yield lambda worker, number=number: (both.wait(10) if number < 3 else None, ran.append((name, worker)))
+
+    Workers([lane("a", 3), lane("b", 40)], range(2)).run()
+    first = ran[:6]  # both workers are in step
+    assert {worker for name, worker in first if name == "a"} == {0}
+    assert {worker for name, worker in first if name == "b"} == {1}
+    assert len(ran) == 43
+
+    met = threading.Barrier(4)  # four workers, one lane: none of them is idle
+    Workers([iter([lambda _s: met.wait(10)] * 4)], range(4)).run()
+
+
+def test_follow_ups_go_to_the_lane_they_are_added_to() -> None:
+    order: list[str] = []
+    workers: Workers[int]
+
+    def first(_state: int) -> None:
+        workers.add([lambda _s: order.append("b follows")], 1)
+        workers.add([lambda _s: order.append("a follows")], 0)
+
+    workers = Workers([iter([first, lambda _s: order.append("a")]), iter([lambda _s: order.append("b")])], [0])
+    workers.run()
+    assert order == ["a follows", "a", "b follows", "b"]
+
+
+def test_workers_wait_for_what_goes_on_elsewhere() -> None:
+    seen = []
+
+    def elsewhere() -> None:
+        time.sleep(0.05)
+        workers.add([lambda _s: seen.append(1)])
+        workers.settle()
+
+    def begin(_state: int) -> None:
+        workers.expect()
+        threading.Thread(target=elsewhere).start()
+
+    workers = Workers([iter([begin])], range(2))
+    workers.run()
+    assert seen == [1]
+
+
+def test_a_pool_whose_threads_run_already() -> None:
+    before = threading.active_count()
+    pool = running_pool(5, "pool")
+    assert threading.active_count() == before + 5
+    assert list(pool.map(str, range(20))) == [str(number) for number in range(20)]
+    pool.shutdown()
+
+
+def test_a_pool_that_gets_too_few_threads_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, start = threading.active_count(), threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if threading.active_count() == before + 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        running_pool(5, "pool")
+    assert threading.active_count() == before
 
 
 def test_much_larger_files_come_first_and_the_others_stay_in_order() -> None:
@@ -71,7 +140,7 @@ def test_the_first_error_stops_everything(where: str) -> None:
     def fail() -> None:
         raise ValueError("task")
 
-    workers = Workers(supply(), range(3))
+    workers = Workers([supply()], range(3))
     with pytest.raises(ValueError, match=where):
         workers.run()
     assert len(ran) < 9_000
@@ -85,7 +154,7 @@ def test_workers_wait_for_tasks_that_may_still_come() -> None:
         time.sleep(0.05)
         workers.add([lambda _s: seen.append(1)] * 20)
 
-    workers = Workers(iter([slow]), range(4))
+    workers = Workers([iter([slow])], range(4))
     workers.run()
     assert len(seen) == 20
 
