@@ -200,8 +200,9 @@ def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: Progres
         ThreadPoolExecutor(1, "mfptq-card") as beside,
     ):
         resumed = len(out.done)
+        execution = Execution(plan, out, buffers, progress)
         metadata = beside.submit(card_metadata, plan, source_card)  # whose libraries would be waited for in the end
-        Execution(plan, out, buffers, progress).run()
+        execution.run()
         kinds = gather(out.done.values())
         _finalize(plan, out, kinds, card_text(plan, kinds, metadata.result(), source_card))
         return _report(run, out, buffers, resumed)

@@ -7,9 +7,10 @@ larger ones stream, and their second reading comes from the page cache. Nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from threading import Lock
 
 from .buffers import Buffers, Quantized
@@ -30,7 +31,7 @@ from .tiles import GroupStep, Tile, group_steps, tiles
 from .workers import Task, Workers, running_pool
 
 MAX_FINISHING = 4
-MAX_WRITING = 16
+MAX_WRITING = 8
 MAX_SYNCING = 8
 BufferTask = Task[Buffers]
 Stretches = Iterable[tuple[int, int]]
@@ -67,8 +68,8 @@ class Execution:
         self._lanes = max(1, min(len(buffers), len(plan.shards)))
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._writer = running_pool(min((PARTS - 1) * len(buffers), MAX_WRITING), "mfptq-write")
-        self._finisher = running_pool(min(self._lanes, MAX_SYNCING) + 1, "mfptq-finish")
-        self._flusher = running_pool(1, "mfptq-flush")
+        self._finisher = ThreadPoolExecutor(min(self._lanes + 1, MAX_SYNCING), "mfptq-finish")
+        self._flusher = ThreadPoolExecutor(1, "mfptq-flush")
         self._finishing: list[Future[None]] = []
         self._waiting = Lock()  # held by whoever looks after the shards that are being made durable
         shards = iter(largest_first(plan.shards))
@@ -116,16 +117,17 @@ class Execution:
 
     def _shard_tasks(self, shard: OpenShard) -> Iterator[BufferTask]:
         yield partial(self._copy, shard, copy_runs(shard.job.copies, self._tile_bytes))
-        steps = group_steps(shard.job.weights)
-        small = [
-            step for step in steps if step.nbytes <= self._tile_bytes and step.is_uniform and self._is_complete(step)
-        ]
-        names = {step.name for step in small}
-        for step in steps:
-            if step.name not in names:
-                yield partial(self._start_group, shard, step)
-        for bundle in bundles(small, self._tile_bytes):
-            yield partial(self._convert_bundle, shard, bundle)
+        for small, steps in groupby(group_steps(shard.job.weights), self._is_small):
+            if small:
+                for bundle in bundles(steps, self._tile_bytes):
+                    yield partial(self._convert_bundle, shard, bundle)
+            else:
+                for step in steps:
+                    yield partial(self._start_group, shard, step)
+
+    def _is_small(self, step: GroupStep) -> bool:
+        """Return whether a group is read once, with others: it fits into a tile, has one dtype, and lies in one shard."""
+        return step.nbytes <= self._tile_bytes and step.is_uniform and self._is_complete(step)
 
     def _members(self, step: GroupStep) -> tuple[Weight, ...]:
         return self._plan.members(step.weights[0].weight)

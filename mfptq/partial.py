@@ -129,8 +129,7 @@ class PartialFile:
             if not self._is_next(offset):
                 return False
             if self._digest.end < offset:
-                with storage_errors("read back", self.target):
-                    self._digest.read(self.fd, offset, _buffer(offset - self._digest.end))
+                self._read_back(offset, _buffer(offset - self._digest.end))
             self._digest.update(data)
             return True
         finally:
@@ -143,8 +142,16 @@ class PartialFile:
 
     def hash_written(self, buffer: memoryview) -> None:
         """Take some of what is written into the digest, by way of the caller's buffer."""
-        with self._hashing, storage_errors("read back", self.target):
-            self._digest.read(self.fd, min(self._written.end, self._digest.end + HASH_STEP), buffer[:HASH_CHUNK])
+        with self._hashing:
+            self._read_back(min(self._written.end, self._digest.end + HASH_STEP), buffer)
+
+    def _read_back(self, end: int, buffer: memoryview) -> None:
+        """Take what is written up to `end` into the digest, by way of a buffer; then the disk may have it."""
+        begin = self._digest.end
+        with storage_errors("read back", self.target):
+            self._digest.read(self.fd, end, buffer[:HASH_CHUNK])
+        if end - begin >= FLUSH_BYTES:
+            self._large.append((begin, end - begin))
 
     def forget(self) -> None:
         """Let the kernel drop what is durable from its cache."""
@@ -154,8 +161,8 @@ class PartialFile:
         """Return the SHA-256 of what was written, which must be all, hexadecimal; by way of the caller's buffer, if given."""
         if buffer is None:
             buffer = _buffer(self.size - self._digest.end)
-        with self._hashing, storage_errors("read back", self.target):
-            self._digest.read(self.fd, self.size, buffer[:HASH_CHUNK])
+        with self._hashing:
+            self._read_back(self.size, buffer)
             return self._digest.hex()
 
     def sync(self) -> None:

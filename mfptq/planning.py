@@ -34,7 +34,7 @@ from .steps import CopyTensor, InputScale, QuantizeWeight, ShardJob, ShardPlan
 if TYPE_CHECKING:
     from .calibration.reading import Calibration
 
-PLAN_FORMAT = 3
+PLAN_FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,8 @@ def build_plan(
         calibration = calibration.of_model({name: weight.columns for name, weight in weights.items()}, kept)
     assigned = assign_input_scales(scales, selection.groups, kept=kept) if scales is not None else None
     places: dict[str, str] = {}
-    shards = tuple(_plan_shard(shard, fates, places, with_input=assigned is not None) for shard in checkpoint.shards)
+    group_of = {member: group for group in selection.groups for member in group.members}
+    shards = tuple(_plan_shard(s, fates, group_of, places, with_input=assigned is not None) for s in checkpoint.shards)
     config = config_text(checkpoint.config, quantization_config(scheme, ignore_list(selection, settings.rules)))
     index = index_text(sum(shard.tensor_bytes for shard in shards), places) if checkpoint.has_index else None
     return Plan(
@@ -184,7 +185,7 @@ def build_plan(
         index_text=index,
         digests=_digests(checkpoint, (method, config), assigned, calibration),
         _weights=weights,
-        _group_of={member: group for group in selection.groups for member in group.members},
+        _group_of=group_of,
         _fates=fates,
     )
 
@@ -206,8 +207,15 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
         raise SourceError(f"the source is already quantized as {quote(method)}: convert the original checkpoint")
 
 
-def _plan_shard(shard: Shard, fates: Mapping[str, Decided], places: dict[str, str], *, with_input: bool) -> ShardPlan:
-    specs = output_specs(shard, fates, with_input=with_input)
+def _plan_shard(
+    shard: Shard,
+    fates: Mapping[str, Decided],
+    group_of: Mapping[str, FusedGroup],
+    places: dict[str, str],
+    *,
+    with_input: bool,
+) -> ShardPlan:
+    specs = output_specs(shard, fates, group_of, with_input=with_input)
     own = dict.fromkeys([spec.name for spec in specs], shard.name)
     if len(own) < len(specs) or not places.keys().isdisjoint(own):
         name = next(name for name, count in Counter([*places, *(spec.name for spec in specs)]).items() if count > 1)

@@ -8,10 +8,11 @@ belongs together, such as one file's tiles, is done in about its order.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 State = TypeVar("State")
@@ -27,13 +28,15 @@ def available_cores() -> int:
 def running_pool(threads: int, name: str) -> ThreadPoolExecutor:
     """Return a pool whose threads run already: to begin one takes milliseconds when all cores are busy."""
     pool = ThreadPoolExecutor(threads, name)
-    all_begun = threading.Barrier(threads)
+    all_begun = threading.Event()
     try:
-        wait([pool.submit(all_begun.wait) for _ in range(threads)])
+        for _ in range(threads):
+            pool.submit(all_begun.wait)
     except BaseException:
-        all_begun.abort()
+        all_begun.set()
         pool.shutdown()
         raise
+    all_begun.set()
     return pool
 
 
@@ -86,8 +89,11 @@ class Workers(Generic[State]):
     def run(self) -> None:
         """Run everything; raise the first error, after every worker has stopped. Interruptible at any time."""
         try:
-            for thread in self._threads:
-                thread.start()
+            with self._changed:  # so nobody begins before all can, since threads that begin wait long for busy ones
+                for thread in self._threads:
+                    thread.start()
+                for lane in self._lanes:
+                    lane.ready.extend(itertools.islice(lane.supply, 1))
             self._wait(len(self._threads))
         except BaseException as error:
             self._fail(error)  # a thread that has not begun yet will find nothing to do

@@ -52,16 +52,18 @@ def test_follow_ups_come_before_the_supply() -> None:
 
 
 def test_a_worker_stays_in_its_lane_and_helps_elsewhere_when_nothing_is_left_there() -> None:
-    both, ran = threading.Barrier(2), list[tuple[str, int]]()
+    both, ran = threading.Barrier(2), list[tuple[str, int, int]]()
 
-    def lane(name: str, tasks: int):
-        for number in range(tasks):
-            yield lambda worker, number=number: (both.wait(10) if number < 3 else None, ran.append((name, worker)))
+    def task(name: str, number: int):
+        def run(worker: int) -> None:
+            if number < 3:
+                both.wait(10)  # so neither is done with its lane before the other
+            ran.append((name, number, worker))
 
-    Workers([lane("a", 3), lane("b", 40)], range(2)).run()
-    first = ran[:6]  # both workers are in step
-    assert {worker for name, worker in first if name == "a"} == {0}
-    assert {worker for name, worker in first if name == "b"} == {1}
+        return run
+
+    Workers([(task("a", number) for number in range(3)), (task("b", number) for number in range(40))], range(2)).run()
+    assert {(name, worker) for name, number, worker in ran if number < 3} == {("a", 0), ("b", 1)}
     assert len(ran) == 43
 
     met = threading.Barrier(4)  # four workers, one lane: none of them is idle
