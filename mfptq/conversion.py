@@ -6,8 +6,8 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -195,16 +195,12 @@ def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: Progres
     claim = Claim(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
     buffers = [Buffers(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
     source_card = _source_card(plan.checkpoint.origin.folder)
-    with (
-        open_destination(destination, claim, overwrite=overwrite) as out,
-        ThreadPoolExecutor(1, "mfptq-card") as beside,
-    ):
+    metadata = cache(partial(card_metadata, plan, source_card))
+    with open_destination(destination, claim, overwrite=overwrite) as out:
         resumed = len(out.done)
-        execution = Execution(plan, out, buffers, progress)
-        metadata = beside.submit(card_metadata, plan, source_card)  # whose libraries would be waited for in the end
-        execution.run()
+        Execution(plan, out, buffers, progress).run(meanwhile=metadata)  # whose libraries take their time to load
         kinds = gather(out.done.values())
-        _finalize(plan, out, kinds, card_text(plan, kinds, metadata.result(), source_card))
+        _finalize(plan, out, kinds, card_text(plan, kinds, metadata(), source_card))
         return _report(run, out, buffers, resumed)
 
 

@@ -7,7 +7,7 @@ larger ones stream, and their second reading comes from the page cache. Nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -32,7 +32,7 @@ from .workers import Task, Workers, running_pool
 
 MAX_FINISHING = 4
 MAX_WRITING = 8
-MAX_SYNCING = 8
+MAX_SYNCING = 4
 BufferTask = Task[Buffers]
 Stretches = Iterable[tuple[int, int]]
 WeightTile = tuple[QuantizeWeight, Tile]
@@ -68,18 +68,21 @@ class Execution:
         self._lanes = max(1, min(len(buffers), len(plan.shards)))
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._writer = running_pool(min((PARTS - 1) * len(buffers), MAX_WRITING), "mfptq-write")
-        self._finisher = ThreadPoolExecutor(min(self._lanes + 1, MAX_SYNCING), "mfptq-finish")
-        self._flusher = ThreadPoolExecutor(1, "mfptq-flush")
+        self._finisher = running_pool(min(self._lanes + 1, MAX_SYNCING), "mfptq-finish")
+        self._flusher = running_pool(1, "mfptq-flush")
         self._finishing: list[Future[None]] = []
         self._waiting = Lock()  # held by whoever looks after the shards that are being made durable
         shards = iter(largest_first(plan.shards))
         self._workers: Workers[Buffers] = Workers([self._tasks(shards, lane) for lane in range(self._lanes)], buffers)
 
-    def run(self) -> None:
-        """Do all the work that is not done yet; raise the first error, leaving no temporary behind."""
+    def run(self, meanwhile: Callable[[], object]) -> None:
+        """Do all the work that is not done yet; raise the first error, leaving no temporary behind.
+
+        `meanwhile` is called in the calling thread while workers work.
+        """
         self._progress(Progress(total=self._plan.checkpoint.tensor_bytes))
         try:
-            self._workers.run()
+            self._workers.run(meanwhile)
             for buffers in self._buffers:
                 buffers.wait_for_writing()
             self._wait_for_finishing(0)

@@ -86,14 +86,19 @@ class Workers(Generic[State]):
             if not self._running:
                 self._changed.notify_all()
 
-    def run(self) -> None:
-        """Run everything; raise the first error, after every worker has stopped. Interruptible at any time."""
+    def run(self, meanwhile: Callable[[], object] | None = None) -> None:
+        """Run everything, and `meanwhile` in the calling thread; raise the first error, after every worker has stopped.
+
+        Interruptible at any time.
+        """
         try:
             with self._changed:  # so nobody begins before all can, since threads that begin wait long for busy ones
                 for thread in self._threads:
                     thread.start()
                 for lane in self._lanes:
                     lane.ready.extend(itertools.islice(lane.supply, 1))
+            if meanwhile is not None:
+                meanwhile()
             self._wait(len(self._threads))
         except BaseException as error:
             self._fail(error)  # a thread that has not begun yet will find nothing to do

@@ -100,26 +100,43 @@ def test_workers_wait_for_what_goes_on_elsewhere() -> None:
     assert seen == [1]
 
 
+def test_the_calling_thread_has_something_to_do_meanwhile() -> None:
+    met = threading.Barrier(2)
+    Workers([iter([lambda _s: met.wait(10)])], [0]).run(lambda: met.wait(10))
+
+    def fail() -> None:
+        raise ValueError("meanwhile")
+
+    done = []
+    with pytest.raises(ValueError, match="meanwhile"):
+        Workers([iter([lambda _s: time.sleep(0.05) or done.append(1)] * 100)], [0]).run(fail)
+    assert len(done) < 100
+
+
+def pool_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("pool_")]
+
+
 def test_a_pool_whose_threads_run_already() -> None:
-    before = threading.active_count()
     pool = running_pool(5, "pool")
-    assert threading.active_count() == before + 5
+    assert len(pool_threads()) == 5
     assert list(pool.map(str, range(20))) == [str(number) for number in range(20)]
     pool.shutdown()
+    assert not pool_threads()
 
 
 def test_a_pool_that_gets_too_few_threads_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, start = threading.active_count(), threading.Thread.start
+    start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
-        if threading.active_count() == before + 2:
+        if len(pool_threads()) == 2:
             raise RuntimeError("can't start new thread")
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(RuntimeError, match="can't start"):
         running_pool(5, "pool")
-    assert threading.active_count() == before
+    assert not pool_threads()
 
 
 def test_much_larger_files_come_first_and_the_others_stay_in_order() -> None:
