@@ -19,7 +19,7 @@ from .destination import Destination
 from .journal import ShardResult
 from .kernels import Many, Recipe
 from .kernels.calibrated import Statistics
-from .layout import Weight, numbers_removed
+from .layout import numbers_removed
 from .memory import PARTS, exceeds_half_of_memory
 from .nvfp4 import GROUP_SIZE
 from .opened import OpenShard
@@ -130,17 +130,12 @@ class Execution:
 
     def _is_small(self, step: GroupStep) -> bool:
         """Return whether a group is read once, with others: it fits into a tile, has one dtype, and lies in one shard."""
-        return step.nbytes <= self._tile_bytes and step.is_uniform and self._is_complete(step)
-
-    def _members(self, step: GroupStep) -> tuple[Weight, ...]:
-        return self._plan.members(step.weights[0].weight)
-
-    def _is_complete(self, step: GroupStep) -> bool:
-        return len(self._plan.group_of(step.weights[0].weight).members) == len(step.weights)
+        members = self._plan.group_of(step.weights[0].weight).members
+        return step.nbytes <= self._tile_bytes and step.is_uniform and len(step.weights) == len(members)
 
     def _start_group(self, shard: OpenShard, step: GroupStep, _buffers: Buffers) -> None:
         """Find the largest magnitude over all members, wherever they lie; then quantize those of this shard."""
-        members = self._members(step)
+        members = self._plan.members(step.weights[0].weight)
         found = [tile for weight in members for tile in tiles(weight, self._tile_bytes)]
         waiter = partial(self._quantize_group, shard, step)
         if self._scales.begin(step.name, AmaxSearch(members, len(found)), waiter):
