@@ -30,6 +30,7 @@ from .steps import CopyRun, QuantizeWeight, ShardPlan, copy_runs, largest_first
 from .tiles import GroupStep, Tile, group_steps, tiles
 from .workers import Task, Workers, running_pool
 
+MAX_OPEN = 16  # files that are begun and not finished are lost with the power
 MAX_FINISHING = 4
 MAX_WRITING = 8
 MAX_SYNCING = 4
@@ -65,7 +66,7 @@ class Execution:
         self._scales = GlobalScales(plan.method)
         self._open: dict[str, OpenShard] = {}
         self._buffers = buffers
-        self._lanes = max(1, min(len(buffers), len(plan.shards)))
+        self._lanes = max(1, min(len(buffers), len(plan.shards), MAX_OPEN))
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._writer = running_pool(min((PARTS - 1) * len(buffers), MAX_WRITING), "mfptq-write")
         self._finisher = running_pool(min(self._lanes + 1, MAX_SYNCING), "mfptq-finish")
