@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -32,6 +33,7 @@ from .files import open_regular, plain_name, read_small, storage_errors, sync_fo
 from .journal import Journal, JournalState, ShardResult, read_journal
 from .limits import MAX_INDEX_BYTES
 from .partial import PARTIAL_SUFFIX, PartialFile, file_sha256, partial_path
+from .workers import Stopped, in_parallel
 
 WORK = ".mfptq"
 JOURNAL = "journal"
@@ -233,7 +235,8 @@ def _take_over(root: Path, claim: Claim, state: JournalState) -> dict[str, Shard
         _remove_files(root, [name for name in names if name != MANIFEST])
         _remove_files(root, [MANIFEST])  # last: it says that the other files are ours
         return {}
-    return {name: result for name, result in state.done.items() if _is_intact(root, claim, result)}
+    intact = in_parallel(partial(_is_intact, root, claim), state.done.values())
+    return {name: result for (name, result), whole in zip(state.done.items(), intact, strict=True) if whole}
 
 
 def _remove_stale(work: Path) -> None:
@@ -272,7 +275,7 @@ def _remove_files(root: Path, names: Iterable[str]) -> None:
         sync_folder(root)
 
 
-def _is_intact(root: Path, claim: Claim, result: ShardResult) -> bool:
+def _is_intact(root: Path, claim: Claim, stopped: Stopped, result: ShardResult) -> bool:
     """Return whether a finished shard still has the content that the journal says."""
     if claim.shards.get(result.name) != result.size:
         return False
@@ -282,7 +285,7 @@ def _is_intact(root: Path, claim: Claim, result: ShardResult) -> bool:
         return False
     with storage_errors("read", root / result.name):
         try:
-            return os.fstat(fd).st_size == result.size and file_sha256(fd, result.size) == result.sha256
+            return os.fstat(fd).st_size == result.size and file_sha256(fd, result.size, stopped) == result.sha256
         except EOFError:
             return False
         finally:

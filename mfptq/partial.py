@@ -8,7 +8,8 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -193,10 +194,16 @@ class PartialFile:
                     os.close(fd)
 
 
-def file_sha256(fd: int, size: int) -> str:
-    """Return the SHA-256 of the first `size` bytes of an open file, hexadecimal."""
-    digest = Digest()
-    digest.read(fd, size, _buffer(size))
+def file_sha256(fd: int, size: int, stopped: Callable[[], bool] | None = None) -> str:
+    """Return the SHA-256 of the first `size` bytes of an open file, hexadecimal; raises EOFError if it ends before.
+
+    Raises CancelledError soon after `stopped` says so.
+    """
+    digest, buffer = Digest(), _buffer(size)
+    while digest.end < size:
+        if stopped is not None and stopped():
+            raise CancelledError
+        digest.read(fd, min(size, digest.end + HASH_STEP), buffer)
     return digest.hex()
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from .nvfp4 import GROUP_SIZE, as_float32, dequantize
 from .partial import file_sha256
 from .patterns import REGEX_PREFIX
 from .tiles import tiles
+from .workers import Stopped, in_parallel
 
 PACKED = ".weight_packed"
 TILE_BYTES = 4 * 2**20
@@ -171,19 +173,24 @@ def _check_manifest(folder: Path, result: Verification) -> None:
     if rest or any(line[64:66] != "  " for line in lines):
         result.faults.append(f"{MANIFEST} has a line that is no digest, two spaces and a name")
         return
-    for line in lines:
-        digest, name = line[:64], line[66:]
-        try:
-            fd = open_regular(folder / plain_name(name))
-        except SourceError as error:
-            result.faults.append(f"{MANIFEST}: {error}")
-            continue
-        try:
-            if file_sha256(fd, os.fstat(fd).st_size) != digest:
-                result.faults.append(f"{quote(name)} is not what {MANIFEST} says: its content changed")
-        finally:
-            os.close(fd)
-        result.digests += 1
+    found = in_parallel(partial(_digest_fault, folder), lines)
+    result.faults += [fault for fault in found if fault]
+    result.digests += len(lines)
+
+
+def _digest_fault(folder: Path, stopped: Stopped, line: str) -> str:
+    """Return what is wrong with a file that a line of SHA256SUMS names; nothing if it is as it says."""
+    digest, name = line[:64], line[66:]
+    try:
+        fd = open_regular(folder / plain_name(name))
+    except SourceError as error:
+        return f"{MANIFEST}: {error}"
+    try:
+        if file_sha256(fd, os.fstat(fd).st_size, stopped) != digest:
+            return f"{quote(name)} is not what {MANIFEST} says: its content changed"
+    finally:
+        os.close(fd)
+    return ""
 
 
 def _check_source(output: Checkpoint, original: Checkpoint, result: Verification) -> None:

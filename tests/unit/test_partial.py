@@ -8,6 +8,7 @@ import itertools
 import mmap
 import os
 import random
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from mfptq import files, partial
 from mfptq.errors import StorageError
 from mfptq.files import PAGE
-from mfptq.partial import HASH_STEP, PartialFile, WrittenPrefix
+from mfptq.partial import HASH_STEP, PartialFile, WrittenPrefix, file_sha256
 
 
 def test_the_prefix_grows_only_over_what_is_written() -> None:
@@ -187,3 +188,17 @@ def test_a_direct_write_that_fails_is_a_storage_error(tmp_path: Path, monkeypatc
         file.write(_pages(bytes(PAGE)), 0)
     file.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_digest_of_a_large_file_can_be_stopped(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(2 * HASH_STEP + 5)
+    (tmp_path / "file").write_bytes(content)
+    asked = []
+    with (tmp_path / "file").open("rb") as file:
+        assert file_sha256(file.fileno(), len(content)) == hashlib.sha256(content).hexdigest()
+        assert file_sha256(file.fileno(), 7, lambda: False) == hashlib.sha256(content[:7]).hexdigest()
+        with pytest.raises(CancelledError):
+            file_sha256(file.fileno(), len(content), lambda: asked.append(1) or len(asked) > 1)
+        with pytest.raises(EOFError):
+            file_sha256(file.fileno(), len(content) + 1)
+    assert len(asked) == 2

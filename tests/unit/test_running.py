@@ -16,7 +16,7 @@ from mfptq.kernels.choice import choose_device
 from mfptq.memory import MAX_TILE, MIN_TILE, parse_size, plan_memory, worker_bytes
 from mfptq.partial import PartialFile, Piece
 from mfptq.steps import ShardPlan, largest_first
-from mfptq.workers import Workers, running_pool
+from mfptq.workers import Workers, in_parallel, running_pool
 
 
 def test_every_task_and_every_follow_up_runs_once() -> None:
@@ -111,6 +111,34 @@ def test_the_calling_thread_has_something_to_do_meanwhile() -> None:
     with pytest.raises(ValueError, match="meanwhile"):
         Workers([iter([lambda _s: time.sleep(0.05) or done.append(1)] * 100)], [0]).run(fail)
     assert len(done) < 100
+
+
+def test_results_of_several_threads_come_in_order() -> None:
+    def slow(_stopped, number: int) -> int:
+        time.sleep(0.01 * (number % 3))
+        return number
+
+    assert in_parallel(slow, range(20)) == list(range(20))
+    assert in_parallel(slow, []) == []
+
+
+def test_an_error_stops_what_others_are_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mfptq.workers.available_cores", lambda: 4)
+    stopped, both = [], threading.Barrier(2)
+
+    def work(is_stopped, number: int) -> None:
+        if number > 1:
+            return
+        both.wait(10)
+        if number == 0:
+            raise ValueError("first")
+        while not is_stopped():
+            time.sleep(0.001)
+        stopped.append(number)
+
+    with pytest.raises(ValueError, match="first"):
+        in_parallel(work, range(2))
+    assert stopped == [1]
 
 
 def pool_threads() -> list[threading.Thread]:
