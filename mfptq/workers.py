@@ -8,11 +8,11 @@ belongs together, such as one file's tiles, is done in about its order.
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -33,15 +33,19 @@ def available_cores() -> int:
 def running_pool(threads: int, name: str) -> ThreadPoolExecutor:
     """Return a pool whose threads run already: to begin one takes milliseconds when all cores are busy."""
     pool = ThreadPoolExecutor(threads, name)
-    all_begun = threading.Event()
+    gate = threading.Lock()
+
+    def wait() -> None:
+        with gate:
+            pass
+
     try:
-        for _ in range(threads):
-            pool.submit(all_begun.wait)
+        with gate:
+            for _ in range(threads):
+                pool.submit(wait)
     except BaseException:
-        all_begun.set()
         pool.shutdown()
         raise
-    all_begun.set()
     return pool
 
 
@@ -66,7 +70,7 @@ class Lane(Generic[State]):
     def __init__(self, supply: Iterator[Task[State]]) -> None:
         self.supply = supply
         self.ready: list[Task[State]] = []
-        self.open = True  # whether the supply may be asked: it is not exhausted, and nobody is asking
+        self.open = False  # whether the supply may be asked: it is not exhausted, and nobody is asking
 
 
 class Workers(Generic[State]):
@@ -78,9 +82,9 @@ class Workers(Generic[State]):
         self._begun = 0
         self._ended = 0
         self._error: BaseException | None = None
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)  # workers wait here for tasks, and nobody else
-        self._stopped = threading.Condition(lock)
+        self._lock = threading.RLock()  # taken itself: a signal that meets a condition's `__enter__` leaves it taken
+        self._changed = threading.Condition(self._lock)  # workers wait here for tasks, and nobody else
+        self._stopped = threading.Condition(self._lock)
         self._threads = [
             threading.Thread(target=self._work, args=(state, number), name=f"mfptq-{number}", daemon=True)
             for number, state in enumerate(states)
@@ -88,7 +92,7 @@ class Workers(Generic[State]):
 
     def add(self, tasks: Iterable[Task[State]], lane: int = 0) -> None:
         """Add follow-up tasks to a lane; they run in the given order, before anything else there."""
-        with self._changed:
+        with self._lock:
             ready = self._lanes[lane].ready
             before = len(ready)
             ready.extend(reversed(list(tasks)))
@@ -96,12 +100,12 @@ class Workers(Generic[State]):
 
     def expect(self) -> None:
         """Note that work goes on elsewhere which may still add tasks, until `settle`."""
-        with self._changed:
+        with self._lock:
             self._running += 1
 
     def settle(self) -> None:
         """Note that a task, or work elsewhere, has ended."""
-        with self._changed:
+        with self._lock:
             self._running -= 1
             if not self._running:
                 self._changed.notify_all()
@@ -112,17 +116,18 @@ class Workers(Generic[State]):
         Interruptible at any time.
         """
         try:
-            with self._changed:  # so nobody begins before all can, since threads that begin wait long for busy ones
+            with self._lock:  # so nobody begins before all can, since threads that begin wait long for busy ones
                 for thread in self._threads:
                     thread.start()
-                for lane in self._lanes:
-                    lane.ready.extend(itertools.islice(lane.supply, 1))
             if meanwhile is not None:
                 meanwhile()
             self._wait(len(self._threads))
         except BaseException as error:
-            self._fail(error)  # a thread that has not begun yet will find nothing to do
-            self._wait(0)
+            try:
+                self._fail(error)  # a thread that has not begun yet will find nothing to do
+                self._wait(0)
+            finally:
+                self._let_go()
             raise
         if self._error is not None:
             raise self._error
@@ -132,35 +137,57 @@ class Workers(Generic[State]):
 
         Threads count themselves: an interrupted `Thread.join` may take a running thread for an ended one.
         """
-        with self._stopped:
+        with self._lock:
             while self._ended < max(self._begun, threads):
                 self._stopped.wait(_POLL_SECONDS)
 
+    def _let_go(self) -> None:
+        """Release the lock however often this thread holds it: where a signal has raised, that may be once too often."""
+        with suppress(RuntimeError):
+            while True:
+                self._lock.release()
+
+    def _fill(self) -> None:
+        """Ask every lane for its first task: one thread does that faster than all at once."""
+        for lane in self._lanes:
+            if self._error is not None:
+                return
+            task = next(lane.supply, None)
+            with self._lock:
+                lane.ready += [task] if task is not None else []
+                lane.open = task is not None
+                self._changed.notify_all()
+        self.settle()
+
     def _work(self, state: State, number: int) -> None:
-        with self._changed:
+        with self._lock:
             self._begun += 1
+            first = self._begun == 1
+            self._running += first
         home = number * len(self._lanes) // len(self._threads)
         lanes = self._lanes[home:] + self._lanes[:home]
         try:
+            if first:
+                self._fill()
             while (task := self._next(lanes)) is not None:
                 task(state)
                 self.settle()
         except BaseException as error:
             self._fail(error)
         finally:
-            with self._changed:
+            with self._lock:
                 self._ended += 1
                 self._stopped.notify_all()
 
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._error = self._error or error
             self._changed.notify_all()
 
     def _next(self, lanes: Sequence[Lane[State]]) -> Task[State] | None:
         """Return the next task, waiting for one if others may still add some; None when all is done or failed."""
         while True:
-            with self._changed:
+            with self._lock:
                 while (lane := self._first(lanes)) is None and self._running and not self._error:
                     self._changed.wait()
                 if lane is None or self._error:
@@ -170,7 +197,7 @@ class Workers(Generic[State]):
                     return lane.ready.pop()
                 lane.open = False
             task = next(lane.supply, None)
-            with self._changed:
+            with self._lock:
                 lane.open = task is not None
                 self._running -= task is None
                 self._changed.notify_all()

@@ -113,6 +113,23 @@ def test_the_calling_thread_has_something_to_do_meanwhile() -> None:
     assert len(done) < 100
 
 
+def test_an_interruption_leaves_no_lock_behind() -> None:
+    """A signal may raise right after a lock was taken; what others still have to say must not wait for it forever."""
+    workers: Workers[int]
+
+    def interrupted() -> None:
+        workers._lock.acquire()
+        raise KeyboardInterrupt
+
+    workers = Workers([iter([lambda _s: workers.expect()])], range(2))
+    with pytest.raises(KeyboardInterrupt):
+        workers.run(interrupted)
+    other = threading.Thread(target=workers.settle, daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive()
+
+
 def test_results_of_several_threads_come_in_order() -> None:
     def slow(_stopped, number: int) -> int:
         time.sleep(0.01 * (number % 3))
