@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -17,51 +15,22 @@ import click
 from ._version import __version__
 from .calibration.file_commands import calibration
 from .errors import MfptqError, UsageError, VerificationError, quote
-from .interpreter import tune_interpreter
+from .interpreter import STOPPED, Interrupted, stopping_on_signals, tune_interpreter
 from .memory import memory_errors
 
 if TYPE_CHECKING:
     from .hub import HubOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-_STOPPED = "stopped; rerun the same command to resume"
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to stop; no handler of errors must catch it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.exit_code = _INTERRUPTED[signal.Signals(number)]
-
-
-def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in _INTERRUPTED:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background jobs stay what they are
-            signal.signal(number, handler)
-
-
-def _raise_interrupted(number: int, _frame: FrameType | None) -> None:
-    _handle(_stop_at_once)
-    raise Interrupted(number)
-
-
-def _stop_at_once(number: int, _frame: FrameType | None) -> None:
-    """End the process without tidying up: whoever signals twice does not want to wait, and a rerun resumes from anything."""
-    with suppress(OSError):
-        os.write(2, f"mfptq: error: {_STOPPED}\n".encode())
-    os._exit(_INTERRUPTED[signal.Signals(number)])
 
 
 def run() -> None:
     """Run the command line; every error of ours is one line on stderr and its exit code."""
     tune_interpreter()
-    _handle(_raise_interrupted)
     if sys.stderr is None or not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        with memory_errors():
+        with stopping_on_signals(), memory_errors():
             main.main(standalone_mode=False)
         if sys.stdout is None:
             _fail("the work is done, but stdout is closed", 5)
@@ -74,7 +43,7 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (Interrupted, click.Abort) as stop:
-        _fail(_STOPPED, getattr(stop, "exit_code", 130))
+        _fail(STOPPED, getattr(stop, "exit_code", 130))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mfptq.cli import main
+from mfptq.interpreter import Interrupted, stopping_on_signals
 from tests.conftest import command, digests
 
 
@@ -95,3 +97,12 @@ def test_max_memory_that_cannot_work_is_refused_with_the_least_that_does(source:
     assert not (tmp_path / "out").exists()
     room = f"{int(least.split()[0]) + 8}MB"  # what a fresh process holds differs a little from run to run
     assert command("convert", source, tmp_path / "out", "--max-memory", room, "-q").returncode == 0
+
+
+def test_a_signal_while_a_class_is_made_stops_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mfptq.interpreter._handle", lambda _handler: None)  # this process keeps its own
+    with pytest.raises(Interrupted) as caught, stopping_on_signals():
+        raise RuntimeError("Error calling __set_name__") from Interrupted(signal.SIGTERM)
+    assert caught.value.exit_code == 143
+    with pytest.raises(RuntimeError, match="other"), stopping_on_signals():
+        raise RuntimeError("other")
