@@ -27,17 +27,18 @@ class Interrupted(BaseException):
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Let a signal that asks the process to stop raise Interrupted, from now on, and a second one end it at once."""
+    """Let a signal that asks the process to stop raise Interrupted, and a second one end it at once, as one does afterwards."""
     _handle(_raise_interrupted)
     try:
         yield
+        _handle(signal.SIG_DFL)
     except RuntimeError as error:
         if isinstance(error.__cause__, Interrupted):  # Python 3.11 wraps what is raised while a class is made
             raise error.__cause__ from None
         raise
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     for number in _EXIT_CODES:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background jobs stay what they are
             signal.signal(number, handler)

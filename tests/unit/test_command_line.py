@@ -100,9 +100,14 @@ def test_max_memory_that_cannot_work_is_refused_with_the_least_that_does(source:
 
 
 def test_a_signal_while_a_class_is_made_stops_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mfptq.interpreter._handle", lambda _handler: None)  # this process keeps its own
+    handlers: list = []
+    monkeypatch.setattr("mfptq.interpreter._handle", handlers.append)  # this process keeps its own
     with pytest.raises(Interrupted) as caught, stopping_on_signals():
         raise RuntimeError("Error calling __set_name__") from Interrupted(signal.SIGTERM)
     assert caught.value.exit_code == 143
     with pytest.raises(RuntimeError, match="other"), stopping_on_signals():
         raise RuntimeError("other")
+    assert signal.SIG_DFL not in handlers
+    with stopping_on_signals():
+        pass
+    assert handlers[-1] == signal.SIG_DFL
