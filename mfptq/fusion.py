@@ -7,11 +7,13 @@ largest and warn, or refuse (vLLM `packed_modules_mapping` and stacked parameter
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from operator import attrgetter
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+Item = TypeVar("Item")
 
 # Fused layer -> the names its members have in checkpoints. Two or more of them under one parent belong together.
 FUSED_LAYERS: Mapping[str, tuple[str, ...]] = MappingProxyType({
@@ -48,6 +50,17 @@ class FusedGroup(NamedTuple):
 
     name: str
     members: tuple[str, ...]
+
+
+def by_group(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """Return a shard's items by the name of their group, in the order in which groups begin.
+
+    That is the order of the work, and so of the output file, which is hashed from its beginning on.
+    """
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(name(item), []).append(item)
+    return groups
 
 
 def fused_groups(modules: Iterable[str]) -> list[FusedGroup]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from .checkpoint import Shard
 from .files import PAGE
-from .fusion import FusedGroup
+from .fusion import FusedGroup, by_group
 from .header import TensorSpec
 from .layout import Weight
 from .nvfp4 import GROUP_SIZE
@@ -35,9 +35,7 @@ class _Parts:
     """The parts of an output file, numbered from its beginning on."""
 
     def __init__(self, weights: list[Weight], group_of: Mapping[str, FusedGroup]) -> None:
-        groups = dict[str, list[str]]()
-        for weight in weights:
-            groups.setdefault(group_of[weight.module].name, []).append(weight.module)
+        groups = by_group([weight.module for weight in weights], lambda module: group_of[module].name)
         modules = [module for members in groups.values() for module in members]
         self._turns = {module: 1 + 2 * turn for turn, module in enumerate(modules)}
         self._kept, self._packed, self.divisors, self._rest = range(1 + 2 * len(modules), 5 + 2 * len(modules))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
+from .fusion import by_group
 from .header import DTYPE_BITS
 from .layout import Weight
 from .nvfp4 import GROUP_SIZE
@@ -73,7 +75,4 @@ class GroupStep:
 
 def group_steps(weights: Iterable[QuantizeWeight]) -> list[GroupStep]:
     """Return a shard's weights by fused group, in the order in which their data begins."""
-    by_group: dict[str, list[QuantizeWeight]] = {}
-    for step in weights:
-        by_group.setdefault(step.group, []).append(step)
-    return [GroupStep(name, tuple(steps)) for name, steps in by_group.items()]
+    return [GroupStep(name, tuple(steps)) for name, steps in by_group(weights, attrgetter("group")).items()]

@@ -78,7 +78,9 @@ class Workers(Generic[State]):
 
     def __init__(self, supplies: Iterable[Iterator[Task[State]]], states: Sequence[State]) -> None:
         self._lanes = [Lane(supply) for supply in supplies]
-        self._running = 0
+        self._running = len(
+            self._lanes
+        )  # asking a supply counts as running, since it may yet yield a task; all are asked first
         self._begun = 0
         self._ended = 0
         self._error: BaseException | None = None
@@ -147,23 +149,29 @@ class Workers(Generic[State]):
             while True:
                 self._lock.release()
 
+    def _offer(self, lane: Lane[State], task: Task[State] | None) -> None:
+        """Take what a lane's supply has yielded to the tasks that are ready; None: it is exhausted."""
+        with self._lock:
+            lane.ready += [task] if task is not None else []
+            lane.open = task is not None
+            self._running -= 1
+            self._changed.notify_all()
+
     def _fill(self) -> None:
         """Ask every lane for its first task: one thread does that faster than all at once."""
+        tasks: list[Task[State] | None] = []
         for lane in self._lanes:
             if self._error is not None:
                 return
-            task = next(lane.supply, None)
-            with self._lock:
-                lane.ready += [task] if task is not None else []
-                lane.open = task is not None
-                self._changed.notify_all()
-        self.settle()
+            tasks.append(next(lane.supply, None))
+        with self._lock:  # whoever saw some of them only would leave its own lane
+            for lane, task in zip(self._lanes, tasks, strict=True):
+                self._offer(lane, task)
 
     def _work(self, state: State, number: int) -> None:
         with self._lock:
             self._begun += 1
             first = self._begun == 1
-            self._running += first
         home = number * len(self._lanes) // len(self._threads)
         lanes = self._lanes[home:] + self._lanes[:home]
         try:
@@ -192,17 +200,11 @@ class Workers(Generic[State]):
                     self._changed.wait()
                 if lane is None or self._error:
                     return None
-                self._running += 1  # asking the supply counts as running: it may yet yield a task
+                self._running += 1
                 if lane.ready:
                     return lane.ready.pop()
                 lane.open = False
-            task = next(lane.supply, None)
-            with self._lock:
-                lane.open = task is not None
-                self._running -= task is None
-                self._changed.notify_all()
-            if task is not None:
-                return task
+            self._offer(lane, next(lane.supply, None))
 
     def _first(self, lanes: Sequence[Lane[State]]) -> Lane[State] | None:
         """Return the first lane that has something to do."""
