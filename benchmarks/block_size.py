@@ -20,8 +20,8 @@ from calibrated_methods import TEST_TOKENS, replace_marked
 from minilm import Grams, MiniLM, output_error
 
 from mfptq.calibration.methods import importance, local_hessian
-from mfptq.kernels import Recipe, load_kernel
-from mfptq.kernels.calibrated import Statistics, load_calibrated_kernel
+from mfptq.kernels import QuantizeArgs, load_kernel
+from mfptq.kernels.calibrated import PreparedStatistics, load_calibrated_kernel
 from mfptq.nvfp4 import E4M3_VALUES, dequantize, search_global_scale
 
 BLOCKS: tuple[int | None, ...] = (16, 64, 128, 256, None)
@@ -66,7 +66,9 @@ def with_feedback(weight: np.ndarray, scale: float, parts: list[torch.Tensor]) -
         block = left[:, number * size : (number + 1) * size]
         out = result[:, number * size : (number + 1) * size]
         for group in range(0, len(factor), 16):  # the last block may be smaller
-            kernel.quantize(np.ascontiguousarray(block[:, group : group + 16]), Recipe("search", scale), packed, codes)
+            kernel.quantize(
+                np.ascontiguousarray(block[:, group : group + 16]), QuantizeArgs("search", scale), packed, codes
+            )
             steps = torch.from_numpy((E4M3_VALUES[codes[:, 0]] / scale).astype(np.float32))
             errors = torch.empty(len(weight), 16)
             for i in range(group, group + 16):
@@ -84,15 +86,15 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
     return torch.copysign((y + grid) - grid, values)
 
 
-def by_kernel(method: str, statistics: Statistics | None) -> Quantizer:
+def by_kernel(method: str, statistics: PreparedStatistics | None) -> Quantizer:
     def quantize(weight: np.ndarray, scale: float) -> np.ndarray:
         packed = np.empty((len(weight), weight.shape[1] // 2), np.uint8)
         codes = np.empty((len(weight), weight.shape[1] // 16), np.uint8)
         if statistics is None:
-            load_kernel().quantize(weight, Recipe(method, scale), packed, codes)
+            load_kernel().quantize(weight, QuantizeArgs(method, scale), packed, codes)
         else:
             kernel = load_calibrated_kernel()
-            kernel.quantize(weight, Recipe(method, scale), statistics, packed=packed, scales=codes)
+            kernel.quantize(weight, QuantizeArgs(method, scale), statistics, packed=packed, scales=codes)
         return dequantize(packed, codes, scale)
 
     return quantize
@@ -126,8 +128,10 @@ def local(train: dict[str, Grams], method: str) -> Callable[[str], Quantizer]:
         every = (each.xx / each.tokens).numpy().reshape(count, 16, count, 16)
         hessian = every[np.arange(count), :, np.arange(count)].astype(np.float32)
         if method == "weighted":
-            return by_kernel(method, Statistics(importance(np.diagonal(hessian, axis1=1, axis2=2).reshape(-1))))
-        return by_kernel(method, None if method == "search" else Statistics(local_hessian(hessian, each.tokens)))
+            return by_kernel(method, PreparedStatistics(importance(np.diagonal(hessian, axis1=1, axis2=2).reshape(-1))))
+        return by_kernel(
+            method, None if method == "search" else PreparedStatistics(local_hessian(hessian, each.tokens))
+        )
 
     return prepare
 

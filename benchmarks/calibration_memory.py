@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mfptq.memory import parse_size
+from mfptq.execution.memory_budget import parse_size
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 8192, 65536
 CHILD = """
 import sys, time
 from pathlib import Path
-from mfptq.calibration.making import Options, calibrate
-from mfptq.memory import peak_bytes, resident_bytes
+from mfptq.observation.calibrate import Options, calibrate
+from mfptq.execution.memory_budget import peak_bytes, resident_bytes
 import accelerate, torch, transformers
 idle = resident_bytes()
 limit, length, samples = int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6])

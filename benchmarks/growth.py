@@ -40,7 +40,7 @@ import os
 os.fsync = lambda fd: None
 os.posix_fadvise = lambda *arguments: None
 del os.O_DIRECT
-from mfptq.cli import run
+from mfptq.cli.main import run
 run()
 """
 

@@ -15,11 +15,11 @@ from ctypes import c_float, c_int64, c_uint64
 import numpy as np
 
 from mfptq.calibration.methods import importance, local_hessian
-from mfptq.kernels import Recipe, load_kernel
-from mfptq.kernels.calibrated import CALIBRATED_METHODS, Statistics, load_calibrated_kernel
+from mfptq.kernels import QuantizeArgs, load_kernel
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics, load_calibrated_kernel
 
 SHAPE = (256, 4096)
-RECIPES = (Recipe("search", 2.0**13), Recipe("minmax", 2688 / 0.1))
+RECIPES = (QuantizeArgs("search", 2.0**13), QuantizeArgs("minmax", 2688 / 0.1))
 
 
 def tile(dtype: str, shape: tuple[int, int] = SHAPE) -> np.ndarray:
@@ -60,8 +60,8 @@ def calibrated(data: np.ndarray) -> None:
     moment = np.diagonal(hessian, axis1=1, axis2=2).reshape(-1)
     kernel, out = load_calibrated_kernel("cpu"), (np.empty((256, 2048), np.uint8), np.empty((256, 256), np.uint8))
     for method in CALIBRATED_METHODS:
-        found = Statistics(importance(moment) if method == "weighted" else local_hessian(hessian, 10_000))
-        recipe = Recipe(method, 2.0**13)
+        found = PreparedStatistics(importance(moment) if method == "weighted" else local_hessian(hessian, 10_000))
+        recipe = QuantizeArgs(method, 2.0**13)
         seconds = best(
             lambda found=found, recipe=recipe: kernel.quantize(data, recipe, found, packed=out[0], scales=out[1])
         )
@@ -111,7 +111,7 @@ def on_device(stream, function: int, grid: int, arguments: tuple, launches: int 
     return best(run) / launches
 
 
-def streamed(kernel, recipe: Recipe, threads: int, tiles: int = 200) -> float:
+def streamed(kernel, recipe: QuantizeArgs, threads: int, tiles: int = 200) -> float:
     def work() -> None:
         data = kernel.allocate(4 * 2**20).view(np.uint16).reshape(512, 4096)
         data[:] = tile("bf16", (512, 4096))

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 import mfptq
-from mfptq.config import index_text
-from mfptq.header import TensorSpec, encode_header, tensor_bytes
+from mfptq.checkpoint.header import TensorSpec, encode_header, tensor_bytes
+from mfptq.planning.quantization_config import index_text
 
 BUFFER = 4 * 2**20
 REST = 3  # seconds

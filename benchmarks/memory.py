@@ -15,8 +15,8 @@ from pathlib import Path
 
 from measuring import QWEN, allot, apart, fresh, measure, size, table, write_checkpoint
 
+from mfptq.checkpoint.header import TensorSpec
 from mfptq.demo import DemoShape, demo_tensors
-from mfptq.header import TensorSpec
 
 HIDDEN = 1024
 

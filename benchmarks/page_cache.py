@@ -24,15 +24,15 @@ import numpy as np
 from measuring import BUFFER, QWEN, allot, apart, copying, fresh, measure, size, table, write_checkpoint
 
 from mfptq.demo import DemoShape, demo_tensors
-from mfptq.memory import parse_size
+from mfptq.execution.memory_budget import parse_size
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FORCED = """
-import mfptq.cli, mfptq.execute
-mfptq.execute.exceeds_half_of_memory  # an error, should the name have changed
-mfptq.execute.exceeds_half_of_memory = lambda size: {}
-mfptq.cli.run()
+import mfptq.cli.main, mfptq.execution.engine
+mfptq.execution.engine.exceeds_half_of_memory  # an error, should the name have changed
+mfptq.execution.engine.exceeds_half_of_memory = lambda size: {}
+mfptq.cli.main.run()
 """
 
 

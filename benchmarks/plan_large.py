@@ -17,7 +17,7 @@ from pathlib import Path
 
 from measuring import QWEN_MOE, Measured, allot, apart, measure, size, table, write_checkpoint
 
-from mfptq.header import TensorSpec
+from mfptq.checkpoint.header import TensorSpec
 
 TEXT = "model.language_model."
 HIDDEN, INTERMEDIATE, EXPERTS, VOCABULARY = 4096, 1024, 512, 248320

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from measuring import QWEN_MOE, Measured, allot, apart, copying, fresh, measure, size, table, warm, write_checkpoint
 
-from mfptq.header import TensorSpec
+from mfptq.checkpoint.header import TensorSpec
 
 EXPERTS = 512
 INTERMEDIATE, HIDDEN = 32, 64

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mfptq
-from mfptq.config import index_text
 from mfptq.demo import DemoShape, write_demo
+from mfptq.planning.quantization_config import index_text
 
 SHAPE = DemoShape(hidden=256, intermediate=512, layers=8)
 IGNORE = [

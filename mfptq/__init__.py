@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .calibration.likeness import extract_scales
+    from .calibration.extract import extract_scales
     from .calibration.merge import merge_calibrations
     from .calibration.reading import load_calibration
-    from .checkpoint import Checkpoint
+    from .checkpoint.folder import Checkpoint
+    from .checkpoint.hub import HubOptions, open_checkpoint
     from .conversion import convert, plan
     from .errors import MfptqError
-    from .execute import Progress
-    from .hub import HubOptions, open_checkpoint
+    from .execution.engine import Progress
     from .inspection import inspect
-    from .planning import Plan
-    from .report import Report
-    from .rules import Rules
+    from .output.report import Report
+    from .planning.plan import Plan
+    from .planning.rules import Rules
     from .tensors import Nvfp4Tensor, dequantize_nvfp4, quantize_nvfp4, quantize_state_dict
     from .verification import Verification, verify
 
 _HOMES = {
-    "Checkpoint": "checkpoint", "HubOptions": "hub", "MfptqError": "errors", "Nvfp4Tensor": "tensors", "Plan": "planning",
-    "Progress": "execute", "Report": "report", "Rules": "rules", "Verification": "verification", "convert": "conversion",
-    "dequantize_nvfp4": "tensors", "extract_scales": "calibration.likeness", "inspect": "inspection",
-    "load_calibration": "calibration.reading", "merge_calibrations": "calibration.merge", "open_checkpoint": "hub",
-    "plan": "conversion",
-    "quantize_nvfp4": "tensors", "quantize_state_dict": "tensors", "verify": "verification",
+    "Checkpoint": "checkpoint.folder", "HubOptions": "checkpoint.hub", "MfptqError": "errors", "Nvfp4Tensor": "tensors",
+    "Plan": "planning.plan", "Progress": "execution.engine", "Report": "output.report", "Rules": "planning.rules",
+    "Verification": "verification", "convert": "conversion", "dequantize_nvfp4": "tensors", "extract_scales": "calibration.extract",
+    "inspect": "inspection", "load_calibration": "calibration.reading", "merge_calibrations": "calibration.merge",
+    "open_checkpoint": "checkpoint.hub", "plan": "conversion", "quantize_nvfp4": "tensors",
+    "quantize_state_dict": "tensors", "verify": "verification",
 }  # fmt: skip
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - names, every one of them in _HOMES
 

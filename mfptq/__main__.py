@@ -1,5 +1,5 @@
 """Run the command line with `python -m mfptq`."""
 
-from .cli import run
+from .cli.main import run
 
 run()

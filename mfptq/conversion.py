@@ -12,20 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .buffers import NUMPY_DTYPES, Buffers
-from .card import card_metadata, card_text
-from .checkpoint import CONFIG, INDEX
-from .config import Scheme
-from .destination import CARD, MANIFEST, REPORT, Claim, Destination, open_destination
+from .checkpoint.folder import CONFIG, INDEX
+from .checkpoint.hub import HubOptions, open_checkpoint
 from .errors import SourceError, UsageError
-from .execute import Execution, Progress, ProgressCallback
-from .files import confined, read_small
-from .hub import HubOptions, open_checkpoint
-from .kernels import Kernel, Recipe, TileStats, load_kernel
-from .kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, Statistics, load_calibrated_kernel
-from .kernels.choice import choose_device
-from .limits import MAX_CONFIG_BYTES
-from .memory import (
+from .execution.engine import Execution, Progress, ProgressCallback
+from .execution.memory_budget import (
     INTERPRETER,
     KERNEL_BYTES,
     MemoryPlan,
@@ -36,13 +27,22 @@ from .memory import (
     plan_memory,
     resident_bytes,
 )
-from .nvfp4 import GROUP_SIZE
-from .planning import Plan, build_plan
-from .report import Report, gather, kind_reports, report_text, suspicions, total_error
-from .rules import Rules
-from .scales import read_input_scales
-from .settings import Settings
-from .workers import available_cores
+from .execution.worker_memory import NUMPY_DTYPES, WorkerMemory
+from .kernels import ErrorStats, Kernel, QuantizeArgs, load_kernel
+from .kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics, load_calibrated_kernel
+from .kernels.choice import choose_device
+from .limits import MAX_CONFIG_BYTES
+from .nvfp4 import BLOCK_SIZE
+from .output.destination import CARD, MANIFEST, REPORT, Destination, OutputClaim, open_destination
+from .output.model_card import card_metadata, card_text
+from .output.report import Report, gather, kind_reports, report_text, suspicions, total_error
+from .planning.plan import Plan, build_plan
+from .planning.quantization_config import Scheme
+from .planning.rules import Rules
+from .planning.settings import Settings
+from .scales.reading import read_input_scales
+from .storage.digest import available_cores
+from .storage.files import confined, read_small
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     held = max(0, resident_bytes() - INTERPRETER)
     settings = Settings(Rules(tuple(ignore), tuple(targets), default_ignore), method, scheme)
     with memory_errors():
-        plan = make_plan(source, settings, Knowledge(input_scales, input_scales_kind, calibration, like), hub)
+        plan = make_plan(source, settings, InputScaleSource(input_scales, input_scales_kind, calibration, like), hub)
         try:
             run = prepare(plan, Resources(max_memory, workers, device), held)
             return carry_out(run, Path(destination), overwrite=overwrite, progress=progress or _ignore)
@@ -113,7 +113,7 @@ def _ignore(_progress: Progress) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Knowledge:
+class InputScaleSource:
     """Where what is known of the layers' inputs comes from: at most one of the paths gives the input scales."""
 
     input_scales: str | Path | None = None
@@ -128,11 +128,11 @@ class Knowledge:
             raise UsageError(f"{options} both tell the input scales: give one of them")
 
 
-_NOTHING = Knowledge()
+_NOTHING = InputScaleSource()
 
 
 def make_plan(
-    source: str | Path, settings: Settings, known: Knowledge = _NOTHING, hub: HubOptions | None = None
+    source: str | Path, settings: Settings, known: InputScaleSource = _NOTHING, hub: HubOptions | None = None
 ) -> Plan:
     """Return the plan of a conversion: what `convert` would do, from headers and the calibration file alone."""
     weight_only = settings.scheme == "NVFP4A16"
@@ -140,9 +140,9 @@ def make_plan(
     if known.input_scales is not None:
         scales = read_input_scales(known.input_scales, known.input_scales_kind)
     elif known.like is not None:
-        from .calibration.likeness import read_likeness
+        from .calibration.extract import read_sibling
 
-        model = read_likeness(known.like)
+        model = read_sibling(known.like)
         settings = replace(settings, rules=replace(settings.rules, like=model))
         scales = None if weight_only else model.scales
     elif known.calibration is not None:
@@ -173,16 +173,16 @@ def prepare(plan: Plan, resources: Resources, held: int = 0) -> Run:
 
 def _try_out(plan: Plan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
     """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
-    packed, scales = np.empty((1, GROUP_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
+    packed, scales = np.empty((1, BLOCK_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
     for dtype, weight in {weight.dtype: weight for weight in plan.weights()}.items():
-        block = np.zeros((1, GROUP_SIZE), NUMPY_DTYPES[dtype])
+        block = np.zeros((1, BLOCK_SIZE), NUMPY_DTYPES[dtype])
         with plan.checkpoint.source.reading(weight.shard, weight.offset, block.nbytes) as fd:
             kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
         kernel.amax(block)
         for method in plan.methods:
-            recipe = Recipe(method, 1.0)
+            recipe = QuantizeArgs(method, 1.0)
             if method in CALIBRATED_METHODS and calibrated is not None:
-                known = Statistics.neutral(method, GROUP_SIZE)
+                known = PreparedStatistics.neutral(method, BLOCK_SIZE)
                 calibrated.quantize(block, recipe, known, packed=packed, scales=scales)
             else:
                 kernel.quantize(block, recipe, packed, scales)
@@ -192,8 +192,8 @@ def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: Progres
     """Do the work of a run and return its report."""
     plan, memory = run.plan, run.memory
     sizes = {shard.name: shard.size for shard in plan.shards}
-    claim = Claim(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
-    buffers = [Buffers(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
+    claim = OutputClaim(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
+    buffers = [WorkerMemory(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
     source_card = _source_card(plan.checkpoint.origin.folder)
     metadata = cache(partial(card_metadata, plan, source_card))
     with open_destination(destination, claim, overwrite=overwrite) as out:
@@ -204,7 +204,7 @@ def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: Progres
         return _report(run, out, buffers, resumed)
 
 
-def _finalize(plan: Plan, out: Destination, kinds: Mapping[str, TileStats], card: str) -> None:
+def _finalize(plan: Plan, out: Destination, kinds: Mapping[str, ErrorStats], card: str) -> None:
     """Write everything that is not a shard; config.json last, since it makes the folder a checkpoint."""
     root = plan.checkpoint.origin.folder
     sums = {result.name: result.sha256 for result in out.done.values()}
@@ -228,7 +228,7 @@ def _source_card(root: Path) -> str:
         return ""
 
 
-def _report(run: Run, out: Destination, buffers: Sequence[Buffers], resumed: int) -> Report:
+def _report(run: Run, out: Destination, buffers: Sequence[WorkerMemory], resumed: int) -> Report:
     plan, kinds = run.plan, gather(out.done.values())
     seconds = time.monotonic() - run.begun
     kept = sum(not item.decision.quantize for item in plan.selection.tensors)
@@ -276,4 +276,4 @@ def plan(  # noqa: PLR0913 - one keyword for each option of the command
 ) -> Plan:
     """Return what `convert` with the same arguments would do, from headers alone; raises what it would raise."""
     settings = Settings(Rules(tuple(ignore), tuple(targets), default_ignore), method, scheme)
-    return make_plan(source, settings, Knowledge(input_scales, input_scales_kind, calibration, like), hub)
+    return make_plan(source, settings, InputScaleSource(input_scales, input_scales_kind, calibration, like), hub)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import CONFIG, INDEX
-from .config import index_text
-from .header import TensorSpec, encode_header
+from .checkpoint.folder import CONFIG, INDEX
+from .checkpoint.header import TensorSpec, encode_header
+from .checkpoint.strict_json import dump_json
 from .nvfp4 import round_bf16
-from .strict_json import dump_json
+from .planning.quantization_config import index_text
 
 _TEXT = "model.language_model."
 

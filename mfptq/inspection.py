@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
-from .config import QUANTIZATION_CONFIG
-from .header import TensorInfo
-from .hub import HubOptions, open_checkpoint
-from .layout import numbers_removed
-from .nvfp4 import GROUP_SIZE
-from .planning import Plan
-from .rules import Decided
+from .checkpoint.folder import Checkpoint
+from .checkpoint.header import TensorInfo
+from .checkpoint.hub import HubOptions, open_checkpoint
+from .checkpoint.weights import name_pattern
+from .nvfp4 import BLOCK_SIZE
+from .planning.plan import Plan
+from .planning.quantization_config import QUANTIZATION_CONFIG
+from .planning.rules import TensorDecision
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _stored(info: TensorInfo) -> TensorKind:
     elements = 1
     for size in info.shape:
         elements *= size
-    name = numbers_removed(info.name)
+    name = name_pattern(info.name)
     return TensorKind(name, 1, info.dtype, elements, info.nbytes, info.nbytes, "stored", "")
 
 
@@ -84,14 +84,14 @@ def plan_kinds(plan: Plan) -> tuple[TensorKind, ...]:
     return tuple(_merged(_planned(item, plan) for item in plan.selection.tensors))
 
 
-def _planned(item: Decided, plan: Plan) -> TensorKind:
+def _planned(item: TensorDecision, plan: Plan) -> TensorKind:
     kind = _stored(item.candidate.tensor.info)
     if not item.decision.quantize:
         return TensorKind(
             kind.kind, 1, kind.dtype, kind.elements, kind.source_bytes, kind.source_bytes, "keep", item.decision.reason
         )
     scalars = (4 if plan.input_scales is None else 8) * len(item.candidate.weights)
-    size = kind.elements // 2 + kind.elements // GROUP_SIZE + scalars
+    size = kind.elements // 2 + kind.elements // BLOCK_SIZE + scalars
     methods = ", ".join(sorted({plan.method_of(weight) for weight in item.candidate.weights}))
     return TensorKind(
         kind.kind, 1, kind.dtype, kind.elements, kind.source_bytes, size, "NVFP4", item.decision.reason, methods

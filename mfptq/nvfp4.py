@@ -18,7 +18,7 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
-GROUP_SIZE: Final = 16
+BLOCK_SIZE: Final = 16
 E2M1_MAX: Final = 6.0
 E4M3_MAX: Final = 448.0
 E4M3_MAX_CODE: Final = 126
@@ -108,7 +108,7 @@ def dequantize(packed: ByteArray, scales: ByteArray, global_scale: float) -> Flo
     nibbles = unpack(packed)
     values = np.where(nibbles & 8, -E2M1_VALUES[nibbles & 7], E2M1_VALUES[nibbles & 7])
     factors = E4M3_VALUES[scales] / np.float32(global_scale)
-    return np.asarray(values * np.repeat(factors, GROUP_SIZE, axis=1), np.float32)
+    return np.asarray(values * np.repeat(factors, BLOCK_SIZE, axis=1), np.float32)
 
 
 def as_float32(weight: npt.NDArray[np.generic]) -> Float32Array:
@@ -121,7 +121,7 @@ def as_float32(weight: npt.NDArray[np.generic]) -> Float32Array:
 @np.errstate(over="ignore")  # an error beyond float32 is infinite, and never the least
 def quantize_search(weight: npt.NDArray[np.generic], global_scale: float) -> tuple[ByteArray, ByteArray]:
     """Return (packed, scale codes) of least squared error for each block, by the rule that defines `search`."""
-    signed = as_float32(weight).reshape(-1, GROUP_SIZE)
+    signed = as_float32(weight).reshape(-1, BLOCK_SIZE)
     x = np.abs(signed)
     largest = x.max(axis=1)
     scaled = np.minimum(largest / np.float32(6) * np.float32(global_scale), np.float32(E4M3_MAX))
@@ -133,7 +133,7 @@ def quantize_search(weight: npt.NDArray[np.generic], global_scale: float) -> tup
         scale = E4M3_VALUES[code] / np.float32(global_scale)
         value = e2m1_encode(x * (np.float32(1) / scale)[:, None])
         error = np.zeros(len(x), np.float32)
-        for i in range(GROUP_SIZE):
+        for i in range(BLOCK_SIZE):
             difference = E2M1_VALUES[value[:, i]] * scale - x[:, i]
             error += difference * difference
         better = error < best
@@ -148,7 +148,7 @@ def quantize_search(weight: npt.NDArray[np.generic], global_scale: float) -> tup
 
 def quantize_minmax(weight: npt.NDArray[np.generic], global_scale: float) -> tuple[ByteArray, ByteArray]:
     """Return (packed, scale codes) as compressed-tensors computes them on a CPU, bit for bit."""
-    signed = as_float32(weight).reshape(-1, GROUP_SIZE)
+    signed = as_float32(weight).reshape(-1, BLOCK_SIZE)
     largest = np.abs(signed).max(axis=1) / np.float32(6)
     if weight.dtype == np.uint16:
         largest = round_bf16(largest)

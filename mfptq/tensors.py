@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoint.weights import WEIGHT_SUFFIX
 from .errors import NonFiniteWeightError, UnsupportedTensorError, UsageError
-from .fusion import fused_groups
-from .kernels import Recipe, TileStats, load_kernel
-from .layout import WEIGHT_SUFFIX
-from .nvfp4 import GROUP_SIZE, dequantize
-from .scaling import common_dtype
-from .scaling import global_scale as find_global_scale
-from .settings import PLAIN_METHODS
+from .execution.global_scales import common_dtype
+from .execution.global_scales import global_scale as find_global_scale
+from .kernels import ErrorStats, QuantizeArgs, load_kernel
+from .names.fusion import fused_groups
+from .nvfp4 import BLOCK_SIZE, dequantize
+from .planning.settings import PLAIN_METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Nvfp4Tensor:
     packed: Any
     scale: Any
     global_scale: float
-    stats: TileStats
+    stats: ErrorStats
 
 
 def _is_torch(value: Any) -> bool:
@@ -45,9 +45,9 @@ def _as_tile(weight: Any) -> np.ndarray[Any, Any]:
         raise UnsupportedTensorError(
             f"weight is {array.dtype}, expected bfloat16 (raw uint16 in numpy), float16 or float32"
         )
-    if array.ndim != 2 or array.shape[1] % GROUP_SIZE or not array.size:
+    if array.ndim != 2 or array.shape[1] % BLOCK_SIZE or not array.size:
         raise UnsupportedTensorError(
-            f"weight is {list(array.shape)}, expected [N, K] with K a multiple of {GROUP_SIZE}"
+            f"weight is {list(array.shape)}, expected [N, K] with K a multiple of {BLOCK_SIZE}"
         )
     return array
 
@@ -79,8 +79,8 @@ def quantize_nvfp4(weight: Any, *, method: str = "search", global_scale: float |
     amax = _amax(tile)
     scale = global_scale if global_scale is not None else find_global_scale(method, amax, _dtype([tile]))
     packed = np.empty((tile.shape[0], tile.shape[1] // 2), np.uint8)
-    scales = np.empty((tile.shape[0], tile.shape[1] // GROUP_SIZE), np.uint8)
-    stats = load_kernel().quantize(tile, Recipe(method, scale), packed, scales)
+    scales = np.empty((tile.shape[0], tile.shape[1] // BLOCK_SIZE), np.uint8)
+    stats = load_kernel().quantize(tile, QuantizeArgs(method, scale), packed, scales)
     if not _is_torch(weight):
         return Nvfp4Tensor(packed, scales, scale, stats)
     torch = sys.modules["torch"]

@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .checkpoint import INDEX, Checkpoint, Origin, read_checkpoint, read_object
-from .config import FORMAT, QUANTIZATION_CONFIG
-from .destination import MANIFEST
+from .checkpoint.folder import INDEX, Checkpoint, Origin, read_checkpoint, read_object
+from .checkpoint.hub import HubOptions, open_checkpoint
+from .checkpoint.source import FolderSource
+from .checkpoint.weights import WEIGHT_SUFFIX, Candidate, StoredTensor, Weight, candidates, name_pattern
 from .errors import MfptqError, SourceError, quote
-from .files import FolderSource, open_regular, plain_name, read_small
-from .fusion import fused_groups
-from .hub import HubOptions, open_checkpoint
-from .kernels import TileStats
-from .layout import WEIGHT_SUFFIX, Candidate, StoredTensor, Weight, candidates, numbers_removed
+from .execution.tiles import tiles
+from .kernels import ErrorStats
 from .limits import MAX_INDEX_BYTES
-from .nvfp4 import GROUP_SIZE, as_float32, dequantize
-from .partial import file_sha256
-from .patterns import REGEX_PREFIX
-from .tiles import tiles
-from .workers import Stopped, in_parallel
+from .names.fusion import fused_groups
+from .names.patterns import REGEX_PREFIX
+from .nvfp4 import BLOCK_SIZE, as_float32, dequantize
+from .output.destination import MANIFEST
+from .planning.quantization_config import FORMAT, QUANTIZATION_CONFIG
+from .storage.digest import Stopped, file_sha256, in_parallel
+from .storage.files import open_regular, plain_name, read_small
 
 PACKED = ".weight_packed"
 TILE_BYTES = 4 * 2**20
@@ -106,11 +106,11 @@ def _check_output(checkpoint: Checkpoint, result: Verification) -> None:
 
 def _shape_faults(module: str, stored: Mapping[str, StoredTensor], *, with_input: bool) -> Iterator[str]:
     packed = stored[module + PACKED].info
-    if packed.dtype != "U8" or len(packed.shape) != 2 or packed.shape[1] % (GROUP_SIZE // 2):
+    if packed.dtype != "U8" or len(packed.shape) != 2 or packed.shape[1] % (BLOCK_SIZE // 2):
         yield f"{quote(packed.name)} is {packed.dtype} {list(packed.shape)}, expected U8 [N, K/2]"
         return
     expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        ".weight_scale": ("F8_E4M3", (packed.shape[0], packed.shape[1] * 2 // GROUP_SIZE)),
+        ".weight_scale": ("F8_E4M3", (packed.shape[0], packed.shape[1] * 2 // BLOCK_SIZE)),
         ".weight_global_scale": ("F32", (1,)),
     }
     if with_input:
@@ -195,7 +195,7 @@ def _digest_fault(folder: Path, stopped: Stopped, line: str) -> str:
 
 def _check_source(output: Checkpoint, original: Checkpoint, result: Verification) -> None:
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
-    kinds: dict[str, TileStats] = {}
+    kinds: dict[str, ErrorStats] = {}
     for item in candidates(original.tensors()):
         kept = stored.pop(item.tensor.info.name, None)
         if kept is not None:
@@ -227,7 +227,7 @@ def _compare_weights(
     item: Candidate,
     stored: dict[str, StoredTensor],
     sources: tuple[FolderSource, FolderSource],
-    kinds: dict[str, TileStats],
+    kinds: dict[str, ErrorStats],
 ) -> None:
     original, output = sources
     for weight in item.weights:
@@ -235,21 +235,21 @@ def _compare_weights(
             suffix: stored.pop(weight.module + suffix) for suffix in (PACKED, ".weight_scale", ".weight_global_scale")
         }
         stored.pop(weight.module + ".input_global_scale", None)
-        stats = kinds.setdefault(numbers_removed(weight.module), TileStats())
+        stats = kinds.setdefault(name_pattern(weight.module), ErrorStats())
         stats.add(_error(weight, parts, original, output))
 
 
 def _error(
     weight: Weight, parts: Mapping[str, StoredTensor], original: FolderSource, output: FolderSource
-) -> TileStats:
-    stats = TileStats(weight.size)
+) -> ErrorStats:
+    stats = ErrorStats(weight.size)
     scale = _scalar(output, parts[".weight_global_scale"])
     for tile in tiles(weight, TILE_BYTES):
         raw = np.empty(tile.nbytes, np.uint8)
         original.read_into(weight.shard, tile.offset, raw.data)
         exact = as_float32(raw.view(_NUMPY[weight.dtype])).reshape(tile.rows, tile.columns)
         packed = _data(output, parts[PACKED], tile.start // 2, tile.size // 2).reshape(tile.rows, -1)
-        codes = _data(output, parts[".weight_scale"], tile.start // GROUP_SIZE, tile.size // GROUP_SIZE)
+        codes = _data(output, parts[".weight_scale"], tile.start // BLOCK_SIZE, tile.size // BLOCK_SIZE)
         found = dequantize(packed, codes.reshape(tile.rows, -1), scale)
         stats.squared_error += float(np.square(found - exact, dtype=np.float64).sum())
         stats.squared_weight += float(np.square(exact, dtype=np.float64).sum())

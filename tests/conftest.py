@@ -39,7 +39,7 @@ def moe_source(tmp_path: Path) -> Path:
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `mfptq` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", "from mfptq.cli import run; run()", *map(str, arguments)],
+        [sys.executable, "-c", "from mfptq.cli.main import run; run()", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import ScaleError, quote
-from ..nvfp4 import GROUP_SIZE
+from ..nvfp4 import BLOCK_SIZE
 from .file import ROUTED, Float32Array, InputInfo, InputStatistics, Int64Array
 
 PSD_TOLERANCE = 1e-5  # of a block's largest diagonal entry: float32 rounding of 256 entries stays below 4e-6
@@ -37,7 +37,7 @@ def check_statistics(info: InputInfo, statistics: InputStatistics) -> None:
     if statistics.hessian is not None:
         for start in range(0, len(statistics.hessian), SLICE_BLOCKS):
             part = slice(start, start + SLICE_BLOCKS)
-            _check_hessian(name, start, statistics.hessian[part], moment.reshape(-1, GROUP_SIZE)[part])
+            _check_hessian(name, start, statistics.hessian[part], moment.reshape(-1, BLOCK_SIZE)[part])
 
 
 def _check_hessian(name: str, start: int, hessian: Float32Array, moment: Float32Array) -> None:
@@ -50,7 +50,7 @@ def _check_hessian(name: str, start: int, hessian: Float32Array, moment: Float32
         raise ScaleError(f"hessian of {name} is not symmetric")
     if (np.abs(diagonal - moment).max(axis=1) > slack).any():
         raise ScaleError(f"hessian of {name} has another diagonal than its second_moment")
-    jitter = (slack + 1e-300)[:, None, None] * np.eye(GROUP_SIZE)
+    jitter = (slack + 1e-300)[:, None, None] * np.eye(BLOCK_SIZE)
     try:
         np.linalg.cholesky(blocks + jitter)
     except np.linalg.LinAlgError:

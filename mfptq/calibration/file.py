@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .._version import __version__
+from ..checkpoint.header import TensorInfo, TensorSpec, encode_header
+from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..errors import ScaleError, UsageError, quote
-from ..header import TensorInfo, TensorSpec, encode_header
-from ..nvfp4 import GROUP_SIZE
-from ..partial import PartialFile, partial_path
-from ..strict_json import StrictJsonError, parse_json
+from ..nvfp4 import BLOCK_SIZE
+from ..storage.partial_file import PartialFile, partial_path
 
 SUFFIX = ".calibration.safetensors"
 VERSION_KEY = "mfptq_calibration"
@@ -92,7 +92,7 @@ def tensor_specs(info: InputInfo, level: Level, *, counted: bool) -> list[Tensor
     if level != "amax":
         specs.append(TensorSpec(f"{info.name}.{MOMENT}", "F32", (info.columns,)))
     if level == "hessian":
-        specs.append(TensorSpec(f"{info.name}.{HESSIAN}", "F32", (info.columns // GROUP_SIZE, GROUP_SIZE, GROUP_SIZE)))
+        specs.append(TensorSpec(f"{info.name}.{HESSIAN}", "F32", (info.columns // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)))
     return specs
 
 
@@ -228,8 +228,8 @@ def check_tensors(tensors: Mapping[str, TensorInfo], inputs: Iterable[InputInfo]
     counted, level = description.origin != EXTRACT, description.statistics
     expected: dict[str, TensorSpec] = {}
     for each in inputs:
-        if level != "amax" and each.columns % GROUP_SIZE:
-            raise ScaleError(f"input {quote(each.name)} has {each.columns} columns, not a multiple of {GROUP_SIZE}")
+        if level != "amax" and each.columns % BLOCK_SIZE:
+            raise ScaleError(f"input {quote(each.name)} has {each.columns} columns, not a multiple of {BLOCK_SIZE}")
         expected.update({spec.name: spec for spec in tensor_specs(each, level, counted=counted)})
     for name, spec in expected.items():
         found = tensors.get(name)

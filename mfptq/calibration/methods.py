@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ScaleError
-from ..kernels.calibrated import Statistics
-from ..nvfp4 import GROUP_SIZE
+from ..kernels.calibrated import PreparedStatistics
+from ..nvfp4 import BLOCK_SIZE
 from .checks import SLICE_BLOCKS
 from .file import LEVELS, Description, Float32Array, InputStatistics, Level
 
@@ -30,14 +30,14 @@ def choose_method(description: Description, requested: str) -> str:
     return requested
 
 
-def prepare(statistics: InputStatistics, method: str) -> Statistics:
+def prepare(statistics: InputStatistics, method: str) -> PreparedStatistics:
     """Return the importance of each column, or the local Hessian, as the kernels take them."""
     if method == "weighted":
         assert statistics.second_moment is not None
-        return Statistics(importance(statistics.second_moment))
+        return PreparedStatistics(importance(statistics.second_moment))
     assert statistics.hessian is not None
     assert statistics.tokens is not None
-    return Statistics(local_hessian(statistics.hessian, statistics.tokens))
+    return PreparedStatistics(local_hessian(statistics.hessian, statistics.tokens))
 
 
 def importance(second_moment: Float32Array) -> Float32Array:
@@ -45,7 +45,7 @@ def importance(second_moment: Float32Array) -> Float32Array:
 
     Only ratios inside a block of 16 matter, since each block is searched alone; a block that is all zero counts as 1.
     """
-    blocks = second_moment.reshape(-1, GROUP_SIZE).astype(np.float64)
+    blocks = second_moment.reshape(-1, BLOCK_SIZE).astype(np.float64)
     mean = blocks.mean(axis=1, keepdims=True)
     relative = np.divide(blocks, mean, out=np.ones_like(blocks), where=mean > 0) + 1e-6
     return np.asarray(relative.reshape(-1), np.float32)
@@ -72,7 +72,7 @@ def local_hessian(blocks: Float32Array, tokens: int) -> Float32Array:
 
 def _shrunk(exact: npt.NDArray[np.float64], kept: float) -> npt.NDArray[np.float64]:
     mean = np.diagonal(exact, axis1=1, axis2=2).mean(axis=1)[:, None, None]
-    identity = np.broadcast_to(np.eye(GROUP_SIZE), exact.shape)
+    identity = np.broadcast_to(np.eye(BLOCK_SIZE), exact.shape)
     relative = np.divide(exact, mean, out=identity.copy(), where=mean > 0)
     own = np.diagonal(relative, axis1=1, axis2=2)[:, :, None] * identity
     relative = kept * relative + (1 - kept) * own

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint import Shard, read_shard
+from ..checkpoint.folder import Shard, read_shard
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.source import FolderSource
 from ..errors import ScaleError, SourceError, quote
-from ..files import FolderSource
-from ..fusion import experts_parent
-from ..header import TensorInfo
-from ..kernels.calibrated import CALIBRATED_METHODS, Statistics
-from ..partial import file_sha256
-from ..scale_names import bridge_names
-from ..scale_values import Meaning
-from ..scales import InputScales
+from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
+from ..names.bridge import bridge_names
+from ..names.fusion import experts_parent
+from ..scales.reading import InputScales
+from ..scales.values import ScaleConvention
+from ..storage.digest import file_sha256
 from .checks import check_routed, check_statistics
 from .file import (
     AMAX,
@@ -51,7 +51,7 @@ class _Recent:
     """Statistics as a kernel takes them: made once by the first worker that needs them, while the others wait."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    made: Statistics | None = None
+    made: PreparedStatistics | None = None
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class Calibration:
         """Return `2688 / amax` for every module; 0, which means "never calibrated", where amax is 0."""
         divisors: dict[str, float] = {}
         for info in self.inputs.values():
-            divisor = Meaning("amax").divisor(info.name, None, self._number(info, AMAX))
+            divisor = ScaleConvention("amax").divisor(info.name, None, self._number(info, AMAX))
             divisors.update(dict.fromkeys(info.modules, divisor if math.isfinite(divisor) else 0.0))
         return InputScales(divisors, str(self.path))
 
@@ -118,7 +118,7 @@ class Calibration:
             raise ScaleError(f"calibration {quote(self.path)}: {error}") from None
         return "search" if method in CALIBRATED_METHODS and module not in self._input_of else method
 
-    def statistics(self, module: str, method: str) -> Statistics | None:
+    def statistics(self, module: str, method: str) -> PreparedStatistics | None:
         """Return what the kernels need for a module; None for a method that needs nothing. The latest are kept."""
         if method not in CALIBRATED_METHODS:
             return None

@@ -13,18 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError, quote
-from ..files import read_exact
-from ..nvfp4 import GROUP_SIZE, ByteArray, Float32Array
+from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
+from ..storage.files import read_exact
 
-Tile = npt.NDArray[Any]
+TileArray = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
-STATISTICS = 7
+ERROR_FIELDS = 7
 BF16, F16, F32 = "bf16", "f16", "f32"  # dtypes of weights, as kernels are named
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class QuantizeArgs:
     """How to quantize: the method, and the float32 divisor that the fused group shares."""
 
     method: str
@@ -32,7 +32,7 @@ class Recipe:
 
 
 @dataclass(slots=True)
-class TileStats:
+class ErrorStats:
     """What quantization did to some weights; sums add up over tiles, `worst_block` is a relative error."""
 
     weights: int = 0
@@ -44,7 +44,7 @@ class TileStats:
     saturated_blocks: int = 0
     zero_blocks: int = 0
 
-    def add(self, other: TileStats) -> None:
+    def add(self, other: ErrorStats) -> None:
         """Take in the statistics of other weights."""
         self.weights += other.weights
         self.squared_error += other.squared_error
@@ -61,13 +61,13 @@ class TileStats:
         return float((self.squared_error / self.squared_weight) ** 0.5) if self.squared_weight else 0.0
 
     @classmethod
-    def from_array(cls, weights: int, values: npt.NDArray[np.float64]) -> TileStats:
+    def from_array(cls, weights: int, values: npt.NDArray[np.float64]) -> ErrorStats:
         """Return statistics from a kernel's seven numbers, in the order of the fields after `weights`."""
         error, weight, rounding, worst, zeroed, saturated, zero = values.tolist()
         return cls(weights, error, weight, rounding, worst, int(zeroed), int(saturated), int(zero))
 
     @classmethod
-    def together(cls, weights: int, rows: npt.NDArray[np.float64]) -> TileStats:
+    def together(cls, weights: int, rows: npt.NDArray[np.float64]) -> ErrorStats:
         """Return the statistics of several weights, `[n, 7]`, as one."""
         values = rows.sum(axis=0)
         values[3] = rows[:, 3].max()
@@ -79,7 +79,7 @@ class TileStats:
 
 
 @dataclass(frozen=True, slots=True)
-class Many:
+class WeightBatch:
     """Weights of one dtype that lie one behind the other, and how to quantize them.
 
     Weight i has the elements from `starts[i]` to `starts[i + 1]`, a multiple of 16, and the divisor `global_scales[i]`.
@@ -103,10 +103,10 @@ class Kernel(ABC):
         return memory[start : start + size]
 
     @abstractmethod
-    def amax(self, tile: Tile) -> float:
+    def amax(self, tile: TileArray) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
 
-    def amax_in_file(self, fd: int, offset: int, tile: Tile) -> float:
+    def amax_in_file(self, fd: int, offset: int, tile: TileArray) -> float:
         """Return the largest magnitude of a tile that lies in a file, at `offset` in bytes; its memory is overwritten.
 
         Raises EOFError if the file ends before, OSError if it cannot be read.
@@ -115,20 +115,20 @@ class Kernel(ABC):
         return self.amax(tile)
 
     @abstractmethod
-    def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
+    def quantize(self, tile: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
 
-    def amax_each(self, data: Tile, starts: Int64Array) -> Float32Array:
+    def amax_each(self, data: TileArray, starts: Int64Array) -> Float32Array:
         """Return the largest magnitude of each of many weights, flat; see Many."""
         spans = itertools.pairwise(starts.tolist())
         return np.array([self.amax(data[begin:end].reshape(1, -1)) for begin, end in spans], np.float32)
 
-    def quantize_each(self, data: Tile, many: Many, packed: ByteArray, scales: ByteArray) -> Float64Array:
+    def quantize_each(self, data: TileArray, many: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
         """Write the packed values and scale codes of many weights, flat; return the statistics `[n, 7]` of each."""
-        stats = np.empty((len(many.global_scales), STATISTICS))
+        stats = np.empty((len(many.global_scales), ERROR_FIELDS))
         for row, (begin, end) in enumerate(itertools.pairwise(many.starts.tolist())):
-            parts = (packed[begin // 2 : end // 2], scales[begin // GROUP_SIZE : end // GROUP_SIZE])
-            recipe = Recipe(many.method, float(many.global_scales[row]))
+            parts = (packed[begin // 2 : end // 2], scales[begin // BLOCK_SIZE : end // BLOCK_SIZE])
+            recipe = QuantizeArgs(many.method, float(many.global_scales[row]))
             found = self.quantize(data[begin:end].reshape(1, -1), recipe, *(part.reshape(1, -1) for part in parts))
             stats[row] = found.as_array()
         return stats

@@ -10,17 +10,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ..kernels import BF16, F32
 from ..nvfp4 import (
+    BLOCK_SIZE,
     E2M1_MAX,
     E4M3_MAX,
     E4M3_MAX_CODE,
-    GROUP_SIZE,
     INPUT_SCALE_NUMERATOR,
     MIN_NORMAL_CODE,
     SEARCH_OFFSETS,
     ZERO_BLOCK_CODE,
 )
-from . import BF16, F32
 from .vector import DOUBLE, Code, Floats, Words
 
 _STEP = 20  # one E4M3 code further is bit 20 of the float32 that it stands for
@@ -59,7 +59,7 @@ class Tally(NamedTuple):
 
 def block_words(kind: str) -> int:
     """Return how many 32-bit words a block of 16 takes."""
-    return GROUP_SIZE if kind == F32 else GROUP_SIZE // 2
+    return BLOCK_SIZE if kind == F32 else BLOCK_SIZE // 2
 
 
 def unpack_block(words: Sequence[Words], kind: str) -> Block:
@@ -266,7 +266,7 @@ def tally(block: Block, done: Quantized) -> Tally:
     return Tally((done.error, norm, done.rounding), worst, counts)
 
 
-class Sums:
+class ErrorSums:
     """The statistics of all blocks that a lane, or a thread, has dealt with."""
 
     def __init__(self, code: Code) -> None:

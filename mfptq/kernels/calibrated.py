@@ -20,40 +20,40 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..nvfp4 import GROUP_SIZE, SEARCH_OFFSETS, ByteArray
-from . import Recipe, Tile, TileStats
+from ..kernels import ErrorStats, QuantizeArgs, TileArray
+from ..nvfp4 import BLOCK_SIZE, SEARCH_OFFSETS, ByteArray
 
 CALIBRATED_METHODS = ("weighted", "hessian", "hessian+")
 CALIBRATED_OFFSETS = (*SEARCH_OFFSETS, -3, 8, -4, 9)
 SWEEPS = 8
 Float32Array = npt.NDArray[np.float32]
-_LOWER = 2 * np.tri(GROUP_SIZE, k=-1, dtype=np.float32) + np.eye(GROUP_SIZE, dtype=np.float32)
+_LOWER = 2 * np.tri(BLOCK_SIZE, k=-1, dtype=np.float32) + np.eye(BLOCK_SIZE, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
+class PreparedStatistics:
     """What a kernel needs of a weight's input: float32 weights `[K]`, or local Hessians `[K/16, 16, 16]`."""
 
     values: Float32Array
 
     @classmethod
-    def neutral(cls, method: str, columns: int) -> Statistics:
+    def neutral(cls, method: str, columns: int) -> PreparedStatistics:
         """Return statistics under which every value counts the same."""
         if method == "weighted":
             return cls(np.ones(columns, np.float32))
         return cls(
-            np.broadcast_to(np.eye(GROUP_SIZE, dtype=np.float32), (columns // GROUP_SIZE, GROUP_SIZE, GROUP_SIZE))
+            np.broadcast_to(np.eye(BLOCK_SIZE, dtype=np.float32), (columns // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE))
         )
 
     @staticmethod
     def nbytes(method: str, columns: int) -> int:
         """Return the size of the statistics of so many columns, in bytes; 0 for a method that needs none."""
-        return 0 if method not in CALIBRATED_METHODS else 4 * columns * (1 if method == "weighted" else GROUP_SIZE)
+        return 0 if method not in CALIBRATED_METHODS else 4 * columns * (1 if method == "weighted" else BLOCK_SIZE)
 
-    def part(self, start: int, columns: int) -> Statistics:
+    def part(self, start: int, columns: int) -> PreparedStatistics:
         """Return those of `columns` columns from `start`, both multiples of 16: for a tile of part of a row."""
-        step = 1 if self.values.ndim == 1 else GROUP_SIZE
-        return Statistics(self.values[start // step : (start + columns) // step])
+        step = 1 if self.values.ndim == 1 else BLOCK_SIZE
+        return PreparedStatistics(self.values[start // step : (start + columns) // step])
 
 
 class CalibratedKernel(Protocol):
@@ -62,8 +62,14 @@ class CalibratedKernel(Protocol):
     name: str
 
     def quantize(
-        self, tile: Tile, recipe: Recipe, statistics: Statistics, *, packed: ByteArray, scales: ByteArray
-    ) -> TileStats:
+        self,
+        tile: TileArray,
+        recipe: QuantizeArgs,
+        statistics: PreparedStatistics,
+        *,
+        packed: ByteArray,
+        scales: ByteArray,
+    ) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
 
 

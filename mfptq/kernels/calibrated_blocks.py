@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..nvfp4 import E2M1_MAX, E4M3_MAX, GROUP_SIZE, ZERO_BLOCK_CODE
-from . import BF16, F32
+from ..kernels import BF16, F32
+from ..nvfp4 import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, ZERO_BLOCK_CODE
 from .blocks import (
     F16_TO_F32,
     Quantized,
@@ -41,11 +41,11 @@ class Known(NamedTuple):
 
     def curvature(self, j: int, i: int) -> Floats:
         """Return an entry of the Hessian."""
-        return self._number(self.hessian, GROUP_SIZE * j + i)
+        return self._number(self.hessian, BLOCK_SIZE * j + i)
 
     def factor(self, j: int, i: int) -> Floats:
         """Return an entry of the lower factors: of the Hessian, doubled off the diagonal."""
-        return self._number(self.lower, GROUP_SIZE * j + i)
+        return self._number(self.lower, BLOCK_SIZE * j + i)
 
     def _number(self, pointer: Any, place: int) -> Floats:
         found: Floats = self.code.spread(self.code.load(self.code.at(pointer, LONG(place)), FLOAT, 4))
@@ -144,7 +144,7 @@ def _descended(x: Sequence[Floats], values: Sequence[Floats], scale: Floats, kno
     sweeps = code.variable(LONG(SWEEPS))
     with code.loop(LONG(0), sweeps, LONG(1)):
         moved = code.variable(code.words(0))
-        for i in range(GROUP_SIZE):
+        for i in range(BLOCK_SIZE):
             change, lower = _move(held[i], gradient[i].get(), (scale, inverse), known.curvature(i, i))
             with code.build.if_then(code.build.not_(lower.nowhere())):
                 moved.set(code.words(1))

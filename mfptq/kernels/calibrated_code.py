@@ -7,8 +7,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from ..nvfp4 import GROUP_SIZE
-from .blocks import Block, Quantized, Sums, block_words, present, tally
+from ..nvfp4 import BLOCK_SIZE
+from .blocks import Block, ErrorSums, Quantized, block_words, present, tally
 from .calibrated_blocks import Known, calibrated, signed_values
 from .compiling import has_fused
 from .cpu_code import store_sums, transposed
@@ -28,13 +28,13 @@ def emit(module: ir.Module, name: str) -> None:
     for pointer in function.args[: len(pointers)]:
         pointer.add_attribute("noalias")
     code = Code(function, LANES, fused=has_fused())
-    sums, global_scale, words = Sums(code), code.spread(factor), block_words(kind)
+    sums, global_scale, words = ErrorSums(code), code.spread(factor), block_words(kind)
     build, stride = code.build, code.build.mul(blocks, LONG(words))
     with code.loop(LONG(0), rows, LONG(LANES)) as row, code.loop(LONG(0), blocks, LONG(1)) as block:
         first = build.add(build.mul(row, blocks), block)
         start = code.at(source, build.mul(first, LONG(words)))
         x = signed_values(transposed(code, start, words, stride), kind)
-        sizes = (GROUP_SIZE, GROUP_SIZE**2, GROUP_SIZE**2)
+        sizes = (BLOCK_SIZE, BLOCK_SIZE**2, BLOCK_SIZE**2)
         places = [code.at(each, build.mul(block, LONG(size))) for each, size in zip(known, sizes, strict=True)]
         done = calibrated(x, global_scale, Known(code, *places), method)
         _store_rows(code, done, (packed, scales), [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)])

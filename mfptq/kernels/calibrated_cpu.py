@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..kernels import ERROR_FIELDS, ErrorStats, QuantizeArgs, TileArray
 from ..nvfp4 import ByteArray
-from . import STATISTICS, Recipe, Tile, TileStats
-from .calibrated import Float32Array, Statistics, lower_factors
+from .calibrated import Float32Array, PreparedStatistics, lower_factors
 from .cpu import KINDS, address
 from .machine import LANES, MachineCode
 
@@ -34,28 +34,34 @@ class CalibratedCpuKernel:
     name = "cpu"
 
     def quantize(
-        self, tile: Tile, recipe: Recipe, statistics: Statistics, *, packed: ByteArray, scales: ByteArray
-    ) -> TileStats:
+        self,
+        tile: TileArray,
+        recipe: QuantizeArgs,
+        statistics: PreparedStatistics,
+        *,
+        packed: ByteArray,
+        scales: ByteArray,
+    ) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
         run = _quantizers[f"{_NAMES[recipe.method]}_{KINDS[tile.dtype.char]}"]
         known = _known(statistics.values)
         places = [address(each) for each in known]
-        found = TileStats()
+        found = ErrorStats()
         whole = len(tile) // LANES * LANES
         if whole:
-            stats = np.empty(STATISTICS)
+            stats = np.empty(ERROR_FIELDS)
             arrays = (tile, packed, scales, stats)
             run(*map(address, arrays), *places, whole, scales.shape[1], recipe.global_scale)
-            found.add(TileStats.from_array(whole * tile.shape[1], stats))
+            found.add(ErrorStats.from_array(whole * tile.shape[1], stats))
         if whole < len(tile):
-            left, stats = len(tile) - whole, np.empty(STATISTICS)
+            left, stats = len(tile) - whole, np.empty(ERROR_FIELDS)
             rows, nibbles, codes = (np.zeros((LANES, each.shape[1]), each.dtype) for each in (tile, packed, scales))
             rows[:left] = tile[whole:]
             arrays = (rows, nibbles, codes, stats)
             run(*map(address, arrays), *places, LANES, scales.shape[1], recipe.global_scale)
             packed[whole:], scales[whole:] = nibbles[:left], codes[:left]
             stats[-1] -= (LANES - left) * scales.shape[1]
-            found.add(TileStats.from_array(left * tile.shape[1], stats))
+            found.add(ErrorStats.from_array(left * tile.shape[1], stats))
         return found
 
 

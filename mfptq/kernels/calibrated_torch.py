@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..nvfp4 import E4M3_MAX, GROUP_SIZE, MIN_NORMAL_CODE, ZERO_BLOCK_CODE, ByteArray
-from . import STATISTICS, Recipe, Tile, TileStats
-from .calibrated import CALIBRATED_OFFSETS, SWEEPS, Statistics, lower_factors
+from ..kernels import ERROR_FIELDS, ErrorStats, QuantizeArgs, TileArray
+from ..nvfp4 import BLOCK_SIZE, E4M3_MAX, MIN_NORMAL_CODE, ZERO_BLOCK_CODE, ByteArray
+from .calibrated import CALIBRATED_OFFSETS, SWEEPS, PreparedStatistics, lower_factors
 from .torch import SLICE_BLOCKS, TorchKernel, _Done, _filled
 
 
@@ -15,23 +15,29 @@ class CalibratedTorchKernel(TorchKernel):
     """Quantizes by statistics with torch; never touches torch's global state."""
 
     def quantize(  # type: ignore[override]
-        self, tile: Tile, recipe: Recipe, statistics: Statistics, *, packed: ByteArray, scales: ByteArray
-    ) -> TileStats:
+        self,
+        tile: TileArray,
+        recipe: QuantizeArgs,
+        statistics: PreparedStatistics,
+        *,
+        packed: ByteArray,
+        scales: ByteArray,
+    ) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-        blocks = tile.shape[1] // GROUP_SIZE
+        blocks = tile.shape[1] // BLOCK_SIZE
         objective = _Objective(recipe.method, statistics, self._device)
-        stats = np.zeros(STATISTICS)
+        stats = np.zeros(ERROR_FIELDS)
         step = max(1, SLICE_BLOCKS // blocks)
         for row in range(0, len(tile), step):
             part = slice(row, row + step)
-            signed = self._load(tile[part]).reshape(-1, blocks, GROUP_SIZE)
+            signed = self._load(tile[part]).reshape(-1, blocks, BLOCK_SIZE)
             done = self._choose(signed, recipe, objective)
             packed[part] = (done.nibbles[..., 0::2] | done.nibbles[..., 1::2] << 4).flatten(1).cpu().numpy()
             scales[part] = done.codes.to(torch.uint8).cpu().numpy()
             self._tally(stats, signed.flatten(0, 1), _flattened(done))
-        return TileStats.from_array(tile.size, stats)
+        return ErrorStats.from_array(tile.size, stats)
 
-    def _choose(self, signed: torch.Tensor, recipe: Recipe, objective: _Objective) -> _Done:
+    def _choose(self, signed: torch.Tensor, recipe: QuantizeArgs, objective: _Objective) -> _Done:
         step = 1 / _filled(signed, recipe.global_scale)
         scaled = (signed.abs().amax(2) / _filled(signed, 6.0) * _filled(signed, recipe.global_scale)).clamp_max(
             E4M3_MAX
@@ -62,13 +68,13 @@ class CalibratedTorchKernel(TorchKernel):
     ) -> torch.Tensor:
         """Lower the error value by value until nothing changes, at most 8 times through."""
         gradient = torch.zeros_like(signed)
-        for i in range(GROUP_SIZE):
+        for i in range(BLOCK_SIZE):
             gradient = gradient + hessian[:, :, i] * (values[..., i : i + 1] * scale - signed[..., i : i + 1])
         values, scale = values.clone(), scale[..., 0]
         inverse = 1 / scale
         for _ in range(SWEEPS):
             moved = False
-            for i in range(GROUP_SIZE):
+            for i in range(BLOCK_SIZE):
                 own, now, slope = hessian[:, i, i], values[..., i] * scale, gradient[..., i]
                 value = self._signed((now - slope * (1 / own)) * inverse)
                 change = value * scale - now
@@ -85,16 +91,16 @@ class CalibratedTorchKernel(TorchKernel):
 class _Objective:
     """The error of differences `[R, K/16, 16]` under a weight's statistics."""
 
-    def __init__(self, method: str, statistics: Statistics, device: torch.device) -> None:
+    def __init__(self, method: str, statistics: PreparedStatistics, device: torch.device) -> None:
         weighted = method == "weighted"
-        blocks = statistics.values.reshape(-1, GROUP_SIZE) if weighted else statistics.values
+        blocks = statistics.values.reshape(-1, BLOCK_SIZE) if weighted else statistics.values
         self.hessian = torch.tensor(blocks, device=device)
         self._lower = self.hessian if weighted else torch.tensor(lower_factors(blocks), device=device)
 
     def error(self, differences: torch.Tensor) -> torch.Tensor:
         """Return the error of each block, summed in index order."""
         total = torch.zeros_like(differences[..., 0])
-        for j in range(GROUP_SIZE):
+        for j in range(BLOCK_SIZE):
             own = differences[..., j]
             if self._lower.ndim == 2:
                 total = total + self._lower[:, j] * own * own
@@ -108,7 +114,7 @@ class _Objective:
 
 def _squares(differences: torch.Tensor) -> torch.Tensor:
     total = torch.zeros_like(differences[..., 0])
-    for i in range(GROUP_SIZE):
+    for i in range(BLOCK_SIZE):
         total = total + differences[..., i] * differences[..., i]
     return total
 

@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..nvfp4 import GROUP_SIZE, ByteArray, Float32Array
-from . import BF16, F16, F32, STATISTICS, Float64Array, Int64Array, Kernel, Many, Recipe, Tile, TileStats
+from ..kernels import (
+    BF16,
+    ERROR_FIELDS,
+    F16,
+    F32,
+    ErrorStats,
+    Float64Array,
+    Int64Array,
+    Kernel,
+    QuantizeArgs,
+    TileArray,
+    WeightBatch,
+)
+from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from .machine import MachineCode
 
 if TYPE_CHECKING:
@@ -39,11 +51,11 @@ def address(array: npt.NDArray[Any]) -> int:
     return place
 
 
-def _width(data: Tile) -> int:
+def _width(data: TileArray) -> int:
     return 8 * data.itemsize
 
 
-def _bits(data: Tile) -> npt.DTypeLike:
+def _bits(data: TileArray) -> npt.DTypeLike:
     return f"u{data.itemsize}"
 
 
@@ -60,17 +72,17 @@ class CpuKernel(Kernel):
     name = "cpu"
     tile_bytes = 4 * 2**20
 
-    def amax(self, tile: Tile) -> float:
+    def amax(self, tile: TileArray) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
         return float(self.amax_each(tile.reshape(-1), np.array([0, tile.size], np.int64))[0])
 
-    def amax_each(self, data: Tile, starts: Int64Array) -> Float32Array:
+    def amax_each(self, data: TileArray, starts: Int64Array) -> Float32Array:
         """Return the largest magnitude of each weight."""
         found = np.empty(len(starts) - 1, _bits(data))
         _searchers[f"amax_{_width(data)}"](address(data), address(found), address(starts), len(found))
         return _magnitudes(found, data.dtype)
 
-    def amax_in_file(self, fd: int, offset: int, tile: Tile) -> float:
+    def amax_in_file(self, fd: int, offset: int, tile: TileArray) -> float:
         """Return the largest magnitude of a tile that lies in a file; its memory is overwritten."""
         found, done = np.empty(1, _bits(tile)), np.zeros(1, np.int64)
         room = min(tile.size, CACHED_BYTES // tile.itemsize)
@@ -78,16 +90,16 @@ class CpuKernel(Kernel):
         run(address(tile), room, address(found), address(done), fd, offset, tile.size)
         return float(_magnitudes(found, tile.dtype)[0]) if done[0] else super().amax_in_file(fd, offset, tile)
 
-    def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
+    def quantize(self, tile: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
         starts, factor = np.array([0, tile.size], np.int64), np.array([recipe.global_scale], np.float32)
-        stats = self.quantize_each(tile.reshape(-1), Many(recipe.method, starts, factor), packed, scales)
-        return TileStats.from_array(tile.size, stats[0])
+        stats = self.quantize_each(tile.reshape(-1), WeightBatch(recipe.method, starts, factor), packed, scales)
+        return ErrorStats.from_array(tile.size, stats[0])
 
-    def quantize_each(self, data: Tile, many: Many, packed: ByteArray, scales: ByteArray) -> Float64Array:
+    def quantize_each(self, data: TileArray, many: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
         """Write the packed values and scale codes of many weights, flat; return the statistics `[n, 7]` of each."""
         run = _quantizers[f"{'search' if many.method == 'search' else 'minmax'}_{KINDS[data.dtype.char]}"]
-        stats, blocks = np.empty((len(many.global_scales), STATISTICS)), many.starts // GROUP_SIZE
+        stats, blocks = np.empty((len(many.global_scales), ERROR_FIELDS)), many.starts // BLOCK_SIZE
         arrays = (data, packed, scales, stats, blocks, many.global_scales)
         run(*map(address, arrays), len(stats))
         return stats

@@ -11,8 +11,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from . import STATISTICS
-from .blocks import WORST, Quantized, Sums, block_words, minmax, search, tally, unpack_block
+from ..kernels import ERROR_FIELDS
+from .blocks import WORST, ErrorSums, Quantized, block_words, minmax, search, tally, unpack_block
 from .compiling import has_fused
 from .machine import LANES
 from .vector import BIT, BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Words
@@ -46,7 +46,7 @@ def transposed(code: Code, source: Any, words: int, stride: Any = None) -> list[
     return [Words(code, row) for row in rows]
 
 
-def store_sums(code: Code, sums: Sums, stats: Any, padding: Any) -> None:
+def store_sums(code: Code, sums: ErrorSums, stats: Any, padding: Any) -> None:
     """Write the statistics of all lanes together: sums in the order of lanes, and the worst relative error.
 
     `padding` is how many of the blocks were only there to fill a chunk.
@@ -59,7 +59,7 @@ def store_sums(code: Code, sums: Sums, stats: Any, padding: Any) -> None:
             total = build.select(larger, lane, total) if place == WORST else build.fadd(total, lane)
         if place == WORST:
             total = code.intrinsic("llvm.sqrt.f64", DOUBLE, [total])
-        if place == STATISTICS - 1:
+        if place == ERROR_FIELDS - 1:
             total = build.fsub(total, build.sitofp(padding, DOUBLE))
         code.store(total, code.at(stats, LONG(place)))
 
@@ -100,7 +100,7 @@ def _emit_many(module: ir.Module, name: str) -> None:
             code.at(pointer, code.build.mul(begin, LONG(size)))
             for pointer, size in ((source, block_words(name.split("_")[1])), (packed, 2), (scales, 1))
         ]
-        statistics = code.at(stats, code.build.mul(index, LONG(STATISTICS)))
+        statistics = code.at(stats, code.build.mul(index, LONG(ERROR_FIELDS)))
         factor = code.load(code.at(factors, index), FLOAT, 4)
         code.build.call(one, [*places, statistics, code.build.sub(end, begin), factor])
     code.build.ret_void()
@@ -116,7 +116,7 @@ def _emit_one(module: ir.Module, name: str) -> ir.Function:
         pointer.add_attribute("noalias")
     source, packed, scales, stats, blocks, factor = function.args
     code = Code(function, LANES, fused=has_fused())
-    sums, global_scale, words = Sums(code), code.spread(factor), block_words(kind)
+    sums, global_scale, words = ErrorSums(code), code.spread(factor), block_words(kind)
     sizes = (4 * words, 8, 1)  # bytes of a block: as it comes, packed, its scale
     with code.loop(LONG(0), blocks, LONG(LANES)) as block:
         places = [

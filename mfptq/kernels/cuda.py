@@ -18,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import MemoryBudgetError, UsageError, quote
-from ..nvfp4 import GROUP_SIZE, ByteArray, Float32Array
-from . import STATISTICS, Float64Array, Int64Array, Kernel, Many, Recipe, Tile, TileStats
+from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
+from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from .artifacts import artifact
 from .cpu import CpuKernel
-from .driver import Device, DeviceMemoryError, DriverError, Memory, Stream, open_device
+from .driver import Device, DeviceMemory, DeviceMemoryError, DeviceStream, DriverError, open_device
 from .machine import origin
 
 THREADS = 256  # of a block
 WARPS = THREADS // 32
 MAX_GRID = 1024  # on every GPU: the statistics are summed in the same order
-STATS_BYTES = 8 * STATISTICS * MAX_GRID * WARPS
+STATS_BYTES = 8 * ERROR_FIELDS * MAX_GRID * WARPS
 ALIGNMENT = 256  # of what lies in a buffer
 KINDS = {"uint16": "bf16", "float16": "f16", "float32": "f32"}
 ENTRIES = ("amax_16", "amax_32", *(f"{method}_{kind}" for method in ("search", "minmax") for kind in KINDS.values()))
@@ -42,11 +42,11 @@ class _Lane(threading.local):
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._buffer: Memory | None = None
+        self._buffer: DeviceMemory | None = None
         self.room = 0
         self.places: tuple[int, int, int] = (0, 0, 0)
-        self.stream = Stream(device)
-        self.stats = Memory(device, STATS_BYTES)
+        self.stream = DeviceStream(device)
+        self.stats = DeviceMemory(device, STATS_BYTES)
         self.sums: npt.NDArray[np.float64] = device.pinned(STATS_BYTES).view(np.float64)
 
     def reserve(self, size: int) -> None:
@@ -57,9 +57,9 @@ class _Lane(threading.local):
             self._buffer.free()  # first: two buffers would be more than what the largest tile needs
         self.room, self._buffer = 0, None
         source, packed, scales = (
-            -(-part // ALIGNMENT) * ALIGNMENT for part in (size, size // 4, size // 2 // GROUP_SIZE)
+            -(-part // ALIGNMENT) * ALIGNMENT for part in (size, size // 4, size // 2 // BLOCK_SIZE)
         )
-        self._buffer = Memory(self._device, source + packed + scales)
+        self._buffer = DeviceMemory(self._device, source + packed + scales)
         start = self._buffer.pointer
         self.room, self.places = size, (start, start + source, start + source + packed)
 
@@ -90,7 +90,7 @@ class CudaKernel(Kernel):
         with self._working(f"{_megabytes(size)} of pinned host memory"):
             return self._device.pinned(size)
 
-    def amax(self, tile: Tile) -> float:
+    def amax(self, tile: TileArray) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such.
 
         Raises MemoryBudgetError where the device has no memory even for half of the tile.
@@ -101,30 +101,30 @@ class CudaKernel(Kernel):
             return float(np.uint32(largest << 16).view(np.float32))
         return float(np.array([largest], f"u{tile.itemsize}").view(tile.dtype)[0])
 
-    def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
+    def quantize(self, tile: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite.
 
         Raises MemoryBudgetError where the device has no memory even for half of the tile.
         """
         assert packed.flags.c_contiguous
         assert scales.flags.c_contiguous
-        stats, nibbles, codes = TileStats(), packed.reshape(-1), scales.reshape(-1)
+        stats, nibbles, codes = ErrorStats(), packed.reshape(-1), scales.reshape(-1)
         with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
             for part in self._parts(tile):
-                values, blocks = part.size // 2, part.size // GROUP_SIZE
+                values, blocks = part.size // 2, part.size // BLOCK_SIZE
                 stats.add(self._quantize(part, recipe, nibbles[:values], codes[:blocks]))
                 nibbles, codes = nibbles[values:], codes[blocks:]
         return stats
 
-    def amax_each(self, data: Tile, starts: Int64Array) -> Float32Array:
+    def amax_each(self, data: TileArray, starts: Int64Array) -> Float32Array:
         """Return the largest magnitude of each of many small weights: the CPU is done before they could be sent."""
         return self._small.amax_each(data, starts)
 
-    def quantize_each(self, data: Tile, many: Many, packed: ByteArray, scales: ByteArray) -> Float64Array:
+    def quantize_each(self, data: TileArray, many: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
         """Quantize many small weights, on the CPU, to the same bytes; return the statistics `[n, 7]` of each."""
         return self._small.quantize_each(data, many, packed, scales)
 
-    def _parts(self, tile: Tile) -> Iterator[Tile]:
+    def _parts(self, tile: TileArray) -> Iterator[TileArray]:
         """Yield the tile's values, flat: all at once, or in halves where the device has no memory for all."""
         assert tile.flags.c_contiguous
         lane, values = self._lane, tile.reshape(-1)
@@ -132,12 +132,12 @@ class CudaKernel(Kernel):
         try:
             lane.reserve(tile.nbytes)
         except DeviceMemoryError:
-            size = -(-size // 2 // GROUP_SIZE) * GROUP_SIZE
+            size = -(-size // 2 // BLOCK_SIZE) * BLOCK_SIZE
             lane.reserve(size * tile.itemsize)
         for start in range(0, values.size, size):
             yield values[start : start + size]
 
-    def _largest(self, part: Tile) -> int:
+    def _largest(self, part: TileArray) -> int:
         """Return the bits of the largest magnitude."""
         lane, words = self._lane, part.nbytes // 4
         source, _, _ = lane.places
@@ -150,7 +150,7 @@ class CudaKernel(Kernel):
         lane.stream.wait()
         return int(result[0])
 
-    def _quantize(self, part: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
+    def _quantize(self, part: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         lane, blocks = self._lane, scales.size
         source, nibbles, codes = lane.places
         lane.stream.upload(source, part)
@@ -160,10 +160,10 @@ class CudaKernel(Kernel):
         grid = self._launch(f"{method}_{KINDS[part.dtype.name]}", blocks, arguments)
         lane.stream.download(packed, nibbles)
         lane.stream.download(scales, codes)
-        sums = lane.sums[: STATISTICS * grid * WARPS]
+        sums = lane.sums[: ERROR_FIELDS * grid * WARPS]
         lane.stream.download(sums, lane.stats.pointer)
         lane.stream.wait()
-        return _together(sums.reshape(STATISTICS, grid * WARPS), part.size)
+        return _together(sums.reshape(ERROR_FIELDS, grid * WARPS), part.size)
 
     def _launch(self, entry: str, items: int, arguments: tuple[Any, ...]) -> int:
         """Start a kernel with a thread for every item, as far as the grid goes; return the grid's size."""
@@ -203,11 +203,11 @@ def _load(device: Device) -> dict[str, int]:
         return device.load(_ptx(), ENTRIES)
 
 
-def _together(rows: npt.NDArray[np.float64], weights: int) -> TileStats:
+def _together(rows: npt.NDArray[np.float64], weights: int) -> ErrorStats:
     """Return the statistics of all warps."""
     stats = rows.sum(axis=1)
     stats[3] = rows[3].max() ** 0.5
-    return TileStats.from_array(weights, stats)
+    return ErrorStats.from_array(weights, stats)
 
 
 def _megabytes(size: int) -> str:

@@ -159,7 +159,7 @@ class Device:
             self.driver.call(destroy, handle)
 
 
-class Memory:
+class DeviceMemory:
     """Memory of a device: `pointer` is its address there; `free` gives it back before the object goes."""
 
     def __init__(self, device: Device, size: int) -> None:
@@ -167,7 +167,7 @@ class Memory:
         self.free = device.owned(self, "cuMemFree_v2", self.pointer)
 
 
-class Stream:
+class DeviceStream:
     """A queue of copies and kernels, done in order: every method puts something in, `wait` waits for all of it."""
 
     def __init__(self, device: Device) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from . import BF16, F16, F32
-from .blocks import WORST, Sums, block_words, minmax, search, tally, unpack_block
+from ..kernels import BF16, F16, F32
+from .blocks import WORST, ErrorSums, block_words, minmax, search, tally, unpack_block
 from .compiling import optimized
 from .vector import BYTE, DOUBLE, FLOAT, LONG, VOID, WORD, Code, Words
 
@@ -67,7 +67,7 @@ def _emit(module: ir.Module, method: str, kind: str) -> None:
     pointers = [element.as_pointer(_GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE)]
     code = _kernel(module, f"{method}_{kind}", [*pointers, LONG, FLOAT])
     source, packed, scales, stats, blocks, factor = code.function.args
-    build, words, sums = code.build, block_words(kind), Sums(code)
+    build, words, sums = code.build, block_words(kind), ErrorSums(code)
     number, threads = _threads(code)
     global_scale = code.spread(factor)
     with code.loop(number, blocks, threads) as index:

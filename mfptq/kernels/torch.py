@@ -7,17 +7,17 @@ import numpy.typing as npt
 import torch
 
 from ..errors import UsageError
+from ..kernels import ERROR_FIELDS, ErrorStats, Kernel, QuantizeArgs, TileArray
 from ..nvfp4 import (
+    BLOCK_SIZE,
     E2M1_VALUES,
     E4M3_MAX,
     E4M3_VALUES,
-    GROUP_SIZE,
     MIN_NORMAL_CODE,
     SEARCH_OFFSETS,
     ZERO_BLOCK_CODE,
     ByteArray,
 )
-from . import STATISTICS, Kernel, Recipe, Tile, TileStats
 
 SLICE_BLOCKS = 2**14
 
@@ -36,11 +36,11 @@ class TorchKernel(Kernel):
         self._values = torch.from_numpy(E2M1_VALUES.copy()).to(self._device)
         self.name = f"torch-{device}"
 
-    def amax(self, tile: Tile) -> float:
+    def amax(self, tile: TileArray) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
         return float(self._load(tile).abs().max())
 
-    def _load(self, tile: Tile) -> torch.Tensor:
+    def _load(self, tile: TileArray) -> torch.Tensor:
         flat = tile.reshape(-1)
         data = (
             torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
@@ -49,19 +49,19 @@ class TorchKernel(Kernel):
         )
         return data.to(self._device).to(torch.float32)
 
-    def quantize(self, tile: Tile, recipe: Recipe, packed: ByteArray, scales: ByteArray) -> TileStats:
+    def quantize(self, tile: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-        blocks = tile.reshape(-1, GROUP_SIZE)
-        out_packed, out_scales = packed.reshape(-1, GROUP_SIZE // 2), scales.reshape(-1)
-        stats = np.zeros(STATISTICS)
+        blocks = tile.reshape(-1, BLOCK_SIZE)
+        out_packed, out_scales = packed.reshape(-1, BLOCK_SIZE // 2), scales.reshape(-1)
+        stats = np.zeros(ERROR_FIELDS)
         for start in range(0, len(blocks), SLICE_BLOCKS):
             part = slice(start, start + SLICE_BLOCKS)
-            signed = self._load(blocks[part]).reshape(-1, GROUP_SIZE)
+            signed = self._load(blocks[part]).reshape(-1, BLOCK_SIZE)
             done = self._search(signed, recipe) if recipe.method == "search" else self._minmax(signed, recipe, tile)
             out_packed[part] = (done.nibbles[:, 0::2] | done.nibbles[:, 1::2] << 4).cpu().numpy()
             out_scales[part] = done.codes.to(torch.uint8).cpu().numpy()
             self._tally(stats, signed, done)
-        return TileStats.from_array(tile.size, stats)
+        return ErrorStats.from_array(tile.size, stats)
 
     def _codes(self, values: torch.Tensor) -> torch.Tensor:
         """Return E4M3 codes of values in [0, 448], to nearest, ties to even."""
@@ -79,7 +79,7 @@ class TorchKernel(Kernel):
     def _nibbles(self, values: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         return torch.bucketize(values, self._values).to(torch.uint8) | (negative.to(torch.uint8) << 3)
 
-    def _search(self, signed: torch.Tensor, recipe: Recipe) -> _Done:
+    def _search(self, signed: torch.Tensor, recipe: QuantizeArgs) -> _Done:
         x = signed.abs()
         scaled = (x.amax(1) / _filled(x, 6.0) * _filled(x, recipe.global_scale)).clamp_max(E4M3_MAX)
         base = self._codes(scaled).clamp(MIN_NORMAL_CODE, 126)
@@ -91,7 +91,7 @@ class TorchKernel(Kernel):
             difference = self._round(x * (1 / scale)[:, None]) * scale[:, None] - x
             squares = difference * difference
             error = torch.zeros_like(best)
-            for i in range(GROUP_SIZE):
+            for i in range(BLOCK_SIZE):
                 error = error + squares[:, i]
             rounding = error if offset == 0 else rounding
             better = error < best
@@ -101,7 +101,7 @@ class TorchKernel(Kernel):
         codes = torch.where(values.any(1), codes, ZERO_BLOCK_CODE)
         return _Done(self._nibbles(values, (signed < 0) & (values > 0)), codes, best, rounding, values)
 
-    def _minmax(self, signed: torch.Tensor, recipe: Recipe, tile: Tile) -> _Done:
+    def _minmax(self, signed: torch.Tensor, recipe: QuantizeArgs, tile: TileArray) -> _Done:
         x = signed.abs()
         sixth = x.amax(1) / _filled(x, 6.0)
         if tile.dtype == np.uint16:

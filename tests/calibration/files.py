@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from mfptq.calibration.file import Contents, Description, InputInfo, InputStatistics, write_calibration
-from mfptq.hub import open_checkpoint
-from mfptq.layout import candidates
-from mfptq.rules import Rules, select
+from mfptq.checkpoint.hub import open_checkpoint
+from mfptq.checkpoint.weights import candidates
+from mfptq.planning.rules import Rules, select
 
 ABOUT = Description("demo", "main", "hessian", samples=2, requested=2, max_seq_length=64, dataset="a" * 64)
 

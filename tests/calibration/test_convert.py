@@ -15,9 +15,9 @@ import mfptq
 from mfptq.calibration.reading import load_calibration
 from mfptq.conversion import Resources, prepare
 from mfptq.errors import MemoryBudgetError, PlanMismatchError, ScaleError, SourceChangedError, UsageError
-from mfptq.kernels import Recipe
+from mfptq.execution.memory_budget import plan_memory
+from mfptq.kernels import QuantizeArgs
 from mfptq.kernels.calibrated import CALIBRATED_METHODS, load_calibrated_kernel
-from mfptq.memory import plan_memory
 
 from ..conftest import command, digests
 from .files import calibrate, described, layers_of, stored
@@ -56,7 +56,7 @@ def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(met
     for columns, members in layers_of(source).values():
         for module in members:
             weight = before[f"{module}.weight"].view(torch.uint16).numpy()
-            recipe = Recipe(method, after[f"{module}.weight_global_scale"].item())
+            recipe = QuantizeArgs(method, after[f"{module}.weight_global_scale"].item())
             packed = np.empty((len(weight), columns // 2), np.uint8)
             scales = np.empty((len(weight), columns // 16), np.uint8)
             kernel.quantize(weight, recipe, calibration.statistics(module, method), packed=packed, scales=scales)
@@ -80,8 +80,8 @@ def test_the_methods_differ_and_the_global_scale_does_not(source, path, tmp_path
 def test_bytes_do_not_depend_on_tiles_or_workers(tile, workers, source, path, tmp_path, monkeypatch):
     """Tiles of 64 bytes are halves of a row: each part must meet the statistics of its own columns."""
     mfptq.convert(source, tmp_path / "whole", calibration=path)
-    monkeypatch.setattr("mfptq.memory.MAX_TILE", tile)
-    monkeypatch.setattr("mfptq.memory.MIN_TILE", tile)
+    monkeypatch.setattr("mfptq.execution.memory_budget.MAX_TILE", tile)
+    monkeypatch.setattr("mfptq.execution.memory_budget.MIN_TILE", tile)
     mfptq.convert(source, tmp_path / "cut", calibration=path, workers=workers)
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
 
@@ -222,7 +222,7 @@ def test_statistics_are_part_of_the_memory_plan(source, path):
 
 _WIDE = """
 import sys, pathlib, numpy as np, mfptq
-from mfptq.header import TensorSpec, encode_header
+from mfptq.checkpoint.header import TensorSpec, encode_header
 from tests.calibration.files import described, InputInfo, write_file, InputStatistics
 rows, columns = 16, 2**16
 folder = pathlib.Path(sys.argv[1]) / "wide"

@@ -21,7 +21,7 @@ from mfptq.calibration.merge import merge_calibrations
 from mfptq.calibration.methods import importance, local_hessian, shrinkage
 from mfptq.calibration.reading import load_calibration
 from mfptq.errors import ScaleError, UsageError
-from mfptq.partial import file_sha256
+from mfptq.storage.digest import file_sha256
 
 from ..conftest import command
 from .files import ABOUT, calibrate, described, random_inputs, statistics_of, write_file

@@ -12,11 +12,11 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from mfptq.checkpoint import CONFIG, INDEX, SINGLE, Origin, read_checkpoint
-from mfptq.config import index_text
+from mfptq.checkpoint.folder import CONFIG, INDEX, SINGLE, Origin, read_checkpoint
+from mfptq.checkpoint.header import TensorSpec, encode_header
 from mfptq.errors import MfptqError
-from mfptq.header import TensorSpec, encode_header
-from mfptq.journal import Journal, JournalState, ShardResult, parse_journal
+from mfptq.output.journal import Journal, JournalState, ShardResult, parse_journal
+from mfptq.planning.quantization_config import index_text
 from mfptq.verification import verify
 from tests.conftest import digests
 from tests.faults.faulty import FaultyFiles, kill, kill_in_the_middle

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["mfptq.header", "mfptq.strict_json", "mfptq.errors"]):
-    import mfptq.errors
-    import mfptq.header
-    import mfptq.strict_json  # noqa: F401
+with atheris.instrument_imports(include=["mfptq.checkpoint.header", "mfptq.checkpoint.strict_json", "mfptq.errors"]):
+    import mfptq.checkpoint.header
+    import mfptq.checkpoint.strict_json  # noqa: F401
 
 from tests.faults.malformed import mutate, outcome, seeds
 

@@ -11,8 +11,9 @@ from contextlib import suppress
 
 import safetensors
 
+from mfptq.checkpoint.header import ShardHeader, TensorSpec, encode_header, header_length, parse_header
+from mfptq.dtypes import DTYPE_BITS
 from mfptq.errors import HeaderError
-from mfptq.header import DTYPE_BITS, ShardHeader, TensorSpec, encode_header, header_length, parse_header
 from tests.faults.warm import Tally
 
 

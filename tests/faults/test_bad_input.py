@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mfptq.checkpoint import INDEX, Origin, read_checkpoint
+from mfptq.checkpoint.folder import INDEX, Origin, read_checkpoint
 from tests.conftest import command, digests
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -182,7 +182,9 @@ def test_case_94_closed_stdout(source: Path, tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    line = f"{sys.executable} -c 'from mfptq.cli import run; run()' convert {source} {tmp_path / 'out'} > /dev/full"
+    line = (
+        f"{sys.executable} -c 'from mfptq.cli.main import run; run()' convert {source} {tmp_path / 'out'} > /dev/full"
+    )
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 5, done.stderr
     assert command("verify", tmp_path / "out", "--source", source).returncode == 0

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import mfptq
-from mfptq.checkpoint import INDEX, SINGLE, Origin, read_checkpoint
+from mfptq.checkpoint.folder import INDEX, SINGLE, Origin, read_checkpoint
+from mfptq.checkpoint.header import TensorSpec, encode_header
 from mfptq.errors import HeaderError, IndexMismatchError, SourceError, UnsafePathError, UnsupportedTensorError
-from mfptq.header import TensorSpec, encode_header
 from tests.conftest import command, digests
 from tests.faults.malformed import BAD, entry, shard
 from tests.faults.test_bad_input import SHARD, edit_config, edit_index
@@ -48,9 +48,9 @@ def test_cases_1_to_32_in_a_folder(name: str, single: Path, tmp_path: Path) -> N
 
 _PEAK = """
 import sys, time, resource
-from mfptq.checkpoint import Origin, read_checkpoint
+from mfptq.checkpoint.folder import Origin, read_checkpoint
 from mfptq.errors import HeaderError
-from mfptq.memory import peak_bytes
+from mfptq.execution.memory_budget import peak_bytes
 begun = time.monotonic()
 try:
     found = len(read_checkpoint(Origin(__import__("pathlib").Path(sys.argv[1]))).shards[0].header.tensors)
@@ -379,8 +379,8 @@ def test_case_119_companions_that_are_absent_are_no_error(single: Path, tmp_path
 def test_case_90_a_source_that_cannot_be_opened_for_want_of_descriptors(
     single: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    from mfptq import files
     from mfptq.errors import StorageError
+    from mfptq.storage import files
 
     def no_more(*_args: object, **_kwargs: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")

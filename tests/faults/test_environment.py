@@ -18,7 +18,7 @@ from mfptq.demo import DemoShape, write_demo
 from mfptq.errors import DestinationLockedError, MemoryBudgetError
 from tests.conftest import SMALL, command, digests
 
-RUN = "from mfptq.cli import run; run()"
+RUN = "from mfptq.cli.main import run; run()"
 STOPPED = "mfptq: error: stopped; rerun the same command to resume\n"
 
 
@@ -57,7 +57,7 @@ def test_case_99_a_second_signal_stops_at_once(number: int, code: int, big: Path
     # The first signal finds a worker that never ends its piece of work; the second must not wait for it.
     mark = tmp_path / "stuck"
     stuck = f"open({str(mark)!r}, 'w'), time.sleep(60)"
-    prefix = f"import time; from mfptq import buffers; buffers.Buffers.quantize = lambda *a: ({stuck}); "
+    prefix = f"import time; from mfptq.execution.worker_memory import WorkerMemory; WorkerMemory.quantize = lambda *a: ({stuck}); "
     process = begun(big, tmp_path / "out", prefix=prefix)
     while not mark.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -154,13 +154,13 @@ def test_case_107_the_owner_may_be_unknown(source: Path, tmp_path: Path) -> None
 
 
 def test_case_110_a_worker_that_dies_ends_the_run(source: Path, tmp_path: Path, monkeypatch) -> None:
-    from mfptq.buffers import Buffers
+    from mfptq.execution.worker_memory import WorkerMemory
 
     def broken(*_args: object) -> None:
         raise ZeroDivisionError("a bug in a kernel")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Buffers, "quantize", broken)
+        patch.setattr(WorkerMemory, "quantize", broken)
         with pytest.raises(ZeroDivisionError):
             mfptq.convert(source, tmp_path / "out", workers=3)
     assert not (tmp_path / "out" / "config.json").exists()
@@ -172,13 +172,13 @@ def test_case_110_a_worker_that_dies_ends_the_run(source: Path, tmp_path: Path, 
 def test_case_111_a_device_without_memory(source: Path, tmp_path: Path, monkeypatch) -> None:
     import torch
 
-    from mfptq.buffers import Buffers
+    from mfptq.execution.worker_memory import WorkerMemory
 
     def full(*_args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Buffers, "quantize", full)
+        patch.setattr(WorkerMemory, "quantize", full)
         with pytest.raises(MemoryBudgetError) as caught:
             mfptq.convert(source, tmp_path / "out", workers=2)
     assert caught.value.exit_code == 8
@@ -245,7 +245,7 @@ def test_case_115_116_memory_that_the_system_refuses(source: Path, tmp_path: Pat
 
 
 def test_case_113_a_tensor_far_larger_than_the_memory(tmp_path: Path) -> None:
-    from mfptq.header import TensorSpec, encode_header
+    from mfptq.checkpoint.header import TensorSpec, encode_header
 
     (tmp_path / "source").mkdir()
     head, header = encode_header([TensorSpec("a.weight", "BF16", (65536, 8192)), TensorSpec("b", "U8", (2**28,))])
@@ -272,7 +272,7 @@ def test_case_114_many_more_shards_need_hardly_more_memory(tmp_path: Path) -> No
 
 
 def write_shards(folder: Path, shards: int) -> None:
-    from mfptq.header import TensorSpec, encode_header
+    from mfptq.checkpoint.header import TensorSpec, encode_header
 
     for number in range(shards):
         specs = [TensorSpec(f"l{number}.{leaf}_proj.weight", "BF16", (512, 512)) for leaf in ("q", "k", "v", "o")]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import mfptq
-from mfptq import journal
 from mfptq.errors import DestinationExistsError, DestinationLockedError, MfptqError, PlanMismatchError, StorageError
+from mfptq.output import journal
 from tests.conftest import SMALL_EXPERTS, command, digests, write_demo
 from tests.faults.faulty import FaultyFiles, fail
 
@@ -206,7 +206,7 @@ def test_case_82_no_room_is_said_before_anything_is_written(source, tmp_path, mo
 
 def as_nobody(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user whom mode bits stop."""
-    line = ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-c", "from mfptq.cli import run; run()"]
+    line = ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-c", "from mfptq.cli.main import run; run()"]
     environment = {**os.environ, "HOME": "/nonexistent", "NUMBA_CACHE_DIR": "/tmp/nobody", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [*line, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False, env=environment
@@ -237,7 +237,7 @@ def test_case_81_a_folder_that_may_not_be_written(source, tmp_path) -> None:
 @pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root and unshare")
 def test_case_80_the_source_under_another_name(source, tmp_path) -> None:
     (tmp_path / "mounted").mkdir()
-    inner = f"mount --bind {source} {tmp_path / 'mounted'} && exec {sys.executable} -c 'from mfptq.cli import run; run()' convert {source} {tmp_path}/mounted"
+    inner = f"mount --bind {source} {tmp_path / 'mounted'} && exec {sys.executable} -c 'from mfptq.cli.main import run; run()' convert {source} {tmp_path}/mounted"
     before = digests(source)
     done = subprocess.run(
         ["unshare", "-m", "bash", "-c", inner], capture_output=True, text=True, timeout=60, check=False
@@ -257,7 +257,14 @@ def test_case_85_a_file_size_limit(source, tmp_path, expected) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
 
-    line = [sys.executable, "-c", "from mfptq.cli import run; run()", "convert", str(source), str(tmp_path / "out")]
+    line = [
+        sys.executable,
+        "-c",
+        "from mfptq.cli.main import run; run()",
+        "convert",
+        str(source),
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, preexec_fn=limit)
     assert done.returncode == 5, done.stderr
     assert "EFBIG" in done.stderr

@@ -21,6 +21,6 @@ def numbers(path: Path) -> Iterator[int]:
 
 
 def test_no_case_is_forgotten() -> None:
-    paths = [*(TESTS / "unit").glob("test_*.py"), *(TESTS / "faults").glob("*.py")]
+    paths = [*TESTS.rglob("test_*.py"), *(TESTS / "faults").glob("*.py")]
     covered = {number for path in paths for number in numbers(path)}
     assert not set(CASES) - covered, sorted(set(CASES) - covered)

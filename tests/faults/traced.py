@@ -14,7 +14,7 @@ from tests.faults.warm import LAYOUTS, Tally, Workplace, workplace
 _ERRORS = {"pwrite64": "ENOSPC", "fsync": "EIO", "rename": "EIO", "preadv": "EIO",
            "fallocate": "ENOSPC", "ftruncate": "EFBIG", "unlinkat": "EACCES"}  # fmt: skip
 _INTERRUPTIBLE = ("pwrite64", "fsync", "ftruncate", "preadv")
-_COMMAND = [sys.executable, "-c", "from mfptq.cli import run; run()", "convert", "--max-workers", "1", "-q"]
+_COMMAND = [sys.executable, "-c", "from mfptq.cli.main import run; run()", "convert", "--max-workers", "1", "-q"]
 
 
 def is_available() -> bool:

@@ -9,7 +9,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 import mfptq
-from mfptq.kernels import Recipe, load_kernel
+from mfptq.kernels import QuantizeArgs, load_kernel
 from mfptq.kernels.torch import TorchKernel
 from mfptq.nvfp4 import (
     E2M1_VALUES,
@@ -130,7 +130,7 @@ def test_kernels_equal_the_reference(name: str, kernel) -> None:
         ):
             packed = np.empty((weight.shape[0], weight.shape[1] // 2), np.uint8)
             codes = np.empty((weight.shape[0], weight.shape[1] // 16), np.uint8)
-            kernel.quantize(weight, Recipe(method, scale), packed, codes)
+            kernel.quantize(weight, QuantizeArgs(method, scale), packed, codes)
             expected_packed, expected_codes = reference(weight, scale)
             assert np.array_equal(codes, expected_codes), (method, weight.dtype)
             assert np.array_equal(packed, expected_packed), (method, weight.dtype)
@@ -188,7 +188,7 @@ def test_any_divisor_and_any_number_of_blocks(kernel, divisor: float, blocks: in
     for method, reference in (("search", quantize_search), ("minmax", quantize_minmax)):
         for stored in stored_forms(weight):
             packed, codes = np.empty((1, 8 * blocks), np.uint8), np.empty((1, blocks), np.uint8)
-            stats = kernel.quantize(stored, Recipe(method, divisor), packed, codes)
+            stats = kernel.quantize(stored, QuantizeArgs(method, divisor), packed, codes)
             expected = reference(stored, divisor)
             assert np.array_equal(packed, expected[0])
             assert np.array_equal(codes, expected[1])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mfptq.errors import MemoryBudgetError, UsageError
-from mfptq.kernels import Kernel, Recipe, load_kernel
+from mfptq.kernels import Kernel, QuantizeArgs, load_kernel
 from mfptq.kernels.choice import cuda_devices
 from mfptq.kernels.driver import Driver
 
@@ -38,7 +38,7 @@ def test_bytes_and_statistics_are_those_of_the_cpu(method, dtype, shape, divisor
     for kernel in (load_kernel("cpu"), load_kernel("cuda")):
         packed = np.full((shape[0], shape[1] // 2), 0xEE, np.uint8)
         codes = np.full((shape[0], shape[1] // 16), 0xEE, np.uint8)
-        results.append((packed, codes, kernel.quantize(weight, Recipe(method, divisor), packed, codes)))
+        results.append((packed, codes, kernel.quantize(weight, QuantizeArgs(method, divisor), packed, codes)))
     (packed, codes, stats), (gpu_packed, gpu_codes, gpu_stats) = results
     assert np.array_equal(codes, gpu_codes)
     assert np.array_equal(packed, gpu_packed)
@@ -66,7 +66,7 @@ def test_random_bits() -> None:
         for kernel in (load_kernel("cpu"), load_kernel("cuda")):
             packed, codes = np.empty((64, 512), np.uint8), np.empty((64, 64), np.uint8)
             for method, divisor in (("search", 2.0 ** (seed - 10)), ("minmax", 1.7 * seed + 0.1)):
-                kernel.quantize(bits, Recipe(method, divisor), packed, codes)
+                kernel.quantize(bits, QuantizeArgs(method, divisor), packed, codes)
                 results.append(packed.tobytes() + codes.tobytes())
         assert results[:2] == results[2:]
 
@@ -75,7 +75,7 @@ def quantized(kernel: Kernel, weight: np.ndarray) -> tuple[bytes, bytes, float]:
     rows, columns = weight.shape
     packed, codes = kernel.allocate(rows * columns // 2), kernel.allocate(rows * columns // 16)
     amax = kernel.amax(weight)
-    kernel.quantize(weight, Recipe("search", 512.0), packed.reshape(rows, -1), codes.reshape(rows, -1))
+    kernel.quantize(weight, QuantizeArgs("search", 512.0), packed.reshape(rows, -1), codes.reshape(rows, -1))
     return packed.tobytes(), codes.tobytes(), amax
 
 

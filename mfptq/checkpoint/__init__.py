@@ -1,0 +1,1 @@
+"""Read a folder or a Hub repo as a checkpoint: headers, index, config and companions."""

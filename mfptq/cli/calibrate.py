@@ -1,0 +1,104 @@
+"""`mfptq calibrate`: the command line of making a calibration file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..observation.calibrate import CalibrationProgress, ProgressCallback
+
+
+@click.command()
+@click.argument("model")
+@click.option("--dataset", required=True, type=click.Path(path_type=Path), help="JSONL, parquet or text file.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="File, *.calibration.safetensors.")
+@click.option("--samples", default=256, show_default=True, help="How many samples to run.")
+@click.option("--max-seq-length", default=4096, show_default=True, help="Tokens of a sample that are read.")
+@click.option("--batch-size", type=int, help="Samples between two writes; by default what memory allows.")
+@click.option(
+    "--statistics",
+    type=click.Choice(["amax", "moments", "hessian"]),
+    default="hessian",
+    show_default=True,
+    help="What to record; each includes the ones before.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="To compute in; float32 is faster on CPUs without bfloat16.",
+)
+@click.option("--max-memory", help="Ceiling for the process; a larger model is read block by block.")
+@click.option("--all-experts/--routed-experts", default=True, show_default=True, help="Which tokens an expert sees.")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out: a module name, or re:REGEX.")
+@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Include what a default keeps.")
+@click.option("--overwrite", is_flag=True, help="Start anew where the output exists.")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
+    """Run MODEL (folder or Hub repo) over text and record what reaches its linear layers; rerun to resume.
+
+    Example: mfptq calibrate Qwen/Qwen3.5-27B --dataset chats.jsonl --output qwen.calibration.safetensors
+    """
+    from ..checkpoint.hub import HubOptions
+    from ..observation.calibrate import Options
+    from ..observation.calibrate import calibrate as run_calibration
+
+    rest = {name: options.pop(name) for name in ("ignore", "targets", "overwrite")}
+    hub = HubOptions(options.pop("revision"), options.pop("token"), options.pop("cache_dir"))
+    quiet = options.pop("quiet")
+    with _progress(output, quiet=quiet) as progress:
+        done = run_calibration(model, dataset, output, options=Options(**options), hub=hub, progress=progress, **rest)
+    if not quiet:
+        click.echo(f"{output}: {done.statistics} over {done.samples} samples of {done.model}")
+
+
+@contextmanager
+def _progress(output: Path, *, quiet: bool) -> Iterator[ProgressCallback]:
+    """Lend a callback that moves a bar; a run that stops early says how much is in the file."""
+    import os
+    import sys
+
+    from tqdm import tqdm
+
+    disabled = quiet or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+    latest: list[CalibrationProgress] = []
+    with tqdm(unit="block", disable=disabled, desc="calibrate", leave=False) as bar:
+
+        def show(event: CalibrationProgress) -> None:
+            latest[:] = [event]
+            bar.total = event.total_steps
+            bar.update(event.steps - bar.n)
+            bar.set_postfix_str(f"{event.samples}/{event.requested} samples kept", refresh=False)
+
+        try:
+            yield show
+        finally:
+            if latest and latest[0].samples < latest[0].requested:
+                bar.clear()
+                _say_what_is_kept(output, latest[0].requested)
+
+
+def _say_what_is_kept(output: Path, requested: int) -> None:
+    """Ask the file itself: a signal can come between its writing and the report of it."""
+    from ..errors import MfptqError
+    from ..observation.calibrate import read_description
+
+    try:
+        found = read_description(output) if output.exists() else None
+    except MfptqError:  # what --overwrite was to replace is none of ours
+        found = None
+    if found is None or found.requested != requested:
+        click.echo(f"mfptq: no batch was finished, 0 of {requested} samples are kept", err=True)
+    else:
+        kept = f"{found.samples} of {requested} samples are kept in {output}"
+        click.echo(f"mfptq: {kept}: rerun the same command to go on", err=True)

@@ -1,0 +1,74 @@
+"""The commands of `mfptq calibration`: what to do with calibration files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+_OUTPUT = click.option("--output", type=click.Path(path_type=Path), required=True, help="The file to write.")
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+
+
+@click.group()
+def calibration() -> None:
+    """Show, merge and extract calibration files.
+
+    Example: mfptq calibration show qwen.calibration.safetensors
+    """
+
+
+@calibration.command()
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@_OUTPUT
+@_OVERWRITE
+def merge(files: tuple[Path, ...], output: Path, overwrite: bool) -> None:
+    """Join calibration FILES of one model, made from different text.
+
+    Example: mfptq calibration merge a.calibration.safetensors b.calibration.safetensors --output
+    all.calibration.safetensors
+    """
+    from ..calibration.file import check_output
+    from ..calibration.merge import merge_calibrations
+
+    check_output(output, overwrite=overwrite)
+    merge_calibrations(files, output)
+
+
+@calibration.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def show(file: Path, as_json: bool) -> None:
+    """Show how much text FILE stands for, and its outliers.
+
+    Example: mfptq calibration show qwen.calibration.safetensors
+    """
+    from dataclasses import asdict
+
+    from ..calibration.overview import overview, overview_text
+    from ..calibration.reading import load_calibration
+
+    calibration = load_calibration(file)
+    try:
+        found = overview(calibration)
+    finally:
+        calibration.close()
+    click.echo(json.dumps(asdict(found)) if as_json else overview_text(found))
+
+
+@calibration.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_OUTPUT
+@click.option("--kind", help="What bare numbers are: input_global_scale, input_scale, amax.")
+@_OVERWRITE
+def extract(checkpoint: Path, output: Path, kind: str | None, overwrite: bool) -> None:
+    """Take the input ranges out of an NVFP4 CHECKPOINT of llm-compressor, AutoRound or ModelOpt.
+
+    Example: mfptq calibration extract Qwen3.5-27B-NVFP4 --output qwen.calibration.safetensors
+    """
+    from ..calibration.extract import extract_scales
+    from ..calibration.file import check_output
+
+    check_output(output, overwrite=overwrite)
+    extract_scales(checkpoint, output, kind)

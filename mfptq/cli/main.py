@@ -1,0 +1,269 @@
+"""The command line: thin, the only place that prints. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .._version import __version__
+from ..errors import MfptqError, UsageError, VerificationError, quote
+from ..execution.memory_budget import memory_errors
+from .calibration import calibration
+from .process import STOPPED, Interrupted, stopping_on_signals, tune_interpreter
+
+if TYPE_CHECKING:
+    from ..checkpoint.hub import HubOptions
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def run() -> None:
+    """Run the command line; every error of ours is one line on stderr and its exit code."""
+    tune_interpreter()
+    if sys.stderr is None or not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        with stopping_on_signals(), memory_errors():
+            main.main(standalone_mode=False)
+        if sys.stdout is None:
+            _fail("the work is done, but stdout is closed", 5)
+        sys.stdout.flush()
+    except MfptqError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (Interrupted, click.Abort) as stop:
+        _fail(STOPPED, getattr(stop, "exit_code", 130))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(5)
+    except OSError as error:
+        _fail(f"cannot write the output: {error.strerror}", 5)
+
+
+def _fail(message: str, code: int) -> None:
+    with suppress(OSError):  # the exit code tells, where stderr cannot
+        click.echo(f"mfptq: error: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mfptq")
+def main() -> None:
+    """Convert Hugging Face checkpoints to NVFP4 without building the model.
+
+    Example: mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4
+    """
+
+
+main.add_command(calibration)
+
+
+def _source_options(function: Function) -> Function:
+    for option in (
+        click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache."),
+        click.option("--token", help="Hub token; HF_TOKEN and a stored login work too."),
+        click.option("--revision", help="Branch, tag or commit on the Hub."),
+    ):
+        function = option(function)
+    return function
+
+
+def _rule_options(function: Function) -> Function:
+    for option in (
+        click.option(
+            "--input-scales-kind", help="What bare numbers are: input_global_scale, input_scale, fp8_input_scale, amax."
+        ),
+        click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
+        click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
+        click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
+        click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
+        click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Quantize what a default keeps."),
+        click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep: a module name, or re:REGEX."),
+        click.option(
+            "--method",
+            help="search (least error of weights), minmax (rounding); with --calibration also weighted, hessian, "
+            "hessian+ (least error of outputs), or auto, its default: the strongest that the file allows.",
+        ),
+        click.option("--scheme", help="NVFP4 (W4A4) or NVFP4A16; by default W4A4 where input scales are given."),
+    ):
+        function = option(function)
+    return function
+
+
+def _resource_options(function: Function) -> Function:
+    for option in (
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="cpu, cuda[:N], another torch device, or auto: what should finish first.",
+        ),
+        click.option("--max-workers", type=int, help="Threads that compute; by default one for each core."),
+        click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process."),
+    ):
+        function = option(function)
+    return function
+
+
+def _hub(options: dict[str, Any]) -> HubOptions:
+    from ..checkpoint.hub import HubOptions
+
+    return HubOptions(options.pop("revision"), options.pop("token"), options.pop("cache_dir"))
+
+
+def _conversion_options(options: dict[str, Any]) -> dict[str, Any]:
+    scheme = options.pop("scheme")
+    return {
+        **options,
+        "hub": _hub(options),
+        "scheme": scheme.upper() if scheme else None,
+        "default_ignore": not options["no_default_ignore"],
+    }
+
+
+@main.command()
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@_source_options
+@_rule_options
+@_resource_options
+@click.option("--overwrite", is_flag=True, help="Start anew in an output of ours.")
+@click.option("--dry-run", is_flag=True, help="Only show the plan.")
+@click.option("--timings", is_flag=True, help="Show where the time went.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def convert(model: str, output: Path, **options: Any) -> None:
+    """Convert MODEL (folder or Hub repo) into the folder OUTPUT; rerun to resume.
+
+    Example: mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4 --max-memory 2GB
+    """
+    from ..conversion import convert as run_conversion
+    from . import text
+
+    shown = {name: options.pop(name) for name in ("dry_run", "timings", "as_json", "quiet")}
+    settings = _conversion_options(dict(options))
+    for name in ("revision", "token", "cache_dir", "no_default_ignore"):
+        settings.pop(name, None)
+    settings["workers"] = settings.pop("max_workers")
+    if shown["dry_run"]:
+        _show_plan(model, settings, as_json=shown["as_json"])
+        return
+    with text.progress(quiet=shown["quiet"]) as progress:
+        report = run_conversion(model, output, progress=progress, **settings)
+    if shown["as_json"]:
+        click.echo(json.dumps(report.as_dict()))
+    elif not shown["quiet"]:
+        click.echo(text.summary(report, timings=shown["timings"]))
+
+
+def _show_plan(model: str, settings: dict[str, Any], *, as_json: bool) -> None:
+    from ..conversion import InputScaleSource, make_plan
+    from ..planning.rules import Rules
+    from ..planning.settings import Settings
+    from . import text
+
+    rules = Rules(tuple(settings["ignore"]), tuple(settings["targets"]), settings["default_ignore"])
+    known = InputScaleSource(*(settings[name] for name in ("input_scales", "input_scales_kind", "calibration", "like")))
+    made = make_plan(model, Settings(rules, settings["method"], settings["scheme"]), known, settings["hub"])
+    shown = text.plan_values(made, settings["max_memory"], settings["workers"])
+    click.echo(json.dumps(shown) if as_json else text.plan_text(shown))
+
+
+@main.command()
+@click.argument("model")
+@_source_options
+@_rule_options
+@_resource_options
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def plan(model: str, as_json: bool, **options: Any) -> None:
+    """Show what converting MODEL would do, and write nothing.
+
+    Example: mfptq plan Qwen/Qwen3.5-27B --ignore 're:.*linear_attn.*'
+    """
+    settings = _conversion_options(options)
+    settings["workers"] = settings.pop("max_workers")
+    _show_plan(model, settings, as_json=as_json)
+
+
+@main.command()
+@click.argument("path")
+@_source_options
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def inspect(path: str, as_json: bool, **options: Any) -> None:
+    """Show what the checkpoint PATH (folder or Hub repo) holds, from headers alone.
+
+    Example: mfptq inspect ./Qwen3.5-27B-NVFP4
+    """
+    from dataclasses import asdict
+
+    from ..inspection import inspect as look
+    from . import text
+
+    found = look(path, _hub(options))
+    click.echo(json.dumps(asdict(found)) if as_json else text.inspection_text(found))
+
+
+@main.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--source", help="What it was made from: folder or Hub repo.")
+@_source_options
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def verify(output: Path, source: str | None, as_json: bool, **options: Any) -> None:
+    """Check a converted checkpoint; exit code 6 if anything is wrong.
+
+    Example: mfptq verify Qwen3.5-27B-NVFP4 --source Qwen/Qwen3.5-27B
+    """
+    from dataclasses import asdict
+
+    from ..verification import verify as check
+    from . import text
+
+    found = check(output, source, _hub(options))
+    click.echo(json.dumps({**asdict(found), "ok": found.ok}) if as_json else text.verification_text(found))
+    if not found.ok:
+        raise VerificationError(f"{quote(output)} has {len(found.faults)} faults: {found.faults[0]}")
+
+
+@main.command()
+@click.argument("output", type=click.Path(path_type=Path))
+def demo(output: Path) -> None:
+    """Make a small Qwen3.5-shaped checkpoint, convert and verify it, in the new folder OUTPUT.
+
+    Example: mfptq demo ./mfptq-demo
+    """
+    from ..conversion import convert as run_conversion
+    from ..demo import DemoShape, write_demo
+    from ..verification import verify as check
+    from . import text
+
+    if output.exists() and any(output.iterdir()):
+        raise UsageError(f"{quote(output)} is not empty: name a new folder")
+    for name, shape in (("dense", DemoShape()), ("experts", DemoShape(experts=4, intermediate=128))):
+        source, target = output / name, output / f"{name}-NVFP4"
+        write_demo(source, shape)
+        with text.progress(quiet=False) as progress:
+            report = run_conversion(source, target, progress=progress)
+        click.echo(text.summary(report, timings=False))
+        found = check(target, source)
+        click.echo(text.verification_text(found) + "\n")
+        if not found.ok:
+            raise VerificationError(found.faults[0])
+    click.echo(
+        "Next, with a model of your own:\n  mfptq plan Qwen/Qwen3.5-27B\n  mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4"
+    )
+
+
+from .calibrate import calibrate  # noqa: E402 - imports nothing but click
+
+main.add_command(calibrate)

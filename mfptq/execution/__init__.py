@@ -1,0 +1,1 @@
+"""Run a plan: bytes in, bytes out, on threads."""

@@ -1,0 +1,72 @@
+"""Global scales while they are being found: each group's largest magnitude once, whichever shards wait for it."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..checkpoint.weights import Weight
+from ..nvfp4 import minmax_global_scale, search_global_scale
+
+ScaleWaiter = Callable[[float], None]
+
+
+@dataclass(slots=True)
+class AmaxSearch:
+    """A group whose largest magnitude is being found: `left` tiles are still to be read."""
+
+    members: Sequence[Weight]
+    left: int
+    amax: float = 0.0
+    scale: float | None = None
+    waiting: list[ScaleWaiter] = field(default_factory=list)
+
+
+def global_scale(method: str, amax: float, dtype: str) -> float:
+    """Return the divisor that a fused group of that dtype shares."""
+    return minmax_global_scale(amax, dtype) if method == "minmax" else search_global_scale(amax)
+
+
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """Return the dtype that a fused group is computed in: float32 where its members have different ones."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else "F32"
+
+
+def scalar(value: float) -> bytes:
+    """Return a value as a float32 tensor of one element."""
+    return struct.pack("<f", value)
+
+
+class GlobalScales:
+    """The state of every group that was begun; safe to use from several threads."""
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+        self._groups: dict[str, AmaxSearch] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, name: str, search: AmaxSearch, waiter: ScaleWaiter) -> bool:
+        """Call `waiter` with the group's scale as soon as it is known; return whether the caller must find it."""
+        with self._lock:
+            group = self._groups.setdefault(name, search)
+            if group.scale is None:
+                group.waiting.append(waiter)
+                return group is search
+        waiter(group.scale)
+        return False
+
+    def found(self, name: str, amax: float) -> None:
+        """Note one tile's largest magnitude; the last tile of a group settles its scale and calls who waits."""
+        with self._lock:
+            group = self._groups[name]
+            group.amax = max(group.amax, amax)
+            group.left -= 1
+            if group.left:
+                return
+            group.scale = global_scale(self._method, group.amax, common_dtype(weight.dtype for weight in group.members))
+            waiting, group.waiting = group.waiting, []
+        for waiter in waiting:
+            waiter(group.scale)

@@ -1,0 +1,160 @@
+"""How much memory the process has, may have, and will use: a budget is kept by choosing tiles, or refused at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..errors import MemoryBudgetError, UsageError, quote
+
+MAX_TILE = 4 * 2**20
+MIN_TILE = 256 * 2**10
+PARTS = 3  # of a worker's memory: one is filled while the others are written
+FEW_WORKERS = 4  # more of them wait for each other at the interpreter's lock, with larger tiles less often
+PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
+RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
+INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything of its own
+THREAD_BYTES = 8 * 2**20  # a stack
+# What loading a kernel takes of the data segment, where it must be compiled first too.
+KERNEL_BYTES = {"cpu": 60 * 2**20, "calibrated": 110 * 2**20, "cuda": 400 * 2**20, "torch": 330 * 2**20}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str | int) -> int:
+    """Return bytes from a number or a text like 4GB, 512MiB (decimal and binary units), or raise UsageError."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError(f"size {quote(text)} is not understood: write it as 500MB, 4GB or 1GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds now, in bytes."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of a fresh process counts its parent's memory before exec
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """Return the memory that the machine, or the group this process is confined to, can still give; None if unknown."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        limits += [int(found[1]) * 1024] if found else []
+    for path in _group_limits():
+        text = path.read_text().strip() if path.is_file() else ""
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits, default=None)
+
+
+def exceeds_half_of_memory(size: int) -> bool:
+    """Return whether so many bytes of files would push everything else out of the page cache."""
+    available = available_bytes()
+    return available is not None and size > available // 2
+
+
+def _group_limits() -> Iterator[Path]:
+    """Yield where the memory limits of this process's control groups and of their parents would be (cgroup v2, v1)."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = ("memory/", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        for folder in (PurePosixPath(group), *PurePosixPath(group).parents):
+            yield Path(f"/sys/fs/cgroup/{root}{str(folder).lstrip('/')}") / name
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a budget is spent: `peak` is the most the process will hold, in bytes."""
+
+    workers: int
+    tile_bytes: int
+    peak: int
+
+
+def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
+    """Return what one worker holds: parts for a tile and what it becomes, scratch, an input's statistics in three forms."""
+    return PARTS * (tile_bytes + tile_bytes // 4 + tile_bytes // 32) + PER_WORKER + 3 * statistics
+
+
+def plan_memory(
+    budget: int, held: int, workers: int, *, statistics: int = 0, largest_tile: int = MAX_TILE
+) -> MemoryPlan:
+    """Return tiles and workers that fit into `budget` bytes when the process already holds `held`.
+
+    `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read, as
+    prepared and as its kernel factors them, and two inputs' are kept besides.
+
+    `largest_tile` is what suits the kernel, in bytes; more than FEW_WORKERS get twice that. Tiles shrink first, then
+    workers; raises MemoryBudgetError, naming the least that works, when one small tile is too much.
+    """
+    base = held + RESERVE + 2 * statistics
+    least = base + worker_bytes(MIN_TILE, statistics)
+    if budget < least:
+        raise MemoryBudgetError(
+            f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
+        )
+    count = min(workers, (budget - base) // worker_bytes(MIN_TILE, statistics))
+    tile = largest_tile * (2 if workers > FEW_WORKERS else 1)
+    while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
+        tile //= 2
+    return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))
+
+
+def check_data_limit(kernel: str) -> None:
+    """Raise MemoryBudgetError if `ulimit -d` leaves too little to load a kernel: libraries that run out may just crash."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found is None:
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    needed = int(found[1]) * 1024 + KERNEL_BYTES[kernel] + RESERVE + worker_bytes(MIN_TILE) + THREAD_BYTES
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise MemoryBudgetError(
+            f"the system's limit on data (ulimit -d) is {_megabytes(limit)}, about {_megabytes(needed, up=True)} are needed"
+        )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what the interpreter raises where the system gives no more memory or threads into MemoryBudgetError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        of_torch = type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and not of_torch and "start new thread" not in str(error):
+            raise
+        raise MemoryBudgetError(
+            "memory ran out: use fewer --max-workers or less --max-memory, or raise the system's limit; "
+            "rerun the same command to resume"
+        ) from None
+
+
+def _megabytes(size: int, *, up: bool = False) -> str:
+    return f"{-(-size // 10**6) if up else size // 10**6} MB"

@@ -1,0 +1,1 @@
+"""What is decided by a module's name alone."""

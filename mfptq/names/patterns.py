@@ -1,0 +1,98 @@
+"""Patterns over module names, with compressed-tensors' meaning: a literal name, or `re:` and a regex matched from the start.
+
+A user's regex may explode (`(a+)+$`). Python cannot stop a match from another thread, so user regexes run in a process of
+their own that is ended when its time is up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+
+from ..errors import RuleError, quote
+from ..limits import MAX_RULE_SECONDS, MAX_RULES
+
+REGEX_PREFIX = "re:"
+START_SECONDS = 30.0  # what a busy machine may take to start an interpreter
+_WORKER = """
+import json, re, signal, sys
+limit, patterns, names = json.load(sys.stdin)
+if hasattr(signal, "setitimer"):
+    signal.setitimer(signal.ITIMER_REAL, limit)
+compiled = [re.compile(pattern) for pattern in patterns]
+hits = [[i for i, name in enumerate(names) if regex.match(name)] for regex in compiled]
+if hasattr(signal, "setitimer"):
+    signal.setitimer(signal.ITIMER_REAL, 0)
+json.dump(hits, sys.stdout)
+"""
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise RuleError if the pattern is empty or its regex does not compile."""
+    if pattern in ("", REGEX_PREFIX):
+        raise RuleError("an empty pattern matches nothing: give a module name or re:REGEX")
+    if pattern.startswith(REGEX_PREFIX):
+        try:
+            re.compile(pattern.removeprefix(REGEX_PREFIX))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise RuleError(f"pattern {quote(pattern)}: {error}") from None
+
+
+def match_names(patterns: Sequence[str], names: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Return, for each pattern, the names it matches.
+
+    Raises RuleError for an invalid pattern, and when matching takes longer than 2 seconds in all.
+    """
+    if len(patterns) > MAX_RULES:
+        raise RuleError(f"{len(patterns)} patterns, expected at most {MAX_RULES}")
+    for pattern in patterns:
+        check_pattern(pattern)
+    regexes = [pattern for pattern in patterns if pattern.startswith(REGEX_PREFIX)]
+    known = set(names)
+    found = {pattern: frozenset({pattern} & known) for pattern in patterns if pattern not in regexes}
+    if regexes:
+        hits = _match_apart([pattern.removeprefix(REGEX_PREFIX) for pattern in regexes], names)
+        found |= {pattern: frozenset(names[i] for i in rows) for pattern, rows in zip(regexes, hits, strict=True)}
+    return found
+
+
+def _match_apart(regexes: list[str], names: Sequence[str]) -> list[list[int]]:
+    """Match in another process: safe from any thread, and ended by its own alarm, which no match can delay."""
+    call = json.dumps([MAX_RULE_SECONDS, regexes, list(names)]).encode()
+    named = ", ".join(quote(REGEX_PREFIX + regex) for regex in regexes[:3])
+    command = [sys.executable, "-I", "-S", "-c", _WORKER]
+    try:
+        worker = subprocess.run(command, input=call, capture_output=True, timeout=START_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise _too_slow(named) from None
+    if worker.returncode == -getattr(signal, "SIGALRM", 0):
+        raise _too_slow(named)
+    if worker.returncode:
+        raise RuleError(f"matching {named} failed: the process that matched ended with {worker.returncode}")
+    hits: list[list[int]] = json.loads(worker.stdout)
+    return hits
+
+
+def _too_slow(named: str) -> RuleError:
+    return RuleError(f"matching {named} took longer than {MAX_RULE_SECONDS:g} s: avoid nested repetition")
+
+
+def unmatched_error(pattern: str, option: str, names: Collection[str]) -> RuleError:
+    """Return the error for a pattern that matches no module, with the nearest names."""
+    text = pattern.removeprefix(REGEX_PREFIX)
+    if not pattern.startswith(REGEX_PREFIX) and any(name.startswith(text + ".") for name in names):
+        return RuleError(
+            f"{option} {quote(pattern)} is no weight's name but a parent: "
+            f"use {quote(REGEX_PREFIX + re.escape(text) + chr(92) + '..*')}"
+        )
+    tails = {name.rpartition(".")[2]: name for name in sorted(names, reverse=True)}
+    near = difflib.get_close_matches(text, sorted(names)[:5000], n=2, cutoff=0.6)
+    near += [tails[leaf] for leaf in difflib.get_close_matches(text.rpartition(".")[2], sorted(tails), n=2)]
+    hint = "; near names: " + ", ".join(quote(name) for name in dict.fromkeys(near)) if near else ""
+    anchored = "" if near or not pattern.startswith(REGEX_PREFIX) else " (a regex matches from the start of the name)"
+    return RuleError(f"{option} {quote(pattern)} matches no module of this checkpoint{anchored}{hint}")

@@ -1,0 +1,255 @@
+"""Making a calibration file: the model reads text, and what reaches its linear layers is summed up."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from ..calibration.file import Contents, Description, Level, check_output, parse_description, write_calibration
+from ..calibration.reading import Calibration, load_calibration
+from ..checkpoint.folder import Checkpoint, read_shard
+from ..checkpoint.hub import HubOptions
+from ..checkpoint.source import FolderSource
+from ..conversion import make_plan
+from ..errors import ScaleError, UsageError, quote
+from ..execution.memory_budget import parse_size
+from ..planning.plan import Plan
+from ..planning.rules import Rules
+from ..planning.settings import Settings
+from .inputs import Blocks, find_blocks, find_inputs
+from .recording import Recorder
+from .texts import Encoder, Samples, read_samples
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .models import Skeleton
+    from .streaming import Runner
+
+DTYPES = ("auto", "bfloat16", "float32")
+ProgressCallback = Callable[["CalibrationProgress"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationProgress:
+    """How far a calibration is: samples that are in the file, and steps (a block run for a sample) done of all."""
+
+    samples: int
+    requested: int
+    steps: int
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a calibration is made; `batch_size` None means what memory allows, `max_memory` None what the machine has.
+
+    `dtype` is that of the computation, `auto` the checkpoint's; many CPUs are several times faster in float32.
+    """
+
+    samples: int = 256
+    max_seq_length: int = 4096
+    batch_size: int | None = None
+    statistics: Level = "hessian"
+    device: str = "cpu"
+    max_memory: str | int | None = None
+    dtype: str = "auto"
+    all_experts: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_seq_length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if self.statistics not in get_args(Level):
+            raise UsageError(f"statistics {quote(self.statistics)} are unknown, expected {', '.join(get_args(Level))}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype {quote(self.dtype)} is unknown, expected one of {', '.join(DTYPES)}")
+
+
+def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
+    source: str | Path,
+    dataset: str | Path,
+    output: str | Path,
+    *,
+    options: Options | None = None,
+    ignore: Iterable[str] = (),
+    targets: Iterable[str] = (),
+    hub: HubOptions | None = None,
+    overwrite: bool = False,
+    encoder: Encoder | None = None,
+    progress: ProgressCallback | None = None,
+) -> Description:
+    """Run a model over text and write the statistics of its linear layers' inputs; returns what was done.
+
+    `source` is a checkpoint as `convert` takes it, `dataset` a file of JSON lines, parquet or plain text. An `output`
+    that an interrupted run left is gone on with. `encoder` is a tokenizer or processor of transformers, the
+    checkpoint's own by default. The file is written anew after every batch of samples, so it can be used at any time.
+
+    Raises MfptqError and its subclasses; UsageError if transformers and accelerate are not installed.
+    """
+    from . import models
+
+    options, output = options or Options(), Path(output)
+    check_output(output, overwrite=True)
+    models.require_extra()
+    models.check_device(options.device)
+    plan = make_plan(source, Settings(Rules(tuple(ignore), tuple(targets))), hub=hub)
+    try:
+        with models.quiet_transformers():
+            skeleton = models.build_skeleton(plan.checkpoint, options.dtype)
+            inputs = find_inputs(plan, skeleton.model, all_experts=options.all_experts)
+            encoder = encoder if encoder is not None else models.load_encoder(skeleton.folder)
+            samples = read_samples(
+                Path(dataset), encoder, samples=options.samples, max_seq_length=options.max_seq_length
+            )
+            description = _description(plan, options, samples)
+            recorder = Recorder(inputs, options.statistics)
+            if not overwrite and output.exists():
+                description = resume(output, description, recorder)
+            return _Making(skeleton, plan.checkpoint, recorder, options, progress).run(output, description, samples)
+    finally:
+        plan.checkpoint.source.close()
+
+
+def _description(plan: Plan, options: Options, samples: Samples) -> Description:
+    origin = plan.checkpoint.origin
+    return Description(
+        model=origin.repo_id or origin.folder.resolve().name,
+        revision=origin.revision or "",
+        statistics=options.statistics,
+        requested=len(samples.ids),
+        max_seq_length=options.max_seq_length,
+        dataset=samples.digest,
+    )
+
+
+def resume(output: Path, description: Description, recorder: Recorder) -> Description:
+    """Take an unfinished file's sums over, and return what has been done; raises UsageError if it is of another run."""
+    calibration = load_calibration(output)
+    try:
+        found = calibration.description
+        if found.is_complete:
+            check_output(output, overwrite=False)
+        if replace(found, samples=0) != description:
+            fields = ("origin", "model", "revision", "statistics", "requested", "max_seq_length", "dataset")
+            other = next(name for name in fields if getattr(found, name) != getattr(description, name))
+            raise UsageError(
+                f"--output {quote(output)} holds an unfinished run with another {other}: choose another name, or pass "
+                "--overwrite"
+            )
+        _take_over(calibration, recorder)
+        return found
+    finally:
+        calibration.close()
+
+
+def read_description(path: Path) -> Description:
+    """Return what a file says of its making, without checking the statistics in it."""
+    source = FolderSource(path.parent)
+    try:
+        return parse_description(read_shard(source, path.name).header.metadata)
+    finally:
+        source.close()
+
+
+def _take_over(calibration: Calibration, recorder: Recorder) -> None:
+    known = {info.name: info for info in recorder.inputs.infos}
+    routed = calibration.routed()
+    if (
+        any(known.get(name) != info for name, info in calibration.inputs.items())
+        or routed.keys() != recorder.routed.keys()
+    ):
+        raise UsageError(
+            f"--output {quote(calibration.path)} holds an unfinished run with other inputs: choose another name, or pass "
+            "--overwrite"
+        )
+    for info in calibration.inputs.values():
+        recorder.sums[info.name].restore(calibration.read(info))
+    recorder.routed.update(routed)
+
+
+@dataclass(slots=True)
+class _Making:
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    recorder: Recorder
+    options: Options
+    progress: ProgressCallback | None
+    steps: int = 0
+
+    def run(self, output: Path, description: Description, samples: Samples) -> Description:
+        """Run the samples that are left, batch by batch, and write the file after each."""
+        _check_vocabulary(self.skeleton.model, samples)
+        blocks = find_blocks(self.skeleton.model, self.recorder.inputs)
+        count = len(blocks.names)
+        self.steps = description.samples * count
+
+        def tick() -> None:
+            self.steps += 1
+            self._report(description, count)
+
+        with self._runner(output.parent, blocks, samples, tick) as (runner, batch):
+            while not description.is_complete:
+                done = description.samples
+                part = samples.ids[done : done + batch]
+                runner.run(part)
+                self.recorder.check_reached()
+                description = replace(description, samples=done + len(part))
+                self._write(output, description)
+                self._report(description, count)
+        return description
+
+    def _report(self, description: Description, blocks: int) -> None:
+        if self.progress is not None:
+            requested = description.requested
+            self.progress(CalibrationProgress(description.samples, requested, self.steps, requested * blocks))
+
+    def _write(self, output: Path, description: Description) -> None:
+        recorder = self.recorder
+        write_calibration(output, Contents(description, recorder.seen(), recorder.statistics, recorder.routed))
+
+    @contextmanager
+    def _runner(
+        self, folder: Path, blocks: Blocks, samples: Samples, tick: Callable[[], None]
+    ) -> Iterator[tuple[Runner, int]]:
+        """Load the model, and lend what runs it and how many samples it takes at a time."""
+        from . import models
+        from .residency import choose_residency, measure_demand
+        from .streaming import Runner, open_stream
+
+        options, infos = self.options, self.recorder.inputs.infos
+        longest = max(len(ids) for ids in samples.ids)
+        demand = measure_demand(self.skeleton, self.checkpoint, infos, level=options.statistics, length=longest)
+        budget = parse_size(options.max_memory) if options.max_memory is not None else None
+        residency = choose_residency(demand, budget, options.batch_size, options.device)
+        with ExitStack() as stack:
+            if residency.streamed and blocks.outside:
+                raise ScaleError(
+                    f"{quote(blocks.outside[0])} lies outside of the repeated blocks that are streamed: raise --max-memory "
+                    "to hold the model, or --ignore it"
+                )
+            if residency.streamed:
+                offload = stack.enter_context(tempfile.TemporaryDirectory(prefix=".mfptq-", dir=folder))
+                model = models.load_on_disk(self.skeleton, Path(offload))
+                runner: Runner = open_stream(
+                    model, blocks.names, self.checkpoint, device=options.device, dtype=options.dtype
+                )
+            else:
+                runner = Runner(models.load_whole(self.skeleton, options.device), blocks.names, options.device)
+                runner.to_end = bool(blocks.outside)
+            runner.tick = tick
+            stack.enter_context(runner.engaged())
+            stack.enter_context(self.recorder.attached(runner.model))
+            yield runner, residency.batch
+
+
+def _check_vocabulary(model: nn.Module, samples: Samples) -> None:
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    rows = embedding.weight.shape[0]
+    if samples.highest >= rows:
+        raise UsageError(f"--dataset has token id {samples.highest}, the model knows {rows} tokens")

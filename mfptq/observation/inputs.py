@@ -1,0 +1,198 @@
+"""Which modules of a transformers model meet which input, by the names that the checkpoint gives its weights.
+
+Linear layers that share an input, as q/k/v, are one input. Routed experts are fused 3-D in transformers; the checkpoint's
+logical weights (`...mlp.experts.3.gate_proj`) name their inputs. Where every expert sees every token, gate and up of a
+whole layer's experts share one input; what reaches `down_proj` differs from expert to expert.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..calibration.file import InputInfo
+from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
+from ..errors import ScaleError, quote
+from ..names.fusion import experts_parent
+from ..planning.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SHOWN = 3
+_NUMBERED = re.compile(r"[^.]+\.\d+(\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearInput:
+    """An input that linear layers share: `module` is the first of them, as the transformers model names it."""
+
+    module: str
+    info: InputInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsInputs:
+    """The inputs of a layer's routed experts: `name` is the checkpoint's, `module` the transformers model's.
+
+    `gate_up` has one input that all share, or one for each expert; `down` one for each expert, in their order.
+    """
+
+    module: str
+    name: str
+    gate_up: tuple[InputInfo, ...]
+    down: tuple[InputInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Every input of which statistics are taken."""
+
+    linear: tuple[LinearInput, ...]
+    experts: tuple[ExpertsInputs, ...]
+
+    @property
+    def infos(self) -> tuple[InputInfo, ...]:
+        """All of them, sorted by name."""
+        infos = [each.info for each in self.linear]
+        infos += [info for each in self.experts for info in (*each.gate_up, *each.down)]
+        return tuple(sorted(infos, key=lambda info: info.name))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules to watch, as the transformers model names them."""
+        return (*(each.module for each in self.linear), *(each.module for each in self.experts))
+
+
+def find_inputs(plan: Plan, model: nn.Module, *, all_experts: bool) -> Inputs:
+    """Return the inputs of everything that the plan quantizes, found in the model as transformers builds it.
+
+    Raises ScaleError, naming them, for modules that the model does not have.
+    """
+    columns = {weight.module: weight.columns for weight in plan.weights()}
+    groups = [InputInfo(group.name, columns[group.members[0]], group.members) for group in plan.selection.groups]
+    modules = dict(model.named_modules())
+    names, stacks = Names(modules), Names(name for name, module in modules.items() if is_stack(module))
+    parents = {parent for info in groups if (parent := experts_parent(info.modules[0]))}
+    homes = {parent: home for parent in parents if (home := stacks.find(parent) or stacks.find_layer(parent))}
+    linear: list[InputInfo] = []
+    experts: dict[str, list[InputInfo]] = {}
+    for info in groups:
+        parent = experts_parent(info.modules[0])
+        if parent in homes:
+            experts.setdefault(parent, []).append(info)
+        else:
+            linear.append(info)
+    places = {info.name: names.find(info.modules[0]) for info in linear}
+    lost = [info.modules[0] for info in linear if not places[info.name]]
+    if lost:
+        first = ", ".join(map(quote, lost[:SHOWN])) + (", ..." if len(lost) > SHOWN else "")
+        raise ScaleError(f"{len(lost)} modules are not in the model as transformers builds it: {first}: --ignore them")
+    return Inputs(
+        tuple(LinearInput(places[info.name], info) for info in linear),
+        tuple(
+            _experts(modules[homes[parent]], (homes[parent], parent), infos, all_experts=all_experts)
+            for parent, infos in experts.items()
+        ),
+    )
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Return whether a module holds a layer's experts as 3-D stacks."""
+    stacks = [getattr(module, name, None) for name in (STACKED_GATE_UP, STACKED_DOWN)]
+    return all(getattr(stack, "ndim", 0) == 3 for stack in stacks)
+
+
+class Names:
+    """The names of a transformers model's modules, found by those that the checkpoint gives them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_tail: dict[str, list[str]] = {}
+        self._by_layer: dict[str, list[str]] = {}
+        for name in names:
+            self._by_tail.setdefault(_tail(name), []).append(name)
+            self._by_layer.setdefault(_layer(name), []).append(name)
+
+    def find(self, name: str) -> str:
+        """Return the model's name for a checkpoint's module, or "" if it has none.
+
+        Prefixes differ (`model.language_model.layers.0...`, `model.layers.0...`): what counts is the name from the first
+        numbered part on; of several such, the one that shares the most of the prefix.
+        """
+        tail = _tail(name)
+        found = self._by_tail.get(tail, [])
+        if name in found:
+            return name
+        parts = set(name.removesuffix(tail).split("."))
+        shared = {other: len(parts & set(other.removesuffix(tail).split("."))) for other in found if tail}
+        best = [other for other in shared if shared[other] == max(shared.values())]
+        return best[0] if len(best) == 1 else ""
+
+    def find_layer(self, name: str) -> str:
+        """Return the one module of the same layer, whatever its name (`block_sparse_moe`, `mlp`), or ""."""
+        found = self._by_layer.get(_layer(name), [])
+        return found[0] if len(found) == 1 else ""
+
+
+def _tail(name: str) -> str:
+    found = _NUMBERED.search(name)
+    return name[found.start() :] if found else ""
+
+
+def _layer(name: str) -> str:
+    found = _NUMBERED.search(name)
+    return found.group().rstrip(".") if found else ""
+
+
+def _experts(
+    module: nn.Module, names: tuple[str, str], infos: Sequence[InputInfo], *, all_experts: bool
+) -> ExpertsInputs:
+    home, parent = names
+    _check_stack(module, parent)
+    by_number = sorted(infos, key=lambda info: int(info.modules[0].removeprefix(parent).split(".")[1]))
+    gate_up = tuple(info for info in by_number if len(info.modules) > 1)
+    down = tuple(info for info in by_number if len(info.modules) == 1)
+    count = module.get_parameter(STACKED_DOWN).shape[0]
+    if len(gate_up) != count or len(down) != count:
+        raise ScaleError(f"{quote(parent)} has {len(gate_up)} and {len(down)} inputs for {count} experts: --ignore it")
+    if all_experts:
+        every = tuple(member for info in gate_up for member in info.modules)
+        gate_up = (InputInfo(f"{parent}.{STACKED_GATE_UP}", gate_up[0].columns, every),)
+    return ExpertsInputs(home, parent, gate_up, down)
+
+
+def _check_stack(module: nn.Module, parent: str) -> None:
+    """Refuse experts that do not compute down(act(gate(x)) * up(x)) from rows stored as [experts, out, in]."""
+    unusual = [name for name in ("has_bias", "is_transposed") if getattr(module, name, False)]
+    unusual += [f"no {name}" for name in ("has_gate", "is_concatenated") if not getattr(module, name, True)]
+    if unusual or not (hasattr(module, "_apply_gate") or hasattr(module, "act_fn")):
+        raise ScaleError(f"experts of {quote(parent)} are of an unknown kind ({', '.join(unusual)}): --ignore them")
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The repeated blocks around the inputs, in the model's order, and the modules to watch `outside` of them."""
+
+    names: tuple[str, ...]
+    outside: tuple[str, ...]
+
+
+def find_blocks(model: nn.Module, inputs: Inputs) -> Blocks:
+    """Return the repeated blocks of the model: all of each list that has an input."""
+    from torch import nn
+
+    modules = dict(model.named_modules())
+    lists: dict[str, None] = {}
+    outside: list[str] = []
+    for name in inputs.modules:
+        parts = name.split(".")
+        parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+        outermost = next((parent for parent in parents if isinstance(modules[parent], nn.ModuleList)), None)
+        if outermost is None:
+            outside.append(name)
+        else:
+            lists[outermost] = None
+    names = tuple(f"{parent}.{number}" for parent in lists for number, _ in modules[parent].named_children())
+    return Blocks(names, tuple(outside))

@@ -1,0 +1,300 @@
+"""The output folder: ours alone, complete or resumable, never mistaken for whole.
+
+Protocol for each file: a unique temporary in `.mfptq/`, preallocated, written at positions, fsynced, renamed, the folder
+fsynced, then a journal line. `config.json` comes last: without it no engine takes the folder for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..checkpoint.folder import CONFIG, INDEX
+from ..errors import (
+    DestinationError,
+    DestinationExistsError,
+    DestinationLockedError,
+    NonFiniteWeightError,
+    PlanMismatchError,
+    SourceChangedError,
+    SourceError,
+    UnsafePathError,
+    quote,
+)
+from ..limits import MAX_INDEX_BYTES
+from ..storage.digest import Stopped, file_sha256, in_parallel
+from ..storage.files import open_regular, plain_name, read_small, storage_errors, sync_folder
+from ..storage.partial_file import PARTIAL_SUFFIX, PartialFile, partial_path
+from .journal import Journal, JournalState, ShardResult, read_journal
+
+WORK = ".mfptq"
+JOURNAL = "journal"
+MANIFEST = "SHA256SUMS"
+REPORT = "mfptq_report.json"
+CARD = "README.md"
+SPACE_MARGIN = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class OutputClaim:
+    """What a run is going to write: the plan's digests, its shards' sizes in bytes, the source's folder and companions."""
+
+    source: Path
+    digests: Mapping[str, str]
+    shards: Mapping[str, int]
+    companions: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
+        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, MANIFEST)
+
+
+class Destination:
+    """A claimed output folder: `done` holds the shards that an earlier run finished, checked by content."""
+
+    def __init__(self, root: Path, journal: Journal, done: Mapping[str, ShardResult]) -> None:
+        self.root = root
+        self.done = dict(done)
+        self._journal = journal
+
+    def create(self, name: str, size: int, *, direct: bool = False) -> PartialFile:
+        """Return a new temporary of `size` bytes that will become `name`; `direct` is for what is large."""
+        return PartialFile(partial_path(self.root / WORK, name), self.root / name, size, direct=direct)
+
+    def write(self, name: str, data: bytes) -> str:
+        """Write a small file, whole or not at all; return its SHA-256, hexadecimal."""
+        with self._new(name, len(data)) as file:
+            file.write(data, 0)
+        return hashlib.sha256(data).hexdigest()
+
+    def copy(self, name: str, path: Path) -> str:
+        """Copy a companion file of the source, whole or not at all; return its SHA-256, hexadecimal."""
+        fd = open_regular(path)
+        try:
+            with self._new(name, os.fstat(fd).st_size) as file, storage_errors("copy into", file.target):
+                file.fill(fd)
+                return file.sha256()
+        except EOFError:
+            raise SourceChangedError(f"{quote(name)} was truncated while being copied: start again") from None
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _new(self, name: str, size: int) -> Iterator[PartialFile]:
+        """Lend a temporary that is committed when the block ends well, and discarded otherwise."""
+        file = self.create(name, size)
+        try:
+            yield file
+            file.commit()
+        except BaseException:
+            file.discard()
+            raise
+
+    def record(self, result: ShardResult) -> None:
+        """Note a committed shard as finished."""
+        self._journal.record(result)
+        self.done[result.name] = result
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+
+@contextmanager
+def open_destination(root: Path, claim: OutputClaim, *, overwrite: bool = False) -> Iterator[Destination]:
+    """Claim the output folder, resume what is unfinished in it, and keep every other run out until the end.
+
+    Raises DestinationExistsError, DestinationLockedError, PlanMismatchError or StorageError, before touching anything.
+    """
+    with storage_errors("read folder", root):
+        _check_apart(root, claim.source)
+        existed = root.is_dir()
+        _check_space(root, claim, _inspect(root, claim, overwrite=overwrite).done)
+    _create(root)
+    with _locked(root):
+        done = _take_over(root, claim, _inspect(root, claim, overwrite=overwrite))
+        journal = Journal(root / WORK / JOURNAL, JournalState(claim.digests, done, claim.files))
+        try:
+            yield Destination(root, journal, done)
+        except (NonFiniteWeightError, SourceChangedError):  # no rerun of this plan can succeed: keep nothing of it
+            journal.close()
+            _abandon(root, claim, existed=existed)
+            raise
+        except BaseException:
+            journal.close()
+            raise
+        journal.close()
+        shutil.rmtree(root / WORK, ignore_errors=True)
+
+
+def _create(root: Path) -> None:
+    """Make the folders, durably: what is renamed into them later must not lose its way after a power cut."""
+    with storage_errors("create", root):
+        (root / WORK).mkdir(parents=True, exist_ok=True)
+        sync_folder(root.absolute().parent)
+        sync_folder(root)
+
+
+def _check_apart(root: Path, source: Path) -> None:
+    real, origin = Path(os.path.realpath(root)), Path(os.path.realpath(source))
+    for inner, outer, text in ((real, origin, "inside the source"), (origin, real, "a folder that holds the source")):
+        for folder in (inner, *inner.parents):
+            if folder == outer or (folder.exists() and outer.exists() and folder.samefile(outer)):
+                what = "the source itself" if real == origin else text
+                raise DestinationError(f"output {quote(root)} is {what}: choose another folder")
+
+
+def _inspect(root: Path, claim: OutputClaim, *, overwrite: bool) -> JournalState:
+    """Return what may be resumed in `root`, or raise; touches nothing."""
+    if not root.is_dir():
+        if root.exists() or root.is_symlink():
+            raise DestinationExistsError(f"output {quote(root)} exists and is not a folder")
+        if not root.parent.is_dir():
+            raise DestinationError(f"folder {quote(root.parent)} does not exist: create it first")
+        return JournalState()
+    with storage_errors("read folder", root):
+        names = set(os.listdir(root))  # noqa: PTH208 - names are data here
+        has_journal = (root / WORK / JOURNAL).exists()
+    if not has_journal:
+        _check_finished(root, names, overwrite=overwrite)
+        return JournalState()
+    state = read_journal(root / WORK / JOURNAL)
+    if state.digests is None or overwrite:
+        return JournalState(files=state.files)
+    changed = [part for part, digest in claim.digests.items() if state.digests.get(part) != digest]
+    if changed:
+        raise PlanMismatchError(
+            f"output {quote(root)} holds an unfinished conversion with other {' and '.join(changed)}: "
+            "rerun it as it was, choose another folder, or pass --overwrite to start anew"
+        )
+    return state
+
+
+def _check_finished(root: Path, names: set[str], *, overwrite: bool) -> None:
+    """Raise unless a folder without a journal is empty, was left by a run that had hardly begun, or may be overwritten."""
+    ours = MANIFEST in names and (REPORT in names or WORK in names)
+    if not ours and not names <= {WORK}:
+        raise DestinationExistsError(f"output {quote(root)} is not empty and not ours: choose another folder")
+    if ours and CONFIG in names and not overwrite:
+        raise DestinationExistsError(f"output {quote(root)} holds a finished conversion: pass --overwrite to redo it")
+
+
+def _check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]) -> None:
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    with storage_errors("read free space of", existing):
+        status = os.statvfs(existing)
+    free = status.f_bavail * status.f_frsize
+    needed = sum(size for name, size in claim.shards.items() if name not in done) + SPACE_MARGIN
+    if free < needed:
+        raise DestinationError(
+            f"output {quote(root)} needs {needed} bytes, {free} are free: make room or choose another disk"
+        )
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold the folder's lock; where the file system has none, unique temporaries and equal bytes still protect it."""
+    lock, owner = FileLock(root / WORK / "lock"), root / WORK / "pid"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        pid = "unknown"
+        with suppress(OSError):
+            pid = owner.read_text(errors="replace").strip()
+        raise DestinationLockedError(
+            f"output {quote(root)} is in use by pid {quote(pid)}: wait for it, or stop it"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError):
+            with storage_errors("lock", root):
+                raise
+    try:
+        with storage_errors("write", owner):
+            owner.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        with suppress(OSError):
+            lock.release(force=True)
+
+
+def _take_over(root: Path, claim: OutputClaim, state: JournalState) -> dict[str, ShardResult]:
+    """Remove what earlier runs left and is not to be kept; return the finished shards that are what they should be."""
+    _remove_stale(root / WORK)
+    _remove_files(root, [CONFIG])
+    if state.digests is None:
+        names = [*state.files, *_listed(root), *claim.files]
+        _remove_files(root, [name for name in names if name != MANIFEST])
+        _remove_files(root, [MANIFEST])  # last: it says that the other files are ours
+        return {}
+    intact = in_parallel(partial(_is_intact, root, claim), state.done.values())
+    return {name: result for (name, result), whole in zip(state.done.items(), intact, strict=True) if whole}
+
+
+def _remove_stale(work: Path) -> None:
+    for path in work.glob(f"*{PARTIAL_SUFFIX}"):
+        pid = path.name.split(".")[-3]
+        if not pid.isdigit() or int(pid) == os.getpid() or not _is_alive(int(pid)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OverflowError:
+        return False
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def _listed(root: Path) -> list[str]:
+    """Return the names in the manifest of an earlier output of ours."""
+    try:
+        lines = read_small(root / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").splitlines()
+    except SourceError:
+        return []
+    return [line[66:] for line in lines]
+
+
+def _remove_files(root: Path, names: Iterable[str]) -> None:
+    """Remove files, durably, before anything else happens."""
+    for name in names:
+        with storage_errors("remove", root / name), suppress(UnsafePathError, FileNotFoundError):
+            (root / plain_name(name)).unlink()
+    with storage_errors("sync", root):
+        sync_folder(root)
+
+
+def _is_intact(root: Path, claim: OutputClaim, stopped: Stopped, result: ShardResult) -> bool:
+    """Return whether a finished shard still has the content that the journal says."""
+    if claim.shards.get(result.name) != result.size:
+        return False
+    try:
+        fd = open_regular(root / result.name)
+    except SourceError:
+        return False
+    with storage_errors("read", root / result.name):
+        try:
+            return os.fstat(fd).st_size == result.size and file_sha256(fd, result.size, stopped) == result.sha256
+        except EOFError:
+            return False
+        finally:
+            os.close(fd)
+
+
+def _abandon(root: Path, claim: OutputClaim, *, existed: bool) -> None:
+    _remove_files(root, claim.files)
+    shutil.rmtree(root / WORK, ignore_errors=True)
+    if not existed:
+        with suppress(OSError):
+            root.rmdir()

@@ -1,0 +1,128 @@
+"""What was done, for people and for programs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .._version import __version__
+from ..checkpoint.strict_json import dump_json
+from ..checkpoint.weights import name_pattern
+from ..kernels import ErrorStats
+from ..planning.plan import Plan
+from .journal import ShardResult
+
+SUSPICIOUS_ERROR = 0.10
+SUSPICIOUS_BLOCK = 0.20
+SUSPICIOUS_CALIBRATED_ERROR = 0.20  # methods that spare the outputs let the weights' own errors grow
+
+
+@dataclass(frozen=True, slots=True)
+class KindReport:
+    """One kind of module (names that differ in numbers only): how many weights, and the error they took."""
+
+    kind: str
+    weights: int
+    elements: int
+    relative_error: float
+    worst_block: float
+    zeroed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of a conversion. Sizes are in bytes; errors are relative Frobenius norms of weights."""
+
+    source: str
+    destination: str
+    scheme: str
+    method: str
+    kernel: str
+    device_reason: str
+    source_bytes: int
+    output_bytes: int
+    tensors: int
+    quantized: int
+    kept: int
+    relative_error: float
+    kinds: tuple[KindReport, ...]
+    warnings: tuple[str, ...]
+    resumed_shards: int
+    seconds: float
+    peak_memory: int
+    timings: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return asdict(self)
+
+
+def gather(results: Iterable[ShardResult]) -> dict[str, ErrorStats]:
+    """Return the statistics of all shards by kind of module."""
+    kinds: dict[str, ErrorStats] = {}
+    for result in sorted(results, key=lambda result: result.name):
+        for kind, values in result.kinds.items():
+            kinds.setdefault(kind, ErrorStats()).add(ErrorStats(**values))  # type: ignore[arg-type]
+    return kinds
+
+
+def kind_reports(plan: Plan, kinds: Mapping[str, ErrorStats]) -> tuple[KindReport, ...]:
+    """Return a line for each kind of module, in name order."""
+    counts = Counter(name_pattern(weight.module) for weight in plan.weights())
+    return tuple(
+        KindReport(
+            kind,
+            counts[kind],
+            stats.weights,
+            _rounded(stats.relative_error),
+            _rounded(stats.worst_block),
+            _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
+        )
+        for kind, stats in sorted(kinds.items())
+    )
+
+
+def total_error(kinds: Mapping[str, ErrorStats]) -> float:
+    """Return the relative error over all quantized weights together."""
+    total = ErrorStats()
+    for stats in kinds.values():
+        total.add(stats)
+    return _rounded(total.relative_error)
+
+
+def suspicions(reports: Iterable[KindReport], *, calibrated: bool = False) -> tuple[str, ...]:
+    """Return a warning for each kind whose error no sound weight has; calibrated methods may err more on weights."""
+    error, block = (SUSPICIOUS_CALIBRATED_ERROR, math.inf) if calibrated else (SUSPICIOUS_ERROR, SUSPICIOUS_BLOCK)
+    return tuple(
+        f"{report.kind}: relative error {report.relative_error:.1%}, worst block {report.worst_block:.1%}: look at these weights"
+        for report in reports
+        if report.relative_error > error or report.worst_block > block
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def report_text(plan: Plan, kinds: Mapping[str, ErrorStats]) -> str:
+    """Return the report that stays with the output: the same text for the same plan, wherever and however it ran."""
+    origin = plan.checkpoint.origin
+    return dump_json({
+        "tool": "mfptq",
+        "version": __version__,
+        "source": {"repo_id": origin.repo_id, "revision": origin.revision},
+        "scheme": plan.scheme,
+        "method": plan.method,
+        "methods": dict(sorted(plan.methods.items())),
+        "calibration": plan.calibration.digest if plan.calibration else None,
+        "plan": plan.digest,
+        "source_bytes": plan.checkpoint.tensor_bytes,
+        "output_bytes": plan.tensor_bytes,
+        "input_scales_filled": plan.input_scales.filled if plan.input_scales else None,
+        "relative_error": total_error(kinds),
+        "kinds": [asdict(report) for report in kind_reports(plan, kinds)],
+        "shards": {shard.name: shard.digest for shard in plan.checkpoint.shards},
+    })  # fmt: skip

@@ -1,0 +1,1 @@
+"""Decide everything before a byte is written: checkpoint and settings become a plan."""

@@ -1,0 +1,1 @@
+"""Input scales, wherever they come from."""

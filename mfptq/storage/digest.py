@@ -1,0 +1,92 @@
+"""SHA-256 of files: one that follows the writes, and many files in parallel."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from .files import read_exact
+
+Item = TypeVar("Item")
+
+
+Result = TypeVar("Result")
+
+
+Stopped = Callable[[], bool]
+
+
+_MOST_AT_ONCE = 16
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_parallel(function: Callable[[Stopped, Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Return what a function makes of each item, in their order, from as many threads as there are cores.
+
+    The first error, and an interruption, stops everything: `function` asks its first argument now and then whether that has
+    happened, and then raises whatever it likes.
+    """
+    stopped = threading.Event()
+    pool = ThreadPoolExecutor(min(available_cores(), _MOST_AT_ONCE))
+    try:
+        return list(pool.map(partial(function, stopped.is_set), items))
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+
+
+HASH_CHUNK = 2**20
+
+
+HASH_STEP = 8 * 2**20
+
+
+def file_sha256(fd: int, size: int, stopped: Callable[[], bool] | None = None) -> str:
+    """Return the SHA-256 of the first `size` bytes of an open file, hexadecimal; raises EOFError if it ends before.
+
+    Raises CancelledError soon after `stopped` says so.
+    """
+    digest, buffer = Digest(), hash_buffer(size)
+    while digest.end < size:
+        if stopped is not None and stopped():
+            raise CancelledError
+        digest.read(fd, min(size, digest.end + HASH_STEP), buffer)
+    return digest.hex()
+
+
+def hash_buffer(size: int) -> memoryview:
+    """Return memory to hash a file of `size` bytes by way of."""
+    return memoryview(bytearray(min(size, HASH_CHUNK)))
+
+
+class Digest:
+    """The SHA-256 of a file's first bytes: `end` of them so far."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._state = hashlib.sha256()
+
+    def read(self, fd: int, end: int, buffer: memoryview) -> None:
+        """Take in an open file's bytes up to `end`; raises EOFError if it ends before."""
+        while self.end < end:
+            part = buffer[: end - self.end]
+            read_exact(fd, part, self.end)
+            self.update(part)
+
+    def update(self, data: memoryview | bytes) -> None:
+        """Take in the bytes that come next."""
+        self._state.update(data)
+        self.end += len(data)
+
+    def hex(self) -> str:
+        """Return the digest, hexadecimal."""
+        return self._state.hexdigest()

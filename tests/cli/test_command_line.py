@@ -1,0 +1,113 @@
+"""The command line as a newcomer meets it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mfptq.cli.main import main
+from mfptq.cli.process import Interrupted, stopping_on_signals
+from tests.conftest import command, digests
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['mfptq', '--help']\nfrom mfptq.cli.main import main\nmain(standalone_mode=False)\n"
+    code += "print([name for name in ('numpy', 'torch', 'llvmlite', 'huggingface_hub', 'tqdm') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    done = command(name, "--help")
+    assert done.returncode == 0
+    assert "Example: mfptq " in done.stdout or name == "calibration"
+
+
+def test_dry_run_is_plan_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+    before = digests(tmp_path)
+    dry, plan = command("convert", source, tmp_path / "out", "--dry-run"), command("plan", source)
+    assert dry.returncode == plan.returncode == 0
+    assert dry.stdout == plan.stdout
+    assert digests(tmp_path) == before
+
+
+def test_json_is_all_that_stdout_holds(source: Path, tmp_path: Path) -> None:
+    report = json.loads(command("convert", source, tmp_path / "out", "--json", "--timings").stdout)
+    assert report["quantized"] == 25
+    assert {"read", "amax", "quantize", "write", "wait"} <= report["timings"].keys()
+    values = json.loads(command("plan", source, "--json").stdout)
+    assert values["output_bytes"] == report["output_bytes"]
+    assert values["output_tensors"] == report["tensors"]
+
+
+def test_quiet_is_quiet_and_no_bar_is_drawn_off_a_terminal(source: Path, tmp_path: Path) -> None:
+    done = command("convert", source, tmp_path / "out", "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = command("convert", source, tmp_path / "out2")
+    assert "\r" not in done.stderr
+    assert f"vllm serve {tmp_path / 'out2'}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("covnert",), "Did you mean 'convert'"),
+        (("convert", "a"), "Missing argument 'OUTPUT'"),
+        (("plan", "{source}", "--methode", "x"), "--method"),
+        (("plan", "{source}", "--method", "best"), "expected one of"),
+        (("plan", "{source}", "--scheme", "NVFP5"), "expected one of"),
+        (("convert", "{source}", "out", "--max-memory", "lots"), "500MB"),
+        (("convert", "{source}", "{out}", "--max-workers", "0"), "at least 1"),
+        (("convert", "{source}", "{out}", "--device", "abacus"), "abacus"),
+    ],
+)
+def test_a_slip_says_what_to_do(arguments: tuple[str, ...], expected: str, source: Path, tmp_path: Path) -> None:
+    places = {"source": source, "out": tmp_path / "out"}
+    done = command(*(argument.format(**places) for argument in arguments))
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_is_said_to_be(tmp_path: Path) -> None:
+    done = command("plan", tmp_path / "nowhere")
+    assert done.returncode == 3
+    assert "no such folder" in done.stderr
+    done = command("plan", "someone/nowhere", HF_HOME=str(tmp_path))
+    assert done.returncode == 7
+    assert "no folder 'someone/nowhere'" in done.stderr
+
+
+def test_scheme_and_kind_of_case_do_not_matter(source: Path) -> None:
+    assert command("plan", source, "--scheme", "nvfp4a16").returncode == 0
+
+
+def test_max_memory_that_cannot_work_is_refused_with_the_least_that_does(source: Path, tmp_path: Path) -> None:
+    done = command("convert", source, tmp_path / "out", "--max-memory", "20MB")
+    assert done.returncode == 8
+    least = done.stderr.rpartition(" is ")[2].strip()
+    assert least.endswith(" MB")
+    assert not (tmp_path / "out").exists()
+    room = f"{int(least.split()[0]) + 8}MB"  # what a fresh process holds differs a little from run to run
+    assert command("convert", source, tmp_path / "out", "--max-memory", room, "-q").returncode == 0
+
+
+def test_a_signal_while_a_class_is_made_stops_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: list = []
+    monkeypatch.setattr("mfptq.cli.process._handle", handlers.append)  # this process keeps its own
+    with pytest.raises(Interrupted) as caught, stopping_on_signals():
+        raise RuntimeError("Error calling __set_name__") from Interrupted(signal.SIGTERM)
+    assert caught.value.exit_code == 143
+    with pytest.raises(RuntimeError, match="other"), stopping_on_signals():
+        raise RuntimeError("other")
+    assert signal.SIG_DFL not in handlers
+    with stopping_on_signals():
+        pass
+    assert handlers[-1] == signal.SIG_DFL

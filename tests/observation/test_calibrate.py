@@ -1,0 +1,424 @@
+"""Calibration of tiny Qwen3.5 models: every statistic against float64, on disk and in memory, interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mfptq.observation.residency as residency_module
+from mfptq.calibration.reading import Calibration, load_calibration
+from mfptq.conversion import make_plan
+from mfptq.errors import MemoryBudgetError, ScaleError, SourceError, UsageError
+from mfptq.names.fusion import experts_parent
+from mfptq.observation import models
+from mfptq.observation.calibrate import CalibrationProgress, Options, calibrate
+from mfptq.observation.residency import Residency
+from mfptq.planning.plan import Settings
+from tests.models import DENSE, MOE, write_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SAMPLES = 5
+STEPS = 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and lose much where other tests run beside these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[DENSE, MOE])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp(request.param) / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("experts") / MOE, MOE)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = np.random.default_rng(5)
+    lengths = (1, 30, 66, 5, 90, 20, 20)
+    path = tmp_path_factory.mktemp("text") / "ids.jsonl"
+    path.write_text("".join(json.dumps(generator.integers(0, 256, n).tolist()) + "\n" for n in lengths))
+    return path
+
+
+def samples_of(dataset: Path, length: int = 80) -> list[list[int]]:
+    return [json.loads(line)[:length] for line in dataset.read_text().splitlines()][:SAMPLES]
+
+
+OPTIONS = Options(samples=SAMPLES, max_seq_length=80, batch_size=STEPS)
+
+
+def made(source: Path, dataset: Path, output: Path, options: Options = OPTIONS, **more: Any) -> Calibration:
+    calibrate(source, dataset, output, options=options, **more)
+    return load_calibration(output)
+
+
+@contextmanager
+def forced(monkeypatch: pytest.MonkeyPatch, *, streamed: bool, batch: int = STEPS) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(residency_module, "choose_residency", lambda *_: Residency(streamed, batch))
+        yield
+
+
+class Reference:
+    """What reaches every linear layer of a model that transformers runs by itself, recorded whole."""
+
+    def __init__(self, folder: Path, samples: list[list[int]]) -> None:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        self.model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype="auto").eval()
+        self.inputs: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.chosen: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(self.keep(self.inputs, name))
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(self.keep(self.inputs, name))
+                module.register_forward_hook(self.keep_choice(name.removesuffix("gate") + "experts"))
+        with torch.no_grad():
+            for ids in samples:
+                self.model(input_ids=torch.tensor([ids]), use_cache=False)
+
+    def keep(self, target: dict[str, list[torch.Tensor]], name: str) -> Any:
+        return lambda _module, args, _output: target[name].append(args[0].reshape(-1, args[0].shape[-1]).clone())
+
+    def keep_choice(self, name: str) -> Any:
+        return lambda _module, _args, output: self.chosen[name].append(output[2].clone())
+
+    def rows(self, module: str, *, all_experts: bool = True) -> torch.Tensor:
+        """Return the activations that reach a logical weight of the checkpoint."""
+        parent = experts_parent(module)
+        if parent is None:
+            return torch.cat(self.inputs[module])
+        expert, leaf = module.removeprefix(f"{parent}.").split(".")
+        tokens = torch.cat(self.inputs[parent.removesuffix("experts") + "gate"])
+        if not all_experts:
+            tokens = tokens[(torch.cat(self.chosen[parent]) == int(expert)).any(dim=1)]
+        if leaf != "down_proj":
+            return tokens
+        stack = self.model.get_submodule(parent).gate_up_proj[int(expert)].detach()
+        half = len(stack) // 2
+        return torch.nn.functional.silu(tokens @ stack[:half].T) * (tokens @ stack[half:].T)
+
+    def routed(self, parent: str, experts: int) -> list[int]:
+        chosen = torch.cat(self.chosen[parent])
+        return [int((chosen == expert).sum()) for expert in range(experts)]
+
+
+def check_statistics(found: Calibration, reference: Reference, *, all_experts: bool = True) -> None:
+    """Compare every module's statistics, not only one of those that share an input."""
+    for info in found.inputs.values():
+        ours = found.read(info)
+        assert ours.second_moment is not None
+        assert ours.hessian is not None
+        for module in info.modules:
+            rows = reference.rows(module, all_experts=all_experts).double().numpy()
+            blocks = rows.reshape(len(rows), -1, 16)
+            hessian = np.einsum("tbi,tbj->bij", blocks, blocks) / len(rows)
+            moment = (rows**2).mean(axis=0)
+            scale = np.sqrt(np.einsum("bi,bj->bij", moment.reshape(-1, 16), moment.reshape(-1, 16)))
+            assert (ours.tokens, ours.amax) == (len(rows), np.abs(rows).max()), module
+            np.testing.assert_allclose(ours.second_moment, moment, rtol=1e-6, err_msg=module)
+            assert (np.abs(ours.hessian - hessian) <= 1e-6 * scale).all(), module
+
+
+def quantized_columns(folder: Path) -> dict[str, int]:
+    plan = make_plan(folder, Settings())
+    plan.checkpoint.source.close()
+    return {weight.module: weight.columns for weight in plan.weights()}
+
+
+def test_every_statistic_equals_float64(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+    found = made(checkpoint, dataset, tmp_path / "a.safetensors")
+    found.of_model(quantized_columns(checkpoint))
+    assert {module for info in found.inputs.values() for module in info.modules} == quantized_columns(checkpoint).keys()
+    reference = Reference(checkpoint, samples_of(dataset))
+    check_statistics(found, reference)
+    for parent, counts in found.routed().items():
+        assert counts.tolist() == reference.routed(parent, len(counts))
+        assert counts.sum() == 2 * len(torch.cat(reference.chosen[parent]))
+    assert len(found.routed()) == (4 if checkpoint.name == MOE else 0)
+    assert found.description.is_complete
+    assert (found.description.samples, found.description.model) == (SAMPLES, checkpoint.name)
+
+
+def tokens_of(found: Calibration, module: str) -> int:
+    """Return how many tokens a module's statistics are over; 0 where the file knows nothing of it."""
+    return next((found.read(info).tokens or 0 for info in found.inputs.values() if module in info.modules), 0)
+
+
+def test_experts_with_their_own_tokens_only(moe: Path, dataset: Path, tmp_path: Path) -> None:
+    found = made(moe, dataset, tmp_path / "a.safetensors", replace(OPTIONS, all_experts=False))
+    reference = Reference(moe, samples_of(dataset))
+    check_statistics(found, reference, all_experts=False)
+    for parent, counts in found.routed().items():
+        assert counts.tolist() == [tokens_of(found, f"{parent}.{expert}.up_proj") for expert in range(len(counts))]
+
+
+def test_experts_that_no_token_reached_are_left_out(moe: Path, dataset: Path, tmp_path: Path) -> None:
+    options = Options(samples=1, max_seq_length=1, all_experts=False, statistics="moments")
+    found = made(moe, dataset, tmp_path / "a.safetensors", options)
+    found.of_model(quantized_columns(moe))
+    for parent, counts in found.routed().items():
+        assert counts.sum() == 2
+        for expert, count in enumerate(counts):
+            assert tokens_of(found, f"{parent}.{expert}.down_proj") == count
+
+
+def test_a_level_includes_those_before(moe: Path, dataset: Path, tmp_path: Path) -> None:
+    files = {
+        level: made(moe, dataset, tmp_path / f"{level}.safetensors", replace(OPTIONS, statistics=level))
+        for level in ("amax", "moments", "hessian")
+    }
+    for info in files["hessian"].inputs.values():
+        amax, moments, hessian = (files[level].read(info) for level in files)
+        assert amax.amax == moments.amax == hessian.amax
+        assert amax.second_moment is None
+        assert moments.hessian is None
+        np.testing.assert_allclose(moments.second_moment, hessian.second_moment, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"all_experts": False}, {"dtype": "float32"}], ids=["default", "routed", "float32"]
+)
+def test_from_disk_and_in_memory_are_the_same_bytes(
+    checkpoint: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    if changes and checkpoint.name == DENSE:
+        pytest.skip("the dense model is run once")
+    written = set()
+    for name, streamed, batch in (("held", False, SAMPLES), ("pairs", True, 2), ("all", True, SAMPLES)):
+        output = tmp_path / f"{name}.safetensors"
+        with forced(monkeypatch, streamed=streamed, batch=batch):
+            calibrate(checkpoint, dataset, output, options=replace(OPTIONS, **changes))
+        written.add(output.read_bytes())
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    assert len(written) == 1
+
+
+def test_each_weight_is_read_once_for_all_samples_of_a_pass(
+    moe: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.utils import OffloadedWeightsLoader
+
+    read: dict[str, int] = defaultdict(int)
+    original = OffloadedWeightsLoader.__getitem__
+
+    def counted(self: OffloadedWeightsLoader, name: str) -> torch.Tensor:
+        read[name] += 1
+        return original(self, name)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+    with forced(monkeypatch, streamed=True, batch=3):  # 5 samples: two passes
+        calibrate(moe, dataset, tmp_path / "a.safetensors", options=OPTIONS)
+    layers = {name: count for name, count in read.items() if ".layers." in name}
+    assert set(layers.values()) == {2}
+    assert {name for name in read if "embed_tokens" in name or "lm_head" in name or "visual" in name} == set()
+
+
+class StoppedError(BaseException):
+    """Stands for Ctrl-C."""
+
+
+def test_an_interrupted_run_goes_on(
+    checkpoint: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[CalibrationProgress] = []
+
+    def stop(event: CalibrationProgress) -> None:
+        if event.samples == STEPS and event.steps > STEPS * event.total_steps // event.requested:
+            raise StoppedError
+
+    with forced(monkeypatch, streamed=checkpoint.name == MOE):
+        whole = made(checkpoint, dataset, tmp_path / "whole.safetensors", progress=events.append)
+        with pytest.raises(StoppedError):
+            calibrate(checkpoint, dataset, tmp_path / "parts.safetensors", options=OPTIONS, progress=stop)
+        half = load_calibration(tmp_path / "parts.safetensors").description
+        assert (half.samples, half.requested, half.is_complete) == (STEPS, SAMPLES, False)
+        parts = made(checkpoint, dataset, tmp_path / "parts.safetensors", progress=events.append)
+    assert events[-1] == CalibrationProgress(SAMPLES, SAMPLES, events[-1].total_steps, events[-1].total_steps)
+    assert (parts.description, parts.inputs) == (whole.description, whole.inputs)
+    assert {name: counts.tolist() for name, counts in parts.routed().items()} == {
+        name: counts.tolist() for name, counts in whole.routed().items()
+    }
+    for info in whole.inputs.values():
+        ours, theirs = parts.read(info), whole.read(info)
+        assert (ours.amax, ours.tokens) == (theirs.amax, theirs.tokens)
+        np.testing.assert_allclose(ours.second_moment, theirs.second_moment, rtol=3e-7)
+        limit = 3e-7 * np.abs(theirs.hessian).max(axis=(1, 2), keepdims=True)
+        assert (np.abs(ours.hessian - theirs.hessian) <= limit).all()
+
+
+def test_an_unfinished_file_of_another_run_is_kept(moe: Path, dataset: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+
+    def stop(event: CalibrationProgress) -> None:
+        if event.samples == STEPS:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        calibrate(moe, dataset, output, options=OPTIONS, progress=stop)
+    before = output.read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(f"[{number}, 2, 3]\n" for number in range(SAMPLES)))
+    for message, text, options in (
+        ("another dataset", other, OPTIONS),
+        ("another statistics", dataset, replace(OPTIONS, statistics="amax")),
+        ("another requested", dataset, replace(OPTIONS, samples=4)),
+        ("other inputs", dataset, replace(OPTIONS, all_experts=False)),
+    ):
+        with pytest.raises(UsageError, match=f"unfinished run with {message}"):
+            calibrate(moe, text, output, options=options)
+    assert output.read_bytes() == before
+    calibrate(moe, other, output, options=OPTIONS, overwrite=True)
+    with pytest.raises(UsageError, match="exists"):
+        calibrate(moe, other, output, options=OPTIONS)
+
+
+def test_experts_stored_one_by_one_keep_their_names(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixtral's checkpoint says block_sparse_moe.experts.0.w1 where transformers has one stack under mlp.experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, dtype="bfloat16",
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixtral")
+    written = set()
+    for streamed in (False, True):
+        output = tmp_path / f"{streamed}.safetensors"
+        with forced(monkeypatch, streamed=streamed):
+            found = made(tmp_path / "mixtral", dataset, output, encoder=object())
+        written.add(output.read_bytes())
+    assert len(written) == 1
+    parent = "model.layers.1.block_sparse_moe.experts"
+    assert found.inputs[f"{parent}.3.w2"].columns == 96
+    assert f"{parent}.3.w1" in found.inputs[f"{parent}.gate_up_proj"].modules
+    found.of_model(quantized_columns(tmp_path / "mixtral"))
+    assert found.routed()[parent].sum() == 2 * sum(map(len, samples_of(dataset)))
+
+
+def test_layers_outside_of_the_blocks(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BERT's pooler follows the last block: the pass goes on to it, but a streamed one ends before."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    found = made(tmp_path / "bert", dataset, tmp_path / "a.safetensors", encoder=object())
+    found.of_model(quantized_columns(tmp_path / "bert"))
+    assert found.tokens("pooler.dense") == SAMPLES  # it sees one token of each
+    assert found.tokens("encoder.layer.1.attention.self.key") == sum(map(len, samples_of(dataset)))
+    with forced(monkeypatch, streamed=True), pytest.raises(ScaleError, match=r"'pooler\.dense' lies outside"):
+        calibrate(tmp_path / "bert", dataset, tmp_path / "b.safetensors", options=OPTIONS, encoder=object())
+
+
+def test_ignored_modules_are_left_out(moe: Path, dataset: Path, tmp_path: Path) -> None:
+    found = made(moe, dataset, tmp_path / "a.safetensors", OPTIONS, ignore=["re:.*linear_attn.*"])
+    assert not [name for name in found.inputs if "linear_attn" in name]
+
+
+def test_activations_that_overflow_stop_the_run(dataset: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = write_checkpoint(tmp_path / "broken", DENSE, "single")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.language_model.layers.1.mlp.up_proj.weight"][:] = 3e38
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ScaleError, match=r"reaches 'model\.language_model\.layers\.1\.mlp\.down_proj' is not finite"):
+        calibrate(source, dataset, tmp_path / "a.safetensors", options=OPTIONS)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_what_cannot_be_calibrated_is_refused(moe: Path, dataset: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    far = tmp_path / "far.jsonl"
+    far.write_text("[1, 320]\n")
+    with pytest.raises(UsageError, match="token id 320, the model knows 320"):
+        calibrate(moe, far, output, options=OPTIONS)
+    with pytest.raises(UsageError, match="should end in"):
+        calibrate(moe, dataset, tmp_path / "a.bin", options=OPTIONS)
+    for device in ("banana", "cuda:77"):
+        with pytest.raises(UsageError, match=f"--device '{device}' cannot be used"):
+            calibrate(moe, dataset, output, options=replace(OPTIONS, device=device))
+    with pytest.raises(UsageError, match="--samples is 0"):
+        Options(samples=0)
+    with pytest.raises(MemoryBudgetError, match="raise --max-memory"):
+        calibrate(moe, dataset, output, options=replace(OPTIONS, max_memory="10MB"))
+    with pytest.raises(SourceError, match="no such folder"):
+        calibrate(tmp_path / "none", dataset, output, options=OPTIONS)
+    assert not output.exists()
+
+
+def test_the_model_must_be_whole(dataset: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = write_checkpoint(tmp_path / "broken", DENSE, "single")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.language_model.layers.1.input_layernorm.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"lacks 1 weights of its model: .*layers\.1\.input_layernorm"):
+        calibrate(source, dataset, tmp_path / "a.safetensors", options=OPTIONS)
+
+
+def test_missing_packages_are_one_line(moe: Path, dataset: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"needs transformers and accelerate: pip install 'mfptq\[calibrate\]'"):
+        calibrate(moe, dataset, tmp_path / "a.safetensors")
+
+
+def test_the_rest_of_mfptq_stays_light() -> None:
+    code = "import sys, mfptq, mfptq.cli.main; print({'transformers', 'accelerate', 'torch'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_the_command_stops_on_ctrl_c_and_goes_on(moe: Path, tmp_path: Path) -> None:
+    """The first signal ends the run between two blocks; what was written after the last batch stays."""
+    text, output = tmp_path / "text.jsonl", tmp_path / "a.calibration.safetensors"
+    text.write_text("".join(json.dumps({"text": f"number {number}"}) + "\n" for number in range(60)))
+    command = [sys.executable, "-c", "from mfptq.cli.main import run; run()", "calibrate", moe, "--dataset", text]
+    command += ["--output", output, "--samples", "60", "--batch-size", "1"]
+    run = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 100
+    while not output.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    stderr = run.communicate(timeout=60)[1]
+    done = load_calibration(output).description
+    assert run.returncode == 130, stderr
+    assert 0 < done.samples < done.requested == 60
+    assert f"{done.samples} of 60 samples are kept in {output}: rerun the same command to go on" in stderr
+    assert "Traceback" not in stderr
+    options = Options(samples=60, batch_size=60)
+    assert made(moe, text, output, options).description.is_complete

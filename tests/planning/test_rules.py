@@ -1,0 +1,332 @@
+"""Layout, rules and fusion: what becomes of each tensor, and why."""
+
+import itertools
+import time
+
+import pytest
+
+from mfptq.checkpoint.header import TensorInfo, tensor_bytes
+from mfptq.checkpoint.weights import StoredTensor, candidates
+from mfptq.errors import RuleError, UnsupportedTensorError
+from mfptq.names.fusion import experts_parent, fused_groups
+from mfptq.names.patterns import match_names
+from mfptq.planning.quantization_config import ignore_list
+from mfptq.planning.rules import DEFAULT_RULES, Decision, Rules, Selection, select
+
+
+def tensors(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> list[StoredTensor]:
+    return [StoredTensor(TensorInfo(n, dtype, s, 0, tensor_bytes(dtype, s)), "s", 0) for n, s in shapes.items()]
+
+
+def decide(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", **rules) -> Selection:
+    return select(list(candidates(tensors(shapes, dtype))), Rules(**rules))
+
+
+def decisions(selection: Selection) -> dict[str, bool]:
+    return {item.candidate.module: item.decision.quantize for item in selection.tensors}
+
+
+L = "model.language_model.layers.0."
+QWEN = {
+    "lm_head.weight": (64, 32), "model.language_model.embed_tokens.weight": (64, 32),
+    L + "linear_attn.in_proj_qkv.weight": (64, 32), L + "linear_attn.in_proj_z.weight": (32, 32),
+    L + "linear_attn.in_proj_a.weight": (4, 32), L + "linear_attn.in_proj_b.weight": (4, 32),
+    L + "linear_attn.conv1d.weight": (64, 1, 4), L + "linear_attn.A_log": (4,), L + "linear_attn.out_proj.weight": (32, 32),
+    L + "mlp.gate.weight": (4, 32), L + "mlp.shared_expert_gate.weight": (1, 32), L + "input_layernorm.weight": (32,),
+    L + "mlp.experts.gate_up_proj": (4, 32, 32), L + "mlp.experts.down_proj": (4, 32, 16),
+    L + "mlp.shared_expert.gate_proj.weight": (16, 32), L + "mlp.shared_expert.up_proj.weight": (16, 32),
+    "model.visual.blocks.0.attn.qkv.weight": (96, 32), "mtp.fc.weight": (32, 64),
+    "mtp.layers.0.mlp.experts.gate_up_proj": (4, 32, 32), "mtp.layers.0.mlp.experts.down_proj": (4, 32, 16),
+}  # fmt: skip
+QUANTIZED = {"in_proj_qkv", "in_proj_z", "out_proj"}
+
+
+def test_qwen_defaults() -> None:
+    found = decisions(decide(QWEN))
+    for module, quantized in found.items():
+        wanted = module.rpartition(".")[2] in QUANTIZED or (".mlp.experts" in module or "shared_expert." in module)
+        assert quantized == (wanted and not module.startswith("mtp")), module
+
+
+def test_stacks_become_experts_and_kept_stacks_stay() -> None:
+    selection = decide(QWEN)
+    stack = next(i for i in selection.tensors if i.candidate.module == L + "mlp.experts.gate_up_proj")
+    gate, up = stack.candidate.weights[2:4]
+    assert (gate.module, up.module) == (L + "mlp.experts.1.gate_proj", L + "mlp.experts.1.up_proj")
+    assert (gate.offset, up.offset, gate.rows, gate.columns) == (2 * 16 * 32 * 2, 3 * 16 * 32 * 2, 16, 32)
+    names = ignore_list(selection, Rules())
+    assert "mtp.layers.0.mlp.experts.0.gate_proj" in names
+    assert "re:^mtp.*" in names
+
+
+def test_a_transposed_stack_is_kept() -> None:
+    shapes = {"a.weight": (16, 16), "mlp.experts.gate_up_proj": (4, 48, 64), "mlp.experts.down_proj": (4, 32, 48)}
+    assert decisions(decide(shapes)) == {"a": True, "mlp.experts.gate_up_proj": False, "mlp.experts.down_proj": False}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["q_proj", "k_proj", "v_proj"])))
+def test_case_62_order_does_not_matter(order: tuple[str, ...]) -> None:
+    [group] = fused_groups(f"l.self_attn.{leaf}" for leaf in order)
+    assert group.members == ("l.self_attn.k_proj", "l.self_attn.q_proj", "l.self_attn.v_proj")
+
+
+GROUPS = [
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"), ("q_a_proj", "kv_a_proj_with_mqa"), ("query", "key", "value"), ("q", "k", "v"),
+    ("wq_a", "wkv"), ("wkv", "wgate"), ("wk", "weights_proj"), ("wq_du", "wk_dv", "wv_dv", "wr_du"), ("c_fc_0", "c_fc_1"),
+    ("fc1", "fc3"), ("q_proj", "k_proj", "v_proj", "g_proj"), ("q_proj", "k_proj"), ("k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa", "g_proj"), ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("members", GROUPS, ids="+".join)
+@pytest.mark.parametrize("parent", ["model.layers.3.mlp", "model.layers.3.mlp.experts.255", "shared_experts", ""])
+def test_case_65_fused_layers(members: tuple[str, ...], parent: str) -> None:
+    prefix = f"{parent}." if parent else ""
+    [group] = fused_groups(prefix + leaf for leaf in members)
+    assert group.members == tuple(sorted(prefix + leaf for leaf in members))
+
+
+@pytest.mark.parametrize("alone", ["q_proj", "gate_proj", "w1", "fc1", "o_proj", "in_proj", "qkv_proj"])
+def test_case_63_64_a_missing_partner_is_no_error(alone: str) -> None:
+    assert fused_groups([f"l.{alone}"])[0].members == (f"l.{alone}",)
+
+
+def test_same_leaf_under_other_parents_is_apart() -> None:
+    groups = fused_groups([f"layers.{n}.self_attn.{leaf}" for n in (3, 7) for leaf in ("q_proj", "k_proj")])
+    assert [len(group.members) for group in groups] == [2, 2]
+
+
+QKV = {f"l.{leaf}_proj.weight": (16, 16) for leaf in "qkv"}
+
+
+def test_case_66_a_rule_that_splits_a_group() -> None:
+    with pytest.raises(RuleError, match=r"l\.k_proj.*splits fused group 'l\.qkv_proj'"):
+        decide({**QKV, "o.weight": (16, 16)}, ignore=("l.k_proj",))
+
+
+def test_experts_are_all_or_nothing() -> None:
+    with pytest.raises(RuleError, match="splits"):
+        decide(QWEN, ignore=(rf"re:{L}mlp\.experts\.0\..*",))
+    with pytest.raises(RuleError, match="splits"):
+        decide(QWEN, ignore=(L + "mlp.experts.down_proj",))
+    assert not decisions(decide(QWEN, ignore=(L + "mlp.experts",)))[L + "mlp.experts.gate_up_proj"]
+
+
+def test_a_group_with_an_unfit_member_is_kept_whole() -> None:
+    shapes = {"l.gate_proj.weight": (8, 24), "l.up_proj.weight": (8, 16), "o.weight": (16, 16)}
+    selection = decide(shapes)
+    assert decisions(selection) == {"l.gate_proj": False, "l.up_proj": False, "o": True}
+    assert "l.up_proj" in ignore_list(selection, Rules())
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (8, 16, 16), (0, 16), (16, 0), (16,)])
+def test_case_54_55_56_unfit_shapes_are_kept_or_refused(shape: tuple[int, ...]) -> None:
+    shapes = {"a.weight": shape, "b.weight": (16, 16)}
+    assert decisions(decide(shapes)) == {"a": False, "b": True}
+    with pytest.raises(UnsupportedTensorError, match="cannot be NVFP4"):
+        decide(shapes, targets=("a",))
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F8_E4M3", "I8"])
+def test_case_61_other_dtypes(dtype: str) -> None:
+    with pytest.raises(UnsupportedTensorError, match=dtype):
+        decide({"a.weight": (16, 16)}, dtype=dtype)
+
+
+def test_case_67_bad_regex_says_where() -> None:
+    with pytest.raises(RuleError, match="position 1"):
+        decide(QKV, ignore=("re:a(",))
+
+
+def test_case_68_exploding_regex_is_stopped() -> None:
+    begin = time.monotonic()
+    with pytest.raises(RuleError, match="longer than 2 s"):
+        decide({"a" * 60 + "!.weight": (16, 16)}, ignore=("re:(a+)+$",))
+    assert time.monotonic() - begin < 20
+
+
+def test_case_69_a_pattern_that_matches_nothing() -> None:
+    with pytest.raises(RuleError, match=r"near names: .*l\.q_proj"):
+        decide(QKV, ignore=("l.q_prog",))
+    with pytest.raises(RuleError, match="is no weight's name but a parent"):
+        decide(QKV, ignore=("l",))
+
+
+def test_case_70_nothing_left() -> None:
+    with pytest.raises(RuleError, match="nothing is left"):
+        decide(QKV, ignore=("re:.*",))
+
+
+def test_targets_take_back_from_the_defaults() -> None:
+    selection = decide(QWEN, targets=("lm_head",))
+    assert decisions(selection)["lm_head"]
+    assert "re:.*lm_head$" not in ignore_list(selection, Rules(targets=("lm_head",)))
+    assert decisions(decide(QWEN, use_defaults=False))["mtp.fc"]
+
+
+def test_other_architectures() -> None:
+    bert = {
+        "embeddings.word_embeddings.weight": (64, 32), "embeddings.LayerNorm.weight": (32,),
+        "encoder.layer.0.attention.self.query.weight": (32, 32), "encoder.layer.0.attention.output.dense.weight": (32, 32),
+    }  # fmt: skip
+    assert list(decisions(decide(bert)).values()) == [False, False, True, True]
+    mixtral = {"m.block_sparse_moe.gate.weight": (8, 32), **{
+        f"m.block_sparse_moe.experts.0.w{n}.weight": (32, 32) for n in (1, 2, 3)
+    }}  # fmt: skip
+    assert list(decisions(decide(mixtral)).values()) == [False, True, True, True]
+
+
+def test_user_regex_that_swallows_a_fused_name_is_listed_by_name_only() -> None:
+    shapes = {**QKV, "v.attn.qkv_proj.weight": (16, 16)}
+    rules = Rules(ignore=(r"re:.*\.qkv_proj$",))
+    names = ignore_list(decide(shapes, ignore=rules.ignore), rules)
+    assert "v.attn.qkv_proj" in names
+    assert rules.ignore[0] not in names
+
+
+def test_matching_apart_loses_no_answer() -> None:
+    for count in range(40):
+        names = [f"layers.{number}.mlp" for number in range(count)]
+        assert match_names(["re:layers"], names)["re:layers"] == frozenset(names)
+
+
+def test_overlapping_layers_become_one_group() -> None:
+    [group] = fused_groups(["l.wq_a", "l.wkv", "l.wgate"])
+    assert group.members == ("l.wgate", "l.wkv", "l.wq_a")
+    assert [g.name for g in fused_groups(["l.wq_a", "l.wkv", "l.alone"])] == ["l.alone", "l.fused_wqa_wkv"]
+
+
+@pytest.mark.parametrize("module", ["a.experts.3.up_proj", "experts.12.w1", "m.layers.0.mlp.experts.0.down_proj"])
+def test_routed_experts_have_a_parent(module: str) -> None:
+    assert experts_parent(module) == module.rpartition(".")[0].rpartition(".")[0]
+
+
+@pytest.mark.parametrize(
+    "module", ["a.experts.up_proj", "a.experts.x.up_proj", "a.layers.3.up_proj", "up_proj", "experts"]
+)
+def test_other_modules_have_none(module: str) -> None:
+    assert experts_parent(module) is None
+
+
+STACKS = [
+    {"e.gate_up_proj": (2, 32, 16)}, {"e.down_proj": (2, 16, 16)}, {"e.gate_up_proj": (2, 32, 16), "e.down_proj": (16, 16)},
+    {"e.gate_up_proj": (32, 16), "e.down_proj": (2, 16, 16)}, {"e.gate_up_proj": (2, 31, 16), "e.down_proj": (2, 16, 15)},
+    {"e.gate_up_proj": (0, 32, 16), "e.down_proj": (0, 16, 16)}, {"e.gate_up_proj": (2, 32, 16), "e.down_proj": (3, 16, 16)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shapes", STACKS, ids=str)
+def test_case_55_what_is_no_expert_stack_is_kept(shapes: dict[str, tuple[int, ...]]) -> None:
+    found = decisions(decide({**shapes, "a.weight": (16, 16)}))
+    assert found == {**dict.fromkeys(shapes, False), "a": True}
+
+
+def test_a_name_that_is_only_a_suffix_is_no_weight() -> None:
+    assert decisions(decide({".weight": (16, 16), "a.weight": (16, 16)})) == {"": False, "a": True}
+
+
+@pytest.mark.parametrize("pattern", ["", "re:"])
+def test_case_67_empty_patterns(pattern: str) -> None:
+    with pytest.raises(RuleError, match="empty pattern"):
+        decide(QKV, ignore=(pattern,))
+
+
+def test_case_67_too_many_patterns() -> None:
+    assert match_names(["x"] * 1000, ["x"]) == {"x": frozenset({"x"})}
+    with pytest.raises(RuleError, match="1001 patterns, expected at most 1000"):
+        match_names(["x"] * 1001, ["x"])
+
+
+@pytest.mark.parametrize("ended", ["timeout", "alarm", "crash"])
+def test_case_68_a_matcher_that_does_not_answer(ended: str, monkeypatch) -> None:
+    import signal
+    import subprocess
+
+    def run(command, **_options):
+        if ended == "timeout":
+            raise subprocess.TimeoutExpired(command, 1)
+        return subprocess.CompletedProcess(command, -signal.SIGALRM if ended == "alarm" else 1, b"", b"")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(RuleError, match="ended with 1" if ended == "crash" else "longer than 2 s"):
+        match_names(["re:a", "re:b"], ["a"])
+
+
+KEPT = [
+    ("lm_head", "output head", r"re:.*lm_head$"), ("m.embed_tokens", "embedding table", r"re:.*embed_tokens$"),
+    ("m.visual.a", "vision tower", r"re:.*visual.*"), ("mtp.a", "multi-token prediction head", r"re:^mtp.*"),
+    ("m.mtp.a", "multi-token prediction head", r"re:.*mtp\..*"),
+    ("l.linear_attn.in_proj_a", "DeltaNet gate, engines keep it unquantized", r"re:.*linear_attn\.in_proj_[ab]$"),
+    ("l.linear_attn.in_proj_ba", "DeltaNet gate, engines keep it unquantized", r"re:.*linear_attn\.in_proj_ba$"),
+    ("l.linear_attn.conv1d", "convolution", r"re:.*linear_attn\.conv1d$"), ("l.mlp.gate", "router", r"re:.*mlp\.gate$"),
+    ("l.mlp.shared_expert_gate", "shared expert's gate", r"re:.*mlp\.shared_expert_gate$"),
+    ("l.delta.in_proj_b", "DeltaNet gate, engines keep it unquantized", r"re:(.*\.)?(in_proj_a|in_proj_b|in_proj_ba)$"),
+    ("l.moe.gate", "router", r"re:(.*\.)?(block_sparse_moe|moe|feed_forward|ffn|mixer)\.gate$"),
+    ("l.router.layer", "router", r"re:(.*\.)?router(\..*)?$"),
+    ("l.ffn.shared_expert_gate", "shared expert's gate", r"re:(.*\.)?shared_expert_gate$"),
+    ("h.wte", "embedding table",
+     r"re:(.*\.)?(wte|wpe|tok_embeddings|embed_in|embed_positions|pos_embed|relative_attention_bias)$"),
+    ("model.shared", "embedding table", r"re:(model\.)?shared$"),
+    ("e.word_embeddings.x", "embedding table", r"re:(.*\.)?\w*embeddings?(\..*)?$"),
+    ("output", "output head", r"re:(embed_out|output)$"),
+    ("vision_tower.a", "other modality",
+     r"re:.*(vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower).*"),
+    ("l.mixer.conv1d", "convolution", r"re:(.*\.)?conv1d$"), ("l.input_layernorm", "norm", r"re:(.*[._])?(layer)?norm\w*$"),
+    ("l.A_log", "state-space parameter", r"re:(.*\.)?(A_log|dt_bias)$"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "reason", "pattern"), KEPT, ids=[module for module, _, _ in KEPT])
+def test_each_default_rule_says_what_it_keeps_and_why(module: str, reason: str, pattern: str) -> None:
+    found = {
+        item.candidate.module: item.decision
+        for item in decide({f"{module}.weight": (16, 16), "a.weight": (16, 16)}).tensors
+    }
+    assert found == {module: Decision(False, reason, pattern), "a": Decision(True, "linear weight")}
+
+
+def test_every_default_rule_has_its_line_above() -> None:
+    assert [pattern for _, _, pattern in KEPT] == [rule.pattern for rule in DEFAULT_RULES]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_the_three_dtypes_are_quantized(dtype: str) -> None:
+    assert decisions(decide({"a.weight": (16, 16)}, dtype=dtype)) == {"a": True}
+
+
+def test_what_was_asked_is_the_reason() -> None:
+    shapes = {"a.weight": (16, 16), "b.weight": (16, 16), "lm_head.weight": (16, 16)}
+    found = {i.candidate.module: i.decision for i in decide(shapes, ignore=("b",), targets=("lm_head",)).tensors}
+    assert found["b"] == Decision(False, "ignored as asked", "b")
+    assert found["lm_head"] == Decision(True, "targeted as asked", "lm_head")
+
+
+def test_a_split_says_who_would_be_what() -> None:
+    with pytest.raises(RuleError, match=r"'l\.k_proj' would be kept, 'l\.\w_proj' quantized"):
+        decide(QKV, ignore=("l.k_proj",))
+    with pytest.raises(RuleError, match=r"^--target 'nothing' matches"):
+        decide(QKV, targets=("nothing",))
+    with pytest.raises(RuleError, match=r"^--ignore 'nothing' matches"):
+        decide(QKV, ignore=("nothing",))
+
+
+def test_a_group_after_one_that_needs_nothing_is_kept_whole_too() -> None:
+    shapes = {
+        "a.gate_proj.weight": (8, 16),
+        "a.up_proj.weight": (8, 16),
+        "l.gate_proj.weight": (8, 24),
+        "l.up_proj.weight": (8, 16),
+    }
+    assert decisions(decide(shapes)) == {
+        "a.gate_proj": True,
+        "a.up_proj": True,
+        "l.gate_proj": False,
+        "l.up_proj": False,
+    }
+
+
+def test_a_target_whose_partner_cannot_follow() -> None:
+    shapes = {"l.gate_proj.weight": (8, 24), "l.up_proj.weight": (8, 16), "o.weight": (16, 16)}
+    with pytest.raises(RuleError, match=r"'l\.up_proj'\s+would be quantized, 'l\.gate_proj' kept"):
+        decide(shapes, targets=("l.up_proj",))
