@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .checkpoint.hub import HubOptions, open_checkpoint
     from .conversion import convert, plan
     from .errors import MfptqError
-    from .execution.engine import Progress
+    from .execution.events import Advanced, Planned, ShardFinished
     from .inspection import inspect
     from .output.report import Report
     from .planning.plan import Plan
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Checkpoint": "checkpoint.folder", "HubOptions": "checkpoint.hub", "MfptqError": "errors", "Nvfp4Tensor": "tensors",
-    "Plan": "planning.plan", "Progress": "execution.engine", "Report": "output.report", "Rules": "planning.rules",
+    "Plan": "planning.plan", "Advanced": "execution.events", "Planned": "execution.events", "ShardFinished": "execution.events", "Report": "output.report", "Rules": "planning.rules",
     "Verification": "verification", "convert": "conversion", "dequantize_nvfp4": "tensors", "extract_scales": "calibration.extract",
     "inspect": "inspection", "load_calibration": "calibration.reading", "merge_calibrations": "calibration.merge",
     "open_checkpoint": "checkpoint.hub", "plan": "conversion", "quantize_nvfp4": "tensors",

@@ -7,15 +7,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.hub import HubOptions, open_checkpoint
+from .dtypes import NUMPY_DTYPES
 from .errors import SourceError, UsageError
-from .execution.engine import Execution, Progress, ProgressCallback
+from .execution.engine import Execution
+from .execution.events import Advanced, Event, OnEvent
 from .execution.memory_budget import (
     INTERPRETER,
     KERNEL_BYTES,
@@ -27,13 +28,14 @@ from .execution.memory_budget import (
     plan_memory,
     resident_bytes,
 )
-from .execution.worker_memory import NUMPY_DTYPES, WorkerMemory
+from .execution.worker_memory import WorkerMemory
 from .kernels import ErrorStats, Kernel, QuantizeArgs, load_kernel
 from .kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics, load_calibrated_kernel
 from .kernels.choice import choose_device
 from .limits import MAX_CONFIG_BYTES
 from .nvfp4 import BLOCK_SIZE
-from .output.destination import CARD, MANIFEST, REPORT, Destination, OutputClaim, open_destination
+from .output.destination import Destination, open_destination
+from .output.leftovers import CARD, MANIFEST, REPORT, OutputClaim
 from .output.model_card import card_metadata, card_text
 from .output.report import Report, gather, kind_reports, report_text, suspicions, total_error
 from .planning.plan import Plan, build_plan
@@ -84,7 +86,7 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     workers: int | None = None,
     device: str = "cpu",
     overwrite: bool = False,
-    progress: ProgressCallback | None = None,
+    on_event: OnEvent | None = None,
 ) -> Report:
     """Convert a checkpoint to NVFP4 and return what was done.
 
@@ -93,7 +95,7 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     input scales are given and weight-only `NVFP4A16` otherwise: by `calibration`, a calibration file, which makes the
     weights better too; by `input_scales`; or by `like`, an NVFP4 checkpoint whose choice of layers is taken as well.
     `method` None means the strongest that the calibration file allows, `search` without one. `max_memory` is a ceiling
-    for the whole process; what a calling program already holds does not count. `progress` is called from worker threads.
+    for the whole process; what a calling program already holds does not count. `on_event` is called in this thread.
 
     Raises MfptqError and its subclasses; see `mfptq.errors`. The source is only read.
     """
@@ -103,13 +105,13 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
         plan = make_plan(source, settings, InputScaleSource(input_scales, input_scales_kind, calibration, like), hub)
         try:
             run = prepare(plan, Resources(max_memory, workers, device), held)
-            return carry_out(run, Path(destination), overwrite=overwrite, progress=progress or _ignore)
+            return carry_out(run, Path(destination), overwrite=overwrite, on_event=on_event or _ignore)
         finally:
             plan.close()
 
 
-def _ignore(_progress: Progress) -> None:
-    """Take no notice of progress."""
+def _ignore(_event: Event) -> None:
+    """Take no notice of an event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,19 +190,18 @@ def _try_out(plan: Plan, kernel: Kernel, calibrated: CalibratedKernel | None) ->
                 kernel.quantize(block, recipe, packed, scales)
 
 
-def carry_out(run: Run, destination: Path, *, overwrite: bool, progress: ProgressCallback) -> Report:
+def carry_out(run: Run, destination: Path, *, overwrite: bool, on_event: OnEvent) -> Report:
     """Do the work of a run and return its report."""
     plan, memory = run.plan, run.memory
     sizes = {shard.name: shard.size for shard in plan.shards}
     claim = OutputClaim(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
     buffers = [WorkerMemory(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
     source_card = _source_card(plan.checkpoint.origin.folder)
-    metadata = cache(partial(card_metadata, plan, source_card))
-    with open_destination(destination, claim, overwrite=overwrite) as out:
+    with open_destination(destination, claim, overwrite=overwrite, poll=lambda: on_event(Advanced(0))) as out:
         resumed = len(out.done)
-        Execution(plan, out, buffers, progress).run(meanwhile=metadata)  # whose libraries take their time to load
+        Execution(plan, out, buffers).run(on_event)
         kinds = gather(out.done.values())
-        _finalize(plan, out, kinds, card_text(plan, kinds, metadata(), source_card))
+        _finalize(plan, out, kinds, card_text(plan, kinds, card_metadata(plan, source_card), source_card))
         return _report(run, out, buffers, resumed)
 
 

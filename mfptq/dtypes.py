@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 # In the order of safetensors' own enumeration: its writer sorts by it, largest first, so that data stays aligned.
 DTYPE_BITS: Mapping[str, int] = {
@@ -10,3 +13,6 @@ DTYPE_BITS: Mapping[str, int] = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
+
+# What weights may be stored as, and how numpy holds it: it has no bfloat16, so its bits are kept as uint16.
+NUMPY_DTYPES: Mapping[str, Any] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}

@@ -24,7 +24,7 @@ from .limits import MAX_INDEX_BYTES
 from .names.fusion import fused_groups
 from .names.patterns import REGEX_PREFIX
 from .nvfp4 import BLOCK_SIZE, as_float32, dequantize
-from .output.destination import MANIFEST
+from .output.leftovers import MANIFEST
 from .planning.quantization_config import FORMAT, QUANTIZATION_CONFIG
 from .storage.digest import Stopped, file_sha256, in_parallel
 from .storage.files import open_regular, plain_name, read_small

@@ -162,14 +162,11 @@ class Layout(NamedTuple):
     size: int
 
 
-def lay_out(
-    specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA, *, alignment: int = PREFIX_BYTES
-) -> Layout:
+def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> Layout:
     """Return a shard's leading bytes, length prefix included, and the places of its tensors.
 
     Of one part, the bytes are those that safetensors itself writes for these tensors with metadata {"format": "pt"}:
-    largest dtype first, then by name; compact JSON, padded with spaces so that the data begins at a multiple of
-    `alignment`, itself a multiple of 8.
+    largest dtype first, then by name; compact JSON, padded with spaces so that the data begins at a multiple of 8.
     """
     ordered = list(_in_order(specs))
     known = {kind: _described(*kind) for kind in {(spec.dtype, spec.shape) for spec in ordered}}
@@ -181,7 +178,7 @@ def lay_out(
         for spec, (text, _), start, end in zip(ordered, kinds, starts, starts[1:], strict=False)
     ]
     encoded = f"{{{','.join(entries)}}}".encode()
-    encoded += b" " * (-(PREFIX_BYTES + len(encoded)) % alignment)
+    encoded += b" " * (-(PREFIX_BYTES + len(encoded)) % PREFIX_BYTES)
     data_start = PREFIX_BYTES + len(encoded)
     head = len(encoded).to_bytes(PREFIX_BYTES, "little") + encoded
     places = {spec.name: data_start + start for spec, start in zip(ordered, starts, strict=False)}

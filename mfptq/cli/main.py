@@ -16,7 +16,7 @@ from .._version import __version__
 from ..errors import MfptqError, UsageError, VerificationError, quote
 from ..execution.memory_budget import memory_errors
 from .calibration import calibration
-from .process import STOPPED, Interrupted, stopping_on_signals, tune_interpreter
+from .process import STOPPED, Interrupted, deferred_signals, handle_signals, tune_interpreter
 
 if TYPE_CHECKING:
     from ..checkpoint.hub import HubOptions
@@ -30,7 +30,8 @@ def run() -> None:
     if sys.stderr is None or not sys.stderr.isatty():  # huggingface_hub draws its bars into files too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        with stopping_on_signals(), memory_errors():
+        handle_signals()
+        with memory_errors():
             main.main(standalone_mode=False)
         if sys.stdout is None:
             _fail("the work is done, but stdout is closed", 5)
@@ -159,8 +160,8 @@ def convert(model: str, output: Path, **options: Any) -> None:
     if shown["dry_run"]:
         _show_plan(model, settings, as_json=shown["as_json"])
         return
-    with text.progress(quiet=shown["quiet"]) as progress:
-        report = run_conversion(model, output, progress=progress, **settings)
+    with text.progress(quiet=shown["quiet"]) as show, deferred_signals() as check:
+        report = run_conversion(model, output, on_event=lambda event: (check(), show(event)), **settings)
     if shown["as_json"]:
         click.echo(json.dumps(report.as_dict()))
     elif not shown["quiet"]:
@@ -252,8 +253,8 @@ def demo(output: Path) -> None:
     for name, shape in (("dense", DemoShape()), ("experts", DemoShape(experts=4, intermediate=128))):
         source, target = output / name, output / f"{name}-NVFP4"
         write_demo(source, shape)
-        with text.progress(quiet=False) as progress:
-            report = run_conversion(source, target, progress=progress)
+        with text.progress(quiet=False) as show, deferred_signals() as stop:
+            report = run_conversion(source, target, on_event=lambda event: (stop(), show(event)))
         click.echo(text.summary(report, timings=False))
         found = check(target, source)
         click.echo(text.verification_text(found) + "\n")

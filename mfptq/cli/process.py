@@ -1,4 +1,4 @@
-"""What a process of our own asks of Python: a library must not, since these settings hold for the whole process."""
+"""Process-wide settings of the command line: garbage collection, thread switching, signals. The library never applies them."""
 
 from __future__ import annotations
 
@@ -25,35 +25,45 @@ class Interrupted(BaseException):
         self.exit_code = _EXIT_CODES[signal.Signals(number)]
 
 
-@contextmanager
-def stopping_on_signals() -> Iterator[None]:
-    """Let a signal that asks the process to stop raise Interrupted, and a second one end it at once, as one does afterwards."""
-    _handle(_raise_interrupted)
-    try:
-        yield
-        _handle(signal.SIG_DFL)
-    except RuntimeError as error:
-        if isinstance(error.__cause__, Interrupted):  # Python 3.11 wraps what is raised while a class is made
-            raise error.__cause__ from None
-        raise
+class _Request:
+    """The signal that asked for a stop while a run deferred it. No handler raises: it could strike inside `with lock:`."""
+
+    deferred = False
+    number = 0
 
 
-def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+def handle_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP end the process with one line and their exit code.
+
+    At once, since nothing is half done: except inside `deferred_signals`, where the first one is noted for the run to see.
+    """
     for number in _EXIT_CODES:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background jobs stay what they are
-            signal.signal(number, handler)
+            signal.signal(number, _on_signal)
 
 
-def _raise_interrupted(number: int, _frame: FrameType | None) -> None:
-    _handle(_stop_at_once)
-    raise Interrupted(number)
-
-
-def _stop_at_once(number: int, _frame: FrameType | None) -> None:
-    """End the process without tidying up: whoever signals twice does not want to wait, and a rerun resumes from anything."""
-    with suppress(OSError):
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    if _Request.deferred and not _Request.number:
+        _Request.number = number
+        return
+    with suppress(OSError):  # whoever signals twice does not want to wait, and a rerun resumes from anything
         os.write(2, f"mfptq: error: {STOPPED}\n".encode())
     os._exit(_EXIT_CODES[signal.Signals(number)])
+
+
+@contextmanager
+def deferred_signals() -> Iterator[Callable[[], None]]:
+    """Let the block tidy up before a signal ends the process: lend a function that raises Interrupted once one has come."""
+
+    def check() -> None:
+        if _Request.number:
+            raise Interrupted(_Request.number)
+
+    _Request.deferred = True
+    try:
+        yield check
+    finally:
+        _Request.deferred = False
 
 
 def tune_interpreter() -> None:

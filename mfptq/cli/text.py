@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..execution.engine import Progress, ProgressCallback
+from ..execution.events import Advanced, Event, OnEvent, Planned
 from ..execution.memory_budget import parse_size, plan_memory
 from ..output.report import Report
 from ..planning.plan import Plan
@@ -38,22 +38,19 @@ def size_text(size: int) -> str:
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[ProgressCallback | None]:
-    """Lend a callback that moves a bar in source bytes; there is no bar, and None, off a terminal."""
+def progress(*, quiet: bool) -> Iterator[OnEvent]:
+    """Lend a callback that moves a bar in source bytes; off a terminal it shows nothing."""
     if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
-        yield None
+        yield lambda _event: None
         return
-    from threading import Lock
-
     from tqdm import tqdm
 
-    lock = Lock()
     with tqdm(unit="B", unit_scale=True, desc="convert", leave=False) as bar:
 
-        def show(event: Progress) -> None:
-            with lock:
-                if event.total:
-                    bar.total = event.total
+        def show(event: Event) -> None:
+            if isinstance(event, Planned):
+                bar.total = event.total_bytes
+            elif isinstance(event, Advanced):
                 bar.update(event.source_bytes)
 
         yield show

@@ -25,7 +25,7 @@ class AmaxSearch:
 
 
 def global_scale(method: str, amax: float, dtype: str) -> float:
-    """Return the divisor that a fused group of that dtype shares."""
+    """Return the global scale that a fused group of that dtype shares."""
     return minmax_global_scale(amax, dtype) if method == "minmax" else search_global_scale(amax)
 
 

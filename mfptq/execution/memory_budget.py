@@ -14,8 +14,6 @@ from ..errors import MemoryBudgetError, UsageError, quote
 
 MAX_TILE = 4 * 2**20
 MIN_TILE = 256 * 2**10
-PARTS = 3  # of a worker's memory: one is filled while the others are written
-FEW_WORKERS = 4  # more of them wait for each other at the interpreter's lock, with larger tiles less often
 PER_WORKER = 2 * 2**20  # stack, kernel scratch, allocator slack
 RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
 INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything of its own
@@ -97,8 +95,8 @@ class MemoryPlan:
 
 
 def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
-    """Return what one worker holds: parts for a tile and what it becomes, scratch, an input's statistics in three forms."""
-    return PARTS * (tile_bytes + tile_bytes // 4 + tile_bytes // 32) + PER_WORKER + 3 * statistics
+    """Return what one worker holds: a tile and what it becomes, scratch, an input's statistics in three forms."""
+    return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER + 3 * statistics
 
 
 def plan_memory(
@@ -109,17 +107,16 @@ def plan_memory(
     `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read, as
     prepared and as its kernel factors them, and two inputs' are kept besides.
 
-    `largest_tile` is what suits the kernel, in bytes; more than FEW_WORKERS get twice that. Tiles shrink first, then
-    workers; raises MemoryBudgetError, naming the least that works, when one small tile is too much.
+    `largest_tile` is what suits the kernel, in bytes. Tiles shrink first, then workers; raises MemoryBudgetError, naming the least that works, when one small tile is too much.
     """
     base = held + RESERVE + 2 * statistics
     least = base + worker_bytes(MIN_TILE, statistics)
     if budget < least:
         raise MemoryBudgetError(
-            f"--max-memory is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
+            f"the memory limit is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
         )
     count = min(workers, (budget - base) // worker_bytes(MIN_TILE, statistics))
-    tile = largest_tile * (2 if workers > FEW_WORKERS else 1)
+    tile = largest_tile
     while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
         tile //= 2
     return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))
@@ -151,7 +148,7 @@ def memory_errors() -> Iterator[None]:
         if isinstance(error, RuntimeError) and not of_torch and "start new thread" not in str(error):
             raise
         raise MemoryBudgetError(
-            "memory ran out: use fewer --max-workers or less --max-memory, or raise the system's limit; "
+            "memory ran out: use fewer workers or a lower memory limit, or raise the system's limit; "
             "rerun the same command to resume"
         ) from None
 

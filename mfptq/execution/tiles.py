@@ -1,15 +1,24 @@
-"""How the work on a shard is cut: into fused groups, and weights into tiles of bounded size."""
+"""Cut the work on a shard: large weights into tiles of bounded size, many small fused groups into one batch.
+
+A model with a hundred thousand small experts must not cost a hundred thousand times what one tensor costs beyond its bytes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from ..checkpoint.weights import Weight
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.weights import Weight, name_pattern
 from ..dtypes import DTYPE_BITS
+from ..kernels import ErrorStats, Float64Array, Int64Array
 from ..names.fusion import by_group
-from ..nvfp4 import BLOCK_SIZE
+from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
+from ..output.shard_writer import Piece
 from ..planning.jobs import QuantizeWeight
 
 
@@ -42,7 +51,7 @@ class Tile:
 
 
 def tiles(weight: Weight, tile_bytes: int) -> Iterator[Tile]:
-    """Yield the weight in tiles of at most `tile_bytes`, which must hold one group of 16."""
+    """Yield the weight in tiles of at most `tile_bytes`, which must hold one block of 16."""
     elements = tile_bytes * 8 // DTYPE_BITS[weight.dtype]
     step = elements // weight.columns
     if step:
@@ -76,3 +85,93 @@ class GroupStep:
 def group_steps(weights: Iterable[QuantizeWeight]) -> list[GroupStep]:
     """Return a shard's weights by fused group, in the order in which their data begins."""
     return [GroupStep(name, tuple(steps)) for name, steps in by_group(weights, attrgetter("group")).items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Whole small groups of one shard and dtype, read at once: weight i has elements `starts[i]` to `starts[i + 1]`.
+
+    `reads` are the ranges of the source file, (offset, size) in bytes, in which the weights lie, in their order.
+    """
+
+    groups: tuple[GroupStep, ...]
+    steps: tuple[QuantizeWeight, ...]
+    starts: Int64Array
+    reads: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[GroupStep]) -> Batch:
+        """Return the batch of some groups."""
+        steps = tuple(step for group in groups for step in group.weights)
+        sizes = [step.weight.size for step in steps]
+        offsets = np.array([step.weight.offset for step in steps])
+        nbytes = np.array(sizes) * (DTYPE_BITS[steps[0].weight.dtype] // 8)
+        starts = np.cumsum([0, *sizes], dtype=np.int64)
+        reads = [(int(offsets[begin]), int(nbytes[begin:end].sum())) for begin, end in _runs(offsets, nbytes)]
+        return cls(tuple(groups), steps, starts, tuple(reads))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of all its weights."""
+        return self.steps[0].weight.dtype
+
+    def of_groups(self, amax: Float32Array) -> Float32Array:
+        """Return each group's largest magnitude, of one for each weight."""
+        first = np.cumsum([0, *(len(group.weights) for group in self.groups[:-1])])
+        return np.maximum.reduceat(amax, first)
+
+    def for_weights(self, scales: Sequence[float]) -> Float32Array:
+        """Return each weight's global scale, of one for each group."""
+        return np.repeat(np.array(scales, np.float32), [len(group.weights) for group in self.groups])
+
+    def pieces(self, packed: ByteArray, scales: ByteArray, global_scales: Float32Array) -> Iterator[Piece]:
+        """Yield what is to be written, neighbours together."""
+        sizes = np.diff(self.starts)
+        yield from _joined(np.array([step.packed for step in self.steps]), sizes // 2, packed)
+        yield from _joined(np.array([step.scale for step in self.steps]), sizes // BLOCK_SIZE, scales)
+        places, values = [step.global_scale for step in self.steps], global_scales
+        inputs = [step.input_scale for step in self.steps if step.input_scale is not None]
+        if inputs:
+            places = [*places, *(each.offset for each in inputs)]
+            values = np.concatenate([values, np.array([each.input_global_scale for each in inputs], np.float32)])
+        order = np.argsort(places)
+        stored = np.ascontiguousarray(values[order].astype("<f4")).view(np.uint8)
+        yield from _joined(np.array(places)[order], np.full(len(places), 4), stored)
+
+    def by_pattern(self, stats: Float64Array) -> dict[str, ErrorStats]:
+        """Return the statistics of the weights, `[n, 7]`, those whose names have one pattern together."""
+        rows: dict[str, list[int]] = {}
+        for row, step in enumerate(self.steps):
+            rows.setdefault(name_pattern(step.weight.module), []).append(row)
+        sizes = np.diff(self.starts)
+        return {pattern: ErrorStats.together(int(sizes[found].sum()), stats[found]) for pattern, found in rows.items()}
+
+
+def batches(groups: Iterable[GroupStep], tile_bytes: int) -> Iterator[Batch]:
+    """Yield runs of groups of one dtype that together fit into one tile."""
+    run: list[GroupStep] = []
+    size, dtype = 0, ""
+    for group in groups:
+        nbytes, own = group.nbytes, group.weights[0].weight.dtype
+        if run and (size + nbytes > tile_bytes or own != dtype):
+            yield Batch.of(run)
+            run, size = [], 0
+        run.append(group)
+        size, dtype = size + nbytes, own
+    if run:
+        yield Batch.of(run)
+
+
+def _joined(offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], data: ByteArray) -> Iterator[Piece]:
+    """Yield pieces of `data`, which holds what belongs at each offset one behind the other."""
+    start = 0
+    for begin, end in _runs(offsets, sizes):
+        size = int(sizes[begin:end].sum())
+        yield Piece(int(offsets[begin]), data[start : start + size].data)
+        start += size
+
+
+def _runs(offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield index ranges in which each range of bytes begins where the one before it ends."""
+    breaks = np.flatnonzero(offsets[1:] != offsets[:-1] + sizes[:-1]) + 1
+    yield from itertools.pairwise([0, *breaks.tolist(), len(offsets)])

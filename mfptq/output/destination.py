@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..checkpoint.folder import CONFIG, INDEX
+from ..checkpoint.folder import CONFIG
 from ..errors import (
     DestinationError,
     DestinationExistsError,
@@ -25,37 +23,14 @@ from ..errors import (
     NonFiniteWeightError,
     PlanMismatchError,
     SourceChangedError,
-    SourceError,
-    UnsafePathError,
     quote,
 )
-from ..limits import MAX_INDEX_BYTES
-from ..storage.digest import Stopped, file_sha256, in_parallel
-from ..storage.files import open_regular, plain_name, read_small, storage_errors, sync_folder
-from ..storage.partial_file import PARTIAL_SUFFIX, PartialFile, partial_path
+from ..storage.files import open_regular, storage_errors, sync_folder
+from ..storage.partial_file import PartialFile, partial_path
 from .journal import Journal, JournalState, ShardResult, read_journal
+from .leftovers import JOURNAL, MANIFEST, REPORT, WORK, OutputClaim, abandon, take_over
 
-WORK = ".mfptq"
-JOURNAL = "journal"
-MANIFEST = "SHA256SUMS"
-REPORT = "mfptq_report.json"
-CARD = "README.md"
 SPACE_MARGIN = 16 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class OutputClaim:
-    """What a run is going to write: the plan's digests, its shards' sizes in bytes, the source's folder and companions."""
-
-    source: Path
-    digests: Mapping[str, str]
-    shards: Mapping[str, int]
-    companions: tuple[str, ...] = ()
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
-        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, MANIFEST)
 
 
 class Destination:
@@ -66,9 +41,9 @@ class Destination:
         self.done = dict(done)
         self._journal = journal
 
-    def create(self, name: str, size: int, *, direct: bool = False) -> PartialFile:
-        """Return a new temporary of `size` bytes that will become `name`; `direct` is for what is large."""
-        return PartialFile(partial_path(self.root / WORK, name), self.root / name, size, direct=direct)
+    def create(self, name: str, size: int) -> PartialFile:
+        """Return a new temporary of `size` bytes that will become `name`."""
+        return PartialFile(partial_path(self.root / WORK, name), self.root / name, size)
 
     def write(self, name: str, data: bytes) -> str:
         """Write a small file, whole or not at all; return its SHA-256, hexadecimal."""
@@ -110,8 +85,12 @@ class Destination:
 
 
 @contextmanager
-def open_destination(root: Path, claim: OutputClaim, *, overwrite: bool = False) -> Iterator[Destination]:
+def open_destination(
+    root: Path, claim: OutputClaim, *, overwrite: bool = False, poll: Callable[[], object] | None = None
+) -> Iterator[Destination]:
     """Claim the output folder, resume what is unfinished in it, and keep every other run out until the end.
+
+    `poll` is called now and then while finished shards are checked; what it raises stops that.
 
     Raises DestinationExistsError, DestinationLockedError, PlanMismatchError or StorageError, before touching anything.
     """
@@ -121,13 +100,13 @@ def open_destination(root: Path, claim: OutputClaim, *, overwrite: bool = False)
         _check_space(root, claim, _inspect(root, claim, overwrite=overwrite).done)
     _create(root)
     with _locked(root):
-        done = _take_over(root, claim, _inspect(root, claim, overwrite=overwrite))
+        done = take_over(root, claim, _inspect(root, claim, overwrite=overwrite), poll)
         journal = Journal(root / WORK / JOURNAL, JournalState(claim.digests, done, claim.files))
         try:
             yield Destination(root, journal, done)
         except (NonFiniteWeightError, SourceChangedError):  # no rerun of this plan can succeed: keep nothing of it
             journal.close()
-            _abandon(root, claim, existed=existed)
+            abandon(root, claim, existed=existed)
             raise
         except BaseException:
             journal.close()
@@ -224,77 +203,3 @@ def _locked(root: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.release(force=True)
-
-
-def _take_over(root: Path, claim: OutputClaim, state: JournalState) -> dict[str, ShardResult]:
-    """Remove what earlier runs left and is not to be kept; return the finished shards that are what they should be."""
-    _remove_stale(root / WORK)
-    _remove_files(root, [CONFIG])
-    if state.digests is None:
-        names = [*state.files, *_listed(root), *claim.files]
-        _remove_files(root, [name for name in names if name != MANIFEST])
-        _remove_files(root, [MANIFEST])  # last: it says that the other files are ours
-        return {}
-    intact = in_parallel(partial(_is_intact, root, claim), state.done.values())
-    return {name: result for (name, result), whole in zip(state.done.items(), intact, strict=True) if whole}
-
-
-def _remove_stale(work: Path) -> None:
-    for path in work.glob(f"*{PARTIAL_SUFFIX}"):
-        pid = path.name.split(".")[-3]
-        if not pid.isdigit() or int(pid) == os.getpid() or not _is_alive(int(pid)):
-            with suppress(OSError):
-                path.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OverflowError:
-        return False
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
-
-
-def _listed(root: Path) -> list[str]:
-    """Return the names in the manifest of an earlier output of ours."""
-    try:
-        lines = read_small(root / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").splitlines()
-    except SourceError:
-        return []
-    return [line[66:] for line in lines]
-
-
-def _remove_files(root: Path, names: Iterable[str]) -> None:
-    """Remove files, durably, before anything else happens."""
-    for name in names:
-        with storage_errors("remove", root / name), suppress(UnsafePathError, FileNotFoundError):
-            (root / plain_name(name)).unlink()
-    with storage_errors("sync", root):
-        sync_folder(root)
-
-
-def _is_intact(root: Path, claim: OutputClaim, stopped: Stopped, result: ShardResult) -> bool:
-    """Return whether a finished shard still has the content that the journal says."""
-    if claim.shards.get(result.name) != result.size:
-        return False
-    try:
-        fd = open_regular(root / result.name)
-    except SourceError:
-        return False
-    with storage_errors("read", root / result.name):
-        try:
-            return os.fstat(fd).st_size == result.size and file_sha256(fd, result.size, stopped) == result.sha256
-        except EOFError:
-            return False
-        finally:
-            os.close(fd)
-
-
-def _abandon(root: Path, claim: OutputClaim, *, existed: bool) -> None:
-    _remove_files(root, claim.files)
-    shutil.rmtree(root / WORK, ignore_errors=True)
-    if not existed:
-        with suppress(OSError):
-            root.rmdir()

@@ -1,52 +1,72 @@
-"""An output file while it is being filled: how much work is left, how far its digest is, what became of its weights."""
+"""Write one output shard of a run: its bytes in any order, its digest, its error statistics, and its name at the end.
+
+Called by `execution.engine` only.
+"""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import NamedTuple
 
 from ..kernels import ErrorStats
 from ..planning.jobs import ShardJob
-from ..storage.digest import HASH_STEP
 from ..storage.partial_file import PartialFile
+from .journal import ShardResult
 
 
-@dataclass(slots=True)
-class OpenShard:
-    """An output file being filled: when none of its work is left, it is finished."""
+class Piece(NamedTuple):
+    """Some bytes of a file, and where they belong."""
 
-    job: ShardJob
-    file: PartialFile
-    lane: int
-    digest: str = ""
-    left: int = 1
-    hashing: bool = False
-    kinds: dict[str, ErrorStats] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    offset: int
+    data: memoryview | bytes
 
-    def note(self, kind: str, stats: ErrorStats) -> None:
-        """Add the statistics of some weights of a kind."""
-        with self.lock:
-            self.kinds.setdefault(kind, ErrorStats()).add(stats)
+
+class ShardWriter:
+    """One output shard. Workers write into it in any order; the thread that ends its last task completes it.
+
+    Threads: `write`, `note`, `expect` and `finish_task` from any worker; `complete` from the one that `finish_task` told so;
+    `discard` when no worker runs any more. `_lock` guards `_pending` and `_stats`.
+    """
+
+    def __init__(self, job: ShardJob, file: PartialFile) -> None:
+        self.job = job
+        self._file = file
+        self._pending = 0
+        self._stats: dict[str, ErrorStats] = {}
+        self._lock = threading.Lock()
+        file.write(job.head, 0)
 
     def expect(self, tasks: int) -> None:
-        """Note that more work has been found."""
-        with self.lock:
-            self.left += tasks
+        """Count tasks that will have to be finished before the shard is complete."""
+        with self._lock:
+            self._pending += tasks
 
-    def begin_hashing(self) -> bool:
-        """Return whether the caller must take a step of the file's digest: never two at once, and none at the end.
+    def finish_task(self) -> bool:
+        """Count one task as done; return whether it was the last, so that the caller must complete the shard."""
+        with self._lock:
+            self._pending -= 1
+            return self._pending == 0
 
-        The rest is left to when the file is finished: the disk has to be waited for then anyway.
-        """
-        with self.lock:
-            due = not self.hashing and self.left > 1 and self.file.unhashed >= HASH_STEP
-            self.hashing |= due
-            self.left += due
-            return due
+    def write(self, pieces: Iterable[Piece], buffer: memoryview) -> None:
+        """Write pieces, then let the digest catch up by way of `buffer`, which may be what they lie in."""
+        for offset, data in pieces:
+            self._file.write(data, offset)
+        self._file.hash_written(buffer)
 
-    def settle(self) -> bool:
-        """Note that a piece of work is done; return whether it was the last."""
-        with self.lock:
-            self.left -= 1
-            return self.left == 0
+    def note(self, pattern: str, stats: ErrorStats) -> None:
+        """Add the error statistics of some weights whose names have this pattern."""
+        with self._lock:
+            self._stats.setdefault(pattern, ErrorStats()).add(stats)
+
+    def complete(self, buffer: memoryview, *, forget: bool) -> ShardResult:
+        """Hash what is left, make the file durable under its name, and return what became of it."""
+        digest = self._file.sha256(buffer)
+        self._file.commit(forget=forget)
+        stats = {pattern: asdict(each) for pattern, each in sorted(self._stats.items())}
+        return ShardResult(self.job.name, digest, self.job.size, stats)
+
+    def discard(self) -> None:
+        """Remove the unfinished file."""
+        self._file.discard()

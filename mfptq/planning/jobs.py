@@ -56,7 +56,7 @@ class InputScale:
     """A group's `input_global_scale` and its place in the output file."""
 
     offset: int
-    divisor: float
+    input_global_scale: float
 
 
 class QuantizeWeight(NamedTuple):

@@ -1,70 +1,92 @@
-"""What each source tensor becomes in the output: names, dtypes, shapes, and the part of the file that it lies in.
+"""List the tensors of an output shard and the order in which they lie in its file.
 
-A file is written, and its digest computed, from its beginning on, so its tensors lie in the order of the work: kept ones, then
-weights group by group, each with its packed values and its scales. That is for whole pages, which are nearly all bytes of a
-model and can be written, and read, past the page cache. What remains comes behind them: kept tensors and packed values,
-divisors, small scales, and kept tensors whose size could leave a divisor at an address that is no multiple of 4.
+`output_tensors` is the only place that says what a weight becomes: the plan lays out what it lists, and a job takes the
+places in the same order. A tensor added there gets its place; one that no job writes stops the run, since a shard is
+complete only when every byte of it was written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from ..checkpoint.folder import Shard
 from ..checkpoint.header import TensorSpec
 from ..checkpoint.weights import Weight
 from ..names.fusion import FusedGroup, by_group
 from ..nvfp4 import BLOCK_SIZE
-from ..storage.files import PAGE
 from .rules import TensorDecision
 
-_ALIGNMENT = 4  # of a divisor; a weight's packed values are a multiple of 8 bytes
-_OWN_PLACE = 16 * PAGE  # scales of a weight that are smaller lie with others: a write costs more than a few pages
+PACKED, SCALE, GLOBAL_SCALE, INPUT_GLOBAL_SCALE = (
+    "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"
+)  # fmt: skip
+_SCALAR_BYTES = 4  # a float32 must lie at a multiple of its size
+_LARGE = 2**20  # weights of so many elements have their scales right behind their packed values
+
+
+class OutputTensor(NamedTuple):
+    """One tensor that a weight becomes: `<module>.<suffix>`."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def output_tensors(weight: Weight, *, with_input: bool) -> Iterator[OutputTensor]:
+    """Yield what a weight `[N, K]` becomes; `with_input` adds its input scale."""
+    yield OutputTensor(PACKED, "U8", (weight.rows, weight.columns // 2))
+    yield OutputTensor(SCALE, "F8_E4M3", (weight.rows, weight.columns // BLOCK_SIZE))
+    yield OutputTensor(GLOBAL_SCALE, "F32", (1,))
+    if with_input:
+        yield OutputTensor(INPUT_GLOBAL_SCALE, "F32", (1,))
 
 
 def output_specs(
     shard: Shard, decisions: Mapping[str, TensorDecision], group_of: Mapping[str, FusedGroup], *, with_input: bool
-) -> list[TensorSpec]:
-    """Return the tensors of an output shard, in the order of their source; `with_input` adds input scales."""
+) -> Iterator[TensorSpec]:
+    """Yield the tensors of an output shard, in the order of their source."""
     items = [decisions[info.name] for info in shard.header.tensors]
-    parts = _Parts([weight for item in items if item.decision.quantize for weight in item.candidate.weights], group_of)
-    return [spec for item in items for spec in _outputs(item, parts, with_input=with_input)]
+    quantized = [weight for item in items if item.decision.quantize for weight in item.candidate.weights]
+    order = FileOrder(quantized, group_of)
+    for item in items:
+        info = item.candidate.tensor.info
+        if not item.decision.quantize:
+            yield TensorSpec(info.name, info.dtype, info.shape, order.kept(info.nbytes))
+            continue
+        for weight in item.candidate.weights:
+            for suffix, dtype, shape in output_tensors(weight, with_input=with_input):
+                yield TensorSpec(f"{weight.module}.{suffix}", dtype, shape, order.of(weight, suffix))
 
 
-class _Parts:
-    """The parts of an output file, numbered from its beginning on."""
+class FileOrder:
+    """The order of a file: that of the work, so that the digest, which runs from the beginning on, can follow the writes.
+
+    Kept tensors come first, then large weights in the order of their fused groups, packed values and scales in turn; then
+    the packed values, the scales, and the scalars of all others. Tensors of an odd size come last, so that every float32
+    lies at a multiple of 4.
+    """
 
     def __init__(self, weights: list[Weight], group_of: Mapping[str, FusedGroup]) -> None:
         groups = by_group([weight.module for weight in weights], lambda module: group_of[module].name)
         modules = [module for members in groups.values() for module in members]
-        self._turns = {module: 1 + 2 * turn for turn, module in enumerate(modules)}
-        self._kept, self._packed, self.divisors, self._rest = range(1 + 2 * len(modules), 5 + 2 * len(modules))
+        self._turns = {module: turn for turn, module in enumerate(modules)}
+        self._count = len(modules)
 
     def kept(self, nbytes: int) -> int:
-        """Return the part of a tensor that stays as it is."""
-        if nbytes % PAGE == 0:
-            return 0
-        return self._kept if nbytes % _ALIGNMENT == 0 else self._rest
+        """Return the place in the order of a tensor that stays as it is."""
+        return 0 if nbytes % _SCALAR_BYTES == 0 else self._last
 
-    def packed(self, weight: Weight) -> int:
-        """Return the part of a weight's packed values."""
-        return self._packed if weight.size // 2 % PAGE else self._turns[weight.module]
+    def of(self, weight: Weight, suffix: str) -> int:
+        """Return the place in the order of one of a weight's output tensors."""
+        turn, count = self._turns[weight.module], self._count
+        if suffix in (GLOBAL_SCALE, INPUT_GLOBAL_SCALE):
+            return 1 + 4 * count + turn
+        if suffix == SCALE and weight.size // BLOCK_SIZE % _SCALAR_BYTES:
+            return self._last
+        if weight.size >= _LARGE:
+            return 1 + 2 * turn + (suffix == SCALE)
+        return 1 + (3 if suffix == SCALE else 2) * count + turn
 
-    def scales(self, weight: Weight) -> int:
-        """Return the part of a weight's scales."""
-        nbytes = weight.size // BLOCK_SIZE
-        return self._rest if nbytes % PAGE or nbytes < _OWN_PLACE else self._turns[weight.module] + 1
-
-
-def _outputs(item: TensorDecision, parts: _Parts, *, with_input: bool) -> Iterator[TensorSpec]:
-    info = item.candidate.tensor.info
-    if not item.decision.quantize:
-        yield TensorSpec(info.name, info.dtype, info.shape, parts.kept(info.nbytes))
-        return
-    for weight in item.candidate.weights:
-        name, rows, columns = weight.module, weight.rows, weight.columns
-        yield TensorSpec(f"{name}.weight_packed", "U8", (rows, columns // 2), parts.packed(weight))
-        yield TensorSpec(f"{name}.weight_scale", "F8_E4M3", (rows, columns // BLOCK_SIZE), parts.scales(weight))
-        yield TensorSpec(f"{name}.weight_global_scale", "F32", (1,), parts.divisors)
-        if with_input:
-            yield TensorSpec(f"{name}.input_global_scale", "F32", (1,), parts.divisors)
+    @property
+    def _last(self) -> int:
+        return 1 + 5 * self._count

@@ -25,9 +25,8 @@ from ..limits import MAX_HEADER_BYTES
 from ..names.fusion import FusedGroup
 from ..scales.assignment import AssignedScales, assign_input_scales
 from ..scales.reading import InputScales
-from ..storage.files import PAGE
 from .jobs import CopyTensor, InputScale, QuantizeWeight, ShardJob, ShardPlan
-from .output_order import output_specs
+from .output_order import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE, output_specs, output_tensors
 from .quantization_config import QUANTIZATION_CONFIG, Scheme, config_text, ignore_list, index_text, quantization_config
 from .rules import Selection, TensorDecision, select
 from .settings import Settings, unreached
@@ -35,7 +34,7 @@ from .settings import Settings, unreached
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
 
-PLAN_FORMAT = 4
+PLAN_FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +140,10 @@ class Plan:
         return ShardJob(shard.name, shard.head, shard.size, tuple(copies), tuple(weights))
 
     def _step(self, weight: Weight, places: Iterator[int]) -> QuantizeWeight:
-        group = self._group_of[weight.module].name
-        packed, scale, divisor = next(places), next(places), next(places)
-        given = None
-        if self.input_scales is not None:
-            given = InputScale(next(places), self.input_scales.divisors[group])
-        return QuantizeWeight(weight, group, self.method_of(weight), packed, scale, divisor, given)
+        group, scales = self._group_of[weight.module].name, self.input_scales
+        at = {each.suffix: next(places) for each in output_tensors(weight, with_input=scales is not None)}
+        given = InputScale(at[INPUT_GLOBAL_SCALE], scales.divisors[group]) if scales is not None else None
+        return QuantizeWeight(weight, group, self.method_of(weight), at[PACKED], at[SCALE], at[GLOBAL_SCALE], given)
 
 
 def build_plan(
@@ -219,13 +216,13 @@ def _plan_shard(
     *,
     with_input: bool,
 ) -> ShardPlan:
-    specs = output_specs(shard, decisions, group_of, with_input=with_input)
+    specs = list(output_specs(shard, decisions, group_of, with_input=with_input))
     own = dict.fromkeys([spec.name for spec in specs], shard.name)
     if len(own) < len(specs) or not places.keys().isdisjoint(own):
         name = next(name for name, count in Counter([*places, *(spec.name for spec in specs)]).items() if count > 1)
         raise SourceError(f"two tensors would be written as {quote(name)}: rename one in the source")
     places.update(own)
-    head, offsets, size = lay_out(specs, alignment=PAGE)
+    head, offsets, size = lay_out(specs)
     if len(head) - PREFIX_BYTES > MAX_HEADER_BYTES:
         raise SourceError(f"{quote(shard.name)} would need a header of {len(head)} bytes, the format allows 100 MB")
     return ShardPlan(

@@ -15,8 +15,6 @@ from pathlib import Path, PureWindowsPath
 from ..errors import MfptqError, SourceError, StorageError, UnsafePathError, quote
 from ..limits import MAX_FILE_NAME_BYTES
 
-PAGE = 4096  # what direct writes begin and end at, whatever the disk
-_NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP}
 _PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}  # not the file's fault
 
 
@@ -78,31 +76,6 @@ def write_all(fd: int, buffer: memoryview | bytes, offset: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
-
-
-def open_direct(path: Path) -> int:
-    """Open a file for writes that go past the page cache; -1 where the system or the file system has none.
-
-    Such a write begins at a multiple of PAGE, in the file and in memory, and is whole pages long.
-    """
-    if not hasattr(os, "O_DIRECT"):
-        return -1
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno not in _NOT_DIRECT:
-            raise
-        return -1
-
-
-def write_direct(fd: int, buffer: memoryview, offset: int) -> int:
-    """Write whole pages past the page cache; return how many bytes were written, none where that is refused."""
-    try:
-        return os.pwrite(fd, buffer, offset)
-    except OSError as error:
-        if error.errno not in _NOT_DIRECT:
-            raise
-        return 0
 
 
 def read_small(path: Path, limit: int) -> bytes:

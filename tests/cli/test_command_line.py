@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mfptq.cli import process
 from mfptq.cli.main import main
-from mfptq.cli.process import Interrupted, stopping_on_signals
+from mfptq.cli.process import Interrupted, deferred_signals
 from tests.conftest import command, digests
 
 
@@ -99,15 +100,19 @@ def test_max_memory_that_cannot_work_is_refused_with_the_least_that_does(source:
     assert command("convert", source, tmp_path / "out", "--max-memory", room, "-q").returncode == 0
 
 
-def test_a_signal_while_a_class_is_made_stops_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    handlers: list = []
-    monkeypatch.setattr("mfptq.cli.process._handle", handlers.append)  # this process keeps its own
-    with pytest.raises(Interrupted) as caught, stopping_on_signals():
-        raise RuntimeError("Error calling __set_name__") from Interrupted(signal.SIGTERM)
-    assert caught.value.exit_code == 143
-    with pytest.raises(RuntimeError, match="other"), stopping_on_signals():
-        raise RuntimeError("other")
-    assert signal.SIG_DFL not in handlers
-    with stopping_on_signals():
-        pass
-    assert handlers[-1] == signal.SIG_DFL
+def test_a_first_signal_is_noted_while_a_run_defers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr("os.write", lambda *_: 0)
+    monkeypatch.setattr(process._Request, "number", 0)
+    with deferred_signals() as check:
+        check()
+        process._on_signal(signal.SIGTERM, None)
+        with pytest.raises(Interrupted) as caught:
+            check()
+        assert (caught.value.exit_code, ended) == (143, [])
+        process._on_signal(signal.SIGINT, None)
+        assert ended == [130], "the second does not wait"
+    monkeypatch.setattr(process._Request, "number", 0)
+    process._on_signal(signal.SIGHUP, None)
+    assert ended == [130, 129], "where nothing is half done, the first does not either"

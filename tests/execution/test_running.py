@@ -11,14 +11,18 @@ import pytest
 
 from mfptq.checkpoint.source import FolderSource
 from mfptq.errors import MemoryBudgetError, SourceChangedError, UnsafePathError, UsageError
+from mfptq.execution.events import Advanced
 from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, parse_size, plan_memory, worker_bytes
-from mfptq.execution.worker_pool import Workers, running_pool
+from mfptq.execution.worker_pool import POLL_SECONDS, WorkerPool
 from mfptq.kernels import choice
 from mfptq.kernels.choice import choose_device
 from mfptq.planning.jobs import ShardPlan, largest_first
 from mfptq.storage.digest import in_parallel
 from mfptq.storage.files import plain_name
-from mfptq.storage.partial_file import PartialFile, Piece
+
+
+def ignore(_event: object) -> None:
+    """Take no notice."""
 
 
 def test_every_task_and_every_follow_up_runs_once() -> None:
@@ -34,102 +38,76 @@ def test_every_task_and_every_follow_up_runs_once() -> None:
 
         return run
 
-    workers = Workers([(task(number, 0) for number in range(50))], range(4))
-    workers.run()
+    workers = WorkerPool((task(number, 0) for number in range(50)), range(4))
+    workers.run(ignore)
     assert len(done) == 50 * (1 + 2 + 4 + 8)
     assert {number for number, _ in done} == set(range(50))
 
 
 def test_follow_ups_come_before_the_supply() -> None:
     order: list[str] = []
-    workers: Workers[int]
+    workers: WorkerPool[int]
 
     def first(_state: int) -> None:
         order.append("first")
         workers.add([lambda _s: order.append("follow 1"), lambda _s: order.append("follow 2")])
 
-    workers = Workers([iter([first, lambda _s: order.append("second")])], [0])
-    workers.run()
+    workers = WorkerPool(iter([first, lambda _s: order.append("second")]), [0])
+    workers.run(ignore)
     assert order == ["first", "follow 1", "follow 2", "second"]
 
 
-def test_a_worker_stays_in_its_lane_and_helps_elsewhere_when_nothing_is_left_there() -> None:
-    both, ran = threading.Barrier(2), list[tuple[str, int, int]]()
+def test_events_come_in_the_calling_thread_and_something_comes_all_the_time() -> None:
+    heard: list[tuple[object, threading.Thread]] = []
 
-    def task(name: str, number: int):
-        def run(worker: int) -> None:
-            if number < 3:
-                both.wait(10)  # so neither is done with its lane before the other
-            ran.append((name, number, worker))
+    def work(_state: int) -> None:
+        workers.emit(Advanced(5))
+        time.sleep(3 * POLL_SECONDS)
 
-        return run
-
-    Workers([(task("a", number) for number in range(3)), (task("b", number) for number in range(40))], range(2)).run()
-    assert {(name, worker) for name, number, worker in ran if number < 3} == {("a", 0), ("b", 1)}
-    assert len(ran) == 43
-
-    met = threading.Barrier(4)  # four workers, one lane: none of them is idle
-    Workers([iter([lambda _s: met.wait(10)] * 4)], range(4)).run()
+    workers = WorkerPool(iter([work, work]), range(2))
+    workers.run(lambda event: heard.append((event, threading.current_thread())))
+    assert {thread for _, thread in heard} == {threading.current_thread()}
+    events = [event for event, _ in heard]
+    assert events.count(Advanced(5)) == 2
+    assert Advanced(0) in events, "so that whoever listens can stop a run that is busy with one piece of work"
 
 
-def test_follow_ups_go_to_the_lane_they_are_added_to() -> None:
-    order: list[str] = []
-    workers: Workers[int]
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_the_caller_raises_stops_the_run_and_every_worker(error: type[BaseException]) -> None:
+    done: list[int] = []
 
-    def first(_state: int) -> None:
-        workers.add([lambda _s: order.append("b follows")], 1)
-        workers.add([lambda _s: order.append("a follows")], 0)
+    def work(_state: int) -> None:
+        workers.emit(Advanced(1))
+        done.append(1)
+        time.sleep(0.001)
 
-    workers = Workers([iter([first, lambda _s: order.append("a")]), iter([lambda _s: order.append("b")])], [0])
-    workers.run()
-    assert order == ["a follows", "a", "b follows", "b"]
+    def stop(event: object) -> None:
+        if len(done) >= 5:
+            raise error
 
-
-def test_workers_wait_for_what_goes_on_elsewhere() -> None:
-    seen = []
-
-    def elsewhere() -> None:
-        time.sleep(0.05)
-        workers.add([lambda _s: seen.append(1)])
-        workers.settle()
-
-    def begin(_state: int) -> None:
-        workers.expect()
-        threading.Thread(target=elsewhere).start()
-
-    workers = Workers([iter([begin])], range(2))
-    workers.run()
-    assert seen == [1]
+    workers = WorkerPool((work for _ in range(10_000)), range(3))
+    with pytest.raises(error):
+        workers.run(stop)
+    assert 5 <= len(done) < 10_000
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mfptq-")]
 
 
-def test_the_calling_thread_has_something_to_do_meanwhile() -> None:
-    met = threading.Barrier(2)
-    Workers([iter([lambda _s: met.wait(10)])], [0]).run(lambda: met.wait(10))
+def test_a_thread_that_cannot_begin_stops_those_that_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, begun = threading.Thread.start, []
 
-    def fail() -> None:
-        raise ValueError("meanwhile")
+    def refuse(thread: threading.Thread) -> None:
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
 
-    done = []
-    with pytest.raises(ValueError, match="meanwhile"):
-        Workers([iter([lambda _s: time.sleep(0.05) or done.append(1)] * 100)], [0]).run(fail)
-    assert len(done) < 100
-
-
-def test_an_interruption_leaves_no_lock_behind() -> None:
-    """A signal may raise right after a lock was taken; what others still have to say must not wait for it forever."""
-    workers: Workers[int]
-
-    def interrupted() -> None:
-        workers._lock.acquire()
-        raise KeyboardInterrupt
-
-    workers = Workers([iter([lambda _s: workers.expect()])], range(2))
-    with pytest.raises(KeyboardInterrupt):
-        workers.run(interrupted)
-    other = threading.Thread(target=workers.settle, daemon=True)
-    other.start()
-    other.join(10)
-    assert not other.is_alive()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        WorkerPool((lambda _s: time.sleep(0.001) for _ in range(100_000)), range(5)).run(ignore)
+    assert len(begun) == 2
+    for thread in begun:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_results_of_several_threads_come_in_order() -> None:
@@ -160,32 +138,6 @@ def test_an_error_stops_what_others_are_at(monkeypatch: pytest.MonkeyPatch) -> N
     assert stopped == [1]
 
 
-def pool_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("pool_")]
-
-
-def test_a_pool_whose_threads_run_already() -> None:
-    pool = running_pool(5, "pool")
-    assert len(pool_threads()) == 5
-    assert list(pool.map(str, range(20))) == [str(number) for number in range(20)]
-    pool.shutdown()
-    assert not pool_threads()
-
-
-def test_a_pool_that_gets_too_few_threads_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = threading.Thread.start
-
-    def refuse(thread: threading.Thread) -> None:
-        if len(pool_threads()) == 2:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(RuntimeError, match="can't start"):
-        running_pool(5, "pool")
-    assert not pool_threads()
-
-
 def test_much_larger_files_come_first_and_the_others_stay_in_order() -> None:
     sizes = {"a": 100, "b": 90, "c": 400, "d": 110, "e": 30, "f": 420, "g": 95}
     shards = [ShardPlan(name, size, 0, array("q"), b"") for name, size in sizes.items()]
@@ -206,9 +158,9 @@ def test_the_first_error_stops_everything(where: str) -> None:
     def fail() -> None:
         raise ValueError("task")
 
-    workers = Workers([supply()], range(3))
+    workers = WorkerPool(supply(), range(3))
     with pytest.raises(ValueError, match=where):
-        workers.run()
+        workers.run(ignore)
     assert len(ran) < 9_000
     assert threading.active_count() < 10
 
@@ -220,8 +172,8 @@ def test_workers_wait_for_tasks_that_may_still_come() -> None:
         time.sleep(0.05)
         workers.add([lambda _s: seen.append(1)] * 20)
 
-    workers = Workers([iter([slow])], range(4))
-    workers.run()
+    workers = WorkerPool(iter([slow]), range(4))
+    workers.run(ignore)
     assert len(seen) == 20
 
 
@@ -242,8 +194,7 @@ def test_sizes_that_are_none(text: str) -> None:
 def test_a_budget_shrinks_tiles_before_workers_and_is_never_exceeded() -> None:
     held = 100 * 2**20
     plenty = plan_memory(2**30, held, 8)
-    assert (plenty.workers, plenty.tile_bytes) == (8, 2 * MAX_TILE)
-    assert plan_memory(2**30, held, 4).tile_bytes == MAX_TILE
+    assert (plenty.workers, plenty.tile_bytes) == (8, MAX_TILE)
     last = plenty
     for budget in range(2**30, held, -(2**20)):
         try:
@@ -258,16 +209,6 @@ def test_a_budget_shrinks_tiles_before_workers_and_is_never_exceeded() -> None:
         last = found
     else:
         pytest.fail("no budget was too small")
-
-
-def test_pieces_are_written_where_they_belong_whatever_their_order(tmp_path: Path) -> None:
-    file = PartialFile(tmp_path / "temporary", tmp_path / "file", 20)
-    file.write_pieces(
-        [Piece(10, b"cd"), Piece(0, b"ab"), Piece(12, memoryview(b"efg")), Piece(19, b"z"), Piece(2, b"--")]
-    )
-    file.commit()
-    assert (tmp_path / "file").read_bytes() == b"ab--\0\0\0\0\0\0cdefg\0\0\0\0z"
-    assert not (tmp_path / "temporary").exists()
 
 
 def test_a_source_that_is_cut_or_replaced_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Deal with what earlier runs left in an output folder: keep finished shards that are intact, remove the rest.
+
+Called by `output.destination` while it holds the folder's lock. Removes nothing but files that mfptq itself writes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ..checkpoint.folder import CONFIG, INDEX
+from ..errors import SourceError, UnsafePathError
+from ..limits import MAX_INDEX_BYTES
+from ..storage.digest import Stopped, file_sha256, in_parallel
+from ..storage.files import open_regular, plain_name, read_small, storage_errors, sync_folder
+from ..storage.partial_file import PARTIAL_SUFFIX
+from .journal import JournalState, ShardResult
+
+WORK = ".mfptq"
+JOURNAL = "journal"
+MANIFEST = "SHA256SUMS"
+REPORT = "mfptq_report.json"
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputClaim:
+    """What a run is going to write: the plan's digests, its shards' sizes in bytes, the source's folder and companions."""
+
+    source: Path
+    digests: Mapping[str, str]
+    shards: Mapping[str, int]
+    companions: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
+        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, MANIFEST)
+
+
+def take_over(
+    root: Path, claim: OutputClaim, state: JournalState, poll: Callable[[], object] | None
+) -> dict[str, ShardResult]:
+    """Remove what earlier runs left and is not to be kept; return the finished shards that are what they should be."""
+    _remove_stale(root / WORK)
+    _remove_files(root, [CONFIG])
+    if state.digests is None:
+        names = [*state.files, *_listed(root), *claim.files]
+        _remove_files(root, [name for name in names if name != MANIFEST])
+        _remove_files(root, [MANIFEST])  # last: it says that the other files are ours
+        return {}
+    intact = in_parallel(partial(_is_intact, root, claim), state.done.values(), poll)
+    return {name: result for (name, result), whole in zip(state.done.items(), intact, strict=True) if whole}
+
+
+def _remove_stale(work: Path) -> None:
+    for path in work.glob(f"*{PARTIAL_SUFFIX}"):
+        pid = path.name.split(".")[-3]
+        if not pid.isdigit() or int(pid) == os.getpid() or not _is_alive(int(pid)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OverflowError:
+        return False
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def _listed(root: Path) -> list[str]:
+    """Return the names in the manifest of an earlier output of ours."""
+    try:
+        lines = read_small(root / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").splitlines()
+    except SourceError:
+        return []
+    return [line[66:] for line in lines]
+
+
+def _remove_files(root: Path, names: Iterable[str]) -> None:
+    """Remove files, durably, before anything else happens."""
+    for name in names:
+        with storage_errors("remove", root / name), suppress(UnsafePathError, FileNotFoundError):
+            (root / plain_name(name)).unlink()
+    with storage_errors("sync", root):
+        sync_folder(root)
+
+
+def _is_intact(root: Path, claim: OutputClaim, stopped: Stopped, result: ShardResult) -> bool:
+    """Return whether a finished shard still has the content that the journal says."""
+    if claim.shards.get(result.name) != result.size:
+        return False
+    try:
+        fd = open_regular(root / result.name)
+    except SourceError:
+        return False
+    with storage_errors("read", root / result.name):
+        try:
+            return os.fstat(fd).st_size == result.size and file_sha256(fd, result.size, stopped) == result.sha256
+        except EOFError:
+            return False
+        finally:
+            os.close(fd)
+
+
+def abandon(root: Path, claim: OutputClaim, *, existed: bool) -> None:
+    """Remove everything of a run that no rerun can finish, the folder too unless it `existed` before."""
+    _remove_files(root, claim.files)
+    shutil.rmtree(root / WORK, ignore_errors=True)
+    if not existed:
+        with suppress(OSError):
+            root.rmdir()
