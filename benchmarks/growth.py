@@ -39,7 +39,6 @@ NO_SYNC = """
 import os
 os.fsync = lambda fd: None
 os.posix_fadvise = lambda *arguments: None
-del os.O_DIRECT
 from mfptq.cli.main import run
 run()
 """

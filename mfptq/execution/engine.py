@@ -105,8 +105,8 @@ class Execution:
 
     def _copy(self, writer: ShardWriter, run: CopyRun, memory: WorkerMemory) -> None:
         with memory.timed("copy"):
-            data = memory.read_bytes(self._source, writer.job.name, run.stretches)
-        self._write(writer, [Piece(run.offset, data)], run.stretches, memory)
+            data = memory.read_bytes(self._source, writer.job.name, run.ranges)
+        self._write(writer, [Piece(run.offset, data)], run.ranges, memory)
 
     def _convert_batch(self, writer: ShardWriter, batch: Batch, memory: WorkerMemory) -> None:
         """Convert whole groups that fit into the memory together: read once, written in as few runs as they lie in."""

@@ -1,4 +1,7 @@
-"""Global scales while they are being found: each group's largest magnitude once, whichever shards wait for it."""
+"""Find the global scale of each large fused group once, and hand it to every shard that waits for it.
+
+Called by `execution.engine`: `begin` for each shard that holds a part of a group, `found` for each tile.
+"""
 
 from __future__ import annotations
 

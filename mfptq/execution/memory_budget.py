@@ -1,4 +1,4 @@
-"""How much memory the process has, may have, and will use: a budget is kept by choosing tiles, or refused at once."""
+"""Keep a run within its memory limit: choose tiles and workers that fit, or refuse at once and name the least that works."""
 
 from __future__ import annotations
 

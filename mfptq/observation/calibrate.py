@@ -1,4 +1,4 @@
-"""Making a calibration file: the model reads text, and what reaches its linear layers is summed up."""
+"""Make a calibration file: run the model on text and sum up what reaches its linear layers."""
 
 from __future__ import annotations
 

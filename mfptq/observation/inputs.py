@@ -1,4 +1,4 @@
-"""Which modules of a transformers model meet which input, by the names that the checkpoint gives its weights.
+"""Find which modules of a transformers model meet which input, by the names that the checkpoint gives its weights.
 
 Linear layers that share an input, as q/k/v, are one input. Routed experts are fused 3-D in transformers; the checkpoint's
 logical weights (`...mlp.experts.3.gate_proj`) name their inputs. Where every expert sees every token, gate and up of a

@@ -1,4 +1,4 @@
-"""Models and tokenizers as transformers loads them: whole, or left on disk by accelerate, to be read block by block.
+"""Load models and tokenizers by transformers: whole, or left on disk by accelerate, to be read block by block.
 
 Nothing here is imported before a calibration begins, and no code of a checkpoint is ever run (`trust_remote_code`).
 """

@@ -1,4 +1,4 @@
-"""Hooks that take statistics of inputs while a model runs, and leave what it computes as it is."""
+"""Take statistics of inputs by hooks while a model runs; never change what it computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model is held in memory or streamed from disk, and how many samples walk through it in step."""
+"""Decide whether a model is held in memory or streamed from disk, and how many samples walk through it in step."""
 
 from __future__ import annotations
 

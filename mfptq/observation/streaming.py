@@ -1,4 +1,4 @@
-"""A model that is larger than memory, its repeated blocks read one at a time, once for many samples.
+"""Run a model that is larger than memory: its repeated blocks are read one at a time, once for many samples.
 
 Stage k runs block k for every sample, from what block k - 1 gave for it. The model's own forward pass decides what a
 block is called with: it begins anew at every stage, blocks before k stand aside and give back what is known. Were a

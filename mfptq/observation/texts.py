@@ -1,4 +1,4 @@
-"""Calibration text as token ids: JSON lines, parquet or plain text, read only as far as it is needed.
+"""Read calibration text as token ids: JSON lines, parquet or plain text, only as far as it is needed.
 
 A row is a `text`, a conversation in `messages`, or token ids in `input_ids`; a line of JSON may also be a bare list of
 ids. Plain text is one long document, cut into sequences. A multimodal processor encodes as a tokenizer does, but gives

@@ -1,4 +1,4 @@
-"""The output folder: ours alone, complete or resumable, never mistaken for whole.
+"""Claim the output folder, and write into it so that it is complete or resumable, never mistaken for whole.
 
 Protocol for each file: a unique temporary in `.mfptq/`, preallocated, written at positions, fsynced, renamed, the folder
 fsynced, then a journal line. `config.json` comes last: without it no engine takes the folder for a checkpoint.

@@ -1,4 +1,4 @@
-"""What is finished, on disk: one checksummed line for each shard, after a line that names the plan.
+"""Note on disk which shards are finished: one checksummed line for each, after a line that names the plan.
 
 A line that is torn, flipped or foreign is as good as absent: its shard is done again, with the same bytes.
 """

@@ -1,4 +1,7 @@
-"""What the work on one output file consists of: copies and weights, each with its place in the source and in the output."""
+"""Describe the work on one output file: copies and weights, each with its place in the source and in the output.
+
+Made by `planning.plan`, carried out by `execution.engine`. A job looks nothing up: all is decided.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ class CopyTensor:
 
 
 class CopyRun(NamedTuple):
-    """Bytes that lie one behind the other in the output; `stretches` are their (offset, size) in the source file."""
+    """Bytes that lie one behind the other in the output; `ranges` are their (offset, size) in the source file."""
 
     offset: int
-    stretches: tuple[tuple[int, int], ...]
+    ranges: tuple[tuple[int, int], ...]
 
 
 def copy_runs(copies: Iterable[CopyTensor], limit: int) -> Iterator[CopyRun]:
@@ -107,8 +110,9 @@ class ShardPlan:
 
 
 def largest_first(shards: Sequence[ShardPlan]) -> list[ShardPlan]:
-    """Return shards in the order of work: the digest of a file much larger than others must not be what is left at the end.
+    """Return shards in the order of work: much larger files first.
 
+    SHA-256 of one file is sequential, and would otherwise be the last thing running.
     Those of about one size stay in their order, since neighbours may hold parts of one fused group.
     """
     mean = sum(shard.size for shard in shards) / max(1, len(shards))

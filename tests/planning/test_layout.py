@@ -124,8 +124,8 @@ def test_sizes_are_sums_of_what_is_written(folder: Path, tmp_path: Path) -> None
 )
 def test_copies_come_in_pieces_without_overlap_or_hole(size, limit, expected) -> None:
     runs = list(copy_runs([CopyTensor("a", 100, 1000, size)], limit))
-    assert [(run.stretches[0][0] - 100, run.stretches[0][1]) for run in runs] == expected
-    assert all(run.offset - 1000 == run.stretches[0][0] - 100 and len(run.stretches) == 1 for run in runs)
+    assert [(run.ranges[0][0] - 100, run.ranges[0][1]) for run in runs] == expected
+    assert all(run.offset - 1000 == run.ranges[0][0] - 100 and len(run.ranges) == 1 for run in runs)
 
 
 def test_small_copies_that_follow_each_other_are_one_run() -> None:
