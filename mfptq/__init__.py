@@ -14,28 +14,65 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .calibration.extract import extract_scales
+    from .calibration.file import Description
     from .calibration.merge import merge_calibrations
-    from .calibration.reading import load_calibration
-    from .checkpoint.folder import Checkpoint
-    from .checkpoint.hub import HubOptions, open_checkpoint
-    from .conversion import convert, plan
-    from .errors import MfptqError
-    from .execution.events import Advanced, Planned, ShardFinished
-    from .inspection import inspect
-    from .output.report import Report
-    from .planning.plan import Plan
-    from .planning.rules import Rules
+    from .calibration.reading import Calibration, load_calibration
+    from .conversion import Plan, convert, plan
+    from .errors import (
+        DestinationError,
+        DestinationExistsError,
+        DestinationLockedError,
+        HeaderError,
+        HubError,
+        IndexMismatchError,
+        MemoryBudgetError,
+        MfptqError,
+        NonFiniteWeightError,
+        PlanMismatchError,
+        RuleError,
+        ScaleError,
+        SourceChangedError,
+        SourceError,
+        StorageError,
+        UnsafePathError,
+        UnsupportedTensorError,
+        UsageError,
+        VerificationError,
+    )
+    from .execution.events import Advanced, Event, Planned, ShardFinished
+    from .inspection import Inspection, TensorSummary, inspect
+    from .kernels import ErrorStats
+    from .observation.calibrate import CalibrationProgress, calibrate
+    from .output.report import PatternReport, Report
+    from .planning.plan import PlannedTensor
+    from .planning.quantization_config import quantization_config
+    from .planning.settings import Decisions
+    from .scales.reading import InputScales, read_input_scales
     from .tensors import Nvfp4Tensor, dequantize_nvfp4, quantize_nvfp4, quantize_state_dict
-    from .verification import Verification, verify
+    from .verification import Fault, Verification, verify
 
-_HOMES = {
-    "Checkpoint": "checkpoint.folder", "HubOptions": "checkpoint.hub", "MfptqError": "errors", "Nvfp4Tensor": "tensors",
-    "Plan": "planning.plan", "Advanced": "execution.events", "Planned": "execution.events", "ShardFinished": "execution.events", "Report": "output.report", "Rules": "planning.rules",
-    "Verification": "verification", "convert": "conversion", "dequantize_nvfp4": "tensors", "extract_scales": "calibration.extract",
-    "inspect": "inspection", "load_calibration": "calibration.reading", "merge_calibrations": "calibration.merge",
-    "open_checkpoint": "checkpoint.hub", "plan": "conversion", "quantize_nvfp4": "tensors",
-    "quantize_state_dict": "tensors", "verify": "verification",
-}  # fmt: skip
+_EXPORTS = {
+    "calibration.extract": "extract_scales",
+    "calibration.file": "Description",
+    "calibration.merge": "merge_calibrations",
+    "calibration.reading": "Calibration load_calibration",
+    "conversion": "Plan convert plan",
+    "errors": "DestinationError DestinationExistsError DestinationLockedError HeaderError HubError IndexMismatchError "
+    "MemoryBudgetError MfptqError NonFiniteWeightError PlanMismatchError RuleError ScaleError SourceChangedError "
+    "SourceError StorageError UnsafePathError UnsupportedTensorError UsageError VerificationError",
+    "execution.events": "Advanced Event Planned ShardFinished",
+    "inspection": "Inspection TensorSummary inspect",
+    "kernels": "ErrorStats",
+    "observation.calibrate": "CalibrationProgress calibrate",
+    "output.report": "PatternReport Report",
+    "planning.plan": "PlannedTensor",
+    "planning.quantization_config": "quantization_config",
+    "planning.settings": "Decisions",
+    "scales.reading": "InputScales read_input_scales",
+    "tensors": "Nvfp4Tensor dequantize_nvfp4 quantize_nvfp4 quantize_state_dict",
+    "verification": "Fault Verification verify",
+}
+_HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - names, every one of them in _HOMES
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

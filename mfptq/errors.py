@@ -16,15 +16,33 @@ The number is the exit code of the command line. Messages are one line: what, wh
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
+from itertools import islice
 from typing import ClassVar
 
 MAX_QUOTED = 200
+MAX_LISTED = 3
+
+
+def printable(name: str) -> str:
+    """Return an untrusted name for a table: control characters never reach the terminal raw."""
+    return name if name.isprintable() else ascii(name)
 
 
 def quote(name: object) -> str:
     """Return untrusted text as one printable line: `repr` keeps control characters off the terminal."""
     text = ascii(str(name)) if not str(name).isprintable() else repr(str(name))
     return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 4]}...{text[-1]}"
+
+
+def listed(names: Collection[object]) -> str:
+    """Return the first few names, quoted, and ", ..." where there are more."""
+    return ", ".join(map(quote, islice(names, MAX_LISTED))) + (", ..." if len(names) > MAX_LISTED else "")
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with the words that agree with it: "1 module is", "2 modules are"."""
+    return f"{number} {one if number == 1 else many}"
 
 
 class MfptqError(Exception):

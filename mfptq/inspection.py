@@ -1,9 +1,13 @@
-"""What a checkpoint holds, and what a plan would make of one, from headers alone."""
+"""Sum up what a checkpoint holds, and what a plan would make of it, from headers alone.
+
+`inspect` is public; the command line's tables use `plan_patterns`. No weight is read.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +16,28 @@ from .checkpoint.header import TensorInfo
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.weights import name_pattern
 from .nvfp4 import BLOCK_SIZE
-from .planning.plan import Plan
+from .planning.plan import ConversionPlan
 from .planning.quantization_config import QUANTIZATION_CONFIG
 from .planning.rules import TensorDecision
 
 
 @dataclass(frozen=True, slots=True)
-class TensorKind:
-    """Tensors whose names differ in numbers only: how many, their dtype, bytes, and what is said of them."""
+class TensorSummary:
+    """Tensors whose names differ in numbers only, written with "*": how many, their bytes, and what becomes of them.
 
-    kind: str
+    `rule` is the pattern that decided, "" where none did; `action`, `rule`, `reason` and `method` say nothing in an
+    inspection.
+    """
+
+    pattern: str
     count: int
     dtype: str
     elements: int
     source_bytes: int
     output_bytes: int
-    action: str
-    reason: str
+    action: str = "stored"
+    rule: str = ""
+    reason: str = ""
     method: str = ""
 
     @property
@@ -39,19 +48,24 @@ class TensorKind:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint's contents by kind of tensor; `quantization` is None for an unquantized one."""
+    """A checkpoint's contents by pattern of tensor names; `quantization` is None for an unquantized one."""
 
     origin: str
     shards: int
     tensors: int
     tensor_bytes: int
     quantization: Mapping[str, Any] | None
-    kinds: tuple[TensorKind, ...]
+    patterns: tuple[TensorSummary, ...]
 
 
-def inspect(path: str | Path, hub: HubOptions | None = None) -> Inspection:
-    """Return what a checkpoint holds; reads headers, index and config only. Raises SourceError or HubError."""
-    checkpoint = open_checkpoint(path, hub)
+def inspect(
+    path: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None
+) -> Inspection:
+    """Return what a checkpoint, a folder or a Hub repo, holds; reads headers, index and config only.
+
+    Raises SourceError or HubError.
+    """
+    checkpoint = open_checkpoint(path, HubOptions(revision, token, cache_dir))
     try:
         return _inspection(checkpoint)
     finally:
@@ -71,40 +85,37 @@ def _inspection(checkpoint: Checkpoint) -> Inspection:
     )
 
 
-def _stored(info: TensorInfo) -> TensorKind:
-    elements = 1
-    for size in info.shape:
-        elements *= size
-    name = name_pattern(info.name)
-    return TensorKind(name, 1, info.dtype, elements, info.nbytes, info.nbytes, "stored", "")
+def _stored(info: TensorInfo) -> TensorSummary:
+    return TensorSummary(name_pattern(info.name), 1, info.dtype, math.prod(info.shape), info.nbytes, info.nbytes)
 
 
-def plan_kinds(plan: Plan) -> tuple[TensorKind, ...]:
-    """Return what becomes of each kind of tensor, and why."""
+def plan_patterns(plan: ConversionPlan) -> tuple[TensorSummary, ...]:
+    """Return what becomes of each pattern of tensor names, and why."""
     return tuple(_merged(_planned(item, plan) for item in plan.selection.tensors))
 
 
-def _planned(item: TensorDecision, plan: Plan) -> TensorKind:
-    kind = _stored(item.candidate.tensor.info)
-    if not item.decision.quantize:
-        return TensorKind(
-            kind.kind, 1, kind.dtype, kind.elements, kind.source_bytes, kind.source_bytes, "keep", item.decision.reason
-        )
+def _planned(item: TensorDecision, plan: ConversionPlan) -> TensorSummary:
+    decision, stored = item.decision, _stored(item.candidate.tensor.info)
+    if not decision.quantize:
+        return replace(stored, action="keep", rule=decision.rule, reason=decision.reason)
     scalars = (4 if plan.input_scales is None else 8) * len(item.candidate.weights)
-    size = kind.elements // 2 + kind.elements // BLOCK_SIZE + scalars
-    methods = ", ".join(sorted({plan.method_of(weight) for weight in item.candidate.weights}))
-    return TensorKind(
-        kind.kind, 1, kind.dtype, kind.elements, kind.source_bytes, size, "NVFP4", item.decision.reason, methods
+    return replace(
+        stored,
+        output_bytes=stored.elements // 2 + stored.elements // BLOCK_SIZE + scalars,
+        action="NVFP4",
+        rule=decision.rule,
+        reason=decision.reason,
+        method=", ".join(sorted({plan.method_of(weight) for weight in item.candidate.weights})),
     )
 
 
-def _merged(rows: Iterable[TensorKind]) -> Iterator[TensorKind]:
-    merged: dict[tuple[str, ...], TensorKind] = {}
+def _merged(rows: Iterable[TensorSummary]) -> Iterator[TensorSummary]:
+    merged: dict[tuple[str, ...], TensorSummary] = {}
     for row in rows:
-        key = (row.kind, row.dtype, row.action, row.reason, row.method)
+        key = (row.pattern, row.dtype, row.action, row.rule, row.reason, row.method)
         old = merged.get(key)
-        merged[key] = row if old is None else TensorKind(
-            row.kind, old.count + 1, row.dtype, old.elements + row.elements, old.source_bytes + row.source_bytes,
-            old.output_bytes + row.output_bytes, row.action, row.reason, row.method,
+        merged[key] = row if old is None else replace(
+            row, count=old.count + 1, elements=old.elements + row.elements,
+            source_bytes=old.source_bytes + row.source_bytes, output_bytes=old.output_bytes + row.output_bytes,
         )  # fmt: skip
-    yield from sorted(merged.values(), key=lambda row: (-row.source_bytes, row.kind))
+    yield from sorted(merged.values(), key=lambda row: (-row.source_bytes, row.pattern))

@@ -1,15 +1,19 @@
-"""NVFP4 for tensors in hand: what a pipeline that already holds its weights calls."""
+"""Quantize tensors in hand, torch or numpy, for a pipeline that already holds its weights.
+
+The same kernels and the same bytes as `convert`; torch is never imported here, only used where the caller has it.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
 from .checkpoint.weights import WEIGHT_SUFFIX
+from .dtypes import NUMPY_DTYPES
 from .errors import NonFiniteWeightError, UnsupportedTensorError, UsageError
 from .execution.global_scales import common_dtype
 from .execution.global_scales import global_scale as find_global_scale
@@ -18,13 +22,15 @@ from .names.fusion import fused_groups
 from .nvfp4 import BLOCK_SIZE, dequantize
 from .planning.settings import PLAIN_METHODS
 
+Array = TypeVar("Array")  # a torch tensor or a numpy array: what comes in goes out
+
 
 @dataclass(frozen=True, slots=True)
-class Nvfp4Tensor:
-    """A quantized weight: `packed` uint8 `[N, K/2]`, `scale` E4M3 `[N, K/16]` (as uint8 codes in numpy), one divisor."""
+class Nvfp4Tensor(Generic[Array]):
+    """A quantized weight: `packed` uint8 `[N, K/2]`, `scale` E4M3 `[N, K/16]` (as uint8 codes in numpy), `global_scale`."""
 
-    packed: Any
-    scale: Any
+    packed: Array
+    scale: Array
     global_scale: float
     stats: ErrorStats
 
@@ -41,7 +47,7 @@ def _as_tile(weight: Any) -> np.ndarray[Any, Any]:
         weight = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
         weight = weight.numpy()
     array = np.ascontiguousarray(weight)
-    if array.dtype not in (np.uint16, np.float16, np.float32):
+    if array.dtype.name not in _CODES:
         raise UnsupportedTensorError(
             f"weight is {array.dtype}, expected bfloat16 (raw uint16 in numpy), float16 or float32"
         )
@@ -52,7 +58,7 @@ def _as_tile(weight: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-_CODES = {"uint16": "BF16", "float16": "F16", "float32": "F32"}
+_CODES = {np.dtype(held).name: code for code, held in NUMPY_DTYPES.items()}
 
 
 def _dtype(tiles: Iterable[np.ndarray[Any, Any]]) -> str:
@@ -66,10 +72,10 @@ def _amax(tile: np.ndarray[Any, Any]) -> float:
     return found
 
 
-def quantize_nvfp4(weight: Any, *, method: str = "search", global_scale: float | None = None) -> Nvfp4Tensor:
+def quantize_nvfp4(weight: Array, *, method: str = "search", global_scale: float | None = None) -> Nvfp4Tensor[Array]:
     """Quantize one weight `[N, K]`, torch or numpy, bfloat16 (raw uint16 bits in numpy), float16 or float32.
 
-    `global_scale` is the divisor shared with fused partners; by default the weight's own. Raises UnsupportedTensorError
+    `global_scale` is the one shared with fused partners; by default the weight's own. Raises UnsupportedTensorError
     for other shapes and dtypes, NonFiniteWeightError for NaN or infinity. Source: compressed-tensors
     `nvfp4-pack-quantized`.
     """
@@ -82,25 +88,27 @@ def quantize_nvfp4(weight: Any, *, method: str = "search", global_scale: float |
     scales = np.empty((tile.shape[0], tile.shape[1] // BLOCK_SIZE), np.uint8)
     stats = load_kernel().quantize(tile, QuantizeArgs(method, scale), packed, scales)
     if not _is_torch(weight):
-        return Nvfp4Tensor(packed, scales, scale, stats)
+        return Nvfp4Tensor(cast("Array", packed), cast("Array", scales), scale, stats)
     torch = sys.modules["torch"]
-    codes = torch.from_numpy(scales).view(torch.float8_e4m3fn)
-    return Nvfp4Tensor(torch.from_numpy(packed), codes, scale, stats)
+    return Nvfp4Tensor(torch.from_numpy(packed), torch.from_numpy(scales).view(torch.float8_e4m3fn), scale, stats)
 
 
-def dequantize_nvfp4(tensor: Nvfp4Tensor) -> Any:
+def dequantize_nvfp4(tensor: Nvfp4Tensor[Array]) -> Array:
     """Return the float32 weight `[N, K]` that a quantized one stands for, as torch or numpy like its parts."""
-    if not _is_torch(tensor.packed):
-        return dequantize(tensor.packed, tensor.scale, tensor.global_scale)
+    packed, codes = cast("Any", tensor.packed), cast("Any", tensor.scale)
+    if not _is_torch(packed):
+        return cast("Array", dequantize(packed, codes, tensor.global_scale))
     torch = sys.modules["torch"]
-    codes = tensor.scale.view(torch.uint8).numpy()
-    return torch.from_numpy(dequantize(tensor.packed.numpy(), codes, tensor.global_scale))
+    exact = dequantize(packed.numpy(), codes.view(torch.uint8).numpy(), tensor.global_scale)
+    return cast("Array", torch.from_numpy(exact))
 
 
-def quantize_state_dict(state: Mapping[str, Any], modules: Iterable[str], *, method: str = "search") -> dict[str, Any]:
+def quantize_state_dict(
+    state: Mapping[str, Array], modules: Iterable[str], *, method: str = "search"
+) -> dict[str, Array]:
     """Return `state` with `<module>.weight` of the given modules replaced by their NVFP4 tensors.
 
-    Fused partners among `modules` share their global scale. Global scales come as float32 `[1]`, torch or numpy like the
+    `quantization_config` returns what config.json must say of them. Fused partners among `modules` share their global scale. Global scales come as float32 `[1]`, torch or numpy like the
     weight. Raises UsageError for a module that `state` does not hold, and what `quantize_nvfp4` raises.
     """
     modules = list(modules)

@@ -1,1 +1,1 @@
-"""What is known of the inputs of a model's linear layers: collected, kept in a file, put to use."""
+"""The calibration file: statistics of the inputs of a model's linear layers, written, checked, merged and put to use."""

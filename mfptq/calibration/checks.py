@@ -1,4 +1,7 @@
-"""What a calibration pass cannot have produced: values that no statistics of any input are."""
+"""Validate the statistics of a calibration file: finite, non-negative, positive semi-definite.
+
+Called by `calibration.reading` for every input before any is used. Nothing is repaired.
+"""
 
 from __future__ import annotations
 

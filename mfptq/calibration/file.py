@@ -1,4 +1,7 @@
-"""The calibration file: what is known of the inputs of a model's linear layers, in one safetensors file.
+"""Define, write and check the calibration file: statistics of a model's linear layers' inputs, in one safetensors file.
+
+Called by `observation.calibrate`, `calibration.merge` and `calibration.extract` to write, by `calibration.reading` to read.
+A file appears under its name whole or not at all.
 
 For each input, by its name:
 
@@ -99,11 +102,11 @@ def tensor_specs(info: InputInfo, level: Level, *, counted: bool) -> list[Tensor
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise UsageError if a calibration file cannot be written under this name."""
     if not path.name.endswith(".safetensors"):
-        raise UsageError(f"--output {quote(path)} should end in {SUFFIX}")
+        raise UsageError(f"output {quote(path)} should end in {SUFFIX}")
     if path.exists() and not overwrite:
-        raise UsageError(f"--output {quote(path)} exists: choose another name, or pass --overwrite")
+        raise UsageError(f"output {quote(path)} exists: choose another name, or overwrite it")
     if not path.parent.is_dir():
-        raise UsageError(f"--output {quote(path)}: there is no folder {quote(path.parent)}")
+        raise UsageError(f"output {quote(path)}: there is no folder {quote(path.parent)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +131,8 @@ def write_calibration(path: Path, contents: Contents) -> None:
     try:
         file.write(head, 0)
         for info in contents.inputs:
-            for kind, data in _tensors(contents.read(info)):
-                file.write(data, places[f"{info.name}.{kind}"])
+            for part, data in _tensors(contents.read(info)):
+                file.write(data, places[f"{info.name}.{part}"])
         for name, counts in contents.routed.items():
             file.write(counts.astype("<i8").tobytes(), places[f"{name}.{ROUTED}"])
         file.commit()
@@ -141,9 +144,9 @@ def _tensors(statistics: InputStatistics) -> Iterable[tuple[str, bytes]]:
     yield AMAX, np.array([statistics.amax], "<f4").tobytes()
     if statistics.tokens is not None:
         yield TOKENS, np.array([statistics.tokens], "<i8").tobytes()
-    for kind, values in ((MOMENT, statistics.second_moment), (HESSIAN, statistics.hessian)):
+    for part, values in ((MOMENT, statistics.second_moment), (HESSIAN, statistics.hessian)):
         if values is not None:
-            yield kind, values.astype("<f4").tobytes()
+            yield part, values.astype("<f4").tobytes()
 
 
 def _metadata(description: Description, inputs: Iterable[InputInfo]) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Several calibration files of one model as one: more text, or the work of several machines."""
+"""Merge calibration files of one model into one: more text, or the work of several machines.
+
+`merge_calibrations` is public; `mfptq calibration merge` calls it. Files of different models are never merged.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ScaleError, UsageError, quote
+from ..storage.files import expanded
 from .file import Contents, Description, Float32Array, InputInfo, InputStatistics, Int64Array, write_calibration
 from .reading import Calibration, load_calibration
 
@@ -24,7 +28,7 @@ def merge_calibrations(paths: Sequence[str | Path], output: str | Path) -> None:
     files: list[Calibration] = []
     try:
         files.extend(load_calibration(path) for path in paths)
-        write_calibration(Path(output), merged(files))
+        write_calibration(expanded(output), merged(files))
     finally:
         for file in files:
             file.close()

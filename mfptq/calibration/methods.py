@@ -1,4 +1,7 @@
-"""From statistics to what a kernel needs: which method they allow, and how far a local Hessian is to be trusted."""
+"""Choose the method that statistics allow, and prepare them as a kernel takes them.
+
+Called by `calibration.reading`. Statistics that a method needs and the file lacks are an error, never made up.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def choose_method(description: Description, requested: str) -> str:
         return _STRONGEST[level]
     needs = _NEEDS.get(requested)
     if needs is not None and LEVELS.index(level) < LEVELS.index(needs):
-        raise ScaleError(f"method {requested} needs a calibration file with --statistics {needs}, this one has {level}")
+        raise ScaleError(f"method {requested} needs a calibration file with statistics {needs}, this one has {level}")
     return requested
 
 

@@ -1,4 +1,7 @@
-"""What a calibration file holds, for people: how much text reached each input, and which inputs stand out."""
+"""Sum up what a calibration file holds: how much text reached each input, and which inputs stand out.
+
+Called by `mfptq calibration show`, which prints it. Reads the file input by input.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import numpy as np
 from .file import InputInfo
 from .reading import Calibration
 
-SHOWN = 10
 FEW_TOKENS = 100
 
 
@@ -74,36 +76,3 @@ def _input(calibration: Calibration, info: InputInfo) -> InputOverview:
 def _experts(name: str, counts: list[int]) -> ExpertsOverview:
     few = sum(count < FEW_TOKENS for count in counts)
     return ExpertsOverview(name, len(counts), counts.count(0), few, min(counts, default=0), max(counts, default=0))
-
-
-def overview_text(found: Overview) -> str:
-    """Return the overview as text: what was run, coverage, outliers, experts with little text."""
-    about = found.description
-    source = f"{about['model']!a}" + (f" at {about['revision']!a}" if about["revision"] else "")
-    lines = [
-        f"{source}: statistics {about['statistics']} of {len(found.inputs)} inputs, {found.modules} modules",
-        _coverage(found),
-        f"the {min(SHOWN, len(found.inputs))} inputs with the largest outliers: amax, and its ratio to the root mean square",
-        *(_input_row(each) for each in found.inputs[:SHOWN]),
-    ]
-    thin = [each for each in found.experts if each.few]
-    if found.experts:
-        total, few = sum(each.experts for each in found.experts), sum(each.few for each in thin)
-        without = sum(each.without for each in thin)
-        lines.append(f"{total} routed experts: {without} were given no token, {few} fewer than {FEW_TOKENS}")
-    lines += [f"  {each.least:9} to {each.most} tokens, {each.few} experts few  {each.name!a}" for each in thin[:SHOWN]]
-    return "\n".join(lines)
-
-
-def _coverage(found: Overview) -> str:
-    about = found.description
-    tokens = sorted(each.tokens for each in found.inputs if each.tokens is not None)
-    if not tokens:
-        return "ranges only, taken from another checkpoint: no text of ours"
-    samples = f"{about['samples']} of {about['requested']} samples of up to {about['max_seq_length']} tokens"
-    return f"{samples}; tokens of each input: {tokens[0]} to {tokens[-1]}, median {tokens[len(tokens) // 2]}"
-
-
-def _input_row(each: InputOverview) -> str:
-    ratio = "" if each.ratio is None else f"{each.ratio:9.1f} x"
-    return f"  {each.amax:12.4g} {ratio:>11}  {each.name!a}"

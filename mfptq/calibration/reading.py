@@ -1,4 +1,8 @@
-"""A calibration file, opened: checked whole before anything is made from it, then read input by input."""
+"""Open a calibration file, check all of it, then read it input by input.
+
+`load_calibration` is public; `planning` asks for methods, workers for statistics, from several threads at once. What a check
+refuses is never used in part.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,11 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.source import FolderSource
 from ..errors import ScaleError, SourceError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
-from ..names.bridge import bridge_names
-from ..names.fusion import experts_parent
+from ..scales.matching import check_complete, match_names, names_error
 from ..scales.reading import InputScales
 from ..scales.values import ScaleConvention
 from ..storage.digest import file_sha256
+from ..storage.files import expanded
 from .checks import check_routed, check_statistics
 from .file import (
     AMAX,
@@ -43,12 +47,11 @@ from .methods import choose_method, prepare
 
 KEPT_STATISTICS = 2  # what workers have in hand besides is theirs
 TIED_HEAD = "lm_head"  # a layer that many models build without storing a weight for it
-SHOWN = 3
 
 
 @dataclass(slots=True)
 class _Recent:
-    """Statistics as a kernel takes them: made once by the first worker that needs them, while the others wait."""
+    """Statistics as a kernel takes them: made once, under `lock`, by the first worker that needs them; the others wait."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     made: PreparedStatistics | None = None
@@ -56,7 +59,10 @@ class _Recent:
 
 @dataclass(slots=True)
 class Calibration:
-    """An open calibration file; safe to use from several threads. `digest` is the file's SHA-256, hexadecimal."""
+    """An open calibration file; `digest` is its SHA-256, hexadecimal.
+
+    Every method may be called from several threads, but `close` when the others are done. `_lock` guards `_recent`.
+    """
 
     path: Path
     description: Description
@@ -71,11 +77,11 @@ class Calibration:
 
     def input_scales(self) -> InputScales:
         """Return `2688 / amax` for every module; 0, which means "never calibrated", where amax is 0."""
-        divisors: dict[str, float] = {}
+        found: dict[str, float] = {}
         for info in self.inputs.values():
-            divisor = ScaleConvention("amax").divisor(info.name, None, self._number(info, AMAX))
-            divisors.update(dict.fromkeys(info.modules, divisor if math.isfinite(divisor) else 0.0))
-        return InputScales(divisors, str(self.path))
+            value = ScaleConvention("amax").global_scale(info.name, None, self._number(info, AMAX))
+            found.update(dict.fromkeys(info.modules, value if math.isfinite(value) else 0.0))
+        return InputScales(found, str(self.path))
 
     def of_model(self, weights: Mapping[str, int], kept: Collection[str] = ()) -> Calibration:
         """Return the same file as a source names its modules; raises ScaleError unless it is of that model.
@@ -84,10 +90,8 @@ class Calibration:
         may be missing: no text reached them.
         """
         written = [module for info in self.inputs.values() for module in info.modules]
-        bridge = bridge_names(written, [*weights, *kept])
-        foreign = [name for name in (*bridge.unknown, *bridge.ambiguous) if name.rpartition(".")[2] != TIED_HEAD]
-        if foreign:
-            raise self._error(foreign, "belong to no module of the source", "is it of another model?")
+        origin = f"calibration {quote(self.path)}"
+        bridge = match_names(origin, written, [*weights, *kept], without_tensor=[TIED_HEAD])
         found = {module: name for module in weights for name in (next(bridge.names(module), None),) if name is not None}
         input_of = {module: self._input_of[name] for module, name in found.items()}
         wrong = [
@@ -96,15 +100,9 @@ class Calibration:
             if info.columns != weights[module]
         ]
         if wrong:
-            raise self._error(wrong, "do not fit", "is it of another model?")
-        missing = [module for module in weights if module not in input_of and experts_parent(module) is None]
-        if missing:
-            raise self._error(missing, "have no statistics", "calibrate these modules too, or keep them with --ignore")
+            raise names_error(origin, wrong, ("module does not fit", "modules do not fit"), "is it of another model?")
+        check_complete(origin, weights, input_of)
         return replace(self, _input_of=input_of, _recent=OrderedDict())
-
-    def _error(self, names: Collection[str], what: str, advice: str) -> ScaleError:
-        first = ", ".join(quote(name) for name in list(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-        return ScaleError(f"calibration {quote(self.path)}: {len(names)} modules {what}: {first}; {advice}")
 
     def method(self, module: str, requested: str = "auto") -> str:
         """Return what a module is quantized by when `requested` is asked for: itself, or the strongest for `auto`.
@@ -140,8 +138,8 @@ class Calibration:
         if f"{info.name}.{TOKENS}" in self._places:
             tokens = int(self._array(f"{info.name}.{TOKENS}", "<i8")[0])
         moment, hessian = (
-            self._array(f"{info.name}.{kind}", "<f4") if f"{info.name}.{kind}" in self._places else None
-            for kind in (MOMENT, HESSIAN)
+            self._array(f"{info.name}.{part}", "<f4") if f"{info.name}.{part}" in self._places else None
+            for part in (MOMENT, HESSIAN)
         )
         return InputStatistics(amax, tokens, moment, hessian)
 
@@ -157,8 +155,8 @@ class Calibration:
         suffix = f".{ROUTED}"
         return {name.removesuffix(suffix): self._array(name, "<i8") for name in self._places if name.endswith(suffix)}
 
-    def _number(self, info: InputInfo, kind: str) -> float:
-        return float(self._array(f"{info.name}.{kind}", "<f4")[0])
+    def _number(self, info: InputInfo, part: str) -> float:
+        return float(self._array(f"{info.name}.{part}", "<f4")[0])
 
     def _array(self, name: str, dtype: str) -> npt.NDArray[Any]:
         info = self._places[name]
@@ -182,7 +180,7 @@ def load_calibration(path: str | Path) -> Calibration:
     finite, negative, over zero tokens, or no second moments at all (blocks that are not positive semi-definite).
     """
     try:
-        calibration = _open(Path(path))
+        calibration = _open(expanded(path))
         try:
             for info in calibration.inputs.values():
                 check_statistics(info, calibration.read(info))

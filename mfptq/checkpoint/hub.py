@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import HubError, SourceError, quote
+from ..storage.files import expanded
 from .folder import Checkpoint, Origin, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class HubOptions:
 
     revision: str | None = None
     token: str | None = None
-    cache_dir: Path | None = None
+    cache_dir: str | Path | None = None
 
 
 def open_checkpoint(source: str | Path, hub: HubOptions | None = None) -> Checkpoint:
@@ -43,8 +44,9 @@ def open_checkpoint(source: str | Path, hub: HubOptions | None = None) -> Checkp
     Raises SourceError for what is wrong with the checkpoint, and HubError where the Hub refuses or cannot be reached.
     """
     text = str(source)
-    if not text.startswith("hf://") and Path(text).exists():
-        return read_checkpoint(Origin(Path(text)))
+    folder = expanded(text)
+    if not text.startswith("hf://") and folder.exists():
+        return read_checkpoint(Origin(folder))
     options = hub or HubOptions()
     repo_id, _, revision = text.removeprefix("hf://").partition("@")
     if isinstance(source, Path) or not _REPO_ID.fullmatch(repo_id) or text.startswith((".", "/", "~")):
@@ -70,12 +72,12 @@ def _download(repo_id: str, options: HubOptions) -> Path:
         )
     except errors.GatedRepoError:
         raise HubError(
-            f"{quote(repo_id)} is gated: ask for access on its page, then pass --token or set HF_TOKEN"
+            f"{quote(repo_id)} is gated: ask for access on its page, then give a token or set HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
         raise HubError(f"{quote(repo_id)} has no revision {quote(options.revision)}") from None
     except errors.RepositoryNotFoundError:
-        raise HubError(f"no folder and no Hub repo named {quote(repo_id)} (private ones need --token)") from None
+        raise HubError(f"no folder and no Hub repo named {quote(repo_id)} (private ones need a token)") from None
     except errors.LocalEntryNotFoundError as error:
         why = f": {_first_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
         raise HubError(

@@ -1,8 +1,11 @@
-"""`mfptq calibrate`: the command line of making a calibration file."""
+"""Define `mfptq calibrate`, and show how far it is.
+
+Thin: options become keywords of `mfptq.calibrate`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..observation.calibrate import CalibrationProgress, ProgressCallback
+    from ..observation.calibrate import CalibrationProgress
 
 
 @click.command()
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 @click.option("--all-experts/--routed-experts", default=True, show_default=True, help="Which tokens an expert sees.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out: a module name, or re:REGEX.")
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Include what a default keeps.")
-@click.option("--overwrite", is_flag=True, help="Start anew where the output exists.")
+@click.option("--overwrite", is_flag=True, help="Discard an existing output and start over.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache.")
@@ -49,21 +52,17 @@ def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
 
     Example: mfptq calibrate Qwen/Qwen3.5-27B --dataset chats.jsonl --output qwen.calibration.safetensors
     """
-    from ..checkpoint.hub import HubOptions
-    from ..observation.calibrate import Options
     from ..observation.calibrate import calibrate as run_calibration
 
-    rest = {name: options.pop(name) for name in ("ignore", "targets", "overwrite")}
-    hub = HubOptions(options.pop("revision"), options.pop("token"), options.pop("cache_dir"))
     quiet = options.pop("quiet")
-    with _progress(output, quiet=quiet) as progress:
-        done = run_calibration(model, dataset, output, options=Options(**options), hub=hub, progress=progress, **rest)
+    with _progress(output, quiet=quiet) as show:
+        done = run_calibration(model, dataset, output, on_event=show, **options)
     if not quiet:
         click.echo(f"{output}: {done.statistics} over {done.samples} samples of {done.model}")
 
 
 @contextmanager
-def _progress(output: Path, *, quiet: bool) -> Iterator[ProgressCallback]:
+def _progress(output: Path, *, quiet: bool) -> Iterator[Callable[[CalibrationProgress], None]]:
     """Lend a callback that moves a bar; a run that stops early says how much is in the file."""
     import os
     import sys

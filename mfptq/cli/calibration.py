@@ -1,11 +1,18 @@
-"""The commands of `mfptq calibration`: what to do with calibration files."""
+"""Define the commands of `mfptq calibration`: show, merge and extract calibration files.
+
+Thin: each calls one function of the library.
+"""
 
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
+from typing import get_args
 
 import click
+
+from ..names.bridge import ScaleKind
 
 _OUTPUT = click.option("--output", type=click.Path(path_type=Path), required=True, help="The file to write.")
 _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
@@ -46,21 +53,19 @@ def show(file: Path, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from ..calibration.overview import overview, overview_text
+    from ..calibration.overview import overview
     from ..calibration.reading import load_calibration
+    from .text import overview_text
 
-    calibration = load_calibration(file)
-    try:
-        found = overview(calibration)
-    finally:
-        calibration.close()
+    with closing(load_calibration(file)) as opened:
+        found = overview(opened)
     click.echo(json.dumps(asdict(found)) if as_json else overview_text(found))
 
 
 @calibration.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @_OUTPUT
-@click.option("--kind", help="What bare numbers are: input_global_scale, input_scale, amax.")
+@click.option("--kind", type=click.Choice(get_args(ScaleKind)), help="What bare numbers are.")
 @_OVERWRITE
 def extract(checkpoint: Path, output: Path, kind: str | None, overwrite: bool) -> None:
     """Take the input ranges out of an NVFP4 CHECKPOINT of llm-compressor, AutoRound or ModelOpt.

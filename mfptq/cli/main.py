@@ -1,4 +1,8 @@
-"""The command line: thin, the only place that prints. Data goes to stdout, everything else to stderr."""
+"""Define the commands `convert`, `plan`, `inspect`, `verify` and `demo`, and turn every error into one line.
+
+Thin: options become keywords of the library's functions. Data goes to stdout, everything else to stderr. Nothing heavy may
+be imported before a command needs it.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,21 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import click
 
 from .._version import __version__
-from ..errors import MfptqError, UsageError, VerificationError, quote
+from ..errors import MfptqError, UsageError, VerificationError, counted, quote
 from ..execution.memory_budget import memory_errors
+from ..names.bridge import ScaleKind
 from .calibration import calibration
 from .process import STOPPED, Interrupted, deferred_signals, handle_signals, tune_interpreter
 
 if TYPE_CHECKING:
-    from ..checkpoint.hub import HubOptions
+    from ..planning.settings import Decisions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -83,7 +88,9 @@ def _source_options(function: Function) -> Function:
 def _rule_options(function: Function) -> Function:
     for option in (
         click.option(
-            "--input-scales-kind", help="What bare numbers are: input_global_scale, input_scale, fp8_input_scale, amax."
+            "--input-scales-kind",
+            type=click.Choice(get_args(ScaleKind)),
+            help="What the numbers of --input-scales are.",
         ),
         click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
         click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
@@ -96,7 +103,9 @@ def _rule_options(function: Function) -> Function:
             help="search (least error of weights), minmax (rounding); with --calibration also weighted, hessian, "
             "hessian+ (least error of outputs), or auto, its default: the strongest that the file allows.",
         ),
-        click.option("--scheme", help="NVFP4 (W4A4) or NVFP4A16; by default W4A4 where input scales are given."),
+        click.option(
+            "--scheme", help="NVFP4 (W4A4) or NVFP4A16 (W4A16); by default W4A4 where input scales are given."
+        ),
     ):
         function = option(function)
     return function
@@ -117,20 +126,17 @@ def _resource_options(function: Function) -> Function:
     return function
 
 
-def _hub(options: dict[str, Any]) -> HubOptions:
-    from ..checkpoint.hub import HubOptions
+def _decisions(options: dict[str, Any]) -> Decisions:
+    """Return what the options decide, as the library takes it."""
+    kind = options.pop("input_scales_kind")
+    options["default_ignore"] = not options.pop("no_default_ignore")
+    if kind is not None:
+        from ..scales.reading import read_input_scales
 
-    return HubOptions(options.pop("revision"), options.pop("token"), options.pop("cache_dir"))
-
-
-def _conversion_options(options: dict[str, Any]) -> dict[str, Any]:
-    scheme = options.pop("scheme")
-    return {
-        **options,
-        "hub": _hub(options),
-        "scheme": scheme.upper() if scheme else None,
-        "default_ignore": not options["no_default_ignore"],
-    }
+        if options["input_scales"] is None:
+            raise UsageError("--input-scales-kind says nothing without --input-scales")
+        options["input_scales"] = read_input_scales(options["input_scales"], kind)
+    return cast("Decisions", options)
 
 
 @main.command()
@@ -139,7 +145,7 @@ def _conversion_options(options: dict[str, Any]) -> dict[str, Any]:
 @_source_options
 @_rule_options
 @_resource_options
-@click.option("--overwrite", is_flag=True, help="Start anew in an output of ours.")
+@click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -152,32 +158,29 @@ def convert(model: str, output: Path, **options: Any) -> None:
     from ..conversion import convert as run_conversion
     from . import text
 
-    shown = {name: options.pop(name) for name in ("dry_run", "timings", "as_json", "quiet")}
-    settings = _conversion_options(dict(options))
-    for name in ("revision", "token", "cache_dir", "no_default_ignore"):
-        settings.pop(name, None)
-    settings["workers"] = settings.pop("max_workers")
-    if shown["dry_run"]:
-        _show_plan(model, settings, as_json=shown["as_json"])
+    resources = {name: options.pop(name) for name in ("max_memory", "max_workers", "device")}
+    overwrite, dry_run, timings = (options.pop(name) for name in ("overwrite", "dry_run", "timings"))
+    as_json, quiet = options.pop("as_json"), options.pop("quiet")
+    decisions = _decisions(options)
+    if dry_run:
+        _show_plan(model, decisions, resources, as_json=as_json)
         return
-    with text.progress(quiet=shown["quiet"]) as show, deferred_signals() as check:
-        report = run_conversion(model, output, on_event=lambda event: (check(), show(event)), **settings)
-    if shown["as_json"]:
+    with text.progress(quiet=quiet) as show, deferred_signals() as check:
+        report = run_conversion(
+            model, output, overwrite=overwrite, on_event=lambda event: (check(), show(event)), **resources, **decisions
+        )
+    if as_json:
         click.echo(json.dumps(report.as_dict()))
-    elif not shown["quiet"]:
-        click.echo(text.summary(report, timings=shown["timings"]))
+    elif not quiet:
+        click.echo(text.summary(report, timings=timings))
 
 
-def _show_plan(model: str, settings: dict[str, Any], *, as_json: bool) -> None:
-    from ..conversion import InputScaleSource, make_plan
-    from ..planning.rules import Rules
-    from ..planning.settings import Settings
+def _show_plan(model: str, decisions: Decisions, resources: dict[str, Any], *, as_json: bool) -> None:
+    from ..conversion import make_plan
     from . import text
 
-    rules = Rules(tuple(settings["ignore"]), tuple(settings["targets"]), settings["default_ignore"])
-    known = InputScaleSource(*(settings[name] for name in ("input_scales", "input_scales_kind", "calibration", "like")))
-    made = make_plan(model, Settings(rules, settings["method"], settings["scheme"]), known, settings["hub"])
-    shown = text.plan_values(made, settings["max_memory"], settings["workers"])
+    with closing(make_plan(model, **decisions)) as made:
+        shown = text.plan_values(made, resources["max_memory"], resources["max_workers"])
     click.echo(json.dumps(shown) if as_json else text.plan_text(shown))
 
 
@@ -192,9 +195,8 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 
     Example: mfptq plan Qwen/Qwen3.5-27B --ignore 're:.*linear_attn.*'
     """
-    settings = _conversion_options(options)
-    settings["workers"] = settings.pop("max_workers")
-    _show_plan(model, settings, as_json=as_json)
+    resources = {name: options.pop(name) for name in ("max_memory", "max_workers", "device")}
+    _show_plan(model, _decisions(options), resources, as_json=as_json)
 
 
 @main.command()
@@ -211,7 +213,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
     from ..inspection import inspect as look
     from . import text
 
-    found = look(path, _hub(options))
+    found = look(path, **options)
     click.echo(json.dumps(asdict(found)) if as_json else text.inspection_text(found))
 
 
@@ -230,10 +232,11 @@ def verify(output: Path, source: str | None, as_json: bool, **options: Any) -> N
     from ..verification import verify as check
     from . import text
 
-    found = check(output, source, _hub(options))
+    found = check(output, source, **options)
     click.echo(json.dumps({**asdict(found), "ok": found.ok}) if as_json else text.verification_text(found))
     if not found.ok:
-        raise VerificationError(f"{quote(output)} has {len(found.faults)} faults: {found.faults[0]}")
+        faults = counted(len(found.faults), "fault", "faults")
+        raise VerificationError(f"{quote(output)} has {faults}: {found.faults[0]}")
 
 
 @main.command()
@@ -259,7 +262,7 @@ def demo(output: Path) -> None:
         found = check(target, source)
         click.echo(text.verification_text(found) + "\n")
         if not found.ok:
-            raise VerificationError(found.faults[0])
+            raise VerificationError(str(found.faults[0]))
     click.echo(
         "Next, with a model of your own:\n  mfptq plan Qwen/Qwen3.5-27B\n  mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4"
     )

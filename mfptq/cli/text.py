@@ -1,4 +1,8 @@
-"""Text for people: progress bars, tables and summaries."""
+"""Render text for people: progress bars, tables and summaries.
+
+Called by the commands, which print what comes back. Names of a source are shown so that control characters never reach the
+terminal raw.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,22 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..errors import counted, printable, quote
 from ..execution.events import Advanced, Event, OnEvent, Planned
-from ..execution.memory_budget import parse_size, plan_memory
+from ..execution.memory_budget import plan_memory
 from ..output.report import Report
-from ..planning.plan import Plan
+from ..planning.plan import ConversionPlan
+from ..sizes import parse_size, size_text
 from ..storage.digest import available_cores
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection, TensorKind
+    from ..calibration.overview import InputOverview, Overview
+    from ..inspection import Inspection, TensorSummary
     from ..verification import Verification
 
 HELD_BYTES = 40 * 2**20  # by the interpreter, with numpy and kernels that are compiled already
 SHOWN_FAULTS = 20
-
-
-def printable(name: str) -> str:
-    """Return a name of the source as it may be shown: control characters never reach the terminal raw."""
-    return name if name.isprintable() else ascii(name)
-
-
-def size_text(size: int) -> str:
-    """Return bytes in decimal units."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size} B"
+SHOWN_INPUTS = 10
 
 
 @contextmanager
@@ -48,10 +43,11 @@ def progress(*, quiet: bool) -> Iterator[OnEvent]:
     with tqdm(unit="B", unit_scale=True, desc="convert", leave=False) as bar:
 
         def show(event: Event) -> None:
-            if isinstance(event, Planned):
-                bar.total = event.total_bytes
-            elif isinstance(event, Advanced):
-                bar.update(event.source_bytes)
+            match event:
+                case Planned(total_bytes):
+                    bar.reset(total_bytes)
+                case Advanced(source_bytes):
+                    bar.update(source_bytes)
 
         yield show
 
@@ -60,29 +56,30 @@ def summary(report: Report, *, timings: bool) -> str:
     """Return what a conversion did, with the line that serves its output."""
     lines = [
         f"{report.source} -> {report.destination}",
-        f"  {report.scheme}, method {report.method}, kernel {report.kernel} ({report.device_reason}): {report.quantized} weights quantized, "
-        f"{report.kept} tensors kept",
+        f"  {report.scheme}, method {report.method}, kernel {report.kernel} ({report.device_reason}): "
+        f"{counted(report.quantized, 'weight', 'weights')} quantized, {counted(report.kept, 'tensor', 'tensors')} kept",
         f"  {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} "
         f"({report.output_bytes / report.source_bytes:.1%}), relative error {report.relative_error:.2%}",
         f"  {report.seconds:.1f} s ({size_text(int(report.source_bytes / max(report.seconds, 1e-9)))}/s), "
         f"peak memory {size_text(report.peak_memory)}",
     ]
     if report.resumed_shards:
-        lines.append(f"  {report.resumed_shards} shards were finished by an earlier run and checked by content")
+        shards = counted(report.resumed_shards, "shard was", "shards were")
+        lines.append(f"  {shards} finished by an earlier run and checked by content")
     lines += [f"  warning: {text}" for text in report.warnings]
     if timings:
         lines += [f"  {phase:>9} {seconds:8.2f} s of worker time" for phase, seconds in sorted(report.timings.items())]
     return "\n".join([*lines, f"  vllm serve {shlex.quote(report.destination)}"])
 
 
-def plan_values(plan: Plan, max_memory: str, workers: int | None) -> dict[str, Any]:
+def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) -> dict[str, Any]:
     """Return a plan as JSON values."""
-    threads = workers or available_cores()
-    memory = plan_memory(parse_size(max_memory), HELD_BYTES, threads, statistics=plan.statistics_bytes)
-    from ..inspection import plan_kinds
+    from ..inspection import plan_patterns
 
-    kinds = plan_kinds(plan)
-    elements = sum(kind.elements for kind in kinds)
+    workers = max_workers or available_cores()
+    memory = plan_memory(parse_size(max_memory), HELD_BYTES, workers, statistics=plan.statistics_bytes)
+    patterns = plan_patterns(plan)
+    elements = sum(row.elements for row in patterns)
     return {
         "source": str(plan.checkpoint.origin),
         "scheme": plan.scheme,
@@ -96,29 +93,33 @@ def plan_values(plan: Plan, max_memory: str, workers: int | None) -> dict[str, A
         "peak_memory": memory.peak,
         "warnings": list(plan.warnings),
         "left_out": list(plan.checkpoint.left_out),
-        "kinds": [{**asdict(kind), "bits": kind.bits} for kind in kinds],
+        "patterns": [{**asdict(row), "bits": row.bits} for row in patterns],
     }
 
 
 def plan_text(values: Mapping[str, Any]) -> str:
     """Return a plan as a table and a few sums."""
-    rows = [f"{'':7} {'count':>7} {'source':>10} {'output':>10} {'bits':>6}  kind: reason"]
-    rows += [
-        f"{kind['action']:7} {kind['count']:7} {size_text(kind['source_bytes']):>10} "
-        f"{size_text(kind['output_bytes']):>10} {kind['bits']:6.2f}  {printable(kind['kind'])}: {kind['reason']}"
-        + (f"; {kind['method']}" if kind["method"] else "")
-        for kind in values["kinds"]
-    ]
+    rows = [f"{'':7} {'count':>7} {'source':>10} {'output':>10} {'bits':>6}  tensors: reason (rule)"]
+    rows += [_plan_row(row) for row in values["patterns"]]
     ratio = values["output_bytes"] / max(values["source_bytes"], 1)
     return "\n".join([
         *rows,
         "",
-        f"{values['source']}: {values['scheme']}, method {_methods_text(values)}, {values['shards']} shards, "
-        f"{values['output_tensors']} output tensors",
+        f"{values['source']}: {values['scheme']}, method {_methods_text(values)}, "
+        f"{counted(values['shards'], 'shard', 'shards')}, {values['output_tensors']} output tensors",
         f"{size_text(values['source_bytes'])} -> {size_text(values['output_bytes'])} ({ratio:.1%}), "
         f"{values['bits_per_weight']:.2f} bits per weight, peak memory about {size_text(values['peak_memory'])}",
         *(f"warning: {text}" for text in values["warnings"]),
     ])  # fmt: skip
+
+
+def _plan_row(row: Mapping[str, Any]) -> str:
+    rule = f" ({printable(row['rule'])})" if row["rule"] else ""
+    method = f"; {row['method']}" if row["method"] else ""
+    return (
+        f"{row['action']:7} {row['count']:7} {size_text(row['source_bytes']):>10} {size_text(row['output_bytes']):>10} "
+        f"{row['bits']:6.2f}  {printable(row['pattern'])}: {row['reason']}{rule}{method}"
+    )
 
 
 def _methods_text(values: Mapping[str, Any]) -> str:
@@ -132,22 +133,61 @@ def _methods_text(values: Mapping[str, Any]) -> str:
 def inspection_text(found: Inspection) -> str:
     """Return what a checkpoint holds as a table."""
     config = found.quantization or {}
-    state = str(config.get("format") or config.get("quant_method") or "quantized") if config else "not quantized"
-    rows = [
-        f"{found.origin}: {found.tensors} tensors in {found.shards} shards, {size_text(found.tensor_bytes)}, {state!a}"
-    ]
-    return "\n".join([*rows, *(_kind_row(kind) for kind in found.kinds)])
+    state = quote(config.get("format") or config.get("quant_method") or "quantized") if config else "not quantized"
+    tensors, shards = counted(found.tensors, "tensor", "tensors"), counted(found.shards, "shard", "shards")
+    title = f"{found.origin}: {tensors} in {shards}, {size_text(found.tensor_bytes)}, {state}"
+    return "\n".join([title, *(_stored_row(row) for row in found.patterns)])
 
 
-def _kind_row(kind: TensorKind) -> str:
-    return f"{kind.count:7} {kind.dtype:>8} {size_text(kind.source_bytes):>10}  {printable(kind.kind)}"
+def _stored_row(row: TensorSummary) -> str:
+    return f"{row.count:7} {row.dtype:>8} {size_text(row.source_bytes):>10}  {printable(row.pattern)}"
 
 
 def verification_text(found: Verification) -> str:
     """Return what was checked, and the faults."""
     lines = [f"checked {found.tensors} tensors, {found.quantized} quantized modules, {found.digests} digests"]
-    lines += [f"  {error:7.2%}  {printable(kind)}" for kind, error in found.errors.items()]
+    lines += [f"  {error:7.2%}  {printable(pattern)}" for pattern, error in found.errors.items()]
     lines += [f"  fault: {fault}" for fault in found.faults[:SHOWN_FAULTS]]
     if len(found.faults) > SHOWN_FAULTS:
         lines.append(f"  ... and {len(found.faults) - SHOWN_FAULTS} more")
-    return "\n".join([*lines, "verified: no fault" if found.ok else f"{len(found.faults)} faults"])
+    return "\n".join([*lines, "verified: no fault" if found.ok else counted(len(found.faults), "fault", "faults")])
+
+
+def overview_text(found: Overview) -> str:
+    """Return the overview as text: what was run, coverage, outliers, experts with little text."""
+    from ..calibration.overview import FEW_TOKENS
+
+    about = found.description
+    source = f"{quote(about['model'])}" + (f" at {quote(about['revision'])}" if about["revision"] else "")
+    lines = [
+        f"{source}: statistics {about['statistics']} of {len(found.inputs)} inputs, {found.modules} modules",
+        _coverage(found),
+        "inputs with the largest outliers: amax, and its ratio to the root mean square",
+        *(_input_row(each) for each in found.inputs[:SHOWN_INPUTS]),
+    ]
+    thin = [each for each in found.experts if each.few]
+    if found.experts:
+        total, few = sum(each.experts for each in found.experts), sum(each.few for each in thin)
+        without = sum(each.without for each in thin)
+        lines.append(
+            f"{total} routed experts: {counted(without, 'was', 'were')} given no token, {few} fewer than {FEW_TOKENS}"
+        )
+    lines += [
+        f"  {each.least:9} to {each.most} tokens, few for {counted(each.few, 'expert', 'experts')}  {quote(each.name)}"
+        for each in thin[:SHOWN_INPUTS]
+    ]
+    return "\n".join(lines)
+
+
+def _coverage(found: Overview) -> str:
+    about = found.description
+    tokens = sorted(each.tokens for each in found.inputs if each.tokens is not None)
+    if not tokens:
+        return "ranges only, taken from another checkpoint: no text of ours"
+    samples = f"{about['samples']} of {about['requested']} samples of up to {about['max_seq_length']} tokens"
+    return f"{samples}; tokens of each input: {tokens[0]} to {tokens[-1]}, median {tokens[len(tokens) // 2]}"
+
+
+def _input_row(each: InputOverview) -> str:
+    ratio = "" if each.ratio is None else f"{each.ratio:9.1f} x"
+    return f"  {each.amax:12.4g} {ratio:>11}  {quote(each.name)}"

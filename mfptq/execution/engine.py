@@ -18,7 +18,7 @@ from ..nvfp4 import BLOCK_SIZE
 from ..output.destination import Destination
 from ..output.shard_writer import Piece, ShardWriter
 from ..planning.jobs import CopyRun, QuantizeWeight, copy_runs, largest_first
-from ..planning.plan import Plan
+from ..planning.plan import ConversionPlan
 from .events import Advanced, OnEvent, Planned, ShardFinished
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
@@ -37,7 +37,7 @@ class Execution:
     Threads: all methods but `run` run on workers. `_open` is filled by whoever asks the supply, one at a time.
     """
 
-    def __init__(self, plan: Plan, destination: Destination, memories: Sequence[WorkerMemory]) -> None:
+    def __init__(self, plan: ConversionPlan, destination: Destination, memories: Sequence[WorkerMemory]) -> None:
         self._plan = plan
         self._source = plan.checkpoint.source
         self._destination = destination

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..errors import MemoryBudgetError, UsageError, quote
+from ..errors import MemoryBudgetError
+from ..sizes import size_text
 
 MAX_TILE = 4 * 2**20
 MIN_TILE = 256 * 2**10
@@ -20,17 +21,6 @@ INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything
 THREAD_BYTES = 8 * 2**20  # a stack
 # What loading a kernel takes of the data segment, where it must be compiled first too.
 KERNEL_BYTES = {"cpu": 60 * 2**20, "calibrated": 110 * 2**20, "cuda": 400 * 2**20, "torch": 330 * 2**20}
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str | int) -> int:
-    """Return bytes from a number or a text like 4GB, 512MiB (decimal and binary units), or raise UsageError."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
-        raise UsageError(f"size {quote(text)} is not understood: write it as 500MB, 4GB or 1GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def resident_bytes() -> int:
@@ -113,7 +103,7 @@ def plan_memory(
     least = base + worker_bytes(MIN_TILE, statistics)
     if budget < least:
         raise MemoryBudgetError(
-            f"the memory limit is {_megabytes(budget)}, the least that works here is {_megabytes(least, up=True)}"
+            f"max_memory is {size_text(budget)}, the least that works here is {size_text(least, up=True)}"
         )
     count = min(workers, (budget - base) // worker_bytes(MIN_TILE, statistics))
     tile = largest_tile
@@ -134,7 +124,7 @@ def check_data_limit(kernel: str) -> None:
     needed = int(found[1]) * 1024 + KERNEL_BYTES[kernel] + RESERVE + worker_bytes(MIN_TILE) + THREAD_BYTES
     if limit != resource.RLIM_INFINITY and limit < needed:
         raise MemoryBudgetError(
-            f"the system's limit on data (ulimit -d) is {_megabytes(limit)}, about {_megabytes(needed, up=True)} are needed"
+            f"the system's limit on data (ulimit -d) is {size_text(limit)}, about {size_text(needed, up=True)} are needed"
         )
 
 
@@ -148,10 +138,6 @@ def memory_errors() -> Iterator[None]:
         if isinstance(error, RuntimeError) and not of_torch and "start new thread" not in str(error):
             raise
         raise MemoryBudgetError(
-            "memory ran out: use fewer workers or a lower memory limit, or raise the system's limit; "
+            "memory ran out: lower max_workers or max_memory, or raise the system's limit; "
             "rerun the same command to resume"
         ) from None
-
-
-def _megabytes(size: int, *, up: bool = False) -> str:
-    return f"{-(-size // 10**6) if up else size // 10**6} MB"

@@ -1,4 +1,4 @@
-"""Which device a run is best on: a GPU pays where the cores would take longer than it takes to start."""
+"""Choose CPU or GPU for the device `auto` by estimated run time, including GPU start-up."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from typing import Literal
 
 from .fusion import experts_parent
 
-Kind = Literal["input_global_scale", "input_scale", "amax"]
+ScaleKind = Literal["input_global_scale", "input_scale", "amax"]
 
 # Longest first, so that none hides another. ModelOpt joins the suffix of a stacked tensor by an underscore.
-SUFFIXES: Mapping[str, Kind] = {
+SUFFIXES: Mapping[str, ScaleKind] = {
     ".input_quantizer._amax": "amax",
     "_input_quantizer._amax": "amax",
     ".input_global_scale": "input_global_scale",
@@ -32,7 +32,7 @@ PREFIXES = ("model.language_model.", "language_model.model.", "language_model.",
 _STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "w13", "w3": "w13"}
 
 
-def split_name(name: str) -> tuple[str, Kind | None]:
+def split_name(name: str) -> tuple[str, ScaleKind | None]:
     """Return a written name's module, and the kind that its suffix stands for, if it has one."""
     for suffix, kind in SUFFIXES.items():
         if name.endswith(suffix) and name != suffix:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, get_args
 from ..calibration.file import Contents, Description, Level, check_output, parse_description, write_calibration
 from ..calibration.reading import Calibration, load_calibration
 from ..checkpoint.folder import Checkpoint, read_shard
-from ..checkpoint.hub import HubOptions
+from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..checkpoint.source import FolderSource
-from ..conversion import make_plan
 from ..errors import ScaleError, UsageError, quote
-from ..execution.memory_budget import parse_size
-from ..planning.plan import Plan
-from ..planning.rules import Rules
-from ..planning.settings import Settings
+from ..planning.plan import ConversionPlan, build_plan
+from ..planning.settings import check_decisions
+from ..sizes import parse_size
+from ..storage.files import expanded
 from .inputs import Blocks, find_blocks, find_inputs
 from .recording import Recorder
 from .texts import Encoder, Samples, read_samples
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from .streaming import Runner
 
 DTYPES = ("auto", "bfloat16", "float32")
-ProgressCallback = Callable[["CalibrationProgress"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +43,8 @@ class CalibrationProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How a calibration is made; `batch_size` None means what memory allows, `max_memory` None what the machine has.
-
-    `dtype` is that of the computation, `auto` the checkpoint's; many CPUs are several times faster in float32.
-    """
+class _Options:
+    """How a calibration is made: the keywords of `calibrate` that are no decisions, checked."""
 
     samples: int = 256
     max_seq_length: int = 4096
@@ -64,7 +59,7 @@ class Options:
         for name in ("samples", "max_seq_length", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+                raise UsageError(f"{name} is {value}, expected at least 1")
         if self.statistics not in get_args(Level):
             raise UsageError(f"statistics {quote(self.statistics)} are unknown, expected {', '.join(get_args(Level))}")
         if self.dtype not in DTYPES:
@@ -76,47 +71,59 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     dataset: str | Path,
     output: str | Path,
     *,
-    options: Options | None = None,
+    samples: int = 256,
+    max_seq_length: int = 4096,
+    batch_size: int | None = None,
+    statistics: Level = "hessian",
+    device: str = "cpu",
+    max_memory: str | int | None = None,
+    dtype: str = "auto",
+    all_experts: bool = True,
     ignore: Iterable[str] = (),
     targets: Iterable[str] = (),
-    hub: HubOptions | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
     overwrite: bool = False,
     encoder: Encoder | None = None,
-    progress: ProgressCallback | None = None,
+    on_event: Callable[[CalibrationProgress], None] | None = None,
 ) -> Description:
     """Run a model over text and write the statistics of its linear layers' inputs; returns what was done.
 
     `source` is a checkpoint as `convert` takes it, `dataset` a file of JSON lines, parquet or plain text. An `output`
-    that an interrupted run left is gone on with. `encoder` is a tokenizer or processor of transformers, the
+    that an interrupted run left is gone on with. `batch_size` None means what memory allows, `max_memory` None what the
+    machine has. `dtype` is that of the computation, `auto` the checkpoint's; many CPUs are several times faster in
+    float32. `all_experts` shows every token to every expert. `encoder` is a tokenizer or processor of transformers, the
     checkpoint's own by default. The file is written anew after every batch of samples, so it can be used at any time.
 
     Raises MfptqError and its subclasses; UsageError if transformers and accelerate are not installed.
     """
     from . import models
 
-    options, output = options or Options(), Path(output)
+    options = _Options(samples, max_seq_length, batch_size, statistics, device, max_memory, dtype, all_experts)
+    output = expanded(output)
     check_output(output, overwrite=True)
     models.require_extra()
-    models.check_device(options.device)
-    plan = make_plan(source, Settings(Rules(tuple(ignore), tuple(targets))), hub=hub)
+    models.check_device(device)
+    settings = check_decisions({"ignore": ignore, "targets": targets})
+    checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir))
     try:
         with models.quiet_transformers():
-            skeleton = models.build_skeleton(plan.checkpoint, options.dtype)
-            inputs = find_inputs(plan, skeleton.model, all_experts=options.all_experts)
+            plan = build_plan(checkpoint, settings)
+            skeleton = models.build_skeleton(checkpoint, dtype)
+            inputs = find_inputs(plan, skeleton.model, all_experts=all_experts)
             encoder = encoder if encoder is not None else models.load_encoder(skeleton.folder)
-            samples = read_samples(
-                Path(dataset), encoder, samples=options.samples, max_seq_length=options.max_seq_length
-            )
-            description = _description(plan, options, samples)
-            recorder = Recorder(inputs, options.statistics)
+            text = read_samples(expanded(dataset), encoder, samples=samples, max_seq_length=max_seq_length)
+            description = _description(plan, options, text)
+            recorder = Recorder(inputs, statistics)
             if not overwrite and output.exists():
                 description = resume(output, description, recorder)
-            return _Making(skeleton, plan.checkpoint, recorder, options, progress).run(output, description, samples)
+            return _Making(skeleton, checkpoint, recorder, options, on_event).run(output, description, text)
     finally:
-        plan.checkpoint.source.close()
+        checkpoint.source.close()
 
 
-def _description(plan: Plan, options: Options, samples: Samples) -> Description:
+def _description(plan: ConversionPlan, options: _Options, samples: Samples) -> Description:
     origin = plan.checkpoint.origin
     return Description(
         model=origin.repo_id or origin.folder.resolve().name,
@@ -139,8 +146,7 @@ def resume(output: Path, description: Description, recorder: Recorder) -> Descri
             fields = ("origin", "model", "revision", "statistics", "requested", "max_seq_length", "dataset")
             other = next(name for name in fields if getattr(found, name) != getattr(description, name))
             raise UsageError(
-                f"--output {quote(output)} holds an unfinished run with another {other}: choose another name, or pass "
-                "--overwrite"
+                f"output {quote(output)} holds an unfinished run with another {other}: choose another name, or overwrite it"
             )
         _take_over(calibration, recorder)
         return found
@@ -165,8 +171,7 @@ def _take_over(calibration: Calibration, recorder: Recorder) -> None:
         or routed.keys() != recorder.routed.keys()
     ):
         raise UsageError(
-            f"--output {quote(calibration.path)} holds an unfinished run with other inputs: choose another name, or pass "
-            "--overwrite"
+            f"output {quote(calibration.path)} holds an unfinished run with other inputs: choose another name, or overwrite it"
         )
     for info in calibration.inputs.values():
         recorder.sums[info.name].restore(calibration.read(info))
@@ -178,8 +183,8 @@ class _Making:
     skeleton: Skeleton
     checkpoint: Checkpoint
     recorder: Recorder
-    options: Options
-    progress: ProgressCallback | None
+    options: _Options
+    on_event: Callable[[CalibrationProgress], None] | None
     steps: int = 0
 
     def run(self, output: Path, description: Description, samples: Samples) -> Description:
@@ -205,9 +210,9 @@ class _Making:
         return description
 
     def _report(self, description: Description, blocks: int) -> None:
-        if self.progress is not None:
+        if self.on_event is not None:
             requested = description.requested
-            self.progress(CalibrationProgress(description.samples, requested, self.steps, requested * blocks))
+            self.on_event(CalibrationProgress(description.samples, requested, self.steps, requested * blocks))
 
     def _write(self, output: Path, description: Description) -> None:
         recorder = self.recorder
@@ -230,8 +235,8 @@ class _Making:
         with ExitStack() as stack:
             if residency.streamed and blocks.outside:
                 raise ScaleError(
-                    f"{quote(blocks.outside[0])} lies outside of the repeated blocks that are streamed: raise --max-memory "
-                    "to hold the model, or --ignore it"
+                    f"{quote(blocks.outside[0])} lies outside of the repeated blocks that are streamed: raise max_memory "
+                    "to hold the model, or ignore it"
                 )
             if residency.streamed:
                 offload = stack.enter_context(tempfile.TemporaryDirectory(prefix=".mfptq-", dir=folder))
@@ -252,4 +257,4 @@ def _check_vocabulary(model: nn.Module, samples: Samples) -> None:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     rows = embedding.weight.shape[0]
     if samples.highest >= rows:
-        raise UsageError(f"--dataset has token id {samples.highest}, the model knows {rows} tokens")
+        raise UsageError(f"the dataset has token id {samples.highest}, the model knows {rows} tokens")

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 
 from ..calibration.file import InputInfo
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
-from ..errors import ScaleError, quote
+from ..errors import ScaleError, counted, listed, quote
 from ..names.fusion import experts_parent
-from ..planning.plan import Plan
+from ..planning.plan import ConversionPlan
 
 if TYPE_CHECKING:
     from torch import nn
 
-SHOWN = 3
 _NUMBERED = re.compile(r"[^.]+\.\d+(\.|$)")
 
 
@@ -66,7 +65,7 @@ class Inputs:
         return (*(each.module for each in self.linear), *(each.module for each in self.experts))
 
 
-def find_inputs(plan: Plan, model: nn.Module, *, all_experts: bool) -> Inputs:
+def find_inputs(plan: ConversionPlan, model: nn.Module, *, all_experts: bool) -> Inputs:
     """Return the inputs of everything that the plan quantizes, found in the model as transformers builds it.
 
     Raises ScaleError, naming them, for modules that the model does not have.
@@ -88,8 +87,8 @@ def find_inputs(plan: Plan, model: nn.Module, *, all_experts: bool) -> Inputs:
     places = {info.name: names.find(info.modules[0]) for info in linear}
     lost = [info.modules[0] for info in linear if not places[info.name]]
     if lost:
-        first = ", ".join(map(quote, lost[:SHOWN])) + (", ..." if len(lost) > SHOWN else "")
-        raise ScaleError(f"{len(lost)} modules are not in the model as transformers builds it: {first}: --ignore them")
+        what = counted(len(lost), "module is", "modules are")
+        raise ScaleError(f"{what} not in the model as transformers builds it: {listed(lost)}; ignore them")
     return Inputs(
         tuple(LinearInput(places[info.name], info) for info in linear),
         tuple(
@@ -156,7 +155,7 @@ def _experts(
     down = tuple(info for info in by_number if len(info.modules) == 1)
     count = module.get_parameter(STACKED_DOWN).shape[0]
     if len(gate_up) != count or len(down) != count:
-        raise ScaleError(f"{quote(parent)} has {len(gate_up)} and {len(down)} inputs for {count} experts: --ignore it")
+        raise ScaleError(f"{quote(parent)} has {len(gate_up)} and {len(down)} inputs for {count} experts: ignore it")
     if all_experts:
         every = tuple(member for info in gate_up for member in info.modules)
         gate_up = (InputInfo(f"{parent}.{STACKED_GATE_UP}", gate_up[0].columns, every),)
@@ -168,7 +167,7 @@ def _check_stack(module: nn.Module, parent: str) -> None:
     unusual = [name for name in ("has_bias", "is_transposed") if getattr(module, name, False)]
     unusual += [f"no {name}" for name in ("has_gate", "is_concatenated") if not getattr(module, name, True)]
     if unusual or not (hasattr(module, "_apply_gate") or hasattr(module, "act_fn")):
-        raise ScaleError(f"experts of {quote(parent)} are of an unknown kind ({', '.join(unusual)}): --ignore them")
+        raise ScaleError(f"experts of {quote(parent)} are of an unknown kind ({', '.join(unusual)}): ignore them")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise UsageError(f"--device {quote(name)} cannot be used: {quote(reason)}") from None
+        raise UsageError(f"device {quote(name)} cannot be used: {quote(reason)}") from None
 
 
 @contextmanager

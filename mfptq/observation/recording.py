@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..calibration.file import InputInfo, InputStatistics, Int64Array, Level
-from ..errors import ScaleError, quote
+from ..errors import ScaleError, counted, listed, quote
 from .inputs import ExpertsInputs, Inputs, LinearInput
 from .sums import InputSums
 
@@ -57,7 +57,9 @@ class Recorder:
         """Raise ScaleError if text does not reach an input at all, routed experts apart."""
         missed = [each.info.modules[0] for each in self.inputs.linear if not self.sums[each.info.name].tokens]
         if missed:
-            raise ScaleError(f"{len(missed)} modules take no part in reading text: {quote(missed[0])}: --ignore them")
+            raise ScaleError(
+                f"{counted(len(missed), 'module takes', 'modules take')} no part in reading text: {listed(missed)}; ignore them"
+            )
 
 
 @dataclass(frozen=True, slots=True)

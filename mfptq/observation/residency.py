@@ -82,8 +82,8 @@ def choose_residency(demand: Demand, budget: int | None, batch: int | None, devi
     if free < demand.sample * (batch or 1):
         least = -(-(common + demand.block + demand.sample * (batch or 1)) // 10**6)
         raise MemoryBudgetError(
-            f"calibration needs about {least} MB here, {budget // 10**6} MB are allowed: raise --max-memory, or lower "
-            "--max-seq-length or --batch-size"
+            f"calibration needs about {least} MB here, {budget // 10**6} MB are allowed: raise max_memory, or lower "
+            "max_seq_length or batch_size"
         )
     return Residency(True, batch or min(MAX_BATCH, free // demand.sample))
 

@@ -77,7 +77,7 @@ class Runner:
             return
         except torch.cuda.OutOfMemoryError:
             raise MemoryBudgetError(
-                f"a sample of {len(ids)} tokens does not fit into the memory of {self.device}: lower --max-seq-length"
+                f"a sample of {len(ids)} tokens does not fit into the memory of {self.device}: lower max_seq_length"
             ) from None
         if self.to_end and self.order == len(self.blocks):
             return
@@ -90,7 +90,7 @@ class Runner:
         if self.stage is not None and place < self.stage:
             return self.given if place == self.stage - 1 else _poisoned(self.given)
         if self.stage is not None and self.stage > 1 and _has_nan((args, kwargs)):
-            raise ScaleError("a block looks further back than the one before it: raise --max-memory to hold the model")
+            raise ScaleError("a block looks further back than the one before it: raise max_memory to hold the model")
         output = original(*args, **kwargs)
         self.tick()
         if self.stage is not None:

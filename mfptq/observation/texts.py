@@ -50,11 +50,11 @@ def read_samples(path: Path, encoder: Encoder, *, samples: int, max_seq_length: 
     try:
         found = tuple(islice(_sequences(path, encoder, max_seq_length), samples))
     except OSError as error:
-        raise UsageError(f"--dataset {quote(path)}: cannot read it: {error.strerror or error}") from None
+        raise UsageError(f"dataset {quote(path)}: cannot read it: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"--dataset {quote(path)}: not UTF-8 near byte {error.start}") from None
+        raise UsageError(f"dataset {quote(path)}: not UTF-8 near byte {error.start}") from None
     if not found:
-        raise UsageError(f"--dataset {quote(path)} holds no text")
+        raise UsageError(f"dataset {quote(path)} holds no text")
     return Samples(found, _digest(found))
 
 
@@ -78,7 +78,7 @@ def _sequences(path: Path, encoder: Encoder, length: int) -> Iterator[TokenIds]:
         try:
             ids = row_ids(row, encoder)[:length]
         except UsageError as error:
-            raise UsageError(f"--dataset {quote(path)} row {number}: {error}") from None
+            raise UsageError(f"dataset {quote(path)} row {number}: {error}") from None
         if ids:
             yield np.array(ids, np.int64)
 
@@ -90,7 +90,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
                 try:
                     yield parse_json(line, infinity=True)
                 except StrictJsonError as error:
-                    raise UsageError(f"--dataset {quote(path)} line {number}: {error}") from None
+                    raise UsageError(f"dataset {quote(path)} line {number}: {error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -102,11 +102,11 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         with parquet.ParquetFile(path) as file:
             known = [name for name in COLUMNS if name in file.schema_arrow.names]
             if not known:
-                raise UsageError(f"--dataset {quote(path)} has no column {', '.join(COLUMNS)}")
+                raise UsageError(f"dataset {quote(path)} has no column {', '.join(COLUMNS)}")
             for batch in file.iter_batches(PARQUET_ROWS, columns=known[:1]):
                 yield from batch.to_pylist()
     except ArrowInvalid as error:
-        raise UsageError(f"--dataset {quote(path)}: {quote(error)}") from None
+        raise UsageError(f"dataset {quote(path)}: {quote(error)}") from None
 
 
 def _cut(path: Path, encoder: Encoder, length: int) -> Iterator[TokenIds]:

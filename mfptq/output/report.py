@@ -1,4 +1,7 @@
-"""What was done, for people and for programs."""
+"""Sum up a run: the errors of each pattern of modules, warnings, and the report that stays with the output.
+
+Called by `conversion`, `output.finish` and the model card. What is written must not depend on how the run went.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from .._version import __version__
 from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import name_pattern
 from ..kernels import ErrorStats
-from ..planning.plan import Plan
+from ..planning.plan import ConversionPlan
 from .journal import ShardResult
 
 SUSPICIOUS_ERROR = 0.10
@@ -21,10 +24,10 @@ SUSPICIOUS_CALIBRATED_ERROR = 0.20  # methods that spare the outputs let the wei
 
 
 @dataclass(frozen=True, slots=True)
-class KindReport:
-    """One kind of module (names that differ in numbers only): how many weights, and the error they took."""
+class PatternReport:
+    """Modules whose names differ in numbers only, written with "*": how many weights, and the error they took."""
 
-    kind: str
+    pattern: str
     weights: int
     elements: int
     relative_error: float
@@ -48,7 +51,7 @@ class Report:
     quantized: int
     kept: int
     relative_error: float
-    kinds: tuple[KindReport, ...]
+    patterns: tuple[PatternReport, ...]
     warnings: tuple[str, ...]
     resumed_shards: int
     seconds: float
@@ -61,43 +64,43 @@ class Report:
 
 
 def gather(results: Iterable[ShardResult]) -> dict[str, ErrorStats]:
-    """Return the statistics of all shards by kind of module."""
-    kinds: dict[str, ErrorStats] = {}
+    """Return the statistics of all shards by pattern of module names."""
+    statistics: dict[str, ErrorStats] = {}
     for result in sorted(results, key=lambda result: result.name):
-        for kind, values in result.kinds.items():
-            kinds.setdefault(kind, ErrorStats()).add(ErrorStats(**values))  # type: ignore[arg-type]
-    return kinds
+        for pattern, values in result.kinds.items():
+            statistics.setdefault(pattern, ErrorStats()).add(ErrorStats(**values))  # type: ignore[arg-type]
+    return statistics
 
 
-def kind_reports(plan: Plan, kinds: Mapping[str, ErrorStats]) -> tuple[KindReport, ...]:
-    """Return a line for each kind of module, in name order."""
+def pattern_reports(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> tuple[PatternReport, ...]:
+    """Return a line for each pattern of module names, in their order."""
     counts = Counter(name_pattern(weight.module) for weight in plan.weights())
     return tuple(
-        KindReport(
-            kind,
-            counts[kind],
+        PatternReport(
+            pattern,
+            counts[pattern],
             stats.weights,
             _rounded(stats.relative_error),
             _rounded(stats.worst_block),
             _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
         )
-        for kind, stats in sorted(kinds.items())
+        for pattern, stats in sorted(statistics.items())
     )
 
 
-def total_error(kinds: Mapping[str, ErrorStats]) -> float:
+def total_error(statistics: Mapping[str, ErrorStats]) -> float:
     """Return the relative error over all quantized weights together."""
     total = ErrorStats()
-    for stats in kinds.values():
+    for stats in statistics.values():
         total.add(stats)
     return _rounded(total.relative_error)
 
 
-def suspicions(reports: Iterable[KindReport], *, calibrated: bool = False) -> tuple[str, ...]:
-    """Return a warning for each kind whose error no sound weight has; calibrated methods may err more on weights."""
+def suspicions(reports: Iterable[PatternReport], *, calibrated: bool = False) -> tuple[str, ...]:
+    """Return a warning for each pattern whose error no sound weight has; calibrated methods may err more on weights."""
     error, block = (SUSPICIOUS_CALIBRATED_ERROR, math.inf) if calibrated else (SUSPICIOUS_ERROR, SUSPICIOUS_BLOCK)
     return tuple(
-        f"{report.kind}: relative error {report.relative_error:.1%}, worst block {report.worst_block:.1%}: look at these weights"
+        f"{report.pattern}: relative error {report.relative_error:.1%}, worst block {report.worst_block:.1%}: look at these weights"
         for report in reports
         if report.relative_error > error or report.worst_block > block
     )
@@ -107,7 +110,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def report_text(plan: Plan, kinds: Mapping[str, ErrorStats]) -> str:
+def report_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> str:
     """Return the report that stays with the output: the same text for the same plan, wherever and however it ran."""
     origin = plan.checkpoint.origin
     return dump_json({
@@ -122,7 +125,7 @@ def report_text(plan: Plan, kinds: Mapping[str, ErrorStats]) -> str:
         "source_bytes": plan.checkpoint.tensor_bytes,
         "output_bytes": plan.tensor_bytes,
         "input_scales_filled": plan.input_scales.filled if plan.input_scales else None,
-        "relative_error": total_error(kinds),
-        "kinds": [asdict(report) for report in kind_reports(plan, kinds)],
+        "relative_error": total_error(statistics),
+        "patterns": [asdict(report) for report in pattern_reports(plan, statistics)],
         "shards": {shard.name: shard.digest for shard in plan.checkpoint.shards},
     })  # fmt: skip

@@ -1,4 +1,6 @@
-"""The exact plan: every output file's header, size and steps, from the source's headers alone.
+"""Plan every output file exactly: header, size and steps, from the source's headers alone.
+
+Called by `conversion.make_plan`; read by everything that comes after. Reads no weight and writes nothing.
 
 A weight `[N, K]` becomes `weight_packed U8 [N, K/2]`, `weight_scale F8_E4M3 [N, K/16]`, `weight_global_scale F32 [1]`
 and, with input scales, `input_global_scale F32 [1]`. Output shards are one to one with the source's and keep their
@@ -14,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.folder import Checkpoint, Shard, stored_tensors
 from ..checkpoint.header import PREFIX_BYTES, lay_out
@@ -37,9 +39,21 @@ if TYPE_CHECKING:
 PLAN_FORMAT = 5
 
 
+class PlannedTensor(NamedTuple):
+    """What becomes of a source tensor: `action` is NVFP4 or keep, `rule` the pattern that decided, "" where none did."""
+
+    name: str
+    action: str
+    rule: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything that will happen. `digests` names what the output depends on: source, settings and scales."""
+class ConversionPlan:
+    """Everything that will happen. `digests` names what the output depends on: source, settings and scales.
+
+    Frozen, and safe to read from several threads. Holds files of the source open, and the calibration file: `close` it.
+    """
 
     checkpoint: Checkpoint
     settings: Settings
@@ -76,6 +90,19 @@ class Plan:
         """What deserves a second look, one line each."""
         scales = self.input_scales.warnings if self.input_scales is not None else ()
         return (*scales, *unreached(self.method, self.methods))
+
+    @property
+    def tensors(self) -> tuple[PlannedTensor, ...]:
+        """Every source tensor with what becomes of it and why, in the source's order."""
+        return tuple(
+            PlannedTensor(
+                item.candidate.tensor.info.name,
+                "NVFP4" if item.decision.quantize else "keep",
+                item.decision.rule,
+                item.decision.reason,
+            )
+            for item in self.selection.tensors
+        )
 
     @property
     def methods(self) -> Counter[str]:
@@ -142,7 +169,7 @@ class Plan:
     def _step(self, weight: Weight, places: Iterator[int]) -> QuantizeWeight:
         group, scales = self._group_of[weight.module].name, self.input_scales
         at = {each.suffix: next(places) for each in output_tensors(weight, with_input=scales is not None)}
-        given = InputScale(at[INPUT_GLOBAL_SCALE], scales.divisors[group]) if scales is not None else None
+        given = InputScale(at[INPUT_GLOBAL_SCALE], scales.global_scales[group]) if scales is not None else None
         return QuantizeWeight(weight, group, self.method_of(weight), at[PACKED], at[SCALE], at[GLOBAL_SCALE], given)
 
 
@@ -151,7 +178,7 @@ def build_plan(
     settings: Settings,
     scales: InputScales | None = None,
     calibration: Calibration | None = None,
-) -> Plan:
+) -> ConversionPlan:
     """Return the plan of a conversion; reads no weight, nothing but what `checkpoint` and `calibration` already hold.
 
     Raises SourceError, RuleError, ScaleError for whatever would stop the conversion later.
@@ -173,7 +200,7 @@ def build_plan(
     )
     config = config_text(checkpoint.config, quantization_config(scheme, ignore_list(selection, settings.rules)))
     index = index_text(sum(shard.tensor_bytes for shard in shards), places) if checkpoint.has_index else None
-    return Plan(
+    return ConversionPlan(
         checkpoint=checkpoint,
         settings=settings,
         scheme=scheme,

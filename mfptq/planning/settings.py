@@ -1,38 +1,71 @@
-"""What decides the output's bytes, besides the source: rules, method and scheme."""
+"""The decisions that a caller may take, and method and scheme as they follow from them.
+
+Called by `conversion` and `observation`. Nothing here reads a file: what the decisions name is opened by `conversion`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
 
 from ..errors import UsageError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS
+from ..scales.reading import InputScales
 from .quantization_config import Scheme
 from .rules import Rules
 
 PLAIN_METHODS = ("search", "minmax")
 METHODS = ("auto", *PLAIN_METHODS, *CALIBRATED_METHODS)
-SCHEMES = ("NVFP4", "NVFP4A16")
+SCHEMES: Mapping[str, Scheme] = {
+    "NVFP4": "NVFP4",
+    "NVFP4A16": "NVFP4A16",
+    "W4A4": "NVFP4",
+    "W4A16": "NVFP4A16",
+}
+INPUT_SOURCES = ("calibration", "input_scales", "like")
+
+
+class Decisions(TypedDict, total=False):
+    """The keywords of `plan` and `convert` that decide what the output holds; each may be left out, or None.
+
+    `scheme`: `NVFP4` (W4A4) or `NVFP4A16` (weight-only, W4A16); by default W4A4 where input scales are given.
+    `method`: `search`, `minmax`, or with a calibration file `weighted`, `hessian`, `hessian+`; by default the strongest
+    that the calibration file allows, `search` without one.
+    `ignore`, `targets`: modules to keep, and to quantize although a default keeps them: names, or `re:` and a regex.
+    `default_ignore`: False drops the default exclusions.
+    `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
+    checkpoint with input scales, or what `read_input_scales` returned; an NVFP4 checkpoint whose choice of layers is
+    taken as well.
+    `revision`, `token`, `cache_dir`: as in huggingface_hub.
+    """
+
+    scheme: str | None
+    method: str | None
+    ignore: Iterable[str]
+    targets: Iterable[str]
+    default_ignore: bool
+    calibration: str | Path | None
+    input_scales: str | Path | InputScales | None
+    like: str | Path | None
+    revision: str | None
+    token: str | None
+    cache_dir: str | Path | None
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the user asked for; `method` and `scheme` None mean the best that the given statistics allow."""
+    """Checked decisions; `method` and `scheme` None mean the best that the given statistics allow."""
 
     rules: Rules = field(default_factory=Rules)
     method: str | None = None
     scheme: Scheme | None = None
 
-    def __post_init__(self) -> None:
-        if self.method is not None and self.method not in METHODS:
-            raise UsageError(f"method {quote(self.method)} is unknown, expected one of {', '.join(METHODS)}")
-        if self.scheme is not None and self.scheme not in SCHEMES:
-            raise UsageError(f"scheme {quote(self.scheme)} is unknown, expected one of {', '.join(SCHEMES)}")
-
     def resolve_method(self, *, calibrated: bool) -> str:
         """Return the method; `auto` remains only where a calibration file is there to decide."""
         if self.method in CALIBRATED_METHODS and not calibrated:
-            raise UsageError(f"method {self.method} needs --calibration; without it choose search or minmax")
+            raise UsageError(f"method {self.method} needs a calibration file; without one choose search or minmax")
         if self.method in (None, "auto"):
             return "auto" if calibrated else "search"
         return str(self.method)
@@ -41,11 +74,43 @@ class Settings:
         """Return the scheme; `with_input` says whether input scales are given."""
         if self.scheme == "NVFP4" and not with_input:
             raise UsageError(
-                "scheme NVFP4 (W4A4) needs --input-scales, --calibration or --like; without choose NVFP4A16"
+                "scheme NVFP4 (W4A4) needs input scales, from input_scales, calibration or like; without choose NVFP4A16"
             )
         if self.scheme == "NVFP4A16" and with_input:
-            raise UsageError("scheme NVFP4A16 is weight-only and takes no --input-scales")
+            raise UsageError("scheme NVFP4A16 (W4A16) is weight-only and takes no input_scales")
         return self.scheme or ("NVFP4" if with_input else "NVFP4A16")
+
+
+def check_decisions(decisions: Decisions) -> Settings:
+    """Return the settings that decisions stand for, but for what the files tell that they name.
+
+    Raises TypeError for a keyword that is none of `Decisions`, and UsageError for a method or scheme that is unknown or for
+    two sources of input scales.
+    """
+    for name in decisions:
+        if name not in Decisions.__annotations__:
+            raise TypeError(
+                f"unexpected keyword argument {name!r}, expected one of {', '.join(Decisions.__annotations__)}"
+            )
+    method, scheme = decisions.get("method"), decisions.get("scheme")
+    if method is not None and method.lower() not in METHODS:
+        raise UsageError(f"method {quote(method)} is unknown, expected one of {', '.join(METHODS)}")
+    if scheme is not None and scheme.upper() not in SCHEMES:
+        raise UsageError(f"scheme {quote(scheme)} is unknown, expected one of {', '.join(SCHEMES)}")
+    given = [name for name in INPUT_SOURCES if decisions.get(name) is not None]
+    if len(given) > 1:
+        number = "both" if len(given) == 2 else "all"
+        raise UsageError(f"{' and '.join(given)} are mutually exclusive: {number} provide input scales")
+    ignore, targets = _patterns(decisions.get("ignore", ())), _patterns(decisions.get("targets", ()))
+    return Settings(
+        Rules(ignore, targets, decisions.get("default_ignore", True)),
+        method.lower() if method else None,
+        SCHEMES[scheme.upper()] if scheme else None,
+    )
+
+
+def _patterns(given: Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def unreached(method: str, methods: Mapping[str, int]) -> tuple[str, ...]:
@@ -53,5 +118,6 @@ def unreached(method: str, methods: Mapping[str, int]) -> tuple[str, ...]:
     searched = methods.get("search", 0)
     if method in PLAIN_METHODS or not searched or len(methods) == 1:
         return ()
-    total = sum(methods.values())
-    return (f"{searched} of {total} weights, of experts that no text reached, have no statistics: search instead",)
+    return (
+        f"{searched} of {sum(methods.values())} weights use `search`: their experts received no calibration tokens",
+    )

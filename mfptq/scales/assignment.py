@@ -1,4 +1,7 @@
-"""Give every fused group one input scale, or say why that is not possible."""
+"""Give every fused group one input scale, or say why that is not possible.
+
+Called by `planning.plan`, whatever the scales came from: a file, another checkpoint, or a calibration file.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,23 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
-from ..errors import ScaleError, quote
-from ..names.bridge import Bridge, bridge_names
+from ..errors import counted, listed, quote
+from ..names.bridge import Bridge
 from ..names.fusion import FusedGroup, experts_parent
-from .reading import SHOWN, InputScales, is_calibrated
+from .matching import check_complete, match_names, names_error
+from .reading import InputScales, is_calibrated
 
 
 @dataclass(frozen=True, slots=True)
 class AssignedScales:
-    """The divisor (float32) of every fused group, by the group's name.
+    """The `input_global_scale` (float32) of every fused group, by the group's name.
 
-    `warnings` are lines for people, `filled` is how many experts took their layer's smallest divisor, `digest` is the
+    `warnings` are lines for people, `filled` is how many experts took their layer's smallest scale, `digest` is the
     SHA-256 of the assignment, hexadecimal.
     """
 
-    divisors: Mapping[str, float]
+    global_scales: Mapping[str, float]
     warnings: tuple[str, ...]
     filled: int
     digest: str
@@ -31,68 +34,64 @@ class AssignedScales:
 def assign_input_scales(
     scales: InputScales, groups: Iterable[FusedGroup], *, kept: Collection[str] = ()
 ) -> AssignedScales:
-    """Return one divisor for every group: its members' smallest, so that no member's input is clipped.
+    """Return one scale for every group: its members' smallest, so that no member's input is clipped.
 
     `groups` are those to be quantized, `kept` the source's other modules, whose scales are ignored. Experts that
-    calibration never reached take their layer's smallest divisor for that projection. Raises ScaleError for scales
+    calibration never reached take their layer's smallest scale for that projection. Raises ScaleError for scales
     that fit no module or several, and for modules whose scale is missing, uncalibrated or below 1.
     """
-    wanted = tuple(groups)
+    wanted, origin = tuple(groups), f"input scales {quote(scales.origin)}"
     members = [member for group in wanted for member in group.members]
-    bridge = bridge_names(scales.divisors, [*members, *kept])
-    found = {member: _look_up(scales, bridge, member) for member in members}
-    _check_names(scales, bridge, found)
-    usable = {name: value for name, value in found.items() if value is not None and is_calibrated(value)}
-    _check_values(scales, found, usable)
+    bridge = match_names(origin, scales.global_scales, [*members, *kept])
+    found = {member: value for member in members if (value := _look_up(scales, bridge, member)) is not None}
+    check_complete(origin, members, found)
+    usable = {name: value for name, value in found.items() if is_calibrated(value)}
+    _check_values(origin, found, usable)
     values = {group.name: [usable[member] for member in group.members if member in usable] for group in wanted}
-    divisors = {name: min(each) for name, each in values.items() if each}
-    filled = _fill(scales, wanted, divisors)
+    chosen = {name: min(each) for name, each in values.items() if each}
+    filled = _fill(origin, wanted, chosen)
     used = {name for member in members for name in bridge.names(member)}
-    warnings = (_disagreements(values), _ignored([name for name in scales.divisors if name not in used]))
-    digest = hashlib.sha256("\n".join(f"{name}={divisors[name].hex()}" for name in sorted(divisors)).encode())
-    return AssignedScales(divisors, tuple(line for line in warnings if line), filled, digest.hexdigest())
+    warnings = (_disagreements(values), _ignored([name for name in scales.global_scales if name not in used]))
+    digest = hashlib.sha256("\n".join(f"{name}={chosen[name].hex()}" for name in sorted(chosen)).encode())
+    return AssignedScales(chosen, tuple(line for line in warnings if line), filled, digest.hexdigest())
 
 
 def _look_up(scales: InputScales, bridge: Bridge, member: str) -> float | None:
-    """Return a module's divisor, its own or its expert stack's, or None if nothing is written for it."""
-    values = [scales.divisors[name] for name in bridge.names(member)]
+    """Return a module's scale, its own or its expert stack's, or None if nothing is written for it."""
+    values = [scales.global_scales[name] for name in bridge.names(member)]
     return next((value for value in values if is_calibrated(value)), values[0] if values else None)
 
 
-def _check_names(scales: InputScales, bridge: Bridge, found: Mapping[str, float | None]) -> None:
-    if bridge.ambiguous:
-        raise _error(scales, bridge.ambiguous, "could belong to several modules", "write the modules' full names")
-    if bridge.unknown:
-        raise _error(scales, bridge.unknown, "belong to no module of the source", f"it has {_first(found)}")
-    missing = [name for name, value in found.items() if value is None and experts_parent(name) is None]
-    if missing:
-        raise _error(scales, missing, "are missing", "calibrate these modules too, or keep them with --ignore")
-
-
-def _check_values(scales: InputScales, found: Mapping[str, float | None], usable: Mapping[str, float]) -> None:
+def _check_values(origin: str, found: Mapping[str, float], usable: Mapping[str, float]) -> None:
     dead = [f"{name} = {found[name]}" for name in found if name not in usable and experts_parent(name) is None]
     if dead:
-        raise _error(scales, dead, "are marks of no calibration (0, NaN, inf or 1)", "calibrate these modules")
+        words = (
+            "scale is a mark of no calibration (0, NaN, inf or 1)",
+            "scales are marks of no calibration (0, NaN, inf or 1)",
+        )
+        raise names_error(origin, dead, words, "calibrate these modules")
     low = [f"{name} = {value:.3g}" for name, value in usable.items() if value < 1]
     if low:
-        raise _error(scales, low, "are implausible, with a divisor (2688/amax) below 1", "is their kind right?")
+        words = "input_global_scale (2688/amax) is below 1", "input_global_scales (2688/amax) are below 1"
+        raise names_error(origin, low, words, "is their kind right?")
 
 
-def _fill(scales: InputScales, groups: Iterable[FusedGroup], divisors: dict[str, float]) -> int:
-    """Give the experts' groups that have no divisor their layer's smallest; return how many experts these are."""
+def _fill(origin: str, groups: Iterable[FusedGroup], chosen: dict[str, float]) -> int:
+    """Give the experts' groups that have no scale their layer's smallest; return how many experts these are."""
     smallest: dict[str, float] = {}
     empty: dict[str, str] = {}
     for group in groups:
         # What a layer's experts share for one projection: their group's name without the expert's number.
         layer = f"{experts_parent(group.name)}.{group.name.rpartition('.')[2]}"
-        if group.name in divisors:
-            smallest[layer] = min(divisors[group.name], smallest.get(layer, math.inf))
+        if group.name in chosen:
+            smallest[layer] = min(chosen[group.name], smallest.get(layer, math.inf))
         else:
             empty[group.name] = layer
     lost = [name for name, layer in empty.items() if layer not in smallest]
     if lost:
-        raise _error(scales, lost, "are missing, as are those of the layer's other experts", "use more text")
-    divisors.update({name: smallest[layer] for name, layer in empty.items()})
+        words = "fused group of experts has no scale", "fused groups of experts have no scale"
+        raise names_error(origin, lost, words, "no other expert of the layer has one either: calibrate with more text")
+    chosen.update({name: smallest[layer] for name, layer in empty.items()})
     return len({name.rpartition(".")[0] for name in empty})
 
 
@@ -100,20 +99,13 @@ def _disagreements(values: Mapping[str, Sequence[float]]) -> str:
     ratios = {name: max(each) / min(each) for name, each in values.items() if each and min(each) != max(each)}
     if not ratios:
         return ""
+    groups = counted(len(ratios), "fused group", "fused groups")
     return (
-        f"input scales disagree inside {len(ratios)} fused groups, by up to {max(ratios.values()):.3g} times: "
-        f"the smallest divisor of each holds for all its members: {_first(ratios)}"
+        f"input scales disagree inside {groups}, by up to {max(ratios.values()):.3g} times: "
+        f"the smallest input_global_scale of each holds for all its members: {listed(ratios)}"
     )
 
 
 def _ignored(names: Collection[str]) -> str:
-    return f"{len(names)} input scales of modules that are kept are ignored: {_first(names)}" if names else ""
-
-
-def _first(names: Collection[str]) -> str:
-    more = ", ..." if len(names) > SHOWN else ""
-    return ", ".join(quote(name) for name in islice(names, SHOWN)) + more
-
-
-def _error(scales: InputScales, names: Collection[str], what: str, advice: str) -> ScaleError:
-    return ScaleError(f"input scales {quote(scales.origin)}: {len(names)} {what}: {_first(names)}; {advice}")
+    words = "input scale of a module that is kept is ignored", "input scales of modules that are kept are ignored"
+    return f"{counted(len(names), *words)}: {listed(names)}" if names else ""

@@ -1,7 +1,7 @@
-"""Input scales from elsewhere: read, converted, checked, and one assigned to every fused group.
+"""Read input scales from a JSON file, a safetensors file, or a checkpoint that another tool has calibrated.
 
-W4A4 needs the range of every layer's input, which weights alone do not tell. It is taken from a JSON or safetensors
-file, or from a checkpoint of the same model that another tool has calibrated.
+W4A4 needs the range of every layer's input, which weights alone do not tell. `read_input_scales` is public; `conversion`
+and `scales.sibling` call it too. Names stay as they are written: `scales.assignment` matches them to the source.
 """
 
 from __future__ import annotations
@@ -19,92 +19,89 @@ from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..checkpoint.weights import StoredTensor
 from ..errors import ScaleError, SourceError, UsageError, quote
 from ..limits import MAX_CONFIG_BYTES, MAX_SCALES_BYTES
-from ..names.bridge import Kind, split_name
-from ..storage.files import read_small
+from ..names.bridge import ScaleKind, split_name
+from ..storage.files import expanded, read_small
 from .values import Algorithms, ScaleConvention, algorithms, check_scalar, number_in_json, number_in_tensor
 
-KINDS: tuple[str, ...] = get_args(Kind)
+SCALE_KINDS: tuple[str, ...] = get_args(ScaleKind)
 HF_QUANT_CONFIG = "hf_quant_config.json"
-SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class InputScales:
-    """Divisors (2688 / amax, float32) by module name as written in `origin`.
+    """`input_global_scale` (2688 / amax, float32) by module name as written in `origin`, a path.
 
     0, NaN, infinity and exactly 1 are what tools write for a module that calibration never reached.
     """
 
-    divisors: Mapping[str, float]
+    global_scales: Mapping[str, float]
     origin: str
-
-    def is_usable(self, name: str) -> bool:
-        """Return whether a module's divisor is one, and no mark of no calibration."""
-        return is_calibrated(self.divisors[name])
 
 
 def read_input_scales(path: str | Path, kind: str | None = None) -> InputScales:
-    """Return the input scales in a JSON file, a safetensors file or a checkpoint folder, converted to divisors.
+    """Return the input scales in a JSON file, a safetensors file or a checkpoint folder.
 
-    `kind`, one of KINDS, says what the numbers are where neither names nor file tell. Raises UsageError for another
-    kind, and ScaleError for whatever is missing, malformed, contradictory or out of range.
+    `kind`, one of `input_global_scale`, `input_scale` and `amax`, says what the numbers are where neither names nor file
+    tell. Raises UsageError for another kind, and ScaleError for whatever is missing, malformed, contradictory or out of
+    range.
     """
-    if kind is not None and kind not in KINDS:
-        raise UsageError(f"kind of input scales {quote(kind)} is unknown, expected one of {', '.join(KINDS)}")
+    if kind is not None and kind not in SCALE_KINDS:
+        raise UsageError(f"kind of input scales {quote(kind)} is unknown, expected one of {', '.join(SCALE_KINDS)}")
     try:
-        divisors = _read(Path(path), cast("Kind | None", kind))
+        found = _read(expanded(path), cast("ScaleKind | None", kind))
     except (SourceError, StrictJsonError, ScaleError) as error:
         raise ScaleError(f"input scales {quote(path)}: {error}") from None
-    return InputScales(divisors, str(path))
+    return InputScales(found, str(path))
 
 
-def _read(path: Path, kind: Kind | None) -> dict[str, float]:
+def _read(path: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a parent is unreadable
-        return _read_folder(path, kind)
+        return _read_folder(path, scale_kind)
     suffix = path.suffix.lower()
     if suffix == ".json":
-        return _read_json(path, kind)
+        return _read_json(path, scale_kind)
     if suffix == ".safetensors":
-        return _read_safetensors(path, kind)
-    raise ScaleError("this kind of file is not opened: use .json or .safetensors, or a checkpoint folder")
+        return _read_safetensors(path, scale_kind)
+    raise ScaleError("this sort of file is not opened: use .json or .safetensors, or a checkpoint folder")
 
 
-def _read_json(path: Path, kind: Kind | None) -> dict[str, float]:
+def _read_json(path: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
     # NaN and Infinity are read: they mark experts that calibration never reached, as they do in tensors.
     content = parse_json(read_small(Path(os.path.realpath(path)), MAX_SCALES_BYTES), infinity=True)
     if not isinstance(content, dict):
         raise ScaleError('expected an object: {"kind": ..., "values": {...}}, or module names and their numbers')
     if isinstance(content.get("values"), dict):
-        kind, content = _declared(content, kind), content["values"]
-    return _divisors(((name, number_in_json(name, value)) for name, value in content.items()), ScaleConvention(kind))
+        scale_kind, content = _declared(content, scale_kind), content["values"]
+    numbers = ((name, number_in_json(name, value)) for name, value in content.items())
+    return _global_scales(numbers, ScaleConvention(scale_kind))
 
 
-def _declared(content: Mapping[str, Any], kind: Kind | None) -> Kind:
+def _declared(content: Mapping[str, Any], given: ScaleKind | None) -> ScaleKind:
     found = content.get("kind")
-    if content.keys() != {"kind", "values"} or found not in KINDS:
-        raise ScaleError(f'expected exactly the keys "kind" (one of {", ".join(KINDS)}) and "values"')
-    if kind not in (None, found):
-        raise ScaleError(f"the file says kind {found}, but --input-scales-kind says {kind}")
-    return cast("Kind", found)
+    if content.keys() != {"kind", "values"} or found not in SCALE_KINDS:
+        raise ScaleError(f'expected exactly the keys "kind" (one of {", ".join(SCALE_KINDS)}) and "values"')
+    if given not in (None, found):
+        raise ScaleError(f"the file says kind {found}, but the kind given is {given}")
+    return cast("ScaleKind", found)
 
 
-def _read_safetensors(path: Path, kind: Kind | None) -> dict[str, float]:
+def _read_safetensors(path: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
     real = Path(os.path.realpath(path))
     source = FolderSource(real.parent)
     try:
         tensors = list(stored_tensors(read_shard(source, real.name)))
         named = [tensor for tensor in tensors if split_name(tensor.info.name)[1]]
-        return _divisors(_numbers(source, named or tensors), ScaleConvention(kind))
+        return _global_scales(_numbers(source, named or tensors), ScaleConvention(scale_kind))
     finally:
         source.close()
 
 
-def _read_folder(root: Path, kind: Kind | None) -> dict[str, float]:
+def _read_folder(root: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
     checkpoint = read_checkpoint(Origin(root))
     try:
         named = [tensor for tensor in checkpoint.tensors() if split_name(tensor.info.name)[1]]
-        meaning = ScaleConvention(kind, _algorithms(root, checkpoint.config))
-        return _divisors(_numbers(checkpoint.source, named), meaning)
+        convention = ScaleConvention(scale_kind, _algorithms(root, checkpoint.config))
+        return _global_scales(_numbers(checkpoint.source, named), convention)
     finally:
         checkpoint.source.close()
 
@@ -139,18 +136,18 @@ def _numbers(source: FolderSource, tensors: Iterable[StoredTensor]) -> Iterator[
         yield tensor.info.name, number_in_tensor(tensor.info, bytes(data))
 
 
-def _divisors(numbers: Iterable[tuple[str, float]], meaning: ScaleConvention) -> dict[str, float]:
-    divisors: dict[str, float] = {}
+def _global_scales(numbers: Iterable[tuple[str, float]], convention: ScaleConvention) -> dict[str, float]:
+    found: dict[str, float] = {}
     for name, value in numbers:
-        module, kind = split_name(name)
-        if module in divisors:
+        module, suffix_kind = split_name(name)
+        if module in found:
             raise ScaleError(f"{quote(module)} has two input scales, one of them {quote(name)}: remove one")
-        divisors[module] = meaning.divisor(module, kind, value)
-    if not divisors:
+        found[module] = convention.global_scale(module, suffix_kind, value)
+    if not found:
         raise ScaleError("it holds no input scale, expected names like '<module>.input_global_scale'")
-    return divisors
+    return found
 
 
-def is_calibrated(divisor: float) -> bool:
+def is_calibrated(global_scale: float) -> bool:
     """Return whether a number is a scale: 0, NaN, infinity and exactly 1 mark a module that calibration never reached."""
-    return math.isfinite(divisor) and divisor not in (0.0, 1.0)
+    return math.isfinite(global_scale) and global_scale not in (0.0, 1.0)

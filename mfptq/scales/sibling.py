@@ -1,16 +1,26 @@
-"""Another checkpoint's choice of layers, as a rule: what is quantized there is quantized here, what is kept there is kept."""
+"""Read another NVFP4 checkpoint of the same model: its choice of layers and their input scales, whichever tool wrote it.
+
+llm-compressor, AutoRound and mfptq write `<module>.weight_packed` U8 `[N, K/2]`, ModelOpt `<module>.weight` U8, or for a
+stack of experts `<stack>` U8 `[E, N, K/2]` with `<stack>_weight_scale`; the block scales are E4M3 in all of them. Called by
+`conversion` and `calibration.extract`; `planning.rules` asks for the choice. Reads headers and scales, never weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 
-from ..errors import ScaleError, quote
-from ..names.bridge import bridge_names
-from .reading import InputScales
+from ..checkpoint.folder import Origin, read_checkpoint
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.weights import WEIGHT_SUFFIX
+from ..errors import ScaleError, SourceError, quote
+from ..names.bridge import split_name
+from ..storage.files import expanded
+from .matching import match_names
+from .reading import InputScales, read_input_scales
 
-SHOWN = 3
+_WEIGHT_AND_SCALE = ((".weight_packed", ".weight_scale"), (WEIGHT_SUFFIX, ".weight_scale"), ("", "_weight_scale"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +34,41 @@ class SiblingLayers:
     def chosen(self, modules: Iterable[str]) -> frozenset[str]:
         """Return those of a source's modules that are NVFP4 there; raises ScaleError if it is of another model."""
         known = tuple(modules)
-        bridge = bridge_names(self.layers, known)
-        foreign = (*bridge.unknown, *bridge.ambiguous)
-        if foreign:
-            first = ", ".join(quote(name) for name in islice(foreign, SHOWN)) + (
-                ", ..." if len(foreign) > SHOWN else ""
-            )
-            raise ScaleError(
-                f"--like {quote(self.origin)}: {len(foreign)} of its NVFP4 layers belong to no weight of the source, or to "
-                f"several: {first}; is it of another model?"
-            )
+        bridge = match_names(f"checkpoint {quote(self.origin)}", self.layers, known)
         return frozenset(module for module in known if any(True for _ in bridge.names(module)))
+
+
+def read_sibling(path: str | Path, kind: str | None = None) -> SiblingLayers:
+    """Return the NVFP4 layers of a checkpoint folder and their input scales.
+
+    `kind` says what its scales are where neither names nor config tell. Raises ScaleError for a folder that is no NVFP4
+    checkpoint.
+    """
+    try:
+        checkpoint = read_checkpoint(Origin(expanded(path)))
+    except SourceError as error:
+        raise ScaleError(f"checkpoint {quote(path)}: {error}") from None
+    try:
+        tensors = {tensor.info.name: tensor.info for tensor in checkpoint.tensors()}
+    finally:
+        checkpoint.source.close()
+    layers = dict(_layers(tensors))
+    if not layers:
+        raise ScaleError(f"checkpoint {quote(path)} has no NVFP4 layers: weights in U8 with scales in F8_E4M3")
+    if not any(split_name(name)[1] and split_name(name)[0] in layers for name in tensors):
+        return SiblingLayers(str(path), layers, None)
+    found = read_input_scales(path, kind)
+    scales = {name: value for name, value in found.global_scales.items() if name in layers}
+    return SiblingLayers(str(path), layers, InputScales(scales, found.origin))
+
+
+def _layers(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, int]]:
+    for name, info in tensors.items():
+        if info.dtype != "U8" or len(info.shape) < 2:
+            continue
+        for suffix, joined in _WEIGHT_AND_SCALE:
+            module = name.removesuffix(suffix)
+            scale = tensors.get(module + joined)
+            if name.endswith(suffix) and scale is not None and scale.dtype == "F8_E4M3":
+                yield module, 2 * info.shape[-1]
+                break

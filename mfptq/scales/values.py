@@ -1,8 +1,8 @@
-"""Values of input scales: numbers as files hold them, converted to divisors.
+"""Convert the numbers that files hold into `input_global_scale`.
 
-A divisor is what NVFP4 calls `input_global_scale`: 6 * 448 / amax, amax being the largest magnitude of a layer's input.
-ModelOpt stores `input_scale`, which is amax / 2688 in an NVFP4 checkpoint and amax / 448 in an FP8 one: the name does
-not tell which, the quantization config does.
+Called by `scales.reading` and `calibration`. NVFP4's `input_global_scale` is a divisor of the input: 6 * 448 / amax, amax
+being the largest magnitude of a layer's input. ModelOpt stores `input_scale`, which is amax / 2688 in an NVFP4 checkpoint
+and amax / 448 in an FP8 one: the name does not tell which, the quantization config does. Never guess.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from ..checkpoint.header import TensorInfo
 from ..errors import ScaleError, quote
-from ..names.bridge import Kind
+from ..names.bridge import ScaleKind
 from ..nvfp4 import E2M1_MAX, INPUT_SCALE_NUMERATOR
 
 SCALAR_DTYPES: Mapping[str, str] = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
 
-# Quantization algorithm -> divisor * input_scale. AWQ variants are absent: their inputs were rescaled.
+# Quantization algorithm -> input_global_scale * input_scale. AWQ variants are absent: their inputs were rescaled.
 _NUMERATORS: Mapping[str, float] = {"NVFP4": 1.0, "FP8": E2M1_MAX, "W4A8_NVFP4_FP8": E2M1_MAX}
 
 
@@ -65,25 +65,26 @@ def _has_fp8_inputs(groups: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ScaleConvention:
-    """What the numbers of one file or checkpoint stand for: `kind` is what the user or the file declared."""
+    """What the numbers of one file or checkpoint stand for: `scale_kind` is what the user or the file declared."""
 
-    kind: Kind | None = None
+    scale_kind: ScaleKind | None = None
     algorithms: Algorithms = field(default_factory=Algorithms)
 
-    def divisor(self, module: str, suffix_kind: Kind | None, value: float) -> float:
-        """Return the float32 divisor that `value` stands for: 0, NaN and infinity pass, as marks of no calibration.
+    def global_scale(self, module: str, suffix_kind: ScaleKind | None, value: float) -> float:
+        """Return the float32 `input_global_scale` of `value`: 0, NaN and infinity pass, as marks of no calibration.
 
         Raises ScaleError where the kind is unknown, and for values that are negative or out of float32's range.
         """
-        kind = suffix_kind or self.kind
-        if kind is None:
-            raise ScaleError(f"{quote(module)}: the name does not tell the kind of scale: give --input-scales-kind")
-        if self.kind not in (None, kind):
-            raise ScaleError(f"{quote(module)} is stored as {kind}, but --input-scales-kind says {self.kind}")
+        scale_kind = suffix_kind or self.scale_kind
+        if scale_kind is None:
+            kinds = ", ".join(get_args(ScaleKind))
+            raise ScaleError(f"{quote(module)}: the name does not tell the kind of scale: give it, one of {kinds}")
+        if self.scale_kind not in (None, scale_kind):
+            raise ScaleError(f"{quote(module)} is stored as {scale_kind}, but the kind given is {self.scale_kind}")
         number = _checked(module, value)
-        if kind == "input_global_scale":
+        if scale_kind == "input_global_scale":
             return number
-        if kind == "amax":
+        if scale_kind == "amax":
             # compressed-tensors' own two roundings: torch divides a number by a tensor through the reciprocal.
             return _float32(INPUT_SCALE_NUMERATOR * _quotient(1.0, number))
         numerator = self._numerator(module)
@@ -94,11 +95,11 @@ class ScaleConvention:
         numerator = _NUMERATORS.get(algorithm.upper()) if algorithm else None
         if numerator is not None:
             return numerator
-        if self.kind is None:
+        if self.scale_kind is None:
             says = f"says {quote(algorithm)}" if algorithm else "is not there to tell"
             raise ScaleError(
                 f"{quote(module)}: input_scale is amax/2688 in NVFP4 and amax/448 in FP8, and a quantization config "
-                f"{says}: give --input-scales-kind input_scale if it is the former"
+                f"{says}: give the kind, input_scale, if it is the former"
             )
         return _NUMERATORS["NVFP4"]
 

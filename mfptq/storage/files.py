@@ -18,6 +18,11 @@ from ..limits import MAX_FILE_NAME_BYTES
 _PASSING = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}  # not the file's fault
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path that a user gave with `~` at its beginning expanded: option=~/x reaches a program as it stands."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no home
+
+
 def plain_name(name: str) -> str:
     """Return `name` if it is one harmless component of a path on any system, or raise UnsafePathError."""
     unsafe = (

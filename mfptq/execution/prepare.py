@@ -1,0 +1,81 @@
+"""Prepare a run: device, kernel, and the memory of each worker, within the ceiling that was given.
+
+Called by `conversion` before the destination is touched, so that what cannot work is refused first.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..dtypes import NUMPY_DTYPES
+from ..errors import UsageError
+from ..kernels import Kernel, QuantizeArgs, load_kernel
+from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics, load_calibrated_kernel
+from ..kernels.choice import choose_device
+from ..nvfp4 import BLOCK_SIZE
+from ..planning.plan import ConversionPlan
+from ..sizes import parse_size
+from ..storage.digest import available_cores
+from .memory_budget import KERNEL_BYTES, MemoryPlan, check_data_limit, plan_memory, resident_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run may use; none of it changes the output. `max_memory` is a ceiling for the process, in bytes or text."""
+
+    max_memory: str | int = "1GiB"
+    max_workers: int | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A conversion about to start."""
+
+    plan: ConversionPlan
+    kernel: Kernel
+    calibrated: CalibratedKernel | None
+    memory: MemoryPlan
+    device_reason: str
+    begun: float = field(default_factory=time.monotonic)
+
+
+def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
+    """Return a run that fits into its memory; `held` bytes of the process are the caller's own.
+
+    Raises UsageError for a device or number of workers that cannot be, MemoryBudgetError where the memory is too little.
+    """
+    workers = resources.max_workers if resources.max_workers is not None else available_cores()
+    if workers < 1:
+        raise UsageError(f"max_workers is {workers}, expected at least 1")
+    budget = parse_size(resources.max_memory) + held
+    statistics = plan.statistics_bytes
+    choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), workers)
+    family = choice.device.split(":")[0]
+    known = "calibrated" if family == "cpu" and statistics else family
+    check_data_limit(known if known in KERNEL_BYTES else "torch")
+    kernel = load_kernel(choice.device)
+    calibrated = load_calibrated_kernel(choice.device) if statistics else None
+    _try_out(plan, kernel, calibrated)
+    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=kernel.tile_bytes)
+    return Run(plan, kernel, calibrated, memory, choice.reason)
+
+
+def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
+    """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
+    packed, scales = np.empty((1, BLOCK_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
+    for dtype, weight in {weight.dtype: weight for weight in plan.weights()}.items():
+        block = np.zeros((1, BLOCK_SIZE), NUMPY_DTYPES[dtype])
+        with plan.checkpoint.source.reading(weight.shard, weight.offset, block.nbytes) as fd:
+            kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
+        kernel.amax(block)
+        for method in plan.methods:
+            recipe = QuantizeArgs(method, 1.0)
+            if method in CALIBRATED_METHODS and calibrated is not None:
+                known = PreparedStatistics.neutral(method, BLOCK_SIZE)
+                calibrated.quantize(block, recipe, known, packed=packed, scales=scales)
+            else:
+                kernel.quantize(block, recipe, packed, scales)

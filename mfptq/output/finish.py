@@ -1,0 +1,52 @@
+"""Write everything of an output that is not a shard, when all shards are there.
+
+Called by `conversion` at the end of a run. `config.json` must come last: with it the folder is a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..checkpoint.acceptance import refusal
+from ..checkpoint.folder import CONFIG, INDEX
+from ..errors import SourceError, VerificationError
+from ..kernels import ErrorStats
+from ..limits import MAX_CONFIG_BYTES
+from ..planning.plan import ConversionPlan
+from ..storage.files import confined, read_small
+from .destination import Destination
+from .leftovers import CARD, MANIFEST, REPORT
+from .report import report_text
+
+
+def source_card(root: Path) -> str:
+    """Return the text of the source's model card, "" if it has none that can be read."""
+    try:
+        return read_small(confined(root, CARD), MAX_CONFIG_BYTES).decode(errors="replace")
+    except SourceError:
+        return ""
+
+
+def finish(plan: ConversionPlan, out: Destination, patterns: Mapping[str, ErrorStats], card: str) -> None:
+    """Write companions, report, model card, index, manifest and config; `card` is the model card's text.
+
+    Raises VerificationError, before config.json is there, for a shard that the safetensors library refuses.
+    """
+    for shard in plan.shards:
+        if problem := refusal(out.root / shard.name, shard.tensors):
+            raise VerificationError(f"{problem}; this is a fault of mfptq: please report it")
+    root = plan.checkpoint.origin.folder
+    sums = {result.name: result.sha256 for result in out.done.values()}
+    for name in plan.checkpoint.companions:
+        sums[name] = out.copy(name, confined(root, name))
+    texts = {REPORT: report_text(plan, patterns), CARD: card}
+    if plan.index_text is not None:
+        texts[INDEX] = plan.index_text
+    for name, text in texts.items():
+        sums[name] = out.write(name, text.encode())
+    config = plan.config_text.encode()
+    sums[CONFIG] = hashlib.sha256(config).hexdigest()
+    out.write(MANIFEST, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+    out.write(CONFIG, config)
