@@ -18,20 +18,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mfptq.execution.memory_budget import parse_size
+from mfptq.sizes import parse_size
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 8192, 65536
 CHILD = """
 import sys, time
 from pathlib import Path
-from mfptq.observation.calibrate import Options, calibrate
+from mfptq.observation.calibrate import calibrate
 from mfptq.execution.memory_budget import peak_bytes, resident_bytes
 import accelerate, torch, transformers
 idle = resident_bytes()
 limit, length, samples = int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6])
-options = Options(samples=samples, max_seq_length=length, max_memory=limit)
 begun = time.monotonic()
-calibrate(*sys.argv[1:4], options=options, overwrite=True, encoder=object())
+calibrate(
+    *sys.argv[1:4], samples=samples, max_seq_length=length, max_memory=limit, overwrite=True, encoder=object()
+)
 print(idle, peak_bytes(), time.monotonic() - begun)
 """
 

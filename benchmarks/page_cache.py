@@ -24,7 +24,7 @@ import numpy as np
 from measuring import BUFFER, QWEN, allot, apart, copying, fresh, measure, size, table, write_checkpoint
 
 from mfptq.demo import DemoShape, demo_tensors
-from mfptq.execution.memory_budget import parse_size
+from mfptq.sizes import parse_size
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -10,8 +10,8 @@ import re
 
 from .errors import UsageError, quote
 
-_PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
+_PREFIXES = " KMGT"
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str | int) -> int:
@@ -21,7 +21,7 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise UsageError(f"size {quote(text)} is not understood: write it as 500MB, 4G or 1GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _PREFIXES[match[2].upper()])
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _PREFIXES.index((match[2] or " ").upper()))
 
 
 def size_text(size: int, *, up: bool = False) -> str:

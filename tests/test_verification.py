@@ -20,7 +20,7 @@ def output(source: Path, tmp_path: Path) -> Path:
 
 def test_a_sound_output_has_no_fault(source: Path, output: Path) -> None:
     found = mfptq.verify(output, source)
-    assert found.faults == []
+    assert found.faults == ()
     assert found.tensors == sum(len(load_file_names(path)) for path in output.glob("*.safetensors"))
     assert found.digests == len(digests(output)) - 1  # all but the manifest itself
     assert found.quantized == 25
@@ -56,7 +56,10 @@ def test_without_the_manifest_a_changed_kept_tensor_is_found_by_the_source(sourc
             place = 8 + size + entry["data_offsets"][0]
             path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     assert mfptq.verify(output).ok
-    assert mfptq.verify(output, source).faults == [f"kept tensor '{name}' differs from the source"]
+    [fault] = mfptq.verify(output, source).faults
+    assert fault.tensor == name
+    assert str(fault) == f"'{name}' in '{fault.file}' differs from the source, which it should be equal to"
+    assert name in load_file_names(output / fault.file)
 
 
 def test_unequal_global_scales_in_a_fused_group_are_found(output: Path) -> None:
@@ -70,8 +73,61 @@ def test_unequal_global_scales_in_a_fused_group_are_found(output: Path) -> None:
                 data = data[:place] + np.float32(3.0).tobytes() + data[place + 4 :]
         path.write_bytes(data)
     [fault] = mfptq.verify(output).faults
-    assert "layers.3.self_attn.qkv_proj" in fault
-    assert "weight_global_scale" in fault
+    assert fault.tensor.endswith("layers.3.self_attn.qkv_proj")
+    assert "weight_global_scale" in fault.what
+
+
+def test_what_the_safetensors_library_refuses_is_a_fault(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is stricter than any header we write: here it is made to refuse, and to find another number."""
+    import safetensors
+
+    class Fewer:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> Fewer:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def keys(self) -> list[str]:
+            return ["a"]
+
+    def refuse(*_: object) -> None:
+        raise safetensors.SafetensorError("no\n\x1b[31m")
+
+    for stand_in, what in ((refuse, r"refuses it: 'no\n\x1b[31m'"), (Fewer, "finds 1 tensor in it, expected")):
+        monkeypatch.setattr(safetensors, "safe_open", stand_in)
+        faults = mfptq.verify(output).faults
+        assert {fault.file for fault in faults} == {path.name for path in output.glob("*.safetensors")}
+        assert all(what in fault.what for fault in faults)
+
+
+def test_the_end_of_a_conversion_asks_the_safetensors_library(source, tmp_path, monkeypatch) -> None:
+    import safetensors
+
+    opened: list[Path] = []
+    real = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda path, *more: opened.append(path) or real(path, *more))
+    mfptq.convert(source, tmp_path / "out")
+    assert sorted(opened) == sorted((tmp_path / "out").glob("*.safetensors"))
+
+    def refuse(*_: object) -> None:
+        raise safetensors.SafetensorError("no")
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    with pytest.raises(mfptq.VerificationError, match=r"model-00001-of-00003.safetensors' .*refuses it: 'no'"):
+        mfptq.convert(source, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "config.json").exists()
+
+
+def test_a_verification_is_frozen_and_one_fault_is_singular(output: Path) -> None:
+    (output / "README.md").write_text("{}")
+    done = command("verify", output)
+    assert "'README.md' is not what SHA256SUMS says" in done.stderr
+    assert f"{str(output)!r} has 1 fault: " in done.stderr
+    assert done.stdout.rstrip().endswith("\n1 fault")
+    found = json.loads(command("verify", output, "--json").stdout)
+    assert [fault["file"] for fault in found["faults"]] == ["README.md"]
+    with pytest.raises(AttributeError):
+        mfptq.verify(output).tensors = 3  # type: ignore[misc]
 
 
 def test_a_lost_shard_and_a_foreign_folder(source: Path, output: Path, tmp_path: Path) -> None:
@@ -87,7 +143,7 @@ def test_config_and_tensors_must_agree(output: Path) -> None:
     ignored = config["quantization_config"]["ignore"]
     ignored.append("model.language_model.layers.0.mlp.down_proj")
     (output / "config.json").write_text(json.dumps(config))
-    assert any("layers.0.mlp.down_proj" in fault and "ignores" in fault for fault in mfptq.verify(output).faults)
+    assert any("layers.0.mlp.down_proj" in f.tensor and "ignores" in f.what for f in mfptq.verify(output).faults)
     config["quantization_config"]["ignore"] = []
     (output / "config.json").write_text(json.dumps(config))
-    assert any("lm_head" in fault for fault in mfptq.verify(output).faults)
+    assert any(fault.tensor == "lm_head" for fault in mfptq.verify(output).faults)

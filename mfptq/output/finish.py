@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..checkpoint.acceptance import refusal
 from ..checkpoint.folder import CONFIG, INDEX
-from ..errors import SourceError, VerificationError
+from ..errors import SourceError, VerificationError, quote
 from ..kernels import ErrorStats
 from ..limits import MAX_CONFIG_BYTES
 from ..planning.plan import ConversionPlan
@@ -36,7 +36,7 @@ def finish(plan: ConversionPlan, out: Destination, patterns: Mapping[str, ErrorS
     """
     for shard in plan.shards:
         if problem := refusal(out.root / shard.name, shard.tensors):
-            raise VerificationError(f"{problem}; this is a fault of mfptq: please report it")
+            raise VerificationError(f"{quote(shard.name)} {problem}; this is a fault of mfptq, please report it")
     root = plan.checkpoint.origin.folder
     sums = {result.name: result.sha256 for result in out.done.values()}
     for name in plan.checkpoint.companions:

@@ -99,7 +99,7 @@ def test_output_names_are_checked(path, tmp_path):
             check_output(bad, overwrite=True)
     path.touch()
     check_output(path, overwrite=True)
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="exists: choose another name, or overwrite it"):
         check_output(path, overwrite=False)
 
 
@@ -394,7 +394,7 @@ def test_names_of_another_model_are_refused(source, path):
         calibration.of_model(renamed)
     with pytest.raises(ScaleError, match=f"{first} has 128 columns, its statistics 64"):
         calibration.of_model({**weights, first: 128})
-    with pytest.raises(ScaleError, match=r"1 modules have no statistics: 'one\.more'"):
+    with pytest.raises(ScaleError, match=r"1 module is missing: 'one\.more'"):
         calibration.of_model({**weights, "one.more": 64})
     calibration.of_model({name: columns for name, columns in weights.items() if name != first}, kept=[first])
     calibration.close()

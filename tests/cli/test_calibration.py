@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import mfptq
-from mfptq.calibration.extract import extract_scales, read_sibling
+from mfptq.calibration.extract import extract_scales
 from mfptq.calibration.reading import load_calibration
 from mfptq.errors import RuleError, ScaleError
+from mfptq.scales.sibling import read_sibling
 
 from ..calibration.files import (
     InputInfo,
@@ -74,7 +75,7 @@ def test_merge_and_show(source, tmp_path):
     assert command("calibration", "merge", one, two, "--output", both).returncode == 0
     again = command("calibration", "merge", one, two, "--output", both)
     assert again.returncode == 2
-    assert "exists: choose another name, or pass --overwrite" in again.stderr
+    assert "exists: choose another name, or overwrite it" in again.stderr
     shown = command("calibration", "show", both).stdout
     assert "statistics hessian of 16 inputs, 25 modules" in shown
     assert "4 of 4 samples of up to 64 tokens; tokens of each input: 600 to 600" in shown
@@ -95,7 +96,7 @@ def test_show_puts_outliers_and_experts_with_little_text_first(tmp_path):
     assert found["inputs"][0]["ratio"] == pytest.approx(5000 / np.sqrt((wild**2).mean()), rel=1e-5)
     assert found["experts"][0] == {"name": "a.experts", "experts": 4, "without": 1, "few": 2, "least": 0, "most": 500}
     text = command("calibration", "show", path).stdout
-    assert "8 routed experts: 1 were given no token, 2 fewer than 100" in text
+    assert "8 routed experts: 1 was given no token, 2 fewer than 100" in text
     assert "'b.experts'" not in text
 
 
@@ -217,7 +218,7 @@ def test_like_of_another_model_or_of_half_a_group_is_refused(source, path, tmp_p
     mfptq.convert(source, tmp_path / "first", calibration=path)
     tensors = stored(tmp_path / "first")
     foreign = checkpoint(tmp_path / "foreign", {name.replace("layers.0", "layers.7"): t for name, t in tensors.items()})
-    with pytest.raises(ScaleError, match=r"belong to no weight of the source.*is it of another model\?"):
+    with pytest.raises(ScaleError, match=r"belong to no module of the source.*is it of another model\?"):
         mfptq.convert(source, tmp_path / "out", like=foreign)
     half = checkpoint(tmp_path / "half", {name: value for name, value in tensors.items() if not name.startswith(K)})
     with pytest.raises(RuleError, match="splits fused group"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import mfptq
 from mfptq.cli import process
 from mfptq.cli.main import main
 from mfptq.cli.process import Interrupted, deferred_signals
@@ -63,7 +64,7 @@ def test_quiet_is_quiet_and_no_bar_is_drawn_off_a_terminal(source: Path, tmp_pat
         (("plan", "{source}", "--methode", "x"), "--method"),
         (("plan", "{source}", "--method", "best"), "expected one of"),
         (("plan", "{source}", "--scheme", "NVFP5"), "expected one of"),
-        (("convert", "{source}", "out", "--max-memory", "lots"), "500MB"),
+        (("convert", "{source}", "out", "--max-memory", "lots"), "500MB, 4G or 1GiB"),
         (("convert", "{source}", "{out}", "--max-workers", "0"), "at least 1"),
         (("convert", "{source}", "{out}", "--device", "abacus"), "abacus"),
     ],
@@ -86,8 +87,57 @@ def test_a_folder_that_is_not_there_is_said_to_be(tmp_path: Path) -> None:
     assert "no folder 'someone/nowhere'" in done.stderr
 
 
-def test_scheme_and_kind_of_case_do_not_matter(source: Path) -> None:
-    assert command("plan", source, "--scheme", "nvfp4a16").returncode == 0
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "W4A16", "w4a16", "NVFP4A16"])
+def test_names_of_schemes_and_methods_are_understood_in_any_case(scheme: str, source: Path) -> None:
+    values = json.loads(command("plan", source, "--scheme", scheme, "--method", "MinMax", "--json").stdout)
+    assert (values["scheme"], values["method"]) == ("NVFP4A16", "minmax")
+
+
+def test_the_other_name_of_nvfp4_is_w4a4(source: Path) -> None:
+    done = command("plan", source, "--scheme", "w4a4")
+    assert done.returncode == 2
+    assert "scheme NVFP4 (W4A4) needs input scales" in done.stderr
+
+
+def test_home_is_expanded_where_the_shell_does_not(source: Path, tmp_path: Path) -> None:
+    done = command("convert", f"~/{source.name}", "~/out", "-q", HOME=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert command("verify", "~/out", f"--source=~/{source.name}", HOME=str(tmp_path)).returncode == 0
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_plan_gives_the_rule_that_decided(source: Path) -> None:
+    text = command("plan", source, "--ignore", "re:.*mlp.*").stdout
+    assert "lm_head.weight: output head (re:.*lm_head$)" in text
+    assert "ignored as asked (re:.*mlp.*)" in text
+    rows = json.loads(command("plan", source, "--json").stdout)["patterns"]
+    assert {row["rule"] for row in rows if row["action"] == "NVFP4"} == {""}
+    assert r"re:.*lm_head$" in {row["rule"] for row in rows if row["action"] == "keep"}
+
+
+def option_choices() -> list[tuple[str, str]]:
+    """Return every (option, kind of input scale) that the help of a command names."""
+    found = []
+    for name, group in (("plan", main), ("convert", main), ("extract", main.commands["calibration"])):
+        for option in group.commands[name].params:
+            if "kind" in (option.name or ""):
+                found += [(option.opts[0], choice) for choice in option.type.choices]
+    return found
+
+
+@pytest.mark.parametrize("choice", sorted({choice for _, choice in option_choices()}))
+def test_every_kind_that_the_help_names_is_accepted(choice: str, source: Path, tmp_path: Path) -> None:
+    modules = [row.name.removesuffix(".weight") for row in mfptq.plan(source).tensors if row.action == "NVFP4"]
+    (tmp_path / "scales.json").write_text(
+        json.dumps(dict.fromkeys(modules, 2.0 if choice == "amax" else 0.001 if choice == "input_scale" else 500.0))
+    )
+    options = ("--input-scales", tmp_path / "scales.json", "--input-scales-kind", choice)
+    assert json.loads(command("plan", source, *options, "--json").stdout)["scheme"] == "NVFP4"
+    assert command("plan", source, "--input-scales-kind", choice).returncode == 2
+
+
+def test_the_help_names_kinds_everywhere() -> None:
+    assert {option for option, _ in option_choices()} == {"--input-scales-kind", "--kind"}
 
 
 def test_max_memory_that_cannot_work_is_refused_with_the_least_that_does(source: Path, tmp_path: Path) -> None:
@@ -96,7 +146,7 @@ def test_max_memory_that_cannot_work_is_refused_with_the_least_that_does(source:
     least = done.stderr.rpartition(" is ")[2].strip()
     assert least.endswith(" MB")
     assert not (tmp_path / "out").exists()
-    room = f"{int(least.split()[0]) + 8}MB"  # what a fresh process holds differs a little from run to run
+    room = f"{float(least.split()[0]) + 8}MB"  # what a fresh process holds differs a little from run to run
     assert command("convert", source, tmp_path / "out", "--max-memory", room, "-q").returncode == 0
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mfptq.checkpoint.source import FolderSource
-from mfptq.errors import MemoryBudgetError, SourceChangedError, UnsafePathError, UsageError
+from mfptq.errors import MemoryBudgetError, SourceChangedError, UnsafePathError
 from mfptq.execution.events import Advanced
-from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, parse_size, plan_memory, worker_bytes
+from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, plan_memory, worker_bytes
 from mfptq.execution.worker_pool import POLL_SECONDS, WorkerPool
 from mfptq.kernels import choice
 from mfptq.kernels.choice import choose_device
@@ -175,20 +175,6 @@ def test_workers_wait_for_tasks_that_may_still_come() -> None:
     workers = WorkerPool(iter([slow]), range(4))
     workers.run(ignore)
     assert len(seen) == 20
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 GiB", 3 * 2**29), ("1000", 1000), (7, 7), ("2gb", 2 * 10**9)],
-)
-def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "4 parsecs", "GB", "-1GB", "1e9", "0x10"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="size"):
-        parse_size(text)
 
 
 def test_a_budget_shrinks_tiles_before_workers_and_is_never_exceeded() -> None:

@@ -72,7 +72,7 @@ def examples(draw: st.DrawFn) -> Example:
     homes = [draw(st.integers(0, shards - 1)) for _ in tensors]
     options: dict[str, object] = {
         "method": draw(st.sampled_from(["search", "minmax"])),
-        "workers": draw(st.integers(1, 3)),
+        "max_workers": draw(st.integers(1, 3)),
     }
     if draw(st.booleans()):
         options["ignore"] = ["re:.*down_proj$"] if draw(st.integers(0, 9)) == 0 else ["model.layers.0.mlp.down_proj"]

@@ -339,7 +339,7 @@ def test_case_106_a_source_that_changes_while_it_is_read(source: Path, tmp_path:
                 change(source)
 
         with pytest.raises(SourceError, match=r"start again|truncated") as caught:
-            mfptq.convert(source, tmp_path / f"out{number}", progress=progress, workers=1)
+            mfptq.convert(source, tmp_path / f"out{number}", on_event=progress, max_workers=1)
         assert type(caught.value).__name__ == "SourceChangedError"
         assert not (tmp_path / f"out{number}").exists()
         shutil.rmtree(source)

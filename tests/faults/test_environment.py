@@ -162,7 +162,7 @@ def test_case_110_a_worker_that_dies_ends_the_run(source: Path, tmp_path: Path, 
     with monkeypatch.context() as patch:
         patch.setattr(WorkerMemory, "quantize", broken)
         with pytest.raises(ZeroDivisionError):
-            mfptq.convert(source, tmp_path / "out", workers=3)
+            mfptq.convert(source, tmp_path / "out", max_workers=3)
     assert not (tmp_path / "out" / "config.json").exists()
     assert not list((tmp_path / "out").rglob("*.partial"))
     mfptq.convert(source, tmp_path / "out")
@@ -180,7 +180,7 @@ def test_case_111_a_device_without_memory(source: Path, tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(WorkerMemory, "quantize", full)
         with pytest.raises(MemoryBudgetError) as caught:
-            mfptq.convert(source, tmp_path / "out", workers=2)
+            mfptq.convert(source, tmp_path / "out", max_workers=2)
     assert caught.value.exit_code == 8
     mfptq.convert(source, tmp_path / "out")
     assert mfptq.verify(tmp_path / "out", source).ok
@@ -200,7 +200,7 @@ def surroundings() -> Iterator[tuple[str, list[str], dict[str, str]]]:
 @pytest.mark.parametrize(("flags", "environment"), [pytest.param(f, e, id=name) for name, f, e in surroundings()])
 def test_case_112_surroundings_do_not_change_a_byte(flags, environment, source, tmp_path) -> None:
     (source / "tokenizer.json").write_text('{"\u0131": "\u0130"}', encoding="utf-8")
-    mfptq.convert(source, tmp_path / "expected", workers=2)
+    mfptq.convert(source, tmp_path / "expected", max_workers=2)
     line = [sys.executable, *flags, "-c", RUN, "convert", str(source), str(tmp_path / "out"), "-q"]
     done = subprocess.run(
         line, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
@@ -209,7 +209,9 @@ def test_case_112_surroundings_do_not_change_a_byte(flags, environment, source, 
     assert digests(tmp_path / "out") == digests(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 7}, {"workers": 2, "max_memory": "400MB"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"max_workers": 1}, {"max_workers": 7}, {"max_workers": 2, "max_memory": "400MB"}], ids=str
+)
 def test_case_112_threads_and_memory_do_not_change_a_byte(options, big: Path, tmp_path: Path) -> None:
     mfptq.convert(big, tmp_path / "expected")
     mfptq.convert(big, tmp_path / "out", **options)

@@ -27,7 +27,7 @@ def stop_at(source: Path, out: Path, number: int, **options: object) -> None:
     """Fail the Nth rename, so that some shards are finished and the journal says so."""
     faulty = FaultyFiles((out,), frozenset({"replace"}), lambda n: n == number, fail(errno.EIO))
     with faulty, pytest.raises(StorageError, match=r"\(EIO\); rerun the same command to resume"):
-        mfptq.convert(source, out, workers=1, **options)
+        mfptq.convert(source, out, max_workers=1, **options)
     assert list(out.glob("*.safetensors"))
     assert not (out / "config.json").exists()
 
@@ -163,11 +163,11 @@ def test_case_86_finished_shards_outlive_a_read_error(source, tmp_path, expected
     out = tmp_path / "out"
     reads = FaultyFiles((source,), frozenset({"preadv"}))
     with reads:
-        mfptq.convert(source, tmp_path / "count", workers=1)
+        mfptq.convert(source, tmp_path / "count", max_workers=1)
     last = len(reads.counted)
     faulty = FaultyFiles((source,), frozenset({"preadv"}), lambda n: n == last, fail(errno.EIO))
     with faulty, pytest.raises(StorageError, match=r"EIO.*rerun the same command"):
-        mfptq.convert(source, out, workers=1)
+        mfptq.convert(source, out, max_workers=1)
     finished = len(list(out.glob("*.safetensors")))
     assert mfptq.convert(source, out).resumed_shards == finished >= 1
     assert digests(out) == expected
@@ -183,7 +183,7 @@ def test_case_93_a_temporary_that_cannot_be_removed_hides_no_error(source, tmp_p
 
     faulty = FaultyFiles((out,), frozenset({"pwrite", "unlink"}), lambda n: n > 4, fault)
     with faulty, pytest.raises(StorageError, match="ENOSPC"):
-        mfptq.convert(source, out, workers=1)
+        mfptq.convert(source, out, max_workers=1)
     assert list(out.rglob("*.partial"))
     mfptq.convert(source, out)
     assert digests(out) == expected
@@ -280,12 +280,12 @@ def test_case_106_a_companion_that_shrinks_while_it_is_copied(source, tmp_path) 
 
     (source / "vocabulary.txt").write_bytes(b"word\n" * 100)
     with FaultyFiles((source,), frozenset({"preadv"})) as reads:
-        mfptq.convert(source, tmp_path / "out", workers=1)
+        mfptq.convert(source, tmp_path / "out", max_workers=1)
     shutil.rmtree(out)
     last = len(reads.counted)
     faulty = FaultyFiles((source,), frozenset({"preadv"}), lambda n: n == last, ends_early)
     with faulty, pytest.raises(MfptqError, match=r"'vocabulary\.txt' was truncated while being copied") as caught:
-        mfptq.convert(source, out, workers=1)
+        mfptq.convert(source, out, max_workers=1)
     assert caught.value.exit_code == 3
     assert not out.exists()
 

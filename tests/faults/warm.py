@@ -71,10 +71,10 @@ class Layout:
 LAYOUTS = (
     Layout("three shards", TINY, 3),
     Layout("one file, no index", TINY, 1),
-    Layout("experts, two workers", TINY_EXPERTS, 2, {"workers": 2}),
+    Layout("experts, two workers", TINY_EXPERTS, 2, {"max_workers": 2}),
     Layout("five shards, minmax", TINY, 5, {"method": "minmax"}),
     Layout("many companions", TINY, 2, {}, 6),
-    Layout("whole pages", PAGES, 2, {"workers": 3}),
+    Layout("whole pages", PAGES, 2, {"max_workers": 3}),
 )
 
 OTHER = Layout("another checkpoint", TINY, 4, {}, 3)
@@ -82,7 +82,7 @@ OTHER = Layout("another checkpoint", TINY, 4, {}, 3)
 
 def run(source: Path, out: Path, **options: Any) -> None:
     """Convert with one worker unless told otherwise."""
-    mfptq.convert(source, out, **{"workers": 1, **options})
+    mfptq.convert(source, out, **{"max_workers": 1, **options})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from mfptq.conversion import make_plan
 from mfptq.errors import MemoryBudgetError, ScaleError, SourceError, UsageError
 from mfptq.names.fusion import experts_parent
 from mfptq.observation import models
-from mfptq.observation.calibrate import CalibrationProgress, Options, calibrate
+from mfptq.observation.calibrate import CalibrationProgress, calibrate
 from mfptq.observation.residency import Residency
-from mfptq.planning.plan import Settings
 from tests.models import DENSE, MOE, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -67,11 +65,11 @@ def samples_of(dataset: Path, length: int = 80) -> list[list[int]]:
     return [json.loads(line)[:length] for line in dataset.read_text().splitlines()][:SAMPLES]
 
 
-OPTIONS = Options(samples=SAMPLES, max_seq_length=80, batch_size=STEPS)
+OPTIONS: dict[str, Any] = {"samples": SAMPLES, "max_seq_length": 80, "batch_size": STEPS}
 
 
-def made(source: Path, dataset: Path, output: Path, options: Options = OPTIONS, **more: Any) -> Calibration:
-    calibrate(source, dataset, output, options=options, **more)
+def made(source: Path, dataset: Path, output: Path, **changes: Any) -> Calibration:
+    calibrate(source, dataset, output, **OPTIONS | changes)
     return load_calibration(output)
 
 
@@ -146,7 +144,7 @@ def check_statistics(found: Calibration, reference: Reference, *, all_experts: b
 
 
 def quantized_columns(folder: Path) -> dict[str, int]:
-    plan = make_plan(folder, Settings())
+    plan = make_plan(folder)
     plan.checkpoint.source.close()
     return {weight.module: weight.columns for weight in plan.weights()}
 
@@ -171,7 +169,7 @@ def tokens_of(found: Calibration, module: str) -> int:
 
 
 def test_experts_with_their_own_tokens_only(moe: Path, dataset: Path, tmp_path: Path) -> None:
-    found = made(moe, dataset, tmp_path / "a.safetensors", replace(OPTIONS, all_experts=False))
+    found = made(moe, dataset, tmp_path / "a.safetensors", all_experts=False)
     reference = Reference(moe, samples_of(dataset))
     check_statistics(found, reference, all_experts=False)
     for parent, counts in found.routed().items():
@@ -179,8 +177,8 @@ def test_experts_with_their_own_tokens_only(moe: Path, dataset: Path, tmp_path: 
 
 
 def test_experts_that_no_token_reached_are_left_out(moe: Path, dataset: Path, tmp_path: Path) -> None:
-    options = Options(samples=1, max_seq_length=1, all_experts=False, statistics="moments")
-    found = made(moe, dataset, tmp_path / "a.safetensors", options)
+    changes = {"samples": 1, "max_seq_length": 1, "all_experts": False, "statistics": "moments"}
+    found = made(moe, dataset, tmp_path / "a.safetensors", **changes)
     found.of_model(quantized_columns(moe))
     for parent, counts in found.routed().items():
         assert counts.sum() == 2
@@ -190,7 +188,7 @@ def test_experts_that_no_token_reached_are_left_out(moe: Path, dataset: Path, tm
 
 def test_a_level_includes_those_before(moe: Path, dataset: Path, tmp_path: Path) -> None:
     files = {
-        level: made(moe, dataset, tmp_path / f"{level}.safetensors", replace(OPTIONS, statistics=level))
+        level: made(moe, dataset, tmp_path / f"{level}.safetensors", statistics=level)
         for level in ("amax", "moments", "hessian")
     }
     for info in files["hessian"].inputs.values():
@@ -213,7 +211,7 @@ def test_from_disk_and_in_memory_are_the_same_bytes(
     for name, streamed, batch in (("held", False, SAMPLES), ("pairs", True, 2), ("all", True, SAMPLES)):
         output = tmp_path / f"{name}.safetensors"
         with forced(monkeypatch, streamed=streamed, batch=batch):
-            calibrate(checkpoint, dataset, output, options=replace(OPTIONS, **changes))
+            calibrate(checkpoint, dataset, output, **OPTIONS | changes)
         written.add(output.read_bytes())
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     assert len(written) == 1
@@ -233,7 +231,7 @@ def test_each_weight_is_read_once_for_all_samples_of_a_pass(
 
     monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
     with forced(monkeypatch, streamed=True, batch=3):  # 5 samples: two passes
-        calibrate(moe, dataset, tmp_path / "a.safetensors", options=OPTIONS)
+        calibrate(moe, dataset, tmp_path / "a.safetensors", **OPTIONS)
     layers = {name: count for name, count in read.items() if ".layers." in name}
     assert set(layers.values()) == {2}
     assert {name for name in read if "embed_tokens" in name or "lm_head" in name or "visual" in name} == set()
@@ -253,12 +251,12 @@ def test_an_interrupted_run_goes_on(
             raise StoppedError
 
     with forced(monkeypatch, streamed=checkpoint.name == MOE):
-        whole = made(checkpoint, dataset, tmp_path / "whole.safetensors", progress=events.append)
+        whole = made(checkpoint, dataset, tmp_path / "whole.safetensors", on_event=events.append)
         with pytest.raises(StoppedError):
-            calibrate(checkpoint, dataset, tmp_path / "parts.safetensors", options=OPTIONS, progress=stop)
+            calibrate(checkpoint, dataset, tmp_path / "parts.safetensors", **OPTIONS, on_event=stop)
         half = load_calibration(tmp_path / "parts.safetensors").description
         assert (half.samples, half.requested, half.is_complete) == (STEPS, SAMPLES, False)
-        parts = made(checkpoint, dataset, tmp_path / "parts.safetensors", progress=events.append)
+        parts = made(checkpoint, dataset, tmp_path / "parts.safetensors", on_event=events.append)
     assert events[-1] == CalibrationProgress(SAMPLES, SAMPLES, events[-1].total_steps, events[-1].total_steps)
     assert (parts.description, parts.inputs) == (whole.description, whole.inputs)
     assert {name: counts.tolist() for name, counts in parts.routed().items()} == {
@@ -280,22 +278,22 @@ def test_an_unfinished_file_of_another_run_is_kept(moe: Path, dataset: Path, tmp
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        calibrate(moe, dataset, output, options=OPTIONS, progress=stop)
+        calibrate(moe, dataset, output, **OPTIONS, on_event=stop)
     before = output.read_bytes()
     other = tmp_path / "other.jsonl"
     other.write_text("".join(f"[{number}, 2, 3]\n" for number in range(SAMPLES)))
-    for message, text, options in (
-        ("another dataset", other, OPTIONS),
-        ("another statistics", dataset, replace(OPTIONS, statistics="amax")),
-        ("another requested", dataset, replace(OPTIONS, samples=4)),
-        ("other inputs", dataset, replace(OPTIONS, all_experts=False)),
+    for message, text, changes in (
+        ("another dataset", other, {}),
+        ("another statistics", dataset, {"statistics": "amax"}),
+        ("another requested", dataset, {"samples": 4}),
+        ("other inputs", dataset, {"all_experts": False}),
     ):
         with pytest.raises(UsageError, match=f"unfinished run with {message}"):
-            calibrate(moe, text, output, options=options)
+            calibrate(moe, text, output, **OPTIONS | changes)
     assert output.read_bytes() == before
-    calibrate(moe, other, output, options=OPTIONS, overwrite=True)
+    calibrate(moe, other, output, **OPTIONS, overwrite=True)
     with pytest.raises(UsageError, match="exists"):
-        calibrate(moe, other, output, options=OPTIONS)
+        calibrate(moe, other, output, **OPTIONS)
 
 
 def test_experts_stored_one_by_one_keep_their_names(
@@ -338,11 +336,11 @@ def test_layers_outside_of_the_blocks(dataset: Path, tmp_path: Path, monkeypatch
     assert found.tokens("pooler.dense") == SAMPLES  # it sees one token of each
     assert found.tokens("encoder.layer.1.attention.self.key") == sum(map(len, samples_of(dataset)))
     with forced(monkeypatch, streamed=True), pytest.raises(ScaleError, match=r"'pooler\.dense' lies outside"):
-        calibrate(tmp_path / "bert", dataset, tmp_path / "b.safetensors", options=OPTIONS, encoder=object())
+        calibrate(tmp_path / "bert", dataset, tmp_path / "b.safetensors", **OPTIONS, encoder=object())
 
 
 def test_ignored_modules_are_left_out(moe: Path, dataset: Path, tmp_path: Path) -> None:
-    found = made(moe, dataset, tmp_path / "a.safetensors", OPTIONS, ignore=["re:.*linear_attn.*"])
+    found = made(moe, dataset, tmp_path / "a.safetensors", ignore=["re:.*linear_attn.*"])
     assert not [name for name in found.inputs if "linear_attn" in name]
 
 
@@ -354,7 +352,7 @@ def test_activations_that_overflow_stop_the_run(dataset: Path, tmp_path: Path) -
     tensors["model.language_model.layers.1.mlp.up_proj.weight"][:] = 3e38
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(ScaleError, match=r"reaches 'model\.language_model\.layers\.1\.mlp\.down_proj' is not finite"):
-        calibrate(source, dataset, tmp_path / "a.safetensors", options=OPTIONS)
+        calibrate(source, dataset, tmp_path / "a.safetensors", **OPTIONS)
     assert not (tmp_path / "a.safetensors").exists()
 
 
@@ -363,18 +361,18 @@ def test_what_cannot_be_calibrated_is_refused(moe: Path, dataset: Path, tmp_path
     far = tmp_path / "far.jsonl"
     far.write_text("[1, 320]\n")
     with pytest.raises(UsageError, match="token id 320, the model knows 320"):
-        calibrate(moe, far, output, options=OPTIONS)
+        calibrate(moe, far, output, **OPTIONS)
     with pytest.raises(UsageError, match="should end in"):
-        calibrate(moe, dataset, tmp_path / "a.bin", options=OPTIONS)
+        calibrate(moe, dataset, tmp_path / "a.bin", **OPTIONS)
     for device in ("banana", "cuda:77"):
-        with pytest.raises(UsageError, match=f"--device '{device}' cannot be used"):
-            calibrate(moe, dataset, output, options=replace(OPTIONS, device=device))
-    with pytest.raises(UsageError, match="--samples is 0"):
-        Options(samples=0)
-    with pytest.raises(MemoryBudgetError, match="raise --max-memory"):
-        calibrate(moe, dataset, output, options=replace(OPTIONS, max_memory="10MB"))
+        with pytest.raises(UsageError, match=f"device '{device}' cannot be used"):
+            calibrate(moe, dataset, output, **OPTIONS | {"device": device})
+    with pytest.raises(UsageError, match="samples is 0"):
+        calibrate(moe, dataset, output, samples=0)
+    with pytest.raises(MemoryBudgetError, match="raise max_memory"):
+        calibrate(moe, dataset, output, **OPTIONS | {"max_memory": "10MB"})
     with pytest.raises(SourceError, match="no such folder"):
-        calibrate(tmp_path / "none", dataset, output, options=OPTIONS)
+        calibrate(tmp_path / "none", dataset, output, **OPTIONS)
     assert not output.exists()
 
 
@@ -386,7 +384,7 @@ def test_the_model_must_be_whole(dataset: Path, tmp_path: Path) -> None:
     del tensors["model.language_model.layers.1.input_layernorm.weight"]
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=r"lacks 1 weights of its model: .*layers\.1\.input_layernorm"):
-        calibrate(source, dataset, tmp_path / "a.safetensors", options=OPTIONS)
+        calibrate(source, dataset, tmp_path / "a.safetensors", **OPTIONS)
 
 
 def test_missing_packages_are_one_line(moe: Path, dataset: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -420,5 +418,4 @@ def test_the_command_stops_on_ctrl_c_and_goes_on(moe: Path, tmp_path: Path) -> N
     assert 0 < done.samples < done.requested == 60
     assert f"{done.samples} of 60 samples are kept in {output}: rerun the same command to go on" in stderr
     assert "Traceback" not in stderr
-    options = Options(samples=60, batch_size=60)
-    assert made(moe, text, output, options).description.is_complete
+    assert made(moe, text, output, samples=60, max_seq_length=4096, batch_size=60).description.is_complete

@@ -10,13 +10,11 @@ from safetensors.numpy import save_file
 
 import mfptq
 from mfptq.checkpoint import header
-from mfptq.conversion import InputScaleSource, make_plan
+from mfptq.conversion import make_plan
 from mfptq.errors import SourceError, UsageError
 from mfptq.planning import plan as planning
 from mfptq.planning.jobs import CopyTensor, InputScale, copy_runs
 from mfptq.planning.quantization_config import config_text
-from mfptq.planning.rules import Rules
-from mfptq.planning.settings import Settings
 
 WEIGHTS = {
     "m.q_proj.weight": np.ones((4, 32), np.float32),
@@ -39,10 +37,10 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def scaled(folder: Path, tmp_path: Path, value: float = 2.0) -> planning.Plan:
+def scaled(folder: Path, tmp_path: Path, value: float = 2.0) -> planning.ConversionPlan:
     values = {name.removesuffix(".weight"): value for name in WEIGHTS if "_proj" in name}
     (tmp_path / "scales.json").write_text(json.dumps({"kind": "amax", "values": values}))
-    return make_plan(folder, Settings(), InputScaleSource(tmp_path / "scales.json"))
+    return make_plan(folder, input_scales=tmp_path / "scales.json")
 
 
 def test_a_job_says_where_every_byte_comes_from_and_goes(folder: Path, tmp_path: Path) -> None:
@@ -86,7 +84,7 @@ def test_tensors_lie_in_the_order_of_the_work(folder: Path) -> None:
     tensors |= {"m.bias": odd[0, :7]}
     save_file(tensors, folder / "model-1.safetensors")
     save_file({"x.weight": odd}, folder / "model-2.safetensors")
-    plan = make_plan(folder, Settings())
+    plan = make_plan(folder)
     job = plan.job(plan.shards[0])
     made = header.parse_header(job.head[8:], job.size)
     assert [info.name for info in made.tensors] == [
@@ -104,7 +102,7 @@ def test_tensors_lie_in_the_order_of_the_work(folder: Path) -> None:
 
 
 def test_sizes_are_sums_of_what_is_written(folder: Path, tmp_path: Path) -> None:
-    plan = make_plan(folder, Settings())
+    plan = make_plan(folder)
     assert [shard.tensors for shard in plan.shards] == [4, 7]
     for shard in plan.shards:
         job = plan.job(shard)
@@ -142,15 +140,15 @@ def test_small_copies_that_follow_each_other_are_one_run() -> None:
 
 
 def test_digests_name_what_the_output_depends_on(folder: Path, tmp_path: Path) -> None:
-    def changed(plan: planning.Plan) -> set[str]:
+    def changed(plan: planning.ConversionPlan) -> set[str]:
         return {part for part in base.digests if base.digests[part] != plan.digests[part]}
 
-    base = make_plan(folder, Settings())
+    base = make_plan(folder)
     assert base.digests["format"] == str(planning.PLAN_FORMAT)
     assert base.digests["input scales"] == ""
-    assert changed(make_plan(folder, Settings())) == set()
-    assert changed(make_plan(folder, Settings(method="minmax"))) == {"settings"}
-    assert changed(make_plan(folder, Settings(Rules(ignore=("m.o_proj",))))) == {"settings"}
+    assert changed(make_plan(folder)) == set()
+    assert changed(make_plan(folder, method="minmax")) == {"settings"}
+    assert changed(make_plan(folder, ignore=["m.o_proj"])) == {"settings"}
     first, second = scaled(folder, tmp_path), scaled(folder, tmp_path, 3.0)
     assert changed(first) == {"settings", "input scales"}
     assert first.digests["input scales"] != second.digests["input scales"]
@@ -158,22 +156,22 @@ def test_digests_name_what_the_output_depends_on(folder: Path, tmp_path: Path) -
     assert base.digest == hashlib.sha256(json.dumps(dict(base.digests), sort_keys=True).encode()).hexdigest()
     save_file({**WEIGHTS, "m.more.weight": np.ones((2, 16), np.float32)}, folder / "model-2.safetensors")
     (folder / "model-1.safetensors").unlink()
-    assert changed(make_plan(folder, Settings())) == {"source"}
+    assert changed(make_plan(folder)) == {"source"}
 
 
 def test_unknown_methods_and_schemes_are_usage_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'best' is unknown, expected one of auto, search, minmax"):
-        Settings(method="best")
+        make_plan(folder, method="best")
     with pytest.raises(UsageError, match="'FP8' is unknown, expected one of NVFP4, NVFP4A16"):
-        Settings(scheme="FP8")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="needs --input-scales"):
-        make_plan(folder, Settings(scheme="NVFP4"))
+        make_plan(folder, scheme="FP8")
+    with pytest.raises(UsageError, match="needs input scales"):
+        make_plan(folder, scheme="NVFP4")
     plan = scaled(folder, tmp_path)
     assert plan.scheme == "NVFP4"
-    with pytest.raises(UsageError, match="takes no --input-scales"):
-        make_plan(folder, Settings(scheme="NVFP4A16"), InputScaleSource(tmp_path / "scales.json"))
-    assert make_plan(folder, Settings(scheme="NVFP4A16")).scheme == make_plan(folder, Settings()).scheme == "NVFP4A16"
-    assert make_plan(folder, Settings(scheme="NVFP4"), InputScaleSource(tmp_path / "scales.json")).scheme == "NVFP4"
+    with pytest.raises(UsageError, match="takes no input_scales"):
+        make_plan(folder, scheme="NVFP4A16", input_scales=tmp_path / "scales.json")
+    assert make_plan(folder, scheme="NVFP4A16").scheme == make_plan(folder).scheme == "NVFP4A16"
+    assert make_plan(folder, scheme="NVFP4", input_scales=tmp_path / "scales.json").scheme == "NVFP4"
 
 
 QUANTIZED = [
@@ -188,7 +186,7 @@ QUANTIZED = [
 def test_case_52_quantized_sources_are_refused_by_name(config, named, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=f"already quantized as {named}"):
-        make_plan(folder, Settings())
+        make_plan(folder)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ def test_case_52_quantized_sources_are_refused_by_name(config, named, folder: Pa
 )
 def test_configs_without_quantization_are_taken(config, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
-    made = json.loads(make_plan(folder, Settings()).config_text)
+    made = json.loads(make_plan(folder).config_text)
     assert made["quantization_config"]["quant_method"] == "compressed-tensors"
     assert {key: value for key, value in made.items() if key != "quantization_config"} == {
         key: value for key, value in config.items() if key != "quantization_config"
@@ -215,21 +213,21 @@ def test_two_tensors_that_would_get_one_name(folder: Path) -> None:
         folder / "model-1.safetensors",
     )
     with pytest.raises(SourceError, match=r"two tensors would be written as 'a\.weight_packed'"):
-        make_plan(folder, Settings())
+        make_plan(folder)
 
 
 def test_headers_beyond_the_formats_limit_are_refused(folder: Path, monkeypatch) -> None:
-    plan = make_plan(folder, Settings())
+    plan = make_plan(folder)
     longest = max(len(plan.job(shard).head) - 8 for shard in plan.shards)
     monkeypatch.setattr(planning, "MAX_HEADER_BYTES", longest)
-    make_plan(folder, Settings())
+    make_plan(folder)
     monkeypatch.setattr(planning, "MAX_HEADER_BYTES", longest - 1)
     with pytest.raises(SourceError, match="the format allows 100 MB"):
-        make_plan(folder, Settings())
+        make_plan(folder)
 
 
 def test_scales_of_kept_modules_are_no_error_and_are_told(folder: Path, tmp_path: Path) -> None:
     values = {name.removesuffix(".weight"): 2.0 for name in WEIGHTS if "_proj" in name or "lm_head" in name}
     (tmp_path / "scales.json").write_text(json.dumps({"kind": "amax", "values": values}))
-    [warning] = make_plan(folder, Settings(), InputScaleSource(tmp_path / "scales.json")).warnings
+    [warning] = make_plan(folder, input_scales=tmp_path / "scales.json").warnings
     assert "kept" in warning

@@ -82,16 +82,17 @@ def qwen_27b() -> list[TensorSpec]:
 
 def test_qwen_27b_has_the_reference_size(tmp_path: Path) -> None:
     source = sparse(tmp_path / "27b", qwen_27b(), 11)
-    assert 20e9 <= mfptq.plan(source).output_bytes <= 21e9
-    kept = mfptq.plan(source, ignore=(r"re:.*linear_attn\..*",))
-    assert 26 <= kept.output_bytes / 2**30 <= 27
-    assert mfptq.plan(source).checkpoint.tensor_bytes == pytest.approx(54.7e9, rel=0.03)
+    with mfptq.plan(source) as plan, mfptq.plan(source, ignore=(r"re:.*linear_attn\..*",)) as kept:
+        assert 20e9 <= plan.output_bytes <= 21e9
+        assert 26 <= kept.output_bytes / 2**30 <= 27
+        assert plan.source_bytes == pytest.approx(54.7e9, rel=0.03)
+        assert repr(plan) == "Plan: 400 weights to NVFP4 (W4A16), 55.5 GB -> 20.5 GB, 11 shards"
 
 
 _CHILD = """
 import sys
-import mfptq, mfptq.execution.memory_budget
-plan = mfptq.plan(sys.argv[1], input_scales=None)
+import mfptq.conversion, mfptq.execution.memory_budget
+plan = mfptq.conversion.make_plan(sys.argv[1], input_scales=None)
 quantized = sum(1 for _ in plan.weights())
 print(quantized, sum(shard.tensors for shard in plan.shards), mfptq.execution.memory_budget.peak_bytes() // 10**6)
 """

@@ -100,7 +100,7 @@ def one_line(error, path):
 @pytest.mark.parametrize(("kind", "value"), [("amax", 3.2), ("input_scale", 3.2 / 2688), ("input_global_scale", 840.0)])
 def test_typed_json_is_converted_by_its_kind(tmp_path, kind, value):
     path = write_json(tmp_path / "s.json", {"kind": kind, "values": {"a.q_proj": value}})
-    assert read_input_scales(path).divisors["a.q_proj"] == pytest.approx(840.0, rel=1e-6)
+    assert read_input_scales(path).global_scales["a.q_proj"] == pytest.approx(840.0, rel=1e-6)
 
 
 @given(st.floats(2.0**-110, 2.0**110, width=32))
@@ -108,18 +108,18 @@ def test_typed_json_is_converted_by_its_kind(tmp_path, kind, value):
 @example(1.0)
 def test_an_amax_becomes_what_compressed_tensors_computes(amax):
     expected = generate_gparam(torch.tensor([-amax / 2]), torch.tensor([amax])).item()
-    assert ScaleConvention("amax").divisor("m", None, amax) == expected
+    assert ScaleConvention("amax").global_scale("m", None, amax) == expected
 
 
 @given(st.floats(2.0**-110, 2.0**110, width=32))
 def test_an_input_scale_becomes_its_correctly_rounded_reciprocal(value):
-    assert ScaleConvention("input_scale").divisor("m", None, value) == float(np.float32(1) / np.float32(value))
+    assert ScaleConvention("input_scale").global_scale("m", None, value) == float(np.float32(1) / np.float32(value))
 
 
 def test_bare_json_takes_its_kind_from_the_caller(tmp_path):
     path = write_json(tmp_path / "S.JSON", {"a": 2, "b": [4.0]})
-    assert read_input_scales(path, "amax").divisors == {"a": 1344.0, "b": 672.0}
-    assert "give --input-scales-kind" in refused(path)
+    assert read_input_scales(path, "amax").global_scales == {"a": 1344.0, "b": 672.0}
+    assert "give it, one of input_global_scale, input_scale, amax" in refused(path)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_bare_json_takes_its_kind_from_the_caller(tmp_path):
 def test_suffixes_tell_the_kind_in_every_container(tmp_path, suffix, divisor):
     as_json = write_json(tmp_path / "s.json", {f"m.q{suffix}": 4.0})
     as_tensors = write_safetensors(tmp_path / "s.safetensors", {f"m.q{suffix}": tensor([4.0])})
-    assert read_input_scales(as_json).divisors == {"m.q": divisor}
-    assert read_input_scales(as_tensors).divisors == {"m.q": divisor}
+    assert read_input_scales(as_json).global_scales == {"m.q": divisor}
+    assert read_input_scales(as_tensors).global_scales == {"m.q": divisor}
 
 
 def test_a_suffix_alone_is_a_name():
@@ -146,18 +146,18 @@ def test_other_quantizers_of_a_state_dict_are_no_input_scales(tmp_path):
         "m.weight_quantizer._amax": tensor(9.0),
         "m.k_scale": tensor(1.0),
     }
-    assert read_input_scales(write_safetensors(tmp_path / "s.safetensors", tensors)).divisors == {"m": 672.0}
+    assert read_input_scales(write_safetensors(tmp_path / "s.safetensors", tensors)).global_scales == {"m": 672.0}
 
 
 def test_plain_names_in_safetensors_need_a_kind(tmp_path):
     path = write_safetensors(tmp_path / "s.safetensors", {"m.q": tensor(4.0)})
-    assert read_input_scales(path, "amax").divisors == {"m.q": 672.0}
-    assert "give --input-scales-kind" in refused(path)
+    assert read_input_scales(path, "amax").global_scales == {"m.q": 672.0}
+    assert "give it, one of input_global_scale, input_scale, amax" in refused(path)
 
 
 def test_input_scale_in_a_single_file_needs_a_kind(tmp_path):
     path = write_safetensors(tmp_path / "s.safetensors", {"m.q.input_scale": tensor(0.25)})
-    assert read_input_scales(path, "input_scale").divisors == {"m.q": 4.0}
+    assert read_input_scales(path, "input_scale").global_scales == {"m.q": 4.0}
     assert "amax/2688 in NVFP4 and amax/448 in FP8" in refused(path)
 
 
@@ -172,7 +172,7 @@ def test_links_to_files_elsewhere_are_followed(tmp_path):
             write_safetensors(blob, {"m.input_global_scale": tensor(4.0)})
         link = tmp_path / "links" / f"s.{suffix}"
         link.symlink_to(blob)
-        assert read_input_scales(link).divisors == {"m": 4.0}
+        assert read_input_scales(link).global_scales == {"m": 4.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -180,7 +180,7 @@ def test_links_to_files_elsewhere_are_followed(tmp_path):
 def test_scalars_of_every_dtype_are_read_exactly(tmp_path, dtype, shape):
     value = torch.full(shape, 3.1415926, dtype=dtype)
     path = write_safetensors(tmp_path / "s.safetensors", {"m.input_global_scale": value})
-    assert read_input_scales(path).divisors == {"m": value.float().item()}
+    assert read_input_scales(path).global_scales == {"m": value.float().item()}
 
 
 def test_only_scalars_of_a_sibling_checkpoint_are_read(tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_only_scalars_of_a_sibling_checkpoint_are_read(tmp_path, monkeypatch):
         FolderSource, "read_into", lambda self, n, o, b: sizes.append(len(b)) or read_into(self, n, o, b)
     )
     scales = read_input_scales(folder)
-    assert scales.divisors == {module: 100.0 + i for i, module in enumerate(ATTENTION)}
+    assert scales.global_scales == {module: 100.0 + i for i, module in enumerate(ATTENTION)}
     assert scales.origin == str(folder)
     header = struct.unpack("<Q", (folder / "model.safetensors").read_bytes()[:8])[0]
     assert sum(sizes) <= 8 + 1 + header + 4 * len(ATTENTION)
@@ -228,8 +228,8 @@ def test_only_scalars_of_a_sibling_checkpoint_are_read(tmp_path, monkeypatch):
 )
 def test_the_config_tells_nvfp4_from_fp8(tmp_path, config, hf_quant_config, divisor):
     folder = write_folder(tmp_path / "m", {"m.q.input_scale": tensor(0.25)}, config, hf_quant_config)
-    assert read_input_scales(folder).divisors == {"m.q": divisor}
-    assert read_input_scales(folder, "input_scale").divisors == {"m.q": divisor}
+    assert read_input_scales(folder).global_scales == {"m.q": divisor}
+    assert read_input_scales(folder, "input_scale").global_scales == {"m.q": divisor}
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_the_config_tells_nvfp4_from_fp8(tmp_path, config, hf_quant_config, divi
 )
 def test_a_config_that_does_not_tell_is_an_error_unless_the_kind_is_given(tmp_path, config, hf_quant_config):
     folder = write_folder(tmp_path / "m", {"m.q.input_scale": tensor(0.25)}, config, hf_quant_config)
-    assert "--input-scales-kind input_scale" in refused(folder)
-    assert read_input_scales(folder, "input_scale").divisors == {"m.q": 4.0}
+    assert "give the kind, input_scale, if it is the former" in refused(folder)
+    assert read_input_scales(folder, "input_scale").global_scales == {"m.q": 4.0}
 
 
 def test_mixed_precision_is_told_layer_by_layer(tmp_path):
@@ -268,7 +268,7 @@ def test_mixed_precision_is_told_layer_by_layer(tmp_path):
     }
     config = {"quantization_config": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
     tensors = {f"{name}.input_scale": tensor(0.25) for name in (ATTENTION[0], expert(7, "up_proj"))}
-    divisors = read_input_scales(write_folder(tmp_path / "a", tensors, config)).divisors
+    divisors = read_input_scales(write_folder(tmp_path / "a", tensors, config)).global_scales
     assert divisors == {ATTENTION[0]: 24.0, expert(7, "up_proj"): 4.0}
     tensors = {f"{ATTENTION[3]}.input_scale": tensor(0.25)}
     assert "'MIXED_PRECISION'" in refused(write_folder(tmp_path / "b", tensors, config))
@@ -282,7 +282,7 @@ def test_scales_of_transformed_inputs_are_refused(tmp_path):
 def test_an_unset_fp8_scale_marks_no_calibration(tmp_path):
     config = {"quantization_config": {"quant_method": "fp8"}}
     folder = write_folder(tmp_path / "m", {"m.input_scale": tensor(1.0)}, config)
-    assert read_input_scales(folder).divisors == {"m": 1.0}
+    assert read_input_scales(folder).global_scales == {"m": 1.0}
 
 
 @pytest.mark.parametrize(("kind", "marks"), [("input_global_scale", "0 nan inf 1"), ("input_scale", "inf nan 0 1")])
@@ -292,13 +292,13 @@ def test_marks_of_no_calibration_survive_reading(tmp_path, kind, marks):
     tensors = {f"{i}.{kind}": tensor(v) for i, v in enumerate(values)}
     as_tensors = write_safetensors(tmp_path / "s.safetensors", tensors)
     for path in (as_json, as_tensors):
-        divisors = read_input_scales(path, kind).divisors
+        divisors = read_input_scales(path, kind).global_scales
         assert [divisors[str(i)] for i in range(4)] == [0.0, pytest.approx(math.nan, nan_ok=True), math.inf, 1.0]
 
 
 def test_an_amax_of_zero_marks_no_calibration_and_one_does_not(tmp_path):
     path = write_json(tmp_path / "s.json", {"kind": "amax", "values": {"a": 0, "b": 1.0, "c": 1e-40}})
-    assert read_input_scales(path).divisors == {"a": math.inf, "b": 2688.0, "c": math.inf}
+    assert read_input_scales(path).global_scales == {"a": math.inf, "b": 2688.0, "c": math.inf}
 
 
 def test_an_unknown_kind_is_a_usage_error(tmp_path):
@@ -308,10 +308,10 @@ def test_an_unknown_kind_is_a_usage_error(tmp_path):
 
 def test_kinds_that_contradict_each_other_are_refused(tmp_path):
     typed = write_json(tmp_path / "a.json", {"kind": "amax", "values": {"m": 1.0}})
-    assert "says kind amax, but --input-scales-kind says input_scale" in refused(typed, "input_scale")
-    assert read_input_scales(typed, "amax").divisors == {"m": 2688.0}
+    assert "says kind amax, but the kind given is input_scale" in refused(typed, "input_scale")
+    assert read_input_scales(typed, "amax").global_scales == {"m": 2688.0}
     named = write_json(tmp_path / "b.json", {"m.input_global_scale": 1.0})
-    assert "stored as input_global_scale, but --input-scales-kind says amax" in refused(named, "amax")
+    assert "stored as input_global_scale, but the kind given is amax" in refused(named, "amax")
 
 
 # Bad input
@@ -369,33 +369,36 @@ def test_case_72_values_in_tensors(tmp_path, value):
 def test_case_72_uncalibrated_modules_are_counted(mark):
     divisors = dict.fromkeys(ATTENTION, mark)
     message = refused_assignment(divisors, ATTENTION)
-    assert ": 4 are marks of no calibration" in message
+    assert ": 4 scales are marks of no calibration" in message
     assert f"'{ATTENTION[1]} = {mark}'" in message
     assert message.count(" = ") == 3
     assert ", ...;" in message
 
 
 @pytest.mark.parametrize("value", [0.999, 0.0004, 1e-30, -5.0])
-def test_case_72_implausible_divisors(value):
+def test_case_72_implausible_scales(value):
     message = refused_assignment({ATTENTION[3]: value}, ATTENTION[3:])
-    assert f": 1 are implausible, with a divisor (2688/amax) below 1: '{ATTENTION[3]} = {value:.3g}'" in message
-    assert assign({ATTENTION[3]: 1.0001}, ATTENTION[3:]).divisors == {ATTENTION[3]: 1.0001}
+    assert f": 1 input_global_scale (2688/amax) is below 1: '{ATTENTION[3]} = {value:.3g}'" in message
+    assert assign({ATTENTION[3]: 1.0001}, ATTENTION[3:]).global_scales == {ATTENTION[3]: 1.0001}
 
 
 def test_case_72_an_implausible_expert_is_no_source_to_fill_from():
     divisors = dict.fromkeys(experts(2), 900.0) | {expert(0, "down_proj"): 0.0004}
-    assert "are implausible" in refused_assignment(divisors, experts(3))
+    assert ": 1 input_global_scale (2688/amax) is below 1" in refused_assignment(divisors, experts(3))
 
 
 def test_case_73_unknown_modules():
     divisors = dict.fromkeys([*ATTENTION, *(f"other.{i}" for i in range(5))], 100.0)
     message = refused_assignment(divisors, ATTENTION)
-    assert ": 5 belong to no module of the source: 'other.0', 'other.1', 'other.2', ...; it has " in message
+    assert (
+        ": 5 names belong to no module of the source: 'other.0', 'other.1', 'other.2', ...; is it of another model?"
+        in message
+    )
 
 
 def test_case_73_an_expert_too_many():
     message = refused_assignment(dict.fromkeys(experts(5), 100.0), experts(4))
-    assert f": 3 belong to no module of the source: '{expert(4, 'gate_proj')}'" in message
+    assert f": 3 names belong to no module of the source: '{expert(4, 'gate_proj')}'" in message
 
 
 def test_case_73_names_with_control_characters_stay_off_the_terminal():
@@ -405,7 +408,7 @@ def test_case_73_names_with_control_characters_stay_off_the_terminal():
 
 def test_case_74_missing_modules():
     message = refused_assignment({ATTENTION[0]: 100.0}, ATTENTION)
-    assert ": 3 are missing: " in message
+    assert ": 3 modules are missing: " in message
     assert all(repr(name) in message for name in ATTENTION[1:])
     assert "..." not in message
 
@@ -413,7 +416,7 @@ def test_case_74_missing_modules():
 def test_case_74_no_expert_of_a_layer_is_calibrated():
     divisors = {name: 100.0 for name in experts(3) if not name.endswith("down_proj")}
     message = refused_assignment(divisors, experts(3))
-    assert f": 3 are missing, as are those of the layer's other experts: '{expert(0, 'down_proj')}'" in message
+    assert f": 3 fused groups of experts have no scale: '{expert(0, 'down_proj')}'" in message
 
 
 def test_case_75_duplicate_keys(tmp_path):
@@ -442,9 +445,9 @@ def test_case_76_wrong_shape_or_dtype(tmp_path, value):
 def test_case_77_members_that_differ_share_the_smallest_and_warn():
     divisors = dict(zip(ATTENTION, (120.0, 100.0, 150.0, 7.0), strict=True))
     assigned = assign(divisors, ATTENTION)
-    assert assigned.divisors == {f"{LAYER}.self_attn.qkv_proj": 100.0, ATTENTION[3]: 7.0}
+    assert assigned.global_scales == {f"{LAYER}.self_attn.qkv_proj": 100.0, ATTENTION[3]: 7.0}
     (warning,) = assigned.warnings
-    assert "disagree inside 1 fused groups, by up to 1.5 times" in warning
+    assert "disagree inside 1 fused group, by up to 1.5 times" in warning
     assert f"'{LAYER}.self_attn.qkv_proj'" in warning
 
 
@@ -460,7 +463,7 @@ def test_case_78_a_huge_json_is_refused_by_its_size(tmp_path):
 def test_case_78_the_limit_is_exact(tmp_path):
     path = tmp_path / "s.json"
     path.write_text('{"m.amax": 2}'.ljust(MAX_SCALES_BYTES))
-    assert read_input_scales(path).divisors == {"m": 1344.0}
+    assert read_input_scales(path).global_scales == {"m": 1344.0}
     path.write_text('{"m.amax": 2}'.ljust(MAX_SCALES_BYTES + 1))
     refused(path)
 
@@ -505,7 +508,7 @@ def test_folders_that_are_no_calibrated_checkpoint(tmp_path):
 
 def test_fused_partners_share_and_the_rest_stands_alone():
     assigned = assign(dict.fromkeys(ATTENTION, 100.0), ATTENTION)
-    assert assigned.divisors == {f"{LAYER}.self_attn.qkv_proj": 100.0, ATTENTION[3]: 100.0}
+    assert assigned.global_scales == {f"{LAYER}.self_attn.qkv_proj": 100.0, ATTENTION[3]: 100.0}
     assert (assigned.warnings, assigned.filled) == ((), 0)
 
 
@@ -514,25 +517,28 @@ def test_fused_partners_share_and_the_rest_stands_alone():
 def test_prefixes_are_bridged(written, source):
     names = ["layers.0.self_attn.o_proj", "layers.1.self_attn.o_proj"]
     assigned = assign({written + name: 10.0 + i for i, name in enumerate(names)}, [source + name for name in names])
-    assert assigned.divisors == {source + name: 10.0 + i for i, name in enumerate(names)}
+    assert assigned.global_scales == {source + name: 10.0 + i for i, name in enumerate(names)}
 
 
 def test_equal_names_come_before_bridged_ones():
     source = ["model.layers.0.o_proj", "model.language_model.layers.0.o_proj"]
-    assert assign({source[0]: 10.0, source[1]: 20.0}, source).divisors == {source[0]: 10.0, source[1]: 20.0}
-    assert assign({source[0]: 10.0, "layers.0.o_proj": 20.0}, source).divisors == {source[0]: 10.0, source[1]: 20.0}
+    assert assign({source[0]: 10.0, source[1]: 20.0}, source).global_scales == {source[0]: 10.0, source[1]: 20.0}
+    assert assign({source[0]: 10.0, "layers.0.o_proj": 20.0}, source).global_scales == {
+        source[0]: 10.0,
+        source[1]: 20.0,
+    }
 
 
 def test_a_name_that_could_be_two_modules_is_refused():
     source = ["model.layers.0.o_proj", "model.language_model.layers.0.o_proj"]
-    assert ": 1 could belong to several modules: 'layers.0.o_proj'" in refused_assignment(
+    assert ": 1 name could belong to several modules: 'layers.0.o_proj'" in refused_assignment(
         {"layers.0.o_proj": 9.0}, source
     )
 
 
 def test_two_names_that_could_be_one_module_are_refused():
     divisors = {"model.layers.0.o_proj": 10.0, "language_model.layers.0.o_proj": 20.0}
-    assert ": 2 could belong to several modules" in refused_assignment(divisors, ["layers.0.o_proj"])
+    assert ": 2 names could belong to several modules" in refused_assignment(divisors, ["layers.0.o_proj"])
 
 
 @given(st.lists(st.sampled_from([p + n for p in (*PREFIXES, "") for n in "ab"]), unique=True),
@@ -548,7 +554,7 @@ def test_scales_of_kept_modules_are_ignored_with_one_line():
     kept = ["lm_head", "mtp.fc", *experts(2, "mtp.layers.0"), "model.visual.blocks.0.attn.qkv"]
     written = ["lm_head", *experts(2, "mtp.layers.0"), "visual.blocks.0.attn.qkv", ATTENTION[3]]
     assigned = assign(dict.fromkeys(written, 0.0) | {ATTENTION[3]: 9.0}, ATTENTION[3:], kept)
-    assert assigned.divisors == {ATTENTION[3]: 9.0}
+    assert assigned.global_scales == {ATTENTION[3]: 9.0}
     (warning,) = assigned.warnings
     assert warning.startswith("8 input scales of modules that are kept are ignored: 'lm_head', ")
 
@@ -564,11 +570,11 @@ def test_experts_without_calibration_take_their_layers_smallest(mark):
     divisors[expert(0, "down_proj")] = mark
     divisors = {name: value for name, value in divisors.items() if value is not None}
     assigned = assign(divisors, [*experts(4), *experts(4, other)])
-    assert assigned.divisors[expert(1, "gate_up_proj")] == 300.0
-    assert assigned.divisors[expert(1, "down_proj")] == 40.0
-    assert assigned.divisors[expert(0, "down_proj")] == 40.0
-    assert assigned.divisors[expert(0, "gate_up_proj")] == 500.0
-    assert assigned.divisors[expert(0, "gate_up_proj", other)] == 500.0
+    assert assigned.global_scales[expert(1, "gate_up_proj")] == 300.0
+    assert assigned.global_scales[expert(1, "down_proj")] == 40.0
+    assert assigned.global_scales[expert(0, "down_proj")] == 40.0
+    assert assigned.global_scales[expert(0, "gate_up_proj")] == 500.0
+    assert assigned.global_scales[expert(0, "gate_up_proj", other)] == 500.0
     assert assigned.filled == 2
     assert assigned.warnings == ()
 
@@ -576,7 +582,7 @@ def test_experts_without_calibration_take_their_layers_smallest(mark):
 def test_an_expert_with_one_calibrated_partner_takes_its_scale():
     divisors = dict.fromkeys(experts(2), 500.0) | {expert(0, "gate_proj"): 1.0, expert(0, "up_proj"): 700.0}
     assigned = assign(divisors, experts(2))
-    assert assigned.divisors[expert(0, "gate_up_proj")] == 700.0
+    assert assigned.global_scales[expert(0, "gate_up_proj")] == 700.0
     assert assigned.filled == 0
 
 
@@ -586,8 +592,8 @@ def test_a_stacks_scale_holds_for_each_of_its_experts(gate_up):
     divisors = {stack: 60.0, f"{LAYER}.mlp.experts.down_proj": 70.0, expert(1, "down_proj"): 50.0}
     divisors |= {expert(2, "down_proj"): 0.0}
     assigned = assign(divisors, experts(3))
-    assert [assigned.divisors[expert(e, "gate_up_proj")] for e in range(3)] == [60.0] * 3
-    assert [assigned.divisors[expert(e, "down_proj")] for e in range(3)] == [70.0, 50.0, 70.0]
+    assert [assigned.global_scales[expert(e, "gate_up_proj")] for e in range(3)] == [60.0] * 3
+    assert [assigned.global_scales[expert(e, "down_proj")] for e in range(3)] == [70.0, 50.0, 70.0]
     assert (assigned.filled, assigned.warnings) == (0, ())
 
 
@@ -601,15 +607,15 @@ def test_names_of_mixtral_are_experts_too():
     modules = [f"model.layers.0.block_sparse_moe.experts.{e}.w{i}" for e in range(2) for i in (1, 2, 3)]
     divisors = {modules[0]: 30.0, modules[1]: 40.0, modules[2]: 30.0}
     assigned = assign(divisors, modules)
-    assert assigned.divisors["model.layers.0.block_sparse_moe.experts.1.w13"] == 30.0
-    assert assigned.divisors["model.layers.0.block_sparse_moe.experts.1.w2"] == 40.0
+    assert assigned.global_scales["model.layers.0.block_sparse_moe.experts.1.w13"] == 30.0
+    assert assigned.global_scales["model.layers.0.block_sparse_moe.experts.1.w2"] == 40.0
     assert assigned.filled == 1
 
 
 def test_shared_experts_are_not_filled():
     modules = [f"{LAYER}.mlp.shared_expert.{leaf}" for leaf in LEAVES]
     divisors = dict.fromkeys([*experts(2), *modules[:2]], 100.0)
-    assert f": 1 are missing: '{modules[2]}'" in refused_assignment(divisors, [*experts(2), *modules])
+    assert f": 1 module is missing: '{modules[2]}'" in refused_assignment(divisors, [*experts(2), *modules])
 
 
 def test_the_digest_follows_the_assignment_alone():
@@ -623,8 +629,8 @@ def test_the_digest_follows_the_assignment_alone():
 
 
 def test_no_groups_need_no_scales():
-    assert assign_input_scales(scales_of({"a": 3.0}), [], kept=["a"]).divisors == {}
-    assert assign_input_scales(scales_of({"a": 3.0}), iter([FusedGroup("a", ("a",))])).divisors == {"a": 3.0}
+    assert assign_input_scales(scales_of({"a": 3.0}), [], kept=["a"]).global_scales == {}
+    assert assign_input_scales(scales_of({"a": 3.0}), iter([FusedGroup("a", ("a",))])).global_scales == {"a": 3.0}
 
 
 def test_a_large_mixture_of_experts_is_quick():
@@ -632,7 +638,7 @@ def test_a_large_mixture_of_experts_is_quick():
     modules = [name for layer in layers for name in experts(512, layer)]
     divisors = {"language_model.model." + name.removeprefix("model.language_model."): 300.0 for name in modules}
     begun = time.monotonic()
-    assert len(assign(divisors, modules).divisors) == 20 * 512 * 2
+    assert len(assign(divisors, modules).global_scales) == 20 * 512 * 2
     assert time.monotonic() - begun < 10
 
 
@@ -652,7 +658,7 @@ def test_any_json_is_read_or_refused_by_our_error(tmp_path_factory, content, kin
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_bytes(content)
     try:
-        divisors = read_input_scales(path, kind).divisors
+        divisors = read_input_scales(path, kind).global_scales
     except ScaleError:
         return
     assert all(math.isnan(value) or (value >= 0 and f32(value) == value) for value in divisors.values())
