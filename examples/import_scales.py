@@ -54,15 +54,15 @@ def make_models(folder: Path) -> tuple[Path, Path]:
 
 def convert(source: str | Path, sibling: str | Path, output: str | Path, kind: str | None = None) -> None:
     """Convert, and show what the first layers' inputs were given."""
-    report = mfptq.convert(source, output, input_scales=sibling, input_scales_kind=kind)
+    report = mfptq.convert(source, output, input_scales=mfptq.read_input_scales(sibling, kind=kind))
     for warning in report.warnings:
         print(f"note: {warning}")
     shard = sorted(Path(output).glob("*.safetensors"))[0]
     with safe_open(shard, "numpy") as tensors:
         names = [name for name in sorted(tensors.keys()) if name.endswith(".input_global_scale")]
         for name in names[:7]:
-            divisor = tensors.get_tensor(name).item()
-            print(f"{name} = {divisor:g} (largest input {6 * 448 / divisor:g})")
+            scale = tensors.get_tensor(name).item()
+            print(f"{name} = {scale:g} (largest input {6 * 448 / scale:g})")
     print(f"{len(names)} input scales in {shard.name}; the checkpoint is in {output}")
 
 
