@@ -38,18 +38,19 @@ if TYPE_CHECKING:
         UnsupportedTensorError,
         UsageError,
         VerificationError,
-    )
+    )  # fmt: skip
     from .execution.events import Advanced, Event, Planned, ShardFinished
     from .inspection import Inspection, TensorSummary, inspect
     from .kernels import ErrorStats
     from .observation.calibrate import CalibrationProgress, calibrate
     from .output.report import PatternReport, Report
+    from .output.structure import Fault
     from .planning.plan import PlannedTensor
     from .planning.quantization_config import quantization_config
     from .planning.settings import Decisions
     from .scales.reading import InputScales, read_input_scales
     from .tensors import Nvfp4Tensor, dequantize_nvfp4, quantize_nvfp4, quantize_state_dict
-    from .verification import Fault, Verification, verify
+    from .verification import Verification, verify
 
 _EXPORTS = {
     "calibration.extract": "extract_scales",
@@ -70,7 +71,8 @@ _EXPORTS = {
     "planning.settings": "Decisions",
     "scales.reading": "InputScales read_input_scales",
     "tensors": "Nvfp4Tensor dequantize_nvfp4 quantize_nvfp4 quantize_state_dict",
-    "verification": "Fault Verification verify",
+    "output.structure": "Fault",
+    "verification": "Verification verify",
 }
 _HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - names, every one of them in _HOMES

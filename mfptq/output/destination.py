@@ -153,7 +153,7 @@ def _inspect(root: Path, claim: OutputClaim, *, overwrite: bool) -> JournalState
     if changed:
         raise PlanMismatchError(
             f"output {quote(root)} holds an unfinished conversion with other {' and '.join(changed)}: "
-            "rerun it as it was, choose another folder, or pass --overwrite to start anew"
+            "rerun it as it was, choose another folder, or overwrite it to start anew"
         )
     return state
 
@@ -164,7 +164,7 @@ def _check_finished(root: Path, names: set[str], *, overwrite: bool) -> None:
     if not ours and not names <= {WORK}:
         raise DestinationExistsError(f"output {quote(root)} is not empty and not ours: choose another folder")
     if ours and CONFIG in names and not overwrite:
-        raise DestinationExistsError(f"output {quote(root)} holds a finished conversion: pass --overwrite to redo it")
+        raise DestinationExistsError(f"output {quote(root)} holds a finished conversion: overwrite it to redo it")
 
 
 def _check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]) -> None:

@@ -18,12 +18,7 @@ from .rules import Rules
 
 PLAIN_METHODS = ("search", "minmax")
 METHODS = ("auto", *PLAIN_METHODS, *CALIBRATED_METHODS)
-SCHEMES: Mapping[str, Scheme] = {
-    "NVFP4": "NVFP4",
-    "NVFP4A16": "NVFP4A16",
-    "W4A4": "NVFP4",
-    "W4A16": "NVFP4A16",
-}
+SCHEMES: Mapping[str, Scheme] = {"NVFP4": "NVFP4", "NVFP4A16": "NVFP4A16", "W4A4": "NVFP4", "W4A16": "NVFP4A16"}
 INPUT_SOURCES = ("calibration", "input_scales", "like")
 
 
