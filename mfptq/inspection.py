@@ -9,16 +9,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint.folder import Checkpoint
 from .checkpoint.header import TensorInfo
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.weights import name_pattern
 from .nvfp4 import BLOCK_SIZE
-from .planning.plan import ConversionPlan
 from .planning.quantization_config import QUANTIZATION_CONFIG
 from .planning.rules import TensorDecision
+
+if TYPE_CHECKING:
+    from .planning.plan import ConversionPlan
 
 
 @dataclass(frozen=True, slots=True)

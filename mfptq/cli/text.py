@@ -18,13 +18,13 @@ from ..errors import counted, printable, quote
 from ..execution.events import Advanced, Event, OnEvent, Planned
 from ..execution.memory_budget import plan_memory
 from ..output.report import Report
-from ..planning.plan import ConversionPlan
 from ..sizes import parse_size, size_text
 from ..storage.digest import available_cores
 
 if TYPE_CHECKING:
     from ..calibration.overview import InputOverview, Overview
     from ..inspection import Inspection, TensorSummary
+    from ..planning.plan import ConversionPlan
     from ..verification import Verification
 
 HELD_BYTES = 40 * 2**20  # by the interpreter, with numpy and kernels that are compiled already

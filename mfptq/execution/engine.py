@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from ..checkpoint.weights import name_pattern
 from ..kernels import QuantizeArgs, WeightBatch
@@ -18,13 +19,15 @@ from ..nvfp4 import BLOCK_SIZE
 from ..output.destination import Destination
 from ..output.shard_writer import Piece, ShardWriter
 from ..planning.jobs import CopyRun, QuantizeWeight, copy_runs, largest_first
-from ..planning.plan import ConversionPlan
 from .events import Advanced, OnEvent, Planned, ShardFinished
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
 from .tiles import Batch, GroupStep, Tile, batches, group_steps, tiles
 from .worker_memory import WorkerMemory
 from .worker_pool import Task, WorkerPool
+
+if TYPE_CHECKING:
+    from ..planning.plan import ConversionPlan
 
 MemoryTask = Task[WorkerMemory]
 Ranges = Iterable[tuple[int, int]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,10 +17,12 @@ from ..kernels import Kernel, QuantizeArgs, load_kernel
 from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics, load_calibrated_kernel
 from ..kernels.choice import choose_device
 from ..nvfp4 import BLOCK_SIZE
-from ..planning.plan import ConversionPlan
 from ..sizes import parse_size
 from ..storage.digest import available_cores
 from .memory_budget import KERNEL_BYTES, MemoryPlan, check_data_limit, plan_memory, resident_bytes
+
+if TYPE_CHECKING:
+    from ..planning.plan import ConversionPlan
 
 
 @dataclass(frozen=True, slots=True)

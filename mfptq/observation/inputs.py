@@ -16,10 +16,11 @@ from ..calibration.file import InputInfo
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
 from ..errors import ScaleError, counted, listed, quote
 from ..names.fusion import experts_parent
-from ..planning.plan import ConversionPlan
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..planning.plan import ConversionPlan
 
 _NUMBERED = re.compile(r"[^.]+\.\d+(\.|$)")
 

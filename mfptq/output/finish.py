@@ -8,17 +8,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.acceptance import refusal
 from ..checkpoint.folder import CONFIG, INDEX
 from ..errors import SourceError, VerificationError, quote
 from ..kernels import ErrorStats
 from ..limits import MAX_CONFIG_BYTES
-from ..planning.plan import ConversionPlan
 from ..storage.files import confined, read_small
 from .destination import Destination
 from .leftovers import CARD, MANIFEST, REPORT
 from .report import report_text
+
+if TYPE_CHECKING:
+    from ..planning.plan import ConversionPlan
 
 
 def source_card(root: Path) -> str:

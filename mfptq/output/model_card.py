@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..kernels import ErrorStats
-from ..planning.plan import ConversionPlan
 from ..sizes import size_text
 from .report import pattern_reports, total_error
+
+if TYPE_CHECKING:
+    from ..planning.plan import ConversionPlan
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "pipeline_tag", "language")
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?^---\r?\n", re.DOTALL | re.MULTILINE)

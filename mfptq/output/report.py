@@ -9,14 +9,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import name_pattern
 from ..kernels import ErrorStats
-from ..planning.plan import ConversionPlan
 from .journal import ShardResult
+
+if TYPE_CHECKING:
+    from ..planning.plan import ConversionPlan
 
 SUSPICIOUS_ERROR = 0.10
 SUSPICIOUS_BLOCK = 0.20

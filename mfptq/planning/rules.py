@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.weights import Candidate, name_pattern
 from ..errors import RuleError, UnsupportedTensorError, quote
 from ..names.fusion import FusedGroup, experts_parent, fused_groups
 from ..names.patterns import REGEX_PREFIX, match_names, unmatched_error
 from ..nvfp4 import BLOCK_SIZE
-from ..scales.sibling import SiblingLayers
+
+if TYPE_CHECKING:
+    from ..scales.sibling import SiblingLayers
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
 

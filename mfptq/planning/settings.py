@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from ..errors import UsageError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS
-from ..scales.reading import InputScales
-from .quantization_config import Scheme
 from .rules import Rules
+
+if TYPE_CHECKING:
+    from ..scales.reading import InputScales
+    from .quantization_config import Scheme
 
 PLAIN_METHODS = ("search", "minmax")
 METHODS = ("auto", *PLAIN_METHODS, *CALIBRATED_METHODS)
