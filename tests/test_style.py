@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +47,14 @@ def test_functions_are_short() -> None:
         (function.end_lineno or 0) - function.body[0].lineno + 1 for path in FILES for function in functions(path)
     )
     assert lengths[len(lengths) // 2] <= 10
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent.name != "cli"], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_messages_of_the_library_name_no_flags(path: Path) -> None:
+    """A caller from Python knows keywords; what the command line calls them is its own affair."""
+    tree = ast.parse(path.read_text())
+    raised = [node for node in ast.walk(tree) if isinstance(node, ast.Raise | ast.Return | ast.Yield)]
+    texts = [each.value for node in raised for each in ast.walk(node) if isinstance(each, ast.Constant)]
+    assert not [text for text in texts if isinstance(text, str) and re.search(r"--[a-z]", text)]

@@ -81,7 +81,7 @@ class CudaKernel(Kernel):
                 self._functions = _load(self._device)
                 self._lane = _Lane(self._device)
         except DeviceMemoryError:
-            raise MemoryBudgetError(f"{self.name} has no memory for a context: use another --device") from None
+            raise MemoryBudgetError(f"{self.name} has no memory for a context: use another device") from None
         except DriverError as error:
             raise UsageError(f"device {quote(device)} cannot be used: {error}") from None
 
@@ -181,7 +181,7 @@ class CudaKernel(Kernel):
                 free = _megabytes(self._device.free_memory())
                 raise MemoryBudgetError(
                     f"{self.name} ({self._device.name}) has no memory for {what}, {free} of its own are free: "
-                    "use fewer --max-workers or less --max-memory"
+                    "lower max_workers or max_memory"
                 ) from None
 
 

@@ -139,7 +139,7 @@ def _user_hits(candidates: Sequence[Candidate], rules: Rules) -> _Hits:
         return _Hits({}, {})
     names = list(dict.fromkeys(name for item in candidates for name in _names(item)))
     found = match_names([*rules.ignore, *rules.targets], names)
-    for option, patterns in (("--ignore", rules.ignore), ("--target", rules.targets)):
+    for option, patterns in (("ignore pattern", rules.ignore), ("target pattern", rules.targets)):
         for pattern in patterns:
             if not found[pattern]:
                 raise unmatched_error(pattern, option, names)
@@ -159,7 +159,7 @@ def _check_targets(
         obstacles = [(item, _obstacle(item)) for item in matched]
         if all(text for _, text in obstacles):
             item, text = obstacles[0]
-            raise UnsupportedTensorError(f"--target {quote(pattern)}: {quote(item.module)} cannot be NVFP4: {text}")
+            raise UnsupportedTensorError(f"target pattern {quote(pattern)}: {quote(item.module)} cannot be NVFP4: {text}")
 
 
 def _obstacle(candidate: Candidate) -> str:
@@ -203,8 +203,8 @@ def _decide(
         decision = Decision(True, "targeted as asked", pattern)
     elif alike is not None:
         if not any(weight.module in alike for weight in item.weights):
-            return Decision(False, "kept in --like, as asked", "--like")
-        decision = Decision(True, "quantized in --like, as asked", "--like")
+            return Decision(False, "kept in the checkpoint to be like, as asked", "like")
+        decision = Decision(True, "quantized in the checkpoint to be like, as asked", "like")
     else:
         rule = defaults.rule(item.module) or (defaults.rule(item.weights[0].module) if item.is_stack else None)
         if rule is not None:
@@ -213,7 +213,7 @@ def _decide(
     if item.tensor.info.dtype not in SOURCE_DTYPES:
         raise UnsupportedTensorError(
             f"{quote(item.module)} in {quote(item.tensor.shard)} is {item.tensor.info.dtype}, "
-            f"expected one of {', '.join(SOURCE_DTYPES)}: --ignore it to keep it as it is"
+            f"expected one of {', '.join(SOURCE_DTYPES)}: ignore it to keep it as it is"
         )
     return decision
 

@@ -305,9 +305,9 @@ def test_what_was_asked_is_the_reason() -> None:
 def test_a_split_says_who_would_be_what() -> None:
     with pytest.raises(RuleError, match=r"'l\.k_proj' would be kept, 'l\.\w_proj' quantized"):
         decide(QKV, ignore=("l.k_proj",))
-    with pytest.raises(RuleError, match=r"^--target 'nothing' matches"):
+    with pytest.raises(RuleError, match=r"^target pattern 'nothing' matches"):
         decide(QKV, targets=("nothing",))
-    with pytest.raises(RuleError, match=r"^--ignore 'nothing' matches"):
+    with pytest.raises(RuleError, match=r"^ignore pattern 'nothing' matches"):
         decide(QKV, ignore=("nothing",))
 
 
