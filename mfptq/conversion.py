@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .calibration.reading import load_calibration
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .errors import counted
 from .execution.engine import Execution
@@ -29,7 +28,6 @@ from .output.report import Report, gather, pattern_reports, suspicions, total_er
 from .planning.plan import ConversionPlan, PlannedTensor, build_plan
 from .planning.settings import Decisions, check_decisions
 from .scales.reading import InputScales, read_input_scales
-from .scales.sibling import read_sibling
 from .sizes import size_text
 from .storage.files import expanded
 
@@ -49,7 +47,6 @@ class Plan:
         self.source_bytes = planned.checkpoint.tensor_bytes
         self.output_bytes = planned.tensor_bytes
         self.scheme = planned.scheme
-        self.warnings = planned.warnings
 
     def __repr__(self) -> str:
         weights = counted(sum(self.methods.values()), "weight", "weights")
@@ -61,6 +58,11 @@ class Plan:
     def methods(self) -> Mapping[str, int]:
         """How many weights each method quantizes."""
         return self._planned.methods
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What deserves a second look, one line each."""
+        return self._planned.warnings
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -149,10 +151,14 @@ def make_plan(source: str | Path, **decisions: Unpack[Decisions]) -> ConversionP
         if (given := decisions.get("input_scales")) is not None:
             scales = given if isinstance(given, InputScales) else read_input_scales(given)
         elif (path := decisions.get("like")) is not None:
+            from .scales.sibling import read_sibling
+
             sibling = read_sibling(path)
             settings = replace(settings, rules=replace(settings.rules, like=sibling))
             scales = sibling.scales
         elif (path := decisions.get("calibration")) is not None:
+            from .calibration.reading import load_calibration
+
             calibration = load_calibration(path)
             opened.callback(calibration.close)
             scales = calibration.input_scales()

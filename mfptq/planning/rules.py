@@ -159,7 +159,9 @@ def _check_targets(
         obstacles = [(item, _obstacle(item)) for item in matched]
         if all(text for _, text in obstacles):
             item, text = obstacles[0]
-            raise UnsupportedTensorError(f"target pattern {quote(pattern)}: {quote(item.module)} cannot be NVFP4: {text}")
+            raise UnsupportedTensorError(
+                f"target pattern {quote(pattern)}: {quote(item.module)} cannot be NVFP4: {text}"
+            )
 
 
 def _obstacle(candidate: Candidate) -> str:

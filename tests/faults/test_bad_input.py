@@ -105,7 +105,7 @@ OPTIONS = {
     "66_split": (["--ignore", "model.language_model.layers.3.self_attn.k_proj"], 2, "splits fused group"),
     "70_nothing_left": (["--ignore", "re:.*"], 2, "nothing is left"),
     "method": (["--method", "best"], 2, "expected one of"),
-    "scheme": (["--scheme", "NVFP4"], 2, "needs --input-scales"),
+    "scheme": (["--scheme", "NVFP4"], 2, "needs input scales"),
     "memory_text": (["--max-memory", "lots"], 2, "500MB"),
     "115_memory_small": (["--max-memory", "10MB"], 8, "least that works"),
     "workers": (["--max-workers", "0"], 2, "at least 1"),
