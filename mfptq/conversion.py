@@ -47,6 +47,7 @@ class Plan:
         self.source_bytes = planned.checkpoint.tensor_bytes
         self.output_bytes = planned.tensor_bytes
         self.scheme = planned.scheme
+        self.left_out = planned.checkpoint.left_out  # names of files that are neither converted nor copied
 
     def __repr__(self) -> str:
         weights = counted(sum(self.methods.values()), "weight", "weights")

@@ -236,7 +236,8 @@ def test_case_45_what_is_no_weight_map(text: str, source: Path, tmp_path: Path) 
 
 def test_case_47_a_pickle_beside_safetensors_is_left_out(source: Path, tmp_path: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    assert "pytorch_model.bin" in mfptq.plan(source).checkpoint.left_out
+    with mfptq.plan(source) as plan:
+        assert "pytorch_model.bin" in plan.left_out
     mfptq.convert(source, tmp_path / "out")
     assert "pytorch_model.bin" not in digests(tmp_path / "out")
 
