@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .process import deferred_signals
+
 if TYPE_CHECKING:
     from ..observation.calibrate import CalibrationProgress
 
@@ -55,8 +57,8 @@ def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     from ..observation.calibrate import calibrate as run_calibration
 
     quiet = options.pop("quiet")
-    with _progress(output, quiet=quiet) as show:
-        done = run_calibration(model, dataset, output, on_event=show, **options)
+    with _progress(output, quiet=quiet) as show, deferred_signals() as check:
+        done = run_calibration(model, dataset, output, on_event=lambda event: (check(), show(event)), **options)
     if not quiet:
         click.echo(f"{output}: {done.statistics} over {done.samples} samples of {done.model}")
 

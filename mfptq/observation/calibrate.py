@@ -86,7 +86,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     cache_dir: str | Path | None = None,
     overwrite: bool = False,
     encoder: Encoder | None = None,
-    on_event: Callable[[CalibrationProgress], None] | None = None,
+    on_event: Callable[[CalibrationProgress], object] | None = None,
 ) -> Description:
     """Run a model over text and write the statistics of its linear layers' inputs; returns what was done.
 
@@ -184,7 +184,7 @@ class _Making:
     checkpoint: Checkpoint
     recorder: Recorder
     options: _Options
-    on_event: Callable[[CalibrationProgress], None] | None
+    on_event: Callable[[CalibrationProgress], object] | None
     steps: int = 0
 
     def run(self, output: Path, description: Description, samples: Samples) -> Description:
