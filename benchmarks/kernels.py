@@ -1,7 +1,8 @@
 """Weights per second of the kernels alone, from memory to memory: `python benchmarks/kernels.py [--device cuda]`.
 
-On a CPU: one core, one tile [256, 4096]. On a GPU: the kernel by itself, on data that is on the device already, and with
-the copies from and to host memory, in tiles of 4 MiB on several threads.
+On a CPU: one core, one tile [256, 4096]. On a GPU: the kernel by itself, on data that is on the device already, the time to
+make a function usable there (compiled by LLVM or cached, then translated by the driver or cached), and the rate with the
+copies from and to host memory, in tiles of 4 MiB on several threads. With `--check`, bytes are held against the CPU's.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import numpy as np
 
 from mfptq.calibration.methods import importance, local_hessian
 from mfptq.kernels import QuantizeArgs, load_kernel
-from mfptq.kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, FUNCTIONS, PreparedStatistics, load_calibrated_kernel
 
 SHAPE = (256, 4096)
-RECIPES = (QuantizeArgs("search", 2.0**13), QuantizeArgs("minmax", 2688 / 0.1))
+METHODS = ("search", "minmax", *CALIBRATED_METHODS)
+DTYPES = {"BF16": "bf16", "F16": "float16", "F32": "float32"}
+
+
+def args_of(method: str) -> QuantizeArgs:
+    return QuantizeArgs(method, 2688 / 0.1 if method == "minmax" else 2.0**13)
 
 
 def tile(dtype: str, shape: tuple[int, int] = SHAPE) -> np.ndarray:
@@ -37,67 +43,94 @@ def best(run: Callable[[], object], repeat: int = 30) -> float:
     return min(times)
 
 
-def cpu() -> None:
-    kernel = load_kernel("cpu")
-    packed, scales = np.empty((256, 2048), np.uint8), np.empty((256, 256), np.uint8)
-    print(f"kernel {kernel.name}, million weights per second, one core, best of 30")
-    for dtype in ("bf16", "float16", "float32"):
-        data = tile(dtype)
-        rates = [best(lambda recipe=recipe: kernel.quantize(data, recipe, packed, scales)) for recipe in RECIPES]
-        rates.append(best(lambda: kernel.amax(data)))
-        search, minmax, amax = (data.size / seconds / 1e6 for seconds in rates)
-        print(f"{dtype:8} search {search:6.0f}  minmax {minmax:6.0f}  amax {amax:6.0f}")
-        calibrated(data)
-
-
-def calibrated(data: np.ndarray) -> None:
-    """Print the rates of the methods that take statistics, with correlated inputs of very different sizes."""
+def statistics(columns: int) -> dict[str, PreparedStatistics | None]:
+    """Return what each method takes, of correlated inputs of very different sizes."""
     rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((256, data.shape[1])) * rng.lognormal(0, 1, data.shape[1])
+    inputs = rng.standard_normal((256, columns)) * rng.lognormal(0, 1, columns)
     inputs[:, 1:] += 0.5 * inputs[:, :-1]
     blocks = inputs.reshape(len(inputs), -1, 16).transpose(1, 0, 2)
     hessian = (blocks.transpose(0, 2, 1) @ blocks / len(inputs)).astype(np.float32)
     moment = np.diagonal(hessian, axis1=1, axis2=2).reshape(-1)
-    kernel, out = load_calibrated_kernel("cpu"), (np.empty((256, 2048), np.uint8), np.empty((256, 256), np.uint8))
-    for method in CALIBRATED_METHODS:
-        found = PreparedStatistics(importance(moment) if method == "weighted" else local_hessian(hessian, 10_000))
-        recipe = QuantizeArgs(method, 2.0**13)
-        seconds = best(
-            lambda found=found, recipe=recipe: kernel.quantize(data, recipe, found, packed=out[0], scales=out[1])
-        )
-        print(f"{'':8} {method} {data.size / seconds / 1e6:.0f}")
+    local = PreparedStatistics(local_hessian(hessian, 10_000))
+    return {"weighted": PreparedStatistics(importance(moment)), "hessian": local, "hessian+": local}
 
 
-def gpu(device: str) -> None:
-    from mfptq.kernels.cuda import ENTRIES, MAX_GRID, STATS_BYTES, THREADS
-    from mfptq.kernels.driver import Memory, Stream, open_device
-    from mfptq.kernels.ptx import compile_ptx
+class Job:
+    """One tile, again and again, by one method on one device."""
 
-    kernel, opened = load_kernel(device), open_device(int(device.partition(":")[2] or 0))
-    print(f"kernel {kernel.name}, billion weights per second, {opened.name}")
+    def __init__(self, device: str, method: str, dtype: str, shape: tuple[int, int] = SHAPE) -> None:
+        self.kernel = load_kernel(device)
+        self.calibrated = load_calibrated_kernel(device)
+        self.args, self.found = args_of(method), statistics(shape[1]).get(method)
+        values = tile(dtype, shape)
+        self.data = self.kernel.allocate(values.nbytes).view(values.dtype).reshape(shape)
+        self.data[:] = values
+        self.packed = self.kernel.allocate(values.size // 2).reshape(shape[0], -1)
+        self.scales = self.kernel.allocate(values.size // 16).reshape(shape[0], -1)
+
+    def __call__(self) -> None:
+        if self.found is None:
+            self.kernel.quantize(self.data, self.args, self.packed, self.scales)
+        else:
+            self.calibrated.quantize(self.data, self.args, self.found, packed=self.packed, scales=self.scales)
+
+
+def cpu(methods: list[str]) -> None:
+    kernel = load_kernel("cpu")
+    print(f"kernel {kernel.name}, million weights per second, one core, best of 30")
+    for dtype in DTYPES.values():
+        data = tile(dtype)
+        rates = {method: data.size / best(Job("cpu", method, dtype)) / 1e6 for method in methods}
+        rates["amax"] = data.size / best(lambda data=data: kernel.amax(data)) / 1e6
+        print(f"{dtype:8}", "  ".join(f"{name} {rate:6.0f}" for name, rate in rates.items()))
+
+
+def gpu(device: str, methods: list[str], check: bool) -> None:
+    from mfptq.kernels.cuda import MAX_GRID, STATS_BYTES, THREADS, load_function
+    from mfptq.kernels.driver import DeviceMemory, DeviceStream, open_device
+
+    begin = time.perf_counter()
+    opened = open_device(int(device.partition(":")[2] or 0))
+    print(f"{opened.name}, opened in {time.perf_counter() - begin:.2f} s; billion weights per second on the device:")
+    known, shape = statistics(4096), (16 * 1024, 4096)
     with opened:
-        functions, stream = opened.load(compile_ptx(), ENTRIES), Stream(opened)
-        for dtype, kind in (("bf16", "bf16"), ("float16", "f16"), ("float32", "f32")):
+        stream = DeviceStream(opened)
+        for name, dtype in DTYPES.items():
             data = np.tile(tile(dtype, (1024, 4096)), (16, 1))
-            blocks, words = data.size // 16, data.nbytes // 4
-            source, packed, scales, stats = (
-                Memory(opened, size) for size in (data.nbytes, 8 * blocks, blocks, STATS_BYTES)
-            )
-            stream.upload(source.pointer, data)
-            places = [c_uint64(each.pointer) for each in (source, packed, scales, stats)]
-            grid, line = min(MAX_GRID, blocks // THREADS), []
-            for recipe in RECIPES:
-                arguments = (*places, c_int64(blocks), c_float(recipe.global_scale))
-                name = f"{recipe.method}_{kind}"
-                line.append((recipe.method, on_device(stream, functions[name], grid, arguments)))
-            found = (places[0], c_int64(words), places[3])
-            line.append(("amax", on_device(stream, functions[f"amax_{8 * data.itemsize}"], grid, found)))
-            print(f"{dtype:8}", "  ".join(f"{name} {data.size / seconds / 1e9:6.1f}" for name, seconds in line))
-            for memory in (source, packed, scales, stats):
+            blocks, width = data.size // 16, shape[1] // 16
+            held = [DeviceMemory(opened, size) for size in (data.nbytes, 8 * blocks, blocks, STATS_BYTES, 2**22)]
+            stream.upload(held[0].pointer, data)
+            places = [c_uint64(each.pointer) for each in held]
+            line = []
+            for method in methods:
+                begin = time.perf_counter()
+                function = load_function(opened, f"{FUNCTIONS.get(method, method)}_{name}")
+                ready = time.perf_counter() - begin
+                arguments = [*places[:4], c_int64(blocks), c_float(args_of(method).global_scale)]
+                if method in CALIBRATED_METHODS:
+                    values = np.ascontiguousarray(known[method].values)
+                    stream.upload(held[4].pointer, values)
+                    stream.wait()
+                    arguments[4:5] = [places[4], c_int64(blocks), c_int64(width), c_int64(0)]
+                grid = min(MAX_GRID, blocks // THREADS)
+                seconds = on_device(stream, function, grid, tuple(arguments))
+                line.append(f"{method} {data.size / seconds / 1e9:.1f} (ready in {ready:.2f} s)")
+            amax = load_function(opened, f"amax_{8 * data.itemsize}")
+            seconds = on_device(stream, amax, MAX_GRID, (places[0], c_int64(data.nbytes // 4), places[3]))
+            print(f"{dtype:8}", "  ".join(line), f" amax {data.size / seconds / 1e9:.1f}", flush=True)
+            for memory in held:
                 memory.free()
-    for recipe in RECIPES:
-        rates = ", ".join(f"{streamed(kernel, recipe, threads):.1f} with {threads}" for threads in (1, 4, 8))
-        print(f"{recipe.method} from host memory, by threads: {rates}")
+    for method in methods:
+        rates = ", ".join(f"{streamed(device, method, threads):.1f} with {threads}" for threads in (1, 4, 8))
+        print(f"{method} from host memory, by threads: {rates}", flush=True)
+    for method in methods if check else ():
+        for dtype in DTYPES.values():
+            ours, theirs = Job(device, method, dtype, (1000, 4096)), Job("cpu", method, dtype, (1000, 4096))
+            ours(), theirs()
+            assert np.array_equal(ours.packed, theirs.packed), (method, dtype)
+            assert np.array_equal(ours.scales, theirs.scales), (method, dtype)
+    if check:
+        print("the same bytes as the CPU's")
 
 
 def on_device(stream, function: int, grid: int, arguments: tuple, launches: int = 20) -> float:
@@ -111,16 +144,20 @@ def on_device(stream, function: int, grid: int, arguments: tuple, launches: int 
     return best(run) / launches
 
 
-def streamed(kernel, recipe: QuantizeArgs, threads: int, tiles: int = 200) -> float:
+def streamed(device: str, method: str, threads: int, tiles: int = 200) -> float:
+    shared = Job(device, method, "bf16", (512, 4096))
+
     def work() -> None:
-        data = kernel.allocate(4 * 2**20).view(np.uint16).reshape(512, 4096)
-        data[:] = tile("bf16", (512, 4096))
-        packed = kernel.allocate(2**20).reshape(512, 2048)
-        scales = kernel.allocate(2**17).reshape(512, 256)
-        kernel.quantize(data, recipe, packed, scales)
+        job = Job.__new__(Job)
+        job.__dict__.update(shared.__dict__)
+        for name in ("data", "packed", "scales"):
+            own = shared.kernel.allocate(getattr(shared, name).nbytes).view(getattr(shared, name).dtype)
+            setattr(job, name, own.reshape(512, -1))
+        job.data[:] = shared.data
+        job()
         ready.wait()
         for _ in range(tiles // threads):
-            kernel.quantize(data, recipe, packed, scales)
+            job()
 
     ready = threading.Barrier(threads + 1)
     pool = [threading.Thread(target=work) for _ in range(threads)]
@@ -136,11 +173,13 @@ def streamed(kernel, recipe: QuantizeArgs, threads: int, tiles: int = 200) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
-    if device == "cpu":
-        cpu()
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        cpu(arguments.methods)
     else:
-        gpu(device)
+        gpu(arguments.device, arguments.methods, arguments.check)
 
 
 if __name__ == "__main__":

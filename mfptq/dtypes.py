@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 # In the order of safetensors' own enumeration: its writer sorts by it, largest first, so that data stays aligned.
 DTYPE_BITS: Mapping[str, int] = {
@@ -14,5 +15,12 @@ DTYPE_BITS: Mapping[str, int] = {
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 
+BF16, F16, F32 = "BF16", "F16", "F32"
 # What weights may be stored as, and how numpy holds it: it has no bfloat16, so its bits are kept as uint16.
-NUMPY_DTYPES: Mapping[str, Any] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+NUMPY_DTYPES: Mapping[str, Any] = {BF16: np.uint16, F16: np.float16, F32: np.float32}
+_NAMES = {np.dtype(held): name for name, held in NUMPY_DTYPES.items()}
+
+
+def dtype_name(array: npt.NDArray[Any]) -> str:
+    """Return the name, a key of NUMPY_DTYPES, of the dtype of weights that numpy holds."""
+    return _NAMES[array.dtype]

@@ -1,7 +1,7 @@
-"""The arithmetic of `search` and `minmax` on blocks of 16, one block to a lane: one program for every machine.
+"""Quantize blocks of 16 by `search` and `minmax`: the arithmetic, once for every device, one block to a lane.
 
-A block comes as 16 magnitudes and, for each half of it, the sign bits at the places of its nibbles; it becomes two words of
-nibbles, an E4M3 code and its share of the statistics. Sums over a block run in index order.
+Called by the back ends (`cpu_code.py`, `ptx.py`), which load a block's words and store what it becomes: two words of nibbles,
+an E4M3 code, and its share of the error statistics. Sums over a block run in index order: another order has other bits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..kernels import BF16, F32
+from ..dtypes import BF16, F32
 from ..nvfp4 import (
     BLOCK_SIZE,
     E2M1_MAX,
@@ -28,7 +28,7 @@ _BIAS = 960  # the code of a normal E4M3 value is its float32 bits >> 20, less t
 _LOWEST, _HIGHEST = ((code + _BIAS) << _STEP for code in (MIN_NORMAL_CODE, E4M3_MAX_CODE))
 _GRID = 2.0**22
 _CODED_GRID = _GRID + 1  # adds two steps: with the exponent's last bits, those of the octaves below
-F16_TO_F32 = 2.0**112
+F16_TO_F32 = 2.0**112  # a float16's exponent and mantissa, at float32's places, are this much too small
 WORST = 3  # among the statistics: the one that is no sum
 
 
@@ -40,7 +40,7 @@ class Block(NamedTuple):
     signs: Sequence[Words]
 
 
-class Quantized(NamedTuple):
+class QuantizedBlock(NamedTuple):
     """What a block becomes: two words of nibbles, its scale code, and the squared errors of the choice and of rounding."""
 
     words: Sequence[Words]
@@ -49,27 +49,27 @@ class Quantized(NamedTuple):
     rounding: Floats
 
 
-class Tally(NamedTuple):
-    """A block's share of TileStats: sums of float32, the worst squared relative error, and counts."""
+class BlockErrors(NamedTuple):
+    """A block's share of ErrorStats: sums of float32, the worst squared relative error, and counts."""
 
     sums: Sequence[Floats]
     worst: Floats
     counts: Sequence[Words]
 
 
-def block_words(kind: str) -> int:
+def block_words(dtype: str) -> int:
     """Return how many 32-bit words a block of 16 takes."""
-    return BLOCK_SIZE if kind == F32 else BLOCK_SIZE // 2
+    return BLOCK_SIZE if dtype == F32 else BLOCK_SIZE // 2
 
 
-def unpack_block(words: Sequence[Words], kind: str) -> Block:
+def unpack_block(words: Sequence[Words], dtype: str) -> Block:
     """Return a block's values from its raw words: 16 of float32, or 8 that hold two values each, the first one low."""
-    if kind == F32:
+    if dtype == F32:
         x = [(word & 0x7FFFFFFF).floats() for word in words]
         return Block(x, present(x), [_signs(words[half : half + 8], (31,)) for half in (0, 8)])
     magnitudes = [word & 0x7FFF7FFF for word in words]
     halves = [half for both in magnitudes for half in (both << 16, both & 0xFFFF0000)]
-    x = [half.floats() if kind == BF16 else (half >> 3).floats() * F16_TO_F32 for half in halves]
+    x = [half.floats() if dtype == BF16 else (half >> 3).floats() * F16_TO_F32 for half in halves]
     found = words[0] & 0
     for i, both in enumerate(magnitudes):  # a sum reaches bit 15 or 31 where its half is not zero
         found = ((both + 0x7FFF7FFF) >> i) & (0x80008000 >> i) | found
@@ -141,7 +141,7 @@ def largest(x: Sequence[Floats]) -> Floats:
     return found
 
 
-def search(code: Code, block: Block, global_scale: Floats) -> Quantized:
+def search(code: Code, block: Block, global_scale: Floats) -> QuantizedBlock:
     """Return each block at the scale of least squared error, of those near to rounding; the first of equals."""
     top = largest(block.x)
     base = bounded(rounded_scale((top / E2M1_MAX * global_scale).minimum(E4M3_MAX)))
@@ -159,7 +159,7 @@ def search(code: Code, block: Block, global_scale: Floats) -> Quantized:
     words = [_nibbles(codes[half : half + 8]) for half in (0, 8)]
     empty = (words[0] | words[1]).equals(0)
     words = [word | (sign & nonzero_nibbles(word)) for word, sign in zip(words, block.signs, strict=True)]
-    return Quantized(words, empty.choose(ZERO_BLOCK_CODE, (scale >> _STEP) - _BIAS), error, rounding)
+    return QuantizedBlock(words, empty.choose(ZERO_BLOCK_CODE, (scale >> _STEP) - _BIAS), error, rounding)
 
 
 def _set(variables: Sequence, values: Sequence) -> None:  # type: ignore[type-arg]
@@ -219,10 +219,10 @@ def _nibbles(codes: Sequence[Words]) -> Words:
     return word
 
 
-def minmax(code: Code, block: Block, global_scale: Floats, kind: str) -> Quantized:
+def minmax(code: Code, block: Block, global_scale: Floats, dtype: str) -> QuantizedBlock:
     """Return each block as compressed-tensors quantizes it: amax / 6 in the weight's dtype, then to E4M3."""
     sixth = largest(block.x) / E2M1_MAX
-    if kind == BF16:
+    if dtype == BF16:  # round to nearest, ties to even
         bits = sixth.bits()
         sixth = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).floats()
     value = (global_scale * sixth).minimum(E4M3_MAX)
@@ -238,15 +238,13 @@ def minmax(code: Code, block: Block, global_scale: Floats, kind: str) -> Quantiz
         codes, kept = [], code.words(0x77777777)
         for i, x in enumerate(block.x[half : half + 8]):
             y = x / divisor
-            kept = (y > 0.0).choose(
-                kept | (8 << (4 * i)), kept
-            )  # what is not zero keeps its sign even if it becomes zero
+            kept = (y > 0.0).choose(kept | (8 << (4 * i)), kept)  # what becomes zero keeps its sign, unless it was zero
             found, rounded = on_grid(y.minimum(E2M1_MAX))
             codes.append(found)
             difference = rounded * divisor - x
             error = error + difference * difference
         words.append(_nibbles(codes) | (signs & kept))
-    return Quantized(words, scale_code, error, error)
+    return QuantizedBlock(words, scale_code, error, error)
 
 
 def nonzero_nibbles(word: Words) -> Words:
@@ -254,7 +252,7 @@ def nonzero_nibbles(word: Words) -> Words:
     return ((word | (word << 1) | (word << 2)) & 0x44444444) << 1
 
 
-def tally(block: Block, done: Quantized) -> Tally:
+def block_errors(block: Block, done: QuantizedBlock) -> BlockErrors:
     """Return what quantizing did to each block."""
     norm = done.error.code.floats(0.0)
     for x in block.x:
@@ -263,7 +261,7 @@ def tally(block: Block, done: Quantized) -> Tally:
     low, high = (nonzero_nibbles(word) for word in done.words)
     stored = (low | (high >> 1)).ones()
     counts = (block.present - stored, done.code.equals(E4M3_MAX_CODE).count(), block.present.equals(0).count())
-    return Tally((done.error, norm, done.rounding), worst, counts)
+    return BlockErrors((done.error, norm, done.rounding), worst, counts)
 
 
 class ErrorSums:
@@ -275,7 +273,7 @@ class ErrorSums:
         self._worst = code.variable(code.floats(0.0))
         self._counts = [code.variable(code.words(0)) for _ in range(3)]
 
-    def add(self, found: Tally) -> None:
+    def add(self, found: BlockErrors) -> None:
         """Take in a block."""
         for held, value in zip(self._sums, found.sums, strict=True):
             held.set(self._code.build.fadd(held.get(), value.doubles()))
@@ -284,7 +282,7 @@ class ErrorSums:
             held.set(held.get() + count)
 
     def doubles(self) -> list[Any]:
-        """Return the seven numbers of TileStats as float64, the worst relative error still squared."""
+        """Return the seven numbers of ErrorStats as float64, the worst relative error still squared."""
         wide = self._code.typed(DOUBLE)
         counts = [self._code.build.uitofp(held.get().raw, wide) for held in self._counts]
         return [*(held.get() for held in self._sums), self._worst.get().doubles(), *counts]

@@ -1,6 +1,6 @@
-"""Quantization that minds the inputs: errors weighted by what a calibration pass saw of each column.
+"""The calibrated methods and the interface of their kernels: errors weighted by what a calibration pass saw of each column.
 
-All three methods try the scale codes `base + o` for o in CALIBRATED_OFFSETS, where `base` is the block's scale rounded
+The execution calls `load_calibrated_kernel` once and shares the kernel among its threads. All three methods try the scale codes `base + o` for o in CALIBRATED_OFFSETS, where `base` is the block's scale rounded
 to nearest, keep the first with the least error, and differ in the error of a block's differences d:
 
     weighted   sum over i of (w_i * d_i) * d_i                  w: the columns' second moments, relative
@@ -8,33 +8,37 @@ to nearest, keep the first with the least error, and differ in the error of a bl
     hessian+   the same, then descent on the values: for each i in turn the value nearest to `x_i - (H d)_i / H_ii`,
                where x_i is the value now, kept if that lowers the error; at most 8 sweeps
 
-Sums are float32, in index order, without contraction, so that both kernels give the same bytes.
+Sums are float32, in index order, without contraction, so that all kernels give the same bytes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from ..kernels import ErrorStats, QuantizeArgs, TileArray
-from ..nvfp4 import BLOCK_SIZE, SEARCH_OFFSETS, ByteArray
+from ..kernels import ErrorStats, QuantizeArgs, TileArray, has_compiler, is_cuda
+from ..nvfp4 import BLOCK_SIZE, SEARCH_OFFSETS, ByteArray, Float32Array
 
 CALIBRATED_METHODS = ("weighted", "hessian", "hessian+")
 CALIBRATED_OFFSETS = (*SEARCH_OFFSETS, -3, 8, -4, 9)
 SWEEPS = 8
-Float32Array = npt.NDArray[np.float32]
-_LOWER = 2 * np.tri(BLOCK_SIZE, k=-1, dtype=np.float32) + np.eye(BLOCK_SIZE, dtype=np.float32)
+DESCENT = "descent"
+FUNCTIONS = {"weighted": "weighted", "hessian": "hessian", "hessian+": DESCENT}  # names that PTX allows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class PreparedStatistics:
-    """What a kernel needs of a weight's input: float32 weights `[K]`, or local Hessians `[K/16, 16, 16]`."""
+    """What a kernel needs of a weight's input: float32 weights `[K]`, or local Hessians `[K/16, 16, 16]`.
+
+    `origin` is set for a part of them, which begins at `start` of the origin's values. Equal only to itself, so that a
+    kernel can keep a copy on its device for as long as the original lives.
+    """
 
     values: Float32Array
+    origin: PreparedStatistics | None = None
+    start: int = 0
 
     @classmethod
     def neutral(cls, method: str, columns: int) -> PreparedStatistics:
@@ -53,7 +57,8 @@ class PreparedStatistics:
     def part(self, start: int, columns: int) -> PreparedStatistics:
         """Return those of `columns` columns from `start`, both multiples of 16: for a tile of part of a row."""
         step = 1 if self.values.ndim == 1 else BLOCK_SIZE
-        return PreparedStatistics(self.values[start // step : (start + columns) // step])
+        first, last = start // step, (start + columns) // step
+        return PreparedStatistics(self.values[first:last], self.origin or self, self.start + first)
 
 
 class CalibratedKernel(Protocol):
@@ -64,7 +69,7 @@ class CalibratedKernel(Protocol):
     def quantize(
         self,
         tile: TileArray,
-        recipe: QuantizeArgs,
+        args: QuantizeArgs,
         statistics: PreparedStatistics,
         *,
         packed: ByteArray,
@@ -73,17 +78,16 @@ class CalibratedKernel(Protocol):
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
 
 
-def lower_factors(hessian: Float32Array) -> Float32Array:
-    """Return the Hessians as the error sums them: the lower triangle, off-diagonal entries doubled."""
-    return np.ascontiguousarray(hessian * _LOWER)
-
-
 def load_calibrated_kernel(device: str = "cpu") -> CalibratedKernel:
-    """Return the kernel for a device: compiled for the CPU where LLVM is installed, torch for everything else."""
-    if device == "cpu" and importlib.util.find_spec("llvmlite") is not None:
+    """Return the kernel for a device: cpu, cuda or cuda:N; raises UsageError for others and where it cannot be used."""
+    if is_cuda(device):
+        from .calibrated_cuda import CalibratedCudaKernel
+
+        return CalibratedCudaKernel(device)
+    if has_compiler():
         from .calibrated_cpu import CalibratedCpuKernel
 
         return CalibratedCpuKernel()
     from .calibrated_torch import CalibratedTorchKernel
 
-    return CalibratedTorchKernel(device)
+    return CalibratedTorchKernel()

@@ -1,6 +1,7 @@
-"""The arithmetic of the calibrated methods on blocks of 16, one row's block to a lane; all lanes share their columns' statistics.
+"""Quantize blocks of 16 by the calibrated methods: the arithmetic, once for every device, one block to a lane.
 
-Sums run in index order, and nothing is fused: the same bits as the torch kernel, at any global scale.
+Called by the back ends, as `blocks.py`; the blocks of all lanes have the same columns, and so the same statistics. Sums run in
+index order, and nothing is fused: the same bits as the torch kernel, at any global scale.
 """
 
 from __future__ import annotations
@@ -9,55 +10,49 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..kernels import BF16, F32
+from ..dtypes import BF16, F32
 from ..nvfp4 import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, ZERO_BLOCK_CODE
 from .blocks import (
     F16_TO_F32,
-    Quantized,
+    Block,
+    QuantizedBlock,
     bounded,
     largest,
-    neighbour,
     nonzero_nibbles,
+    present,
     round_e2m1,
     rounded_scale,
 )
-from .calibrated import CALIBRATED_OFFSETS, SWEEPS
+from .calibrated import CALIBRATED_OFFSETS, DESCENT, SWEEPS
 from .vector import FLOAT, LONG, Code, Floats, Mask, Words
 
 _SIGN, _MAGNITUDE = 0x80000000, 0x7FFFFFFF
+_LOWEST_OFFSET = min(CALIBRATED_OFFSETS)
+_PLACES = [offset - _LOWEST_OFFSET for offset in CALIBRATED_OFFSETS]
 
 
-class Known(NamedTuple):
-    """Pointers to what is known of a block's columns: weights `[16]`, or a Hessian `[16, 16]` and its lower factors."""
+class ColumnStatistics(NamedTuple):
+    """A pointer to the statistics of a block's 16 columns: weights `[16]`, or a Hessian `[16, 16]`."""
 
     code: Code
-    weights: Any
-    hessian: Any
-    lower: Any
+    pointer: Any
 
     def weight(self, i: int) -> Floats:
         """Return column i's weight."""
-        return self._number(self.weights, i)
+        found: Floats = self.code.spread(self.code.load(self.code.at(self.pointer, LONG(i)), FLOAT, 4))
+        return found
 
     def curvature(self, j: int, i: int) -> Floats:
         """Return an entry of the Hessian."""
-        return self._number(self.hessian, BLOCK_SIZE * j + i)
-
-    def factor(self, j: int, i: int) -> Floats:
-        """Return an entry of the lower factors: of the Hessian, doubled off the diagonal."""
-        return self._number(self.lower, BLOCK_SIZE * j + i)
-
-    def _number(self, pointer: Any, place: int) -> Floats:
-        found: Floats = self.code.spread(self.code.load(self.code.at(pointer, LONG(place)), FLOAT, 4))
-        return found
+        return self.weight(BLOCK_SIZE * j + i)
 
 
-def signed_values(words: Sequence[Words], kind: str) -> list[Floats]:
+def signed_values(words: Sequence[Words], dtype: str) -> list[Floats]:
     """Return a block's values from its raw words: 16 of float32, or 8 that hold two values each, the first one low."""
-    if kind == F32:
+    if dtype == F32:
         return [word.floats() for word in words]
     halves = [half for word in words for half in (word << 16, word & 0xFFFF0000)]
-    return [half.floats() if kind == BF16 else _widened(half) for half in halves]
+    return [half.floats() if dtype == BF16 else _widened(half) for half in halves]
 
 
 def _widened(half: Words) -> Floats:
@@ -72,6 +67,12 @@ def _signed_e2m1(y: Floats) -> Floats:
     return (round_e2m1(magnitude).bits() | (y.bits() & _SIGN)).floats()
 
 
+def magnitudes(x: Sequence[Floats]) -> Block:
+    """Return a block without its signs, as error statistics are taken of it."""
+    sizes = [(each.bits() & _MAGNITUDE).floats() for each in x]
+    return Block(sizes, present(sizes), ())
+
+
 def _squares(differences: Sequence[Floats]) -> Floats:
     total = differences[0].code.floats(0.0)
     for each in differences:
@@ -79,48 +80,47 @@ def _squares(differences: Sequence[Floats]) -> Floats:
     return total
 
 
-def _weighted(known: Known, differences: Sequence[Floats]) -> Floats:
-    total = known.code.floats(0.0)
+def _weighted(statistics: ColumnStatistics, differences: Sequence[Floats]) -> Floats:
+    total = statistics.code.floats(0.0)
     for i, each in enumerate(differences):
-        total = total + (known.weight(i) * each) * each
+        total = total + (statistics.weight(i) * each) * each
     return total
 
 
-def _quadratic(known: Known, differences: Sequence[Floats]) -> Floats:
-    total = known.code.floats(0.0)
+def _quadratic(statistics: ColumnStatistics, differences: Sequence[Floats]) -> Floats:
+    """Return the sum over j of d_j * (sum over i < j of H_ji * 2 d_i, and H_jj * d_j): doubling is exact."""
+    total, doubled = statistics.code.floats(0.0), list[Floats]()
     for j, own in enumerate(differences):
-        inner = known.code.floats(0.0)
-        for i in range(j + 1):
-            inner = inner + known.factor(j, i) * differences[i]
+        inner = statistics.code.floats(0.0)
+        for i, each in enumerate([*doubled, own]):
+            inner = inner + statistics.curvature(j, i) * each
         total = total + own * inner
+        doubled.append(own + own)
     return total
 
 
-def calibrated(x: Sequence[Floats], global_scale: Floats, known: Known, method: str) -> Quantized:
-    """Return each block at the scale of least error, by `weighted`, `hessian` or, with descent on its values, `descent`."""
-    code = known.code
+def calibrated(x: Sequence[Floats], global_scale: Floats, statistics: ColumnStatistics, method: str) -> QuantizedBlock:
+    """Return each block at the scale of least error, the first of equals; by DESCENT, its values are then improved too."""
+    code = statistics.code
     step = code.floats(1.0) / global_scale
-    magnitudes = [(each.bits() & _MAGNITUDE).floats() for each in x]
-    base = bounded(rounded_scale((largest(magnitudes) / E2M1_MAX * global_scale).minimum(E4M3_MAX)))
-    chosen, best, rounding = base, code.floats(math.inf), _rounding_error(x, base, step)
+    base = bounded(rounded_scale((largest(magnitudes(x).x) / E2M1_MAX * global_scale).minimum(E4M3_MAX)))
+    chosen, best = code.variable(base), code.variable(code.floats(math.inf))
     objective = _weighted if method == "weighted" else _quadratic
-    for offset in CALIBRATED_OFFSETS:
-        scale = neighbour(base, offset)
-        error = objective(known, _differences(x, _rounded(x, scale, step), scale, step))
-        better = error < best
-        best, chosen = better.choose(error, best), better.choose(scale, chosen)
-    values = _rounded(x, chosen, step)
-    if method == "descent":
-        values = _descended(x, values, chosen.floats() * step, known)
+    # A loop, not 14 copies: a GPU's driver translates them in seconds, and a processor is no faster with them.
+    with code.loop(LONG(0), LONG(len(CALIBRATED_OFFSETS)), LONG(1)) as candidate:
+        scale = bounded(base + (code.nth(_PLACES, candidate) << 20) - (-_LOWEST_OFFSET << 20))
+        error = objective(statistics, _differences(x, _rounded(x, scale, step), scale, step))
+        better = error < best.get()
+        chosen.set(better.choose(scale, chosen.get()))
+        best.set(better.choose(error, best.get()))
+    values = _rounded(x, chosen.get(), step)
+    if method == DESCENT:
+        values = _descended(x, values, chosen.get().floats() * step, statistics)
     words = [_nibbles(values[half : half + 8]) for half in (0, 8)]
     empty = (words[0] | words[1]).equals(0)
-    scale_code = empty.choose(ZERO_BLOCK_CODE, (chosen >> 20) - 960)
-    return Quantized(words, scale_code, _squares(_differences(x, values, chosen, step)), rounding)
-
-
-def _rounding_error(x: Sequence[Floats], base: Words, step: Floats) -> Floats:
-    """Return the squared error of a block at its scale rounded to nearest."""
-    return _squares(_differences(x, _rounded(x, base, step), base, step))
+    scale_code = empty.choose(ZERO_BLOCK_CODE, (chosen.get() >> 20) - 960)
+    rounding = _squares(_differences(x, _rounded(x, base, step), base, step))
+    return QuantizedBlock(words, scale_code, _squares(_differences(x, values, chosen.get(), step)), rounding)
 
 
 def _rounded(x: Sequence[Floats], scale: Words, step: Floats) -> list[Floats]:
@@ -133,31 +133,33 @@ def _differences(x: Sequence[Floats], values: Sequence[Floats], scale: Words, st
     return [value * factor - each for value, each in zip(values, x, strict=True)]
 
 
-def _descended(x: Sequence[Floats], values: Sequence[Floats], scale: Floats, known: Known) -> list[Floats]:
+def _descended(
+    x: Sequence[Floats], values: Sequence[Floats], scale: Floats, statistics: ColumnStatistics
+) -> list[Floats]:
     """Return values whose error was lowered one by one until nothing changed, at most 8 times through."""
-    code = known.code
+    code = statistics.code
     inverse = code.floats(1.0) / scale
     gradient = [code.variable(code.floats(0.0)) for _ in x]
     held = [code.variable(value) for value in values]
     for i, (value, each) in enumerate(zip(values, x, strict=True)):
-        _shift(gradient, value * scale - each, known, i)
+        _shift(gradient, value * scale - each, statistics, i)
     sweeps = code.variable(LONG(SWEEPS))
     with code.loop(LONG(0), sweeps, LONG(1)):
         moved = code.variable(code.words(0))
         for i in range(BLOCK_SIZE):
-            change, lower = _move(held[i], gradient[i].get(), (scale, inverse), known.curvature(i, i))
+            change, lower = _move(held[i], gradient[i].get(), (scale, inverse), statistics.curvature(i, i))
             with code.build.if_then(code.build.not_(lower.nowhere())):
                 moved.set(code.words(1))
-                _shift(gradient, change, known, i)
+                _shift(gradient, change, statistics, i)
         ended = moved.get().equals(0).everywhere()
         sweeps.set(code.build.select(ended, LONG(0), LONG(SWEEPS)))
     return [variable.get() for variable in held]
 
 
-def _shift(gradient: Sequence[Any], change: Floats, known: Known, i: int) -> None:
+def _shift(gradient: Sequence[Any], change: Floats, statistics: ColumnStatistics, i: int) -> None:
     """Add to the gradient what a change of value i makes of it."""
     for j, each in enumerate(gradient):
-        each.set(each.get() + known.curvature(j, i) * change)
+        each.set(each.get() + statistics.curvature(j, i) * change)
 
 
 def _move(held: Any, slope: Floats, scales: tuple[Floats, Floats], own: Floats) -> tuple[Floats, Mask]:

@@ -1,14 +1,15 @@
-"""The calibrated methods in torch: any device, the same bytes as the compiled kernels', in slices of rows that stay in cache."""
+"""The calibrated methods in torch: the same bytes as the compiled kernels', in slices of rows that stay in cache."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from ..kernels import ERROR_FIELDS, ErrorStats, QuantizeArgs, TileArray
+from ..kernels import QuantizeArgs, TileArray
 from ..nvfp4 import BLOCK_SIZE, E4M3_MAX, MIN_NORMAL_CODE, ZERO_BLOCK_CODE, ByteArray
-from .calibrated import CALIBRATED_OFFSETS, SWEEPS, PreparedStatistics, lower_factors
-from .torch import SLICE_BLOCKS, TorchKernel, _Done, _filled
+from .calibrated import CALIBRATED_OFFSETS, SWEEPS, PreparedStatistics
+from .stats import ERROR_FIELDS, ErrorStats
+from .torch import SLICE_BLOCKS, TorchKernel, _Done, _float32
 
 
 class CalibratedTorchKernel(TorchKernel):
@@ -17,7 +18,7 @@ class CalibratedTorchKernel(TorchKernel):
     def quantize(  # type: ignore[override]
         self,
         tile: TileArray,
-        recipe: QuantizeArgs,
+        args: QuantizeArgs,
         statistics: PreparedStatistics,
         *,
         packed: ByteArray,
@@ -25,23 +26,21 @@ class CalibratedTorchKernel(TorchKernel):
     ) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
         blocks = tile.shape[1] // BLOCK_SIZE
-        objective = _Objective(recipe.method, statistics, self._device)
+        objective = _Objective(statistics)
         stats = np.zeros(ERROR_FIELDS)
         step = max(1, SLICE_BLOCKS // blocks)
         for row in range(0, len(tile), step):
             part = slice(row, row + step)
             signed = self._load(tile[part]).reshape(-1, blocks, BLOCK_SIZE)
-            done = self._choose(signed, recipe, objective)
-            packed[part] = (done.nibbles[..., 0::2] | done.nibbles[..., 1::2] << 4).flatten(1).cpu().numpy()
-            scales[part] = done.codes.to(torch.uint8).cpu().numpy()
+            done = self._choose(signed, args, objective)
+            packed[part] = (done.nibbles[..., 0::2] | done.nibbles[..., 1::2] << 4).flatten(1).numpy()
+            scales[part] = done.codes.to(torch.uint8).numpy()
             self._tally(stats, signed.flatten(0, 1), _flattened(done))
         return ErrorStats.from_array(tile.size, stats)
 
-    def _choose(self, signed: torch.Tensor, recipe: QuantizeArgs, objective: _Objective) -> _Done:
-        step = 1 / _filled(signed, recipe.global_scale)
-        scaled = (signed.abs().amax(2) / _filled(signed, 6.0) * _filled(signed, recipe.global_scale)).clamp_max(
-            E4M3_MAX
-        )
+    def _choose(self, signed: torch.Tensor, args: QuantizeArgs, objective: _Objective) -> _Done:
+        step = 1 / _float32(args.global_scale)
+        scaled = (signed.abs().amax(2) / _float32(6.0) * _float32(args.global_scale)).clamp_max(E4M3_MAX)
         base = self._codes(scaled).clamp(MIN_NORMAL_CODE, 126)
         best, codes = torch.full_like(scaled, torch.inf), base
         for offset in CALIBRATED_OFFSETS:
@@ -52,7 +51,7 @@ class CalibratedTorchKernel(TorchKernel):
             best, codes = torch.where(better, error, best), torch.where(better, code, codes)
         scale = (self._scales[codes] * step)[..., None]
         values = self._signed(signed * (1 / scale))
-        if recipe.method == "hessian+":
+        if args.method == "hessian+" and objective.hessian is not None:
             values = self._descend(signed, values, scale, objective.hessian)
         rounding = (self._scales[base] * step)[..., None]
         plain = _squares(self._signed(signed * (1 / rounding)) * rounding - signed)
@@ -91,23 +90,22 @@ class CalibratedTorchKernel(TorchKernel):
 class _Objective:
     """The error of differences `[R, K/16, 16]` under a weight's statistics."""
 
-    def __init__(self, method: str, statistics: PreparedStatistics, device: torch.device) -> None:
-        weighted = method == "weighted"
-        blocks = statistics.values.reshape(-1, BLOCK_SIZE) if weighted else statistics.values
-        self.hessian = torch.tensor(blocks, device=device)
-        self._lower = self.hessian if weighted else torch.tensor(lower_factors(blocks), device=device)
+    def __init__(self, statistics: PreparedStatistics) -> None:
+        values = torch.tensor(statistics.values)
+        self.weights = values.reshape(-1, BLOCK_SIZE)
+        self.hessian = values if values.ndim == 3 else None
 
     def error(self, differences: torch.Tensor) -> torch.Tensor:
         """Return the error of each block, summed in index order."""
         total = torch.zeros_like(differences[..., 0])
         for j in range(BLOCK_SIZE):
             own = differences[..., j]
-            if self._lower.ndim == 2:
-                total = total + self._lower[:, j] * own * own
+            if self.hessian is None:
+                total = total + self.weights[:, j] * own * own
                 continue
             inner = torch.zeros_like(total)
             for i in range(j + 1):
-                inner = inner + self._lower[:, j, i] * differences[..., i]
+                inner = inner + self.hessian[:, j, i] * (1 if i == j else 2) * differences[..., i]
             total = total + own * inner
         return total
 

@@ -1,23 +1,47 @@
-"""From LLVM instructions to object code for this processor. Nothing here is imported where that is on disk already."""
+"""Make functions for this processor: from LLVM instructions to object code, from there, or from the cache, into memory.
+
+Called by `cpu.py` and `calibrated_cpu.py`; `cpu_code.py` writes the instructions. Compiling a function takes about a second,
+loading one from the cache milliseconds. Nothing here may let LLVM relax the arithmetic: no fast-math flag, no contraction.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import llvmlite
 from llvmlite import binding, ir
+
+from .cache import cached
+
+_lock = threading.RLock()  # LLVM's engine is not safe for threads
+
+
+@cache
+def origin() -> bytes:
+    """Return what decides about every kernel beside its name: the generating sources, llvmlite's and LLVM's versions."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(f"llvmlite {llvmlite.__version__}, LLVM {binding.llvm_version_info}".encode())
+    for path in [*sorted(folder.glob("*.py")), folder.parent / "nvfp4.py", folder.parent / "dtypes.py"]:
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+@cache
+def _host() -> bytes:
+    """Return what LLVM knows of this processor: machines that share a home must not share code."""
+    return repr((binding.get_process_triple(), binding.get_host_cpu_name(), _features().flatten())).encode()
 
 
 @cache
 def has_fused() -> bool:
     """Return whether this processor has an instruction for x * y + z."""
     return bool(_features().get("fma")) or not binding.get_process_triple().startswith(("x86_64", "amd64", "i686"))
-
-
-@cache
-def host() -> str:
-    """Return what LLVM knows of this processor."""
-    return repr((binding.get_process_triple(), binding.get_host_cpu_name(), _features().flatten()))
 
 
 @cache
@@ -34,6 +58,11 @@ def _target() -> Any:
     return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3, jit=True)
 
 
+@cache
+def _engine() -> Any:
+    return binding.create_mcjit_compiler(binding.parse_assembly(""), _target())
+
+
 def optimized(module: ir.Module, target: Any) -> Any:
     """Return a module as LLVM makes it fast, ready to be emitted."""
     parsed = binding.parse_assembly(str(module))
@@ -42,19 +71,31 @@ def optimized(module: ir.Module, target: Any) -> Any:
     return parsed
 
 
-def object_code(module: ir.Module) -> bytes:
-    """Return a module as an object file for this processor."""
-    return bytes(_target().emit_object(optimized(module, _target())))
+class CpuFunctions:
+    """Functions by name, each compiled or loaded at its first use; `emit` writes one into a module. Safe for threads."""
 
+    def __init__(self, emit: Callable[[ir.Module, str], None], arguments: Sequence[Any]) -> None:
+        self._emit = emit
+        self._type = ctypes.CFUNCTYPE(None, *arguments)
+        self._functions: dict[str, Any] = {}
 
-@cache
-def _engine() -> Any:
-    return binding.create_mcjit_compiler(binding.parse_assembly(""), _target())
+    def __getitem__(self, name: str) -> Any:
+        found = self._functions.get(name)
+        if found is None:
+            with _lock:
+                found = self._functions.get(name) or self._load(name)
+                self._functions[name] = found
+        return found
 
+    def _load(self, name: str) -> Any:
+        """Return a function whose code LLVM has put into memory for good: the engine lives as long as the process."""
+        code = cached(name, name.encode() + origin() + _host(), lambda: self._compile(name))
+        engine = _engine()
+        engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        return self._type(engine.get_function_address(name))
 
-def load(code: bytes, name: str) -> int:
-    """Return the address of a function of an object file, which LLVM puts into memory for good."""
-    engine = _engine()
-    engine.add_object_file(binding.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    return int(engine.get_function_address(name))
+    def _compile(self, name: str) -> bytes:
+        module = ir.Module(name)
+        self._emit(module, name)
+        return bytes(_target().emit_object(optimized(module, _target())))

@@ -1,47 +1,28 @@
-"""The CPU kernel: machine code that LLVM has made of the blocks' arithmetic, called for many weights at once."""
+"""The CPU kernel of `search` and `minmax`: calls the functions that `cpu_code.py` writes, for many weights at once."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels import (
-    BF16,
-    ERROR_FIELDS,
-    F16,
-    F32,
-    ErrorStats,
-    Float64Array,
-    Int64Array,
-    Kernel,
-    QuantizeArgs,
-    TileArray,
-    WeightBatch,
-)
+from ..dtypes import dtype_name
+from ..kernels import Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
-from .machine import MachineCode
+from .compiling import CpuFunctions
+from .cpu_code import emit
+from .stats import ERROR_FIELDS, ErrorStats
 
-if TYPE_CHECKING:
-    from llvmlite import ir
-
-KINDS = {"H": BF16, "e": F16, "f": F32}  # by numpy's type characters; uint16 stands for bfloat16
 CACHED_BYTES = 2**20  # what is read at once, to be used from the processor's own cache
 _POINTER = ctypes.c_void_p
 
 
-def _emit(module: ir.Module, name: str) -> None:
-    from .cpu_code import emit
-
-    emit(module, name)
-
-
-_quantizers = MachineCode(_emit, [*[_POINTER] * 6, ctypes.c_int64])
-_searchers = MachineCode(_emit, [_POINTER, _POINTER, _POINTER, ctypes.c_int64])
-_file_searchers = MachineCode(
-    _emit, [_POINTER, ctypes.c_int64, _POINTER, _POINTER, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_quantizers = CpuFunctions(emit, [*[_POINTER] * 6, ctypes.c_int64])
+_searchers = CpuFunctions(emit, [_POINTER, _POINTER, _POINTER, ctypes.c_int64])
+_file_searchers = CpuFunctions(
+    emit, [_POINTER, ctypes.c_int64, _POINTER, _POINTER, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 )
 
 
@@ -90,16 +71,16 @@ class CpuKernel(Kernel):
         run(address(tile), room, address(found), address(done), fd, offset, tile.size)
         return float(_magnitudes(found, tile.dtype)[0]) if done[0] else super().amax_in_file(fd, offset, tile)
 
-    def quantize(self, tile: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
+    def quantize(self, tile: TileArray, args: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-        starts, factor = np.array([0, tile.size], np.int64), np.array([recipe.global_scale], np.float32)
-        stats = self.quantize_each(tile.reshape(-1), WeightBatch(recipe.method, starts, factor), packed, scales)
+        starts, factor = np.array([0, tile.size], np.int64), np.array([args.global_scale], np.float32)
+        stats = self.quantize_each(tile.reshape(-1), WeightBatch(args.method, starts, factor), packed, scales)
         return ErrorStats.from_array(tile.size, stats[0])
 
-    def quantize_each(self, data: TileArray, many: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
+    def quantize_each(self, data: TileArray, batch: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
         """Write the packed values and scale codes of many weights, flat; return the statistics `[n, 7]` of each."""
-        run = _quantizers[f"{'search' if many.method == 'search' else 'minmax'}_{KINDS[data.dtype.char]}"]
-        stats, blocks = np.empty((len(many.global_scales), ERROR_FIELDS)), many.starts // BLOCK_SIZE
-        arrays = (data, packed, scales, stats, blocks, many.global_scales)
+        run = _quantizers[f"{batch.method}_{dtype_name(data)}"]
+        stats, blocks = np.empty((len(batch.global_scales), ERROR_FIELDS)), batch.starts // BLOCK_SIZE
+        arrays = (data, packed, scales, stats, blocks, batch.global_scales)
         run(*map(address, arrays), len(stats))
         return stats

@@ -1,7 +1,7 @@
-"""The CPU kernel's instructions: LLVM vectors of 16 blocks, one to a lane, in one function for each method and dtype.
+"""Write the CPU's functions: loops around the arithmetic, for LLVM vectors of 16 blocks, one to a lane.
 
-The blocks of a chunk lie one behind the other; transposed, word j of every block is one vector. 16 lanes on every machine:
-where registers are shorter, LLVM takes several, and sums over lanes come out the same.
+Called by `compiling.py` for a function that is not in the cache. The 16 blocks are transposed, so that word j of every block
+is one vector. 16 lanes on every processor: where registers are shorter, LLVM takes several, and sums come out the same.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from typing import Any
 
 from llvmlite import ir
 
-from ..kernels import ERROR_FIELDS
-from .blocks import WORST, ErrorSums, Quantized, block_words, minmax, search, tally, unpack_block
+from ..nvfp4 import BLOCK_SIZE
+from .blocks import WORST, ErrorSums, QuantizedBlock, block_errors, block_words, minmax, search, unpack_block
+from .calibrated import FUNCTIONS
+from .calibrated_blocks import ColumnStatistics, calibrated, magnitudes, signed_values
 from .compiling import has_fused
-from .machine import LANES
+from .stats import ERROR_FIELDS
 from .vector import BIT, BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Words
 
+LANES = 16
 
-def transposed(code: Code, source: Any, words: int, stride: Any = None) -> list[Words]:
+
+def _transposed(code: Code, source: Any, words: int, stride: Any = None) -> list[Words]:
     """Return, of 16 blocks of 8 or 16 words, word j of every block as vector j; block k begins `k * stride` words on.
 
     Each step exchanges, between pairs of vectors, one bit of the word's number for one of the block's.
@@ -46,7 +50,7 @@ def transposed(code: Code, source: Any, words: int, stride: Any = None) -> list[
     return [Words(code, row) for row in rows]
 
 
-def store_sums(code: Code, sums: ErrorSums, stats: Any, padding: Any) -> None:
+def _store_sums(code: Code, sums: ErrorSums, stats: Any, padding: Any) -> None:
     """Write the statistics of all lanes together: sums in the order of lanes, and the worst relative error.
 
     `padding` is how many of the blocks were only there to fill a chunk.
@@ -64,7 +68,7 @@ def store_sums(code: Code, sums: ErrorSums, stats: Any, padding: Any) -> None:
         code.store(total, code.at(stats, LONG(place)))
 
 
-def store_chunk(code: Code, done: Quantized, packed: Any, scales: Any) -> None:
+def _store_chunk(code: Code, done: QuantizedBlock, packed: Any, scales: Any) -> None:
     """Write 16 blocks one behind the other: two words each, and one byte each."""
     low, high = (word.raw for word in done.words)
     for half in (0, 1):
@@ -74,13 +78,12 @@ def store_chunk(code: Code, done: Quantized, packed: Any, scales: Any) -> None:
 
 
 def emit(module: ir.Module, name: str) -> None:
-    """Write the function of a name: of a method and a dtype (search_bf16), or of a width in bits (amax_16, amax_in_file_16)."""
-    if name.startswith("amax_in_file"):
-        _emit_amax_in_file(module, name)
-    elif name.startswith("amax"):
-        _emit_amax(module, name)
+    """Write the function of a name: of a method and a dtype (search_BF16), or of a width in bits (amax_16, amax_in_file_16)."""
+    first = name.split("_")[0]
+    if first == "amax":
+        (_emit_amax_in_file if "file" in name else _emit_amax)(module, name)
     else:
-        _emit_many(module, name)
+        (_emit_calibrated if first in FUNCTIONS.values() else _emit_many)(module, name)
 
 
 def _emit_many(module: ir.Module, name: str) -> None:
@@ -108,7 +111,7 @@ def _emit_many(module: ir.Module, name: str) -> None:
 
 def _emit_one(module: ir.Module, name: str) -> ir.Function:
     """Write a function for one weight: (source, packed, scales, stats, blocks, global scale)."""
-    method, kind = name.split("_")
+    method, dtype = name.split("_")
     pointers = [element.as_pointer() for element in (WORD, WORD, BYTE, DOUBLE)]
     function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG, FLOAT]), f"{name}_one")
     function.linkage = "internal"
@@ -116,22 +119,59 @@ def _emit_one(module: ir.Module, name: str) -> ir.Function:
         pointer.add_attribute("noalias")
     source, packed, scales, stats, blocks, factor = function.args
     code = Code(function, LANES, fused=has_fused())
-    sums, global_scale, words = ErrorSums(code), code.spread(factor), block_words(kind)
+    sums, global_scale, words = ErrorSums(code), code.spread(factor), block_words(dtype)
     sizes = (4 * words, 8, 1)  # bytes of a block: as it comes, packed, its scale
     with code.loop(LONG(0), blocks, LONG(LANES)) as block:
         places = [
             code.at(each, code.build.mul(block, LONG(k))) for each, k in ((source, words), (packed, 2), (scales, 1))
         ]
         chunk = _Chunk(code, places, sizes, code.build.sub(blocks, block))
-        found = unpack_block(transposed(code, chunk.source, words), kind)
-        done = search(code, found, global_scale) if method == "search" else minmax(code, found, global_scale, kind)
-        store_chunk(code, done, chunk.packed, chunk.scales)
+        found = unpack_block(_transposed(code, chunk.source, words), dtype)
+        done = search(code, found, global_scale) if method == "search" else minmax(code, found, global_scale, dtype)
+        _store_chunk(code, done, chunk.packed, chunk.scales)
         chunk.close()
-        sums.add(tally(found, done))
+        sums.add(block_errors(found, done))
     padding = code.build.and_(code.build.sub(LONG(0), blocks), LONG(LANES - 1))
-    store_sums(code, sums, stats, padding)
+    _store_sums(code, sums, stats, padding)
     code.build.ret_void()
     return function
+
+
+def _emit_calibrated(module: ir.Module, name: str) -> None:
+    """Write a function for whole chunks of 16 rows, block by block, since rows share their columns' statistics.
+
+    Its arguments: (source, packed, scales, stats [7], statistics, rows, blocks of a row, global scale).
+    """
+    method, dtype = name.split("_")
+    pointers = [element.as_pointer() for element in (WORD, WORD, BYTE, DOUBLE, FLOAT)]
+    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG, LONG, FLOAT]), name)
+    source, packed, scales, stats, known, rows, blocks, factor = function.args
+    for pointer in function.args[: len(pointers)]:
+        pointer.add_attribute("noalias")
+    code = Code(function, LANES, fused=has_fused())
+    sums, global_scale, words = ErrorSums(code), code.spread(factor), block_words(dtype)
+    build, stride = code.build, code.build.mul(blocks, LONG(words))
+    size = BLOCK_SIZE if method == "weighted" else BLOCK_SIZE**2
+    with code.loop(LONG(0), rows, LONG(LANES)) as row, code.loop(LONG(0), blocks, LONG(1)) as block:
+        first = build.add(build.mul(row, blocks), block)
+        x = signed_values(_transposed(code, code.at(source, build.mul(first, LONG(words))), words, stride), dtype)
+        statistics = ColumnStatistics(code, code.at(known, build.mul(block, LONG(size))))
+        done = calibrated(x, global_scale, statistics, method)
+        _store_rows(code, done, (packed, scales), [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)])
+        sums.add(block_errors(magnitudes(x), done))
+    _store_sums(code, sums, stats, LONG(0))
+    build.ret_void()
+
+
+def _store_rows(code: Code, done: QuantizedBlock, out: Any, places: Sequence[Any]) -> None:
+    """Write a block of each of 16 rows at its place, counted in blocks."""
+    packed, scales = out
+    codes = code.build.trunc(done.code.raw, ir.VectorType(BYTE, LANES))
+    low, high = (word.raw for word in done.words)
+    for lane, place in enumerate(places):
+        both = code.shuffle(low, high, (lane, LANES + lane))
+        code.store(both, code.at(packed, code.build.mul(place, LONG(2))), 4)
+        code.store(code.build.extract_element(codes, WORD(lane)), code.at(scales, place))
 
 
 class _Chunk:

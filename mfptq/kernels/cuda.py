@@ -1,12 +1,11 @@
-"""The kernel for NVIDIA GPUs: copies and kernels of several tiles overlap, and memory is bounded.
+"""The kernel for NVIDIA GPUs: calls the functions that `ptx.py` writes; copies and kernels of several tiles overlap.
 
-Every worker thread has a stream and buffers of its own; host memory is pinned. On the device a worker holds one tile
-and what it becomes.
+Every worker thread has a stream and buffers of its own, host memory is pinned. On the device a worker holds one tile and what
+it becomes, never more: where memory is short it takes half a tile at a time. `calibrated_cuda.py` builds on the same class.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,21 +16,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..dtypes import dtype_name
 from ..errors import MemoryBudgetError, UsageError, quote
-from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
+from ..kernels import Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
-from .artifacts import artifact
+from .cache import cached
+from .compiling import origin
 from .cpu import CpuKernel
 from .driver import Device, DeviceMemory, DeviceMemoryError, DeviceStream, DriverError, open_device
-from .machine import origin
+from .stats import ERROR_FIELDS, ErrorStats
 
 THREADS = 256  # of a block
 WARPS = THREADS // 32
 MAX_GRID = 1024  # on every GPU: the statistics are summed in the same order
 STATS_BYTES = 8 * ERROR_FIELDS * MAX_GRID * WARPS
 ALIGNMENT = 256  # of what lies in a buffer
-KINDS = {"uint16": "bf16", "float16": "f16", "float32": "f32"}
-ENTRIES = ("amax_16", "amax_32", *(f"{method}_{kind}" for method in ("search", "minmax") for kind in KINDS.values()))
 
 
 class _Lane(threading.local):
@@ -64,26 +63,98 @@ class _Lane(threading.local):
         self.room, self.places = size, (start, start + source, start + source + packed)
 
 
-class CudaKernel(Kernel):
-    """Quantizes on a GPU; safe to use from several threads."""
-
-    tile_bytes = 8 * 2**20  # larger ones are no faster, and pinning memory takes time
+class CudaWorker:
+    """Runs functions on tiles on a GPU; safe to use from several threads, each of which has a lane."""
 
     def __init__(self, device: str) -> None:
-        found = re.fullmatch("cuda(?::([0-9]{1,4}))?", device)
-        if found is None:
-            raise UsageError(f"device {quote(device)} is unknown, expected cuda or cuda:N")
-        self.name = f"cuda:{int(found[1] or 0)}"
-        self._small = CpuKernel()
+        number = int(device.partition(":")[2] or 0)
+        self.name = f"cuda:{number}"
         try:
-            self._device = open_device(int(found[1] or 0))
+            self._device = open_device(number)
             with self._working("its kernels"):
-                self._functions = _load(self._device)
+                load_function(self._device, "amax_16")  # what the driver refuses is refused before any work
                 self._lane = _Lane(self._device)
         except DeviceMemoryError:
             raise MemoryBudgetError(f"{self.name} has no memory for a context: use another device") from None
         except DriverError as error:
             raise UsageError(f"device {quote(device)} cannot be used: {error}") from None
+
+    def _parts(self, tile: TileArray) -> Iterator[TileArray]:
+        """Yield the tile's values, flat: all at once, or in halves where the device has no memory for all."""
+        assert tile.flags.c_contiguous
+        lane, values = self._lane, tile.reshape(-1)
+        size = values.size
+        try:
+            lane.reserve(tile.nbytes)
+        except DeviceMemoryError:
+            size = -(-size // 2 // BLOCK_SIZE) * BLOCK_SIZE
+            lane.reserve(size * tile.itemsize)
+        for start in range(0, values.size, size):
+            yield values[start : start + size]
+
+    def _quantize(
+        self, tile: TileArray, args: QuantizeArgs, out: tuple[ByteArray, ByteArray], function: str, *, known: int = 0
+    ) -> ErrorStats:
+        """Quantize a tile by a function into `out`, packed values and scale codes.
+
+        `known` is where the statistics of the tile's columns lie on the device, for functions that take them.
+        """
+        assert all(each.flags.c_contiguous for each in out)
+        (packed, scales), stats, done = (each.reshape(-1) for each in out), ErrorStats(), 0
+        width = tile.shape[1] // BLOCK_SIZE
+        with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
+            for part in self._parts(tile):
+                end = done + part.size // BLOCK_SIZE
+                columns = (c_uint64(known), c_int64(end - done), c_int64(width), c_int64(done % width))
+                extra = (*(columns if known else columns[1:2]), c_float(args.global_scale))
+                parts = packed[done * BLOCK_SIZE // 2 : end * BLOCK_SIZE // 2], scales[done:end]
+                stats.add(self._quantize_part(part, parts, function, extra))
+                done = end
+        return stats
+
+    def _quantize_part(
+        self, part: TileArray, out: tuple[ByteArray, ByteArray], function: str, arguments: tuple[Any, ...]
+    ) -> ErrorStats:
+        lane, (packed, scales) = self._lane, out
+        source, nibbles, codes = lane.places
+        lane.stream.upload(source, part)
+        places = map(c_uint64, (source, nibbles, codes, lane.stats.pointer))
+        grid = self._launch(function, scales.size, (*places, *arguments))
+        lane.stream.download(packed, nibbles)
+        lane.stream.download(scales, codes)
+        sums = lane.sums[: ERROR_FIELDS * grid * WARPS]
+        lane.stream.download(sums, lane.stats.pointer)
+        lane.stream.wait()
+        return _together(sums.reshape(ERROR_FIELDS, grid * WARPS), part.size)
+
+    def _launch(self, function: str, items: int, arguments: tuple[Any, ...]) -> int:
+        """Start a kernel with a thread for every item, as far as the grid goes; return the grid's size."""
+        grid = min(MAX_GRID, -(-items // THREADS))
+        self._lane.stream.launch(load_function(self._device, function), grid, THREADS, arguments)
+        return grid
+
+    @contextmanager
+    def _working(self, what: str) -> Iterator[None]:
+        """Work in the device's context; raise MemoryBudgetError where there is no memory for `what`."""
+        with self._device:
+            try:
+                yield
+            except DeviceMemoryError:
+                free = _megabytes(self._device.free_memory())
+                raise MemoryBudgetError(
+                    f"{self.name} ({self._device.name}) has no memory for {what}, {free} of its own are free: "
+                    "lower max_workers or max_memory"
+                ) from None
+
+
+class CudaKernel(CudaWorker, Kernel):
+    """Quantizes on a GPU by `search` and `minmax`; safe to use from several threads."""
+
+    tile_bytes = 8 * 2**20  # larger ones are no faster, and pinning memory takes time
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self._small = CpuKernel()
 
     def allocate(self, size: int) -> ByteArray:
         """Return pinned host memory, from which copies to the device run beside kernels; raises MemoryBudgetError."""
@@ -101,41 +172,20 @@ class CudaKernel(Kernel):
             return float(np.uint32(largest << 16).view(np.float32))
         return float(np.array([largest], f"u{tile.itemsize}").view(tile.dtype)[0])
 
-    def quantize(self, tile: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
+    def quantize(self, tile: TileArray, args: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite.
 
         Raises MemoryBudgetError where the device has no memory even for half of the tile.
         """
-        assert packed.flags.c_contiguous
-        assert scales.flags.c_contiguous
-        stats, nibbles, codes = ErrorStats(), packed.reshape(-1), scales.reshape(-1)
-        with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
-            for part in self._parts(tile):
-                values, blocks = part.size // 2, part.size // BLOCK_SIZE
-                stats.add(self._quantize(part, recipe, nibbles[:values], codes[:blocks]))
-                nibbles, codes = nibbles[values:], codes[blocks:]
-        return stats
+        return self._quantize(tile, args, (packed, scales), f"{args.method}_{dtype_name(tile)}")
 
     def amax_each(self, data: TileArray, starts: Int64Array) -> Float32Array:
         """Return the largest magnitude of each of many small weights: the CPU is done before they could be sent."""
         return self._small.amax_each(data, starts)
 
-    def quantize_each(self, data: TileArray, many: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
+    def quantize_each(self, data: TileArray, batch: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
         """Quantize many small weights, on the CPU, to the same bytes; return the statistics `[n, 7]` of each."""
-        return self._small.quantize_each(data, many, packed, scales)
-
-    def _parts(self, tile: TileArray) -> Iterator[TileArray]:
-        """Yield the tile's values, flat: all at once, or in halves where the device has no memory for all."""
-        assert tile.flags.c_contiguous
-        lane, values = self._lane, tile.reshape(-1)
-        size = values.size
-        try:
-            lane.reserve(tile.nbytes)
-        except DeviceMemoryError:
-            size = -(-size // 2 // BLOCK_SIZE) * BLOCK_SIZE
-            lane.reserve(size * tile.itemsize)
-        for start in range(0, values.size, size):
-            yield values[start : start + size]
+        return self._small.quantize_each(data, batch, packed, scales)
 
     def _largest(self, part: TileArray) -> int:
         """Return the bits of the largest magnitude."""
@@ -150,57 +200,22 @@ class CudaKernel(Kernel):
         lane.stream.wait()
         return int(result[0])
 
-    def _quantize(self, part: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
-        lane, blocks = self._lane, scales.size
-        source, nibbles, codes = lane.places
-        lane.stream.upload(source, part)
-        places = map(c_uint64, (source, nibbles, codes, lane.stats.pointer))
-        method = "search" if recipe.method == "search" else "minmax"
-        arguments = (*places, c_int64(blocks), c_float(recipe.global_scale))
-        grid = self._launch(f"{method}_{KINDS[part.dtype.name]}", blocks, arguments)
-        lane.stream.download(packed, nibbles)
-        lane.stream.download(scales, codes)
-        sums = lane.sums[: ERROR_FIELDS * grid * WARPS]
-        lane.stream.download(sums, lane.stats.pointer)
-        lane.stream.wait()
-        return _together(sums.reshape(ERROR_FIELDS, grid * WARPS), part.size)
 
-    def _launch(self, entry: str, items: int, arguments: tuple[Any, ...]) -> int:
-        """Start a kernel with a thread for every item, as far as the grid goes; return the grid's size."""
-        grid = min(MAX_GRID, -(-items // THREADS))
-        self._lane.stream.launch(self._functions[entry], grid, THREADS, arguments)
-        return grid
-
-    @contextmanager
-    def _working(self, what: str) -> Iterator[None]:
-        """Work in the device's context; raise MemoryBudgetError where there is no memory for `what`."""
-        with self._device:
-            try:
-                yield
-            except DeviceMemoryError:
-                free = _megabytes(self._device.free_memory())
-                raise MemoryBudgetError(
-                    f"{self.name} ({self._device.name}) has no memory for {what}, {free} of its own are free: "
-                    "lower max_workers or max_memory"
-                ) from None
-
-
-def _ptx() -> bytes:
-    """Return the kernels as PTX: from disk, or compiled now."""
+def _ptx(name: str) -> bytes:
+    """Return a function as PTX: from disk, or compiled now."""
 
     def compiled() -> bytes:
         from .ptx import compile_ptx
 
-        return compile_ptx()
+        return compile_ptx(name)
 
-    return artifact("ptx", origin(), compiled)
+    return cached(f"ptx_{name}", name.encode() + origin(), compiled)
 
 
 @cache
-def _load(device: Device) -> dict[str, int]:
-    """Return the kernels for a device: loaded once in a process."""
-    with device:
-        return device.load(_ptx(), ENTRIES)
+def load_function(device: Device, name: str) -> int:
+    """Return a function on a device, loaded once in a process; called inside `with device:`."""
+    return device.load(_ptx(name), name)
 
 
 def _together(rows: npt.NDArray[np.float64], weights: int) -> ErrorStats:

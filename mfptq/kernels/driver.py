@@ -1,6 +1,7 @@
-"""The CUDA driver API through ctypes: what the kernels need of it, and nothing beside the driver.
+"""Call the CUDA driver through ctypes: what the kernels need of it, so that nothing but NVIDIA's driver must be installed.
 
-Calls release the interpreter's lock; those that work on a device are made inside `with device:`.
+Called by `cuda.py` and `choice.py`. Calls release the interpreter's lock; those that work on a device must be made inside
+`with device:`.
 """
 
 from __future__ import annotations
@@ -73,9 +74,9 @@ class Driver:
             texts = [self._text(of, code) for of in ("cuGetErrorName", "cuGetErrorString")]
             raise (DeviceMemoryError if code == OUT_OF_MEMORY else DriverError)(f"{name}: {texts[0]} ({texts[1]})")
 
-    def get(self, kind: Any, name: str, *arguments: Any) -> Any:
-        """Return what a function puts where its first argument points: a ctypes `kind`, 0 for a null pointer."""
-        found = kind()
+    def get(self, ctype: Any, name: str, *arguments: Any) -> Any:
+        """Return what a function puts where its first argument points, of a ctypes type; 0 for a null pointer."""
+        found = ctype()
         self.call(name, byref(found), *arguments)
         return found.value or 0
 
@@ -137,15 +138,15 @@ class Device:
         self.owned(owner, "cuMemFreeHost", address)
         return np.frombuffer(memoryview(owner), np.uint8)
 
-    def load(self, image: bytes, names: Sequence[str]) -> dict[str, int]:
-        """Return kernels of a text in PTX by their names; the driver compiles it, and keeps the result on disk."""
+    def load(self, image: bytes, name: str) -> int:
+        """Return a kernel of a text in PTX; the driver compiles it, and keeps the result on disk."""
         log = ctypes.create_string_buffer(4096)
         values = (c_void_p * 2)(ctypes.addressof(log), len(log))
         try:
             module = self.driver.get(c_void_p, "cuModuleLoadDataEx", image, 2, (c_int * 2)(*JIT_LOG), values)
         except DriverError as error:
             raise type(error)(" ".join([f"{error}:", *log.value.decode(errors="replace").split()])) from None
-        return {name: self.driver.get(c_void_p, "cuModuleGetFunction", module, name.encode()) for name in names}
+        return int(self.driver.get(c_void_p, "cuModuleGetFunction", module, name.encode()))
 
     def owned(self, owner: object, destroy: str, handle: int) -> Any:
         """Destroy a handle when its owner goes or the result is called; a process that ends takes all with it."""

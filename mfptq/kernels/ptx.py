@@ -1,18 +1,31 @@
-"""The kernels for NVIDIA GPUs as PTX: the same program as the CPU's, one block of 16 to a thread.
+"""Write the GPU's functions as PTX: the same arithmetic as the CPU's, one block of 16 to a thread.
 
-PTX for compute capability 7.0 runs on every later GPU; the driver translates it, and keeps what it made. Instructions round
-as IEEE 754 says and are never contracted (`mul.rn`, `add.rn`, `div.rn`), so that the bytes are the CPU's.
+Called by `cuda.py` for a function that is not in the cache. PTX for compute capability 7.0 runs on every later GPU; the driver
+translates it, and keeps what it made. Instructions round as IEEE 754 says and are never contracted (`mul.rn`, `add.rn`,
+`div.rn`): the bytes must be the CPU's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import binding, ir
 
-from ..kernels import BF16, F16, F32
-from .blocks import WORST, ErrorSums, block_words, minmax, search, tally, unpack_block
+from ..nvfp4 import BLOCK_SIZE
+from .blocks import (
+    WORST,
+    ErrorSums,
+    QuantizedBlock,
+    block_errors,
+    block_words,
+    minmax,
+    search,
+    unpack_block,
+)
+from .calibrated import FUNCTIONS
+from .calibrated_blocks import ColumnStatistics, calibrated, magnitudes, signed_values
 from .compiling import optimized
 from .vector import BYTE, DOUBLE, FLOAT, LONG, VOID, WORD, Code, Words
 
@@ -22,23 +35,24 @@ _TRIPLE = "nvptx64-nvidia-cuda"
 _MODEL, _FEATURES = "sm_70", "+ptx60"
 
 
-def compile_ptx() -> bytes:
-    """Return the PTX of all kernels.
+def compile_ptx(name: str) -> bytes:
+    """Return the PTX of a function by its name: of a method and a dtype (search_BF16), or of a width in bits (amax_16).
 
-    `search_*`, `minmax_*` for bf16, f16, f32: (source, packed, scales, stats, blocks, global scale), with stats float64
-    [7, W]: column w is what warp w of the grid found. `amax_16`, `amax_32`: (source, words, result), where the result, to
-    be zero before, becomes the largest magnitude's bits.
+    `search`, `minmax`: (source, packed, scales, stats, blocks, global scale), with stats float64 [7, W]: column w is what
+    warp w of the grid found. Calibrated methods: (source, packed, scales, stats, statistics, blocks, blocks of a row, which
+    of those the first one is, global scale). `amax`: (source, words, result), where the result, to be zero before, becomes
+    the largest magnitude's bits.
     """
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     target = binding.Target.from_triple(_TRIPLE).create_target_machine(cpu=_MODEL, features=_FEATURES, opt=3)
-    module = ir.Module("mfptq")
+    module = ir.Module(name)
     module.triple, module.data_layout = _TRIPLE, str(target.target_data)
-    for method in ("search", "minmax"):
-        for kind in (BF16, F16, F32):
-            _emit(module, method, kind)
-    for bits in (16, 32):
-        _emit_amax(module, bits)
+    method, _, what = name.partition("_")
+    if method == "amax":
+        _emit_amax(module, int(what))
+    else:
+        (_emit_calibrated if method in FUNCTIONS.values() else _emit)(module, method, what)
     text: str = target.emit_assembly(optimized(module, target))
     return text.encode()
 
@@ -49,6 +63,7 @@ def _kernel(module: ir.Module, name: str, arguments: list[ir.Type]) -> Code:
     for argument in function.args:
         if isinstance(argument.type, ir.PointerType):
             argument.add_attribute("noalias")
+            argument.attributes.align = 16  # so that what lies side by side is loaded at once
     return Code(function, 1)
 
 
@@ -63,32 +78,66 @@ def _threads(code: Code) -> tuple[Any, Any]:
     return build.zext(number, LONG), build.zext(build.mul(_register(code, "nctaid.x"), size), LONG)
 
 
-def _emit(module: ir.Module, method: str, kind: str) -> None:
+def _emit(module: ir.Module, method: str, dtype: str) -> None:
     pointers = [element.as_pointer(_GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE)]
-    code = _kernel(module, f"{method}_{kind}", [*pointers, LONG, FLOAT])
+    code = _kernel(module, f"{method}_{dtype}", [*pointers, LONG, FLOAT])
     source, packed, scales, stats, blocks, factor = code.function.args
-    build, words, sums = code.build, block_words(kind), ErrorSums(code)
     number, threads = _threads(code)
     global_scale = code.spread(factor)
-    with code.loop(number, blocks, threads) as index:
-        found = unpack_block(_loaded(code, code.at(source, build.mul(index, LONG(words))), words), kind)
-        done = search(code, found, global_scale) if method == "search" else minmax(code, found, global_scale, kind)
-        both = ir.Constant(ir.VectorType(WORD, 2), ir.Undefined)
-        for half, word in enumerate(done.words):
-            both = build.insert_element(both, word.raw, WORD(half))
-        code.store(both, code.at(packed, build.mul(index, LONG(2))), 8)
-        code.store(build.trunc(done.code.raw, BYTE), code.at(scales, index))
-        sums.add(tally(found, done))
-    warp, warps = (build.udiv(count, LONG(WARP)) for count in (number, threads))
+    with _error_sums(code, stats) as sums, code.loop(number, blocks, threads) as place:
+        found = unpack_block(_loaded(code, source, place, block_words(dtype)), dtype)
+        done = search(code, found, global_scale) if method == "search" else minmax(code, found, global_scale, dtype)
+        _store(code, done, (packed, scales), place)
+        sums.add(block_errors(found, done))
+
+
+def _emit_calibrated(module: ir.Module, method: str, dtype: str) -> None:
+    """Write the function of a calibrated method: threads side by side take rows one below the other, of the same columns.
+
+    So they read the same statistics, at the same time. Number n stands for a row and a column of blocks: n % rows, n // rows.
+    """
+    pointers = [element.as_pointer(_GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE, FLOAT)]
+    code = _kernel(module, f"{method}_{dtype}", [*pointers, LONG, LONG, LONG, FLOAT])
+    source, packed, scales, stats, known, blocks, width, first, factor = code.function.args
+    build, size = code.build, BLOCK_SIZE if method == "weighted" else BLOCK_SIZE**2
+    number, threads = _threads(code)
+    global_scale = code.spread(factor)
+    rows = build.udiv(build.sub(build.add(blocks, width), LONG(1)), width)
+    with _error_sums(code, stats) as sums, code.loop(number, build.mul(rows, width), threads) as index:
+        place = build.add(build.mul(build.urem(index, rows), width), build.udiv(index, rows))
+        with build.if_then(build.icmp_unsigned("<", place, blocks)):  # the last row may be short
+            column = build.urem(build.add(place, first), width)
+            statistics = ColumnStatistics(code, code.at(known, build.mul(column, LONG(size))))
+            x = signed_values(_loaded(code, source, place, block_words(dtype)), dtype)
+            done = calibrated(x, global_scale, statistics, method)
+            _store(code, done, (packed, scales), place)
+            sums.add(block_errors(magnitudes(x), done))
+
+
+def _store(code: Code, done: QuantizedBlock, out: Any, place: Any) -> None:
+    packed, scales = out
+    both = ir.Constant(ir.VectorType(WORD, 2), ir.Undefined)
+    for half, word in enumerate(done.words):
+        both = code.build.insert_element(both, word.raw, WORD(half))
+    code.store(both, code.at(packed, code.build.mul(place, LONG(2))), 8)
+    code.store(code.build.trunc(done.code.raw, BYTE), code.at(scales, place))
+
+
+@contextmanager
+def _error_sums(code: Code, stats: Any) -> Iterator[ErrorSums]:
+    """Yield a thread's error statistics; write each warp's at the end, and return from the kernel."""
+    build, sums = code.build, ErrorSums(code)
+    yield sums
+    warp, warps = (build.udiv(count, LONG(WARP)) for count in _threads(code))
     for row, value in enumerate(sums.doubles()):
         together = _over_warp(code, value, _larger(code) if row == WORST else build.fadd)
         code.store(together, code.at(stats, build.add(build.mul(warps, LONG(row)), warp)), 8)
     build.ret_void()
 
 
-def _loaded(code: Code, start: Any, words: int) -> list[Words]:
+def _loaded(code: Code, source: Any, block: Any, words: int) -> list[Words]:
     """Load a block, 16 bytes at a time."""
-    result = []
+    start, result = code.at(source, code.build.mul(block, LONG(words))), []
     for place in range(0, words, 4):
         four = code.load(code.at(start, LONG(place)), ir.VectorType(WORD, 4), 16)
         result += [Words(code, code.build.extract_element(four, WORD(i))) for i in range(4)]

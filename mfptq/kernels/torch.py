@@ -1,4 +1,7 @@
-"""The torch kernel: any torch device, the same bytes as the compiled kernels'; eager, in slices that stay in cache."""
+"""The torch kernel, for Pythons that llvmlite does not support: the same bytes, eager, in slices that stay in cache.
+
+Written apart from the compiled kernels' arithmetic, so that tests can hold one against the other.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import UsageError
-from ..kernels import ERROR_FIELDS, ErrorStats, Kernel, QuantizeArgs, TileArray
+from ..kernels import Kernel, QuantizeArgs, TileArray
 from ..nvfp4 import (
     BLOCK_SIZE,
     E2M1_VALUES,
@@ -18,6 +20,7 @@ from ..nvfp4 import (
     ZERO_BLOCK_CODE,
     ByteArray,
 )
+from .stats import ERROR_FIELDS, ErrorStats
 
 SLICE_BLOCKS = 2**14
 
@@ -25,16 +28,12 @@ SLICE_BLOCKS = 2**14
 class TorchKernel(Kernel):
     """Quantizes with torch; never touches torch's global state."""
 
+    name = "torch"
     tile_bytes = 4 * 2**20
 
-    def __init__(self, device: str = "cpu") -> None:
-        try:
-            self._device = torch.device(device)
-            self._scales = torch.from_numpy(E4M3_VALUES[:127].copy()).to(self._device)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-        self._values = torch.from_numpy(E2M1_VALUES.copy()).to(self._device)
-        self.name = f"torch-{device}"
+    def __init__(self) -> None:
+        self._scales = torch.from_numpy(E4M3_VALUES[:127].copy())
+        self._values = torch.from_numpy(E2M1_VALUES.copy())
 
     def amax(self, tile: TileArray) -> float:
         """Return the largest magnitude; NaN or infinity anywhere in the tile is returned as such."""
@@ -47,9 +46,9 @@ class TorchKernel(Kernel):
             if tile.dtype == np.uint16
             else torch.from_numpy(flat)
         )
-        return data.to(self._device).to(torch.float32)
+        return data.to(torch.float32)
 
-    def quantize(self, tile: TileArray, recipe: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
+    def quantize(self, tile: TileArray, args: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
         blocks = tile.reshape(-1, BLOCK_SIZE)
         out_packed, out_scales = packed.reshape(-1, BLOCK_SIZE // 2), scales.reshape(-1)
@@ -57,9 +56,9 @@ class TorchKernel(Kernel):
         for start in range(0, len(blocks), SLICE_BLOCKS):
             part = slice(start, start + SLICE_BLOCKS)
             signed = self._load(blocks[part]).reshape(-1, BLOCK_SIZE)
-            done = self._search(signed, recipe) if recipe.method == "search" else self._minmax(signed, recipe, tile)
-            out_packed[part] = (done.nibbles[:, 0::2] | done.nibbles[:, 1::2] << 4).cpu().numpy()
-            out_scales[part] = done.codes.to(torch.uint8).cpu().numpy()
+            done = self._search(signed, args) if args.method == "search" else self._minmax(signed, args, tile)
+            out_packed[part] = (done.nibbles[:, 0::2] | done.nibbles[:, 1::2] << 4).numpy()
+            out_scales[part] = done.codes.to(torch.uint8).numpy()
             self._tally(stats, signed, done)
         return ErrorStats.from_array(tile.size, stats)
 
@@ -79,15 +78,15 @@ class TorchKernel(Kernel):
     def _nibbles(self, values: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         return torch.bucketize(values, self._values).to(torch.uint8) | (negative.to(torch.uint8) << 3)
 
-    def _search(self, signed: torch.Tensor, recipe: QuantizeArgs) -> _Done:
+    def _search(self, signed: torch.Tensor, args: QuantizeArgs) -> _Done:
         x = signed.abs()
-        scaled = (x.amax(1) / _filled(x, 6.0) * _filled(x, recipe.global_scale)).clamp_max(E4M3_MAX)
+        scaled = (x.amax(1) / _float32(6.0) * _float32(args.global_scale)).clamp_max(E4M3_MAX)
         base = self._codes(scaled).clamp(MIN_NORMAL_CODE, 126)
         best = torch.full_like(x[:, 0], torch.inf)
         codes, rounding = base, best
         for offset in SEARCH_OFFSETS:
             code = (base + offset).clamp(MIN_NORMAL_CODE, 126)
-            scale = self._scales[code] / _filled(x, recipe.global_scale)
+            scale = self._scales[code] / _float32(args.global_scale)
             difference = self._round(x * (1 / scale)[:, None]) * scale[:, None] - x
             squares = difference * difference
             error = torch.zeros_like(best)
@@ -96,19 +95,19 @@ class TorchKernel(Kernel):
             rounding = error if offset == 0 else rounding
             better = error < best
             best, codes = torch.where(better, error, best), torch.where(better, code, codes)
-        scale = self._scales[codes] / _filled(x, recipe.global_scale)
+        scale = self._scales[codes] / _float32(args.global_scale)
         values = self._round(x * (1 / scale)[:, None])
         codes = torch.where(values.any(1), codes, ZERO_BLOCK_CODE)
         return _Done(self._nibbles(values, (signed < 0) & (values > 0)), codes, best, rounding, values)
 
-    def _minmax(self, signed: torch.Tensor, recipe: QuantizeArgs, tile: TileArray) -> _Done:
+    def _minmax(self, signed: torch.Tensor, args: QuantizeArgs, tile: TileArray) -> _Done:
         x = signed.abs()
-        sixth = x.amax(1) / _filled(x, 6.0)
+        sixth = x.amax(1) / _float32(6.0)
         if tile.dtype == np.uint16:
             sixth = sixth.to(torch.bfloat16).to(torch.float32)
-        codes = self._codes((sixth * _filled(x, recipe.global_scale)).clamp_max(E4M3_MAX))
+        codes = self._codes((sixth * _float32(args.global_scale)).clamp_max(E4M3_MAX))
         codes = torch.where(codes == 0, ZERO_BLOCK_CODE, codes)
-        divisor = (self._scales[codes] / _filled(x, recipe.global_scale))[:, None]
+        divisor = (self._scales[codes] / _float32(args.global_scale))[:, None]
         y = x / divisor
         values = self._round(y)
         difference = values * divisor - x
@@ -137,6 +136,6 @@ class _Done:
         self.nibbles, self.codes, self.error, self.rounding, self.values = parts
 
 
-def _filled(like: torch.Tensor, value: float) -> torch.Tensor:
+def _float32(value: float) -> torch.Tensor:
     """Return a float32 tensor of one value: dividing by a Python number could be done as a multiplication."""
-    return torch.full((1,), value, dtype=torch.float32, device=like.device)
+    return torch.full((1,), value, dtype=torch.float32)

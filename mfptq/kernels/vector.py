@@ -1,8 +1,8 @@
-"""A small language for kernels: numbers with operators that write LLVM instructions.
+"""Write LLVM instructions by ordinary arithmetic: a small language of numbers whose operators emit code.
 
-A value is one number for each of `lanes` blocks: a vector register on a CPU, a plain number in a GPU's thread. What is written
-in it is one program for both, with the same bits: nothing is contracted, reordered or approximated, and a fused product is
-written only where the product is exact.
+The arithmetic (`blocks.py`, `calibrated_blocks.py`) is written in it, once for every device: a value is one number for each
+of `lanes` blocks, a vector register on a CPU, a plain number in a GPU's thread. All give the same bits, so that nothing here
+may be contracted, reordered or approximated; a fused product is written only where the product is exact.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Code:
 
     def spread(self, scalar: Any) -> Any:
         """Return a float32 or uint32 scalar in every lane."""
-        kind = Floats if scalar.type == FLOAT else Words
-        if self.lanes == 1:
-            return kind(self, scalar)
-        vector = self.build.insert_element(ir.Constant(self.typed(scalar.type), ir.Undefined), scalar, WORD(0))
-        return kind(self, self.shuffle(vector, vector, [0] * self.lanes))
+        raw = scalar
+        if self.lanes > 1:
+            vector = self.build.insert_element(ir.Constant(self.typed(scalar.type), ir.Undefined), scalar, WORD(0))
+            raw = self.shuffle(vector, vector, [0] * self.lanes)
+        return Floats(self, raw) if scalar.type == FLOAT else Words(self, raw)
 
     def shuffle(self, first: Any, second: Any, lanes: Sequence[int]) -> Any:
         """Return a vector of the lanes named, of two vectors put together."""
@@ -59,8 +59,8 @@ class Code:
     def intrinsic(self, name: str, result: ir.Type, arguments: Sequence[Any]) -> Any:
         """Call one of LLVM's own functions, or of the C library's."""
         module = self.function.module
-        kind = ir.FunctionType(result, [each.type for each in arguments])
-        found = module.globals.get(name) or ir.Function(module, kind, name)
+        signature = ir.FunctionType(result, [each.type for each in arguments])
+        found = module.globals.get(name) or ir.Function(module, signature, name)
         found.attributes.add("nounwind")
         return self.build.call(found, arguments)
 
@@ -73,16 +73,25 @@ class Code:
         """Return a pointer to an element further on."""
         return self.build.gep(pointer, [index])
 
-    def load(self, pointer: Any, kind: ir.Type, align: int = 1) -> Any:
+    def load(self, pointer: Any, as_type: ir.Type, align: int = 1) -> Any:
         """Return what lies at a pointer, seen as a type."""
-        return self.build.load(self._seen(pointer, kind), align=align)
+        return self.build.load(self._seen(pointer, as_type), align=align)
 
     def store(self, value: Any, pointer: Any, align: int = 1) -> None:
         """Write a value of any type to a pointer."""
         self.build.store(value, self._seen(pointer, value.type), align=align)
 
-    def _seen(self, pointer: Any, kind: ir.Type) -> Any:
-        return self.build.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
+    def _seen(self, pointer: Any, as_type: ir.Type) -> Any:
+        return self.build.bitcast(pointer, as_type.as_pointer(pointer.type.addrspace))
+
+    def nth(self, numbers: Sequence[int], index: Any) -> Words:
+        """Return the number at an index that the code computes, in every lane; at most 16 numbers, from 0 to 15.
+
+        They are the nibbles of one constant: no table in memory, which would differ between back ends.
+        """
+        nibbles = sum(number << (4 * place) for place, number in enumerate(numbers))
+        found = self.build.lshr(LONG(nibbles), self.build.shl(index, LONG(2)))
+        return self.spread(self.build.and_(self.build.trunc(found, WORD), WORD(15)))
 
     def variable(self, initial: Any) -> Variable:
         """Return a variable that holds a value or an instruction's result; registers, in the end."""
@@ -109,7 +118,7 @@ class Variable:
 
     def __init__(self, code: Code, initial: Any) -> None:
         self._code = code
-        self._kind = type(initial) if isinstance(initial, Value) else None
+        self._class = type(initial) if isinstance(initial, Value) else None
         with code.build.goto_entry_block():
             self._place = code.build.alloca(_raw(initial).type)
         self.set(initial)
@@ -121,7 +130,7 @@ class Variable:
     def get(self) -> Any:
         """Return what is held."""
         found = self._code.build.load(self._place)
-        return found if self._kind is None else self._kind(self._code, found)
+        return found if self._class is None else self._class(self._code, found)
 
 
 class Value:
@@ -151,9 +160,9 @@ class Mask(Value):
         return Mask(self.code, self.code.build.and_(self.raw, other.raw))
 
     def choose(self, yes: Any, no: Any) -> Any:
-        """Return `yes` where true, else `no`: two values of one kind, of which one may be a Python number."""
-        kind = type(yes) if isinstance(yes, Value) else type(no)
-        return kind(self.code, self.code.build.select(self.raw, _same(yes, no).raw, _same(no, yes).raw))
+        """Return `yes` where true, else `no`: two values of one class, of which one may be a Python number."""
+        chosen = type(yes) if isinstance(yes, Value) else type(no)
+        return chosen(self.code, self.code.build.select(self.raw, _same(yes, no).raw, _same(no, yes).raw))
 
     def count(self) -> Words:
         """Return 1 where true, else 0."""
@@ -173,7 +182,7 @@ class Mask(Value):
 
 
 def _same(value: Any, like: Any) -> Any:
-    """Return a value, or a Python number as a value of the other's kind."""
+    """Return a value, or a Python number as a value of the other's class."""
     if isinstance(value, Value):
         return value
     return like.code.floats(value) if isinstance(like, Floats) else like.code.words(value)
@@ -236,9 +245,8 @@ class Floats(Value):
         """Return self * factor + add where the product is exact: in one instruction where there is one."""
         if not self.code.fused:
             return self * factor + add
-        return Floats(
-            self.code, self.code.each("fma", "f32", [self.raw, _same(factor, self).raw, _same(add, self).raw])
-        )
+        operands = [self.raw, _same(factor, self).raw, _same(add, self).raw]
+        return Floats(self.code, self.code.each("fma", "f32", operands))
 
 
 class Words(Value):

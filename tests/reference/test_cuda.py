@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mfptq.errors import MemoryBudgetError, UsageError
+from mfptq.calibration.methods import importance, local_hessian
 from mfptq.kernels import Kernel, QuantizeArgs, load_kernel
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.choice import cuda_devices
 from mfptq.kernels.driver import Driver
 
@@ -31,14 +33,46 @@ def weights(dtype: str, rows: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("method", ["search", "minmax"])
 @pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (7, 272), (64, 4096), (129, 1040)])
-@pytest.mark.parametrize("divisor", [2.0**10, 1234.5, 2.0**-3, 3e5])
-def test_bytes_and_statistics_are_those_of_the_cpu(method, dtype, shape, divisor) -> None:
+@pytest.mark.parametrize("global_scale", [2.0**10, 1234.5, 2.0**-3, 3e5])
+def test_bytes_and_statistics_are_those_of_the_cpu(method, dtype, shape, global_scale) -> None:
     weight = weights(dtype, *shape)
     results = []
     for kernel in (load_kernel("cpu"), load_kernel("cuda")):
         packed = np.full((shape[0], shape[1] // 2), 0xEE, np.uint8)
         codes = np.full((shape[0], shape[1] // 16), 0xEE, np.uint8)
-        results.append((packed, codes, kernel.quantize(weight, QuantizeArgs(method, divisor), packed, codes)))
+        results.append((packed, codes, kernel.quantize(weight, QuantizeArgs(method, global_scale), packed, codes)))
+    (packed, codes, stats), (gpu_packed, gpu_codes, gpu_stats) = results
+    assert np.array_equal(codes, gpu_codes)
+    assert np.array_equal(packed, gpu_packed)
+    for name in ("weights", "zeroed", "saturated_blocks", "zero_blocks"):
+        assert getattr(stats, name) == getattr(gpu_stats, name), name
+    for name in ("squared_error", "squared_weight", "rounding_squared_error", "worst_block"):
+        assert getattr(gpu_stats, name) == pytest.approx(getattr(stats, name), rel=1e-5), name
+
+
+def prepared(method: str, columns: int) -> PreparedStatistics:
+    rng = np.random.default_rng(columns)
+    x = rng.standard_normal((300, columns)) * rng.lognormal(0, 1, columns)
+    x[:, 1:] += 0.5 * x[:, :-1]
+    blocks = x.reshape(300, -1, 16)
+    hessian = (np.einsum("tbi,tbj->bij", blocks, blocks) / 300).astype(np.float32)
+    if method == "weighted":
+        return PreparedStatistics(importance(np.diagonal(hessian, axis1=1, axis2=2).reshape(-1)))
+    return PreparedStatistics(local_hessian(hessian, 10_000))
+
+
+@pytest.mark.parametrize("method", CALIBRATED_METHODS)
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (7, 272), (64, 4096), (129, 1040)])
+@pytest.mark.parametrize("global_scale", [2.0**10, 1234.5, 2.0**-3, 3e5])
+def test_calibrated_bytes_and_statistics_are_those_of_the_cpu(method, dtype, shape, global_scale) -> None:
+    weight, statistics = weights(dtype, *shape), prepared(method, shape[1] + 32).part(16, shape[1])
+    results = []
+    for kernel in (load_calibrated_kernel("cpu"), load_calibrated_kernel("cuda")):
+        packed = np.full((shape[0], shape[1] // 2), 0xEE, np.uint8)
+        codes = np.full((shape[0], shape[1] // 16), 0xEE, np.uint8)
+        stats = kernel.quantize(weight, QuantizeArgs(method, global_scale), statistics, packed=packed, scales=codes)
+        results.append((packed, codes, stats))
     (packed, codes, stats), (gpu_packed, gpu_codes, gpu_stats) = results
     assert np.array_equal(codes, gpu_codes)
     assert np.array_equal(packed, gpu_packed)
@@ -65,8 +99,8 @@ def test_random_bits() -> None:
         results = []
         for kernel in (load_kernel("cpu"), load_kernel("cuda")):
             packed, codes = np.empty((64, 512), np.uint8), np.empty((64, 64), np.uint8)
-            for method, divisor in (("search", 2.0 ** (seed - 10)), ("minmax", 1.7 * seed + 0.1)):
-                kernel.quantize(bits, QuantizeArgs(method, divisor), packed, codes)
+            for method, global_scale in (("search", 2.0 ** (seed - 10)), ("minmax", 1.7 * seed + 0.1)):
+                kernel.quantize(bits, QuantizeArgs(method, global_scale), packed, codes)
                 results.append(packed.tobytes() + codes.tobytes())
         assert results[:2] == results[2:]
 

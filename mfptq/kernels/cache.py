@@ -1,4 +1,4 @@
-"""Compiled kernels kept on disk: made once for a machine and a version, whatever number of processes start at once.
+"""Keep compiled kernels on disk: made once for a machine and a version, whatever number of processes start at once.
 
 The folder is $MFPTQ_CACHE_DIR, or `mfptq` in the user's cache folder, or a private one among the temporary files where homes
 are read-only; where there is none at all, kernels are compiled anew. What is loaded runs as machine code: files of other
@@ -20,8 +20,8 @@ KEPT = 8  # of one name: other versions and machines that share a home
 _DIGEST_BYTES = 32
 
 
-def artifact(name: str, key: bytes, make: Callable[[], bytes]) -> bytes:
-    """Return what `make` makes of all that `key` tells: from disk, or made now and kept where there is a place to."""
+def cached(name: str, key: bytes, make: Callable[[], bytes]) -> bytes:
+    """Return what `make` makes of all that `key` tells: from disk, or made now and kept where there is a place for it."""
     file = f"{name}-{hashlib.sha256(key).hexdigest()[:32]}"
     for folder in _folders():
         found = _load(folder / file)
@@ -37,7 +37,7 @@ def artifact(name: str, key: bytes, make: Callable[[], bytes]) -> bytes:
 
 
 def _folders() -> Iterator[Path]:
-    """Yield where artifacts may lie, the best place first."""
+    """Yield where kernels may lie, the best place first."""
     if "MFPTQ_CACHE_DIR" in os.environ:
         yield Path(os.environ["MFPTQ_CACHE_DIR"])
         return
@@ -55,7 +55,7 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def _load(path: Path) -> bytes | None:
-    """Return a whole artifact that only this user can have written; None for anything else."""
+    """Return a whole file that only this user can have written; None for anything else."""
     with suppress(OSError):
         if not _is_private(path.parent.stat()):
             return None
@@ -69,7 +69,7 @@ def _load(path: Path) -> bytes | None:
 
 
 def _keep(folder: Path, file: str, data: bytes) -> None:
-    """Put an artifact under its name, whole or not at all; raises OSError where the folder cannot be ours."""
+    """Put a file under its name, whole or not at all; raises OSError where the folder cannot be ours."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_private(folder.stat()):
         raise PermissionError(folder)
@@ -79,14 +79,14 @@ def _keep(folder: Path, file: str, data: bytes) -> None:
         with open(fd, "wb") as out:  # noqa: PTH123 - an open descriptor has no path
             out.write(hashlib.sha256(data).digest() + data)
         temporary.replace(folder / file)
-    except BaseException:
+    except BaseException:  # whatever ends this, no temporary stays
         with suppress(OSError):
             temporary.unlink()
         raise
 
 
 def _forget_old(folder: Path, name: str) -> None:
-    """Remove all but the newest few artifacts of one name."""
+    """Remove all but the newest few files of one name."""
     found = sorted(folder.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found[KEPT:]:
         path.unlink(missing_ok=True)
