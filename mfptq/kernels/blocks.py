@@ -252,13 +252,15 @@ def nonzero_nibbles(word: Words) -> Words:
     return ((word | (word << 1) | (word << 2)) & 0x44444444) << 1
 
 
-def block_errors(block: Block, done: QuantizedBlock) -> BlockErrors:
-    """Return what quantizing did to each block."""
+def block_errors(
+    block: Block, done: QuantizedBlock, places: Sequence[Words | int] = (0x88888888, 0x88888888)
+) -> BlockErrors:
+    """Return what quantizing did to each block; `places` has bit 3 of the nibbles whose values may have been not zero."""
     norm = done.error.code.floats(0.0)
     for x in block.x:
         norm = norm + x * x
     worst = done.error / (norm > 0.0).choose(norm, 1.0)
-    low, high = (nonzero_nibbles(word) for word in done.words)
+    low, high = (nonzero_nibbles(word) & place for word, place in zip(done.words, places, strict=True))
     stored = (low | (high >> 1)).ones()
     counts = (block.present - stored, done.code.equals(E4M3_MAX_CODE).count(), block.present.equals(0).count())
     return BlockErrors((done.error, norm, done.rounding), worst, counts)

@@ -15,11 +15,12 @@ from ..nvfp4 import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, ZERO_BLOCK_CODE
 from .blocks import (
     F16_TO_F32,
     Block,
+    BlockErrors,
     QuantizedBlock,
+    block_errors,
     bounded,
     largest,
     nonzero_nibbles,
-    present,
     round_e2m1,
     rounded_scale,
 )
@@ -67,10 +68,19 @@ def _signed_e2m1(y: Floats) -> Floats:
     return (round_e2m1(magnitude).bits() | (y.bits() & _SIGN)).floats()
 
 
-def magnitudes(x: Sequence[Floats]) -> Block:
-    """Return a block without its signs, as error statistics are taken of it."""
-    sizes = [(each.bits() & _MAGNITUDE).floats() for each in x]
-    return Block(sizes, present(sizes), ())
+def _magnitudes(x: Sequence[Floats]) -> list[Floats]:
+    return [(each.bits() & _MAGNITUDE).floats() for each in x]
+
+
+def calibrated_errors(x: Sequence[Floats], done: QuantizedBlock) -> BlockErrors:
+    """Return what quantizing did to each block; descent may also give a value to what was zero."""
+    sizes, places = _magnitudes(x), []
+    for half in (0, 8):
+        place = done.code & 0
+        for i, size in enumerate(sizes[half : half + 8]):
+            place = place | ((size > 0.0).count() << (4 * i + 3))
+        places.append(place)
+    return block_errors(Block(sizes, places[0].ones() + places[1].ones(), ()), done, places)
 
 
 def _squares(differences: Sequence[Floats]) -> Floats:
@@ -103,7 +113,7 @@ def calibrated(x: Sequence[Floats], global_scale: Floats, statistics: ColumnStat
     """Return each block at the scale of least error, the first of equals; by DESCENT, its values are then improved too."""
     code = statistics.code
     step = code.floats(1.0) / global_scale
-    base = bounded(rounded_scale((largest(magnitudes(x).x) / E2M1_MAX * global_scale).minimum(E4M3_MAX)))
+    base = bounded(rounded_scale((largest(_magnitudes(x)) / E2M1_MAX * global_scale).minimum(E4M3_MAX)))
     chosen, best = code.variable(base), code.variable(code.floats(math.inf))
     objective = _weighted if method == "weighted" else _quadratic
     # A loop, not 14 copies: a GPU's driver translates them in seconds, and a processor is no faster with them.

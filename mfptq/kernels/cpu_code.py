@@ -14,7 +14,7 @@ from llvmlite import ir
 from ..nvfp4 import BLOCK_SIZE
 from .blocks import WORST, ErrorSums, QuantizedBlock, block_errors, block_words, minmax, search, unpack_block
 from .calibrated import FUNCTIONS
-from .calibrated_blocks import ColumnStatistics, calibrated, magnitudes, signed_values
+from .calibrated_blocks import ColumnStatistics, calibrated, calibrated_errors, signed_values
 from .compiling import has_fused
 from .stats import ERROR_FIELDS
 from .vector import BIT, BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Words
@@ -158,7 +158,7 @@ def _emit_calibrated(module: ir.Module, name: str) -> None:
         statistics = ColumnStatistics(code, code.at(known, build.mul(block, LONG(size))))
         done = calibrated(x, global_scale, statistics, method)
         _store_rows(code, done, (packed, scales), [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)])
-        sums.add(block_errors(magnitudes(x), done))
+        sums.add(calibrated_errors(x, done))
     _store_sums(code, sums, stats, LONG(0))
     build.ret_void()
 

@@ -25,7 +25,7 @@ from .blocks import (
     unpack_block,
 )
 from .calibrated import FUNCTIONS
-from .calibrated_blocks import ColumnStatistics, calibrated, magnitudes, signed_values
+from .calibrated_blocks import ColumnStatistics, calibrated, calibrated_errors, signed_values
 from .compiling import optimized
 from .vector import BYTE, DOUBLE, FLOAT, LONG, VOID, WORD, Code, Words
 
@@ -111,7 +111,7 @@ def _emit_calibrated(module: ir.Module, method: str, dtype: str) -> None:
             x = signed_values(_loaded(code, source, place, block_words(dtype)), dtype)
             done = calibrated(x, global_scale, statistics, method)
             _store(code, done, (packed, scales), place)
-            sums.add(block_errors(magnitudes(x), done))
+            sums.add(calibrated_errors(x, done))
 
 
 def _store(code: Code, done: QuantizedBlock, out: Any, place: Any) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mfptq.kernels import artifacts
-from mfptq.kernels.artifacts import artifact
+from mfptq.kernels import cache
+from mfptq.kernels.cache import cached
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def made(calls: list[int], content: bytes = b"code") -> bytes:
         calls.append(1)
         return content
 
-    return artifact("kernel", b"key", make)
+    return cached("kernel", b"key", make)
 
 
 def test_what_was_made_is_found_again(folder: Path) -> None:
     calls: list[int] = []
     assert [made(calls) for _ in range(3)] == [b"code"] * 3
     assert len(calls) == 1
-    assert artifact("kernel", b"other key", lambda: b"other") == b"other"
+    assert cached("kernel", b"other key", lambda: b"other") == b"other"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
 
@@ -63,7 +63,7 @@ def test_what_others_may_write_is_never_taken(folder: Path) -> None:
     assert len(calls) == 3
 
 
-def test_a_link_to_an_artifact_is_not_followed(folder: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_file_is_not_followed(folder: Path, tmp_path: Path) -> None:
     calls: list[int] = []
     made(calls)
     [path] = folder.iterdir()
@@ -88,7 +88,7 @@ def test_a_read_only_home_uses_a_private_folder_among_temporary_files(
     monkeypatch.delenv("MFPTQ_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "no folder"))
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(artifacts.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path))
     calls: list[int] = []
     made(calls)
     made(calls)
@@ -97,15 +97,15 @@ def test_a_read_only_home_uses_a_private_folder_among_temporary_files(
 
 
 def test_old_ones_are_forgotten_and_others_stay(folder: Path) -> None:
-    for number in range(artifacts.KEPT + 3):
-        artifact("kernel", bytes([number]), lambda: b"code")
-    artifact("other", b"", lambda: b"code")
-    assert len(list(folder.glob("kernel-*"))) == artifacts.KEPT
+    for number in range(cache.KEPT + 3):
+        cached("kernel", bytes([number]), lambda: b"code")
+    cached("other", b"", lambda: b"code")
+    assert len(list(folder.glob("kernel-*"))) == cache.KEPT
     assert len(list(folder.glob("other-*"))) == 1
 
 
 def test_processes_that_start_at_once_all_get_it(folder: Path) -> None:
-    code = "from mfptq.kernels.artifacts import artifact; print(len(artifact('kernel', b'key', lambda: b'x' * 10**6)))"
+    code = "from mfptq.kernels.cache import cached; print(len(cached('kernel', b'key', lambda: b'x' * 10**6)))"
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(4)]
     assert [each.communicate()[0] for each in started] == [b"1000000\n"] * 4
     assert len(list(folder.iterdir())) == 1
