@@ -80,7 +80,9 @@ def test_processors_do_not_share_what_is_kept(monkeypatch: pytest.MonkeyPatch) -
     assert compiling._host.__wrapped__() != before
 
 
-@pytest.mark.parametrize("name", ["search_BF16", "minmax_F16", "search_F32", "weighted_F16", "hessian_BF16", "descent_F32"])
+@pytest.mark.parametrize(
+    "name", ["search_BF16", "minmax_F16", "search_F32", "weighted_F16", "hessian_BF16", "descent_F32"]
+)
 def test_cpu_code_contracts_nothing(name: str) -> None:
     module = ir.Module(name)
     emit(module, name)

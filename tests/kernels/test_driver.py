@@ -13,10 +13,12 @@ import pytest
 
 from mfptq.errors import MemoryBudgetError, UsageError
 from mfptq.kernels import ErrorStats, Kernel, QuantizeArgs, cuda, driver, load_kernel
+from mfptq.kernels.calibrated import FUNCTIONS, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.driver import SIGNATURES, Device, DeviceMemoryError, DeviceStream, Driver, DriverError
 
 NAMES = {2: b"CUDA_ERROR_OUT_OF_MEMORY", 222: b"CUDA_ERROR_UNSUPPORTED_PTX_VERSION", 700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}
-TYPES = {"bf16": np.uint16, "f16": np.float16, "f32": np.float32}
+TYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+METHODS = {function: method for method, function in FUNCTIONS.items()}
 
 
 class FakeLibrary:
@@ -27,6 +29,7 @@ class FakeLibrary:
         self.most = 2**40  # bytes that one allocation on the device may have
         self.live: dict[int, object] = {}
         self.sizes: list[int] = []
+        self.sent: list[int] = []  # sizes of copies to the device
         self.contexts = threading.local()
         self.kernels: list[str] = []
         self.lock = threading.Lock()
@@ -80,8 +83,10 @@ class FakeLibrary:
 
     def do_cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> None:
         ctypes.memmove(target, source, size)
+        self.sent.append(size)
 
-    do_cuMemcpyDtoHAsync = do_cuMemcpyHtoDAsync
+    def do_cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> None:
+        ctypes.memmove(target, source, size)
 
     def do_cuMemsetD8Async(self, target: int, value: int, size: int, stream: int) -> None:
         ctypes.memset(target, value, size)
@@ -97,20 +102,40 @@ class FakeLibrary:
         function[0] = len(self.kernels)
 
     def do_cuLaunchKernel(self, function: int, grid: int, y: int, z: int, threads: int, *rest) -> None:
-        method, kind = self.kernels[function - 1].split("_")
-        address = [ctypes.c_uint64.from_address(place).value for place in rest[4][: 3 if method == "amax" else 5]]
+        method, dtype = self.kernels[function - 1].split("_")
+        count = {"amax": 3, "search": 5, "minmax": 5}.get(method, 8)
+        address = [ctypes.c_uint64.from_address(place).value for place in rest[4][:count]]
         if method == "amax":
-            words = memory(address[0], address[1] * 32 // int(kind), f"u{int(kind) // 8}")
+            words = memory(address[0], address[1] * 32 // int(dtype), f"u{int(dtype) // 8}")
             result = memory(address[2], 1, np.uint32)
-            result[0] = max(result[0], int((words & (2 ** (int(kind) - 1) - 1)).max()))
+            result[0] = max(result[0], int((words & (2 ** (int(dtype) - 1) - 1)).max()))
             return
-        source, packed, scales, stats, blocks = address
-        recipe = QuantizeArgs(method, ctypes.c_float.from_address(rest[4][5]).value)
+        source, packed, scales, stats, *known, blocks = (
+            address if count == 5 else (*address[:5], *address[6:], address[5])
+        )
+        args = QuantizeArgs(METHODS.get(method, method), ctypes.c_float.from_address(rest[4][count]).value)
         out = memory(packed, blocks * 8, np.uint8), memory(scales, blocks, np.uint8)
-        found = load_kernel("cpu").quantize(memory(source, blocks * 16, TYPES[kind]).reshape(1, -1), recipe, *out)
+        values = memory(source, blocks * 16, TYPES[dtype]).reshape(1, -1)
+        found = by_statistics(values, args, known, out) if known else load_kernel("cpu").quantize(values, args, *out)
         columns = memory(stats, 7 * grid * threads // 32, np.float64).reshape(7, -1)
         columns[:] = 0
         columns[:, -1] = (*sums(found)[:3], found.worst_block**2, *counts(found)[1:])
+
+
+def by_statistics(values: np.ndarray, args: QuantizeArgs, known: list[int], out: tuple) -> ErrorStats:
+    """Quantize blocks of a matrix of `width` blocks a row, of which the first is block `first` of its row."""
+    address, width, first = known
+    rows = -(-(first + values.size // 16) // width)
+    shape = (width * 16,) if args.method == "weighted" else (width, 16, 16)
+    statistics = PreparedStatistics(memory(address, int(np.prod(shape)), np.float32).reshape(shape).copy())
+    whole = np.zeros((rows, width * 16), values.dtype)
+    whole.reshape(-1)[first * 16 : first * 16 + values.size] = values
+    packed, codes = np.zeros((rows, width * 8), np.uint8), np.zeros((rows, width), np.uint8)
+    found = load_calibrated_kernel("cpu").quantize(whole, args, statistics, packed=packed, scales=codes)
+    found.zero_blocks -= rows * width - values.size // 16
+    out[0][:] = packed.reshape(-1)[first * 8 : first * 8 + out[0].size]
+    out[1][:] = codes.reshape(-1)[first : first + out[1].size]
+    return found
 
 
 def memory(address: int, size: int, dtype) -> np.ndarray:
@@ -132,7 +157,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
     found = FakeLibrary()
     device = Device(Driver(found), 0)
     monkeypatch.setattr(cuda, "open_device", lambda ordinal: device)
-    monkeypatch.setattr(cuda, "_ptx", lambda: b"text for all")
+    monkeypatch.setattr(cuda, "_ptx", lambda name: b"text for all")
     return found
 
 
@@ -146,7 +171,7 @@ def test_errors_have_the_drivers_names() -> None:
     with device, pytest.raises(DeviceMemoryError, match="cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY"):
         driver.DeviceMemory(device, 10)
     with device, pytest.raises(DriverError, match=r"UNSUPPORTED_PTX_VERSION .*: ptxas fatal: line 1$"):
-        device.load(b"broken", ["search_f32"])
+        device.load(b"broken", "search_F32")
 
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,9 +204,9 @@ def test_memory_goes_with_its_last_view() -> None:
     assert library.depth == 0
 
 
-def tile(kind: str, rows: int, columns: int) -> np.ndarray:
+def tile(dtype: str, rows: int, columns: int) -> np.ndarray:
     values = np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32)
-    return (values.view(np.uint32) >> 16).astype(np.uint16) if kind == "bf16" else values.astype(TYPES[kind])
+    return (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else values.astype(TYPES[dtype])
 
 
 def results(kernel: Kernel, weight: np.ndarray, method: str = "search") -> tuple:
@@ -196,19 +221,19 @@ def expected(weight: np.ndarray, method: str = "search") -> tuple:
     return (*exact, pytest.approx(found))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("method", ["search", "minmax"])
-def test_tiles_and_what_they_become_are_copied_whole(library: FakeLibrary, kind: str, method: str) -> None:
+def test_tiles_and_what_they_become_are_copied_whole(library: FakeLibrary, dtype: str, method: str) -> None:
     kernel = cuda.CudaKernel("cuda:0")
     assert kernel.name == "cuda:0"
     for shape in ((3, 48), (1, 16), (65, 1040)):
-        weight = tile(kind, *shape)
+        weight = tile(dtype, *shape)
         assert results(kernel, weight, method) == expected(weight, method)
     assert library.depth == 0
 
 
 def test_every_thread_has_its_own_buffers(library: FakeLibrary) -> None:
-    kernel, weights = cuda.CudaKernel("cuda"), [tile("f32", rows, 160) for rows in range(1, 40)]
+    kernel, weights = cuda.CudaKernel("cuda"), [tile("F32", rows, 160) for rows in range(1, 40)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(partial(results, kernel), weights))
     assert found == [expected(weight) for weight in weights]
@@ -218,7 +243,7 @@ def test_every_thread_has_its_own_buffers(library: FakeLibrary) -> None:
 
 
 def test_less_memory_than_a_tile_needs(library: FakeLibrary) -> None:
-    kernel, weight = cuda.CudaKernel("cuda"), tile("bf16", 9, 160_000)
+    kernel, weight = cuda.CudaKernel("cuda"), tile("BF16", 9, 160_000)
     library.most = 2_600_000  # the tile has 2.88 MB, and becomes 0.81 MB
     assert results(kernel, weight) == expected(weight)
     assert max(library.sizes) < library.most
@@ -233,11 +258,76 @@ def test_less_memory_than_a_tile_needs(library: FakeLibrary) -> None:
 
 
 def test_devices_that_cannot_be_used(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cuda:", "cuda:x", "cuda:-1", "cuda0", "cuda:99999"):
-        with pytest.raises(UsageError, match="expected cuda or cuda:N"):
-            cuda.CudaKernel(name)
+    for name in ("cuda:", "cuda:x", "cuda:-1", "cuda0", "cuda:99999", "mps", "xpu", "cpu:0", "CUDA", ""):
+        for load in (load_kernel, load_calibrated_kernel):
+            with pytest.raises(UsageError, match=r"is unknown, expected cpu, cuda or cuda:N"):
+                load(name)
+    with monkeypatch.context() as patch:
+        patch.setattr("mfptq.kernels.has_compiler", lambda: False)
+        with pytest.raises(UsageError, match="device 'cuda' needs llvmlite: install it, or use cpu"):
+            load_kernel("cuda")
     with pytest.raises(UsageError, match="no CUDA device 99: the driver shows 1"):
         Device(Driver(library), 99)
-    monkeypatch.setattr(cuda, "_ptx", lambda: b"broken")
+    monkeypatch.setattr(cuda, "_ptx", lambda name: b"broken")
+    cuda.load_function.cache_clear()
     with pytest.raises(UsageError, match=r"'cuda' cannot be used: .*UNSUPPORTED_PTX_VERSION"):
         cuda.CudaKernel("cuda")
+
+
+def prepared(method: str, columns: int) -> PreparedStatistics:
+    rng = np.random.default_rng(columns)
+    if method == "weighted":
+        return PreparedStatistics(rng.lognormal(0, 1, columns).astype(np.float32))
+    mixing = rng.standard_normal((columns // 16, 16, 16)).astype(np.float32)
+    return PreparedStatistics(mixing @ mixing.transpose(0, 2, 1))
+
+
+def by_input(device: str, weight: np.ndarray, method: str, statistics: PreparedStatistics) -> tuple:
+    kernel, (rows, columns) = load_calibrated_kernel(device), weight.shape
+    packed, codes = np.empty((rows, columns // 2), np.uint8), np.empty((rows, columns // 16), np.uint8)
+    stats = kernel.quantize(weight, QuantizeArgs(method, 512.0), statistics, packed=packed, scales=codes)
+    found = pytest.approx(sums(stats)) if device == "cpu" else sums(stats)
+    return packed.tobytes(), codes.tobytes(), counts(stats), found
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("method", FUNCTIONS)
+def test_tiles_go_with_the_statistics_of_their_columns(library: FakeLibrary, dtype: str, method: str) -> None:
+    for rows, columns, start in ((3, 48, 0), (1, 16, 48), (65, 1040, 16), (1, 160, 32)):
+        weight, statistics = tile(dtype, rows, columns), prepared(method, 1104).part(start, columns)
+        assert by_input("cuda", weight, method, statistics) == by_input("cpu", weight, method, statistics)
+    assert library.depth == 0
+
+
+@pytest.mark.parametrize("method", ["weighted", "hessian"])
+def test_less_memory_than_a_tile_with_statistics_needs(library: FakeLibrary, method: str) -> None:
+    weight, statistics = tile("BF16", 9, 160_000), prepared(method, 160_000)
+    library.most = 2_600_000 if method == "weighted" else 10_240_000  # one tile takes 3.7 MB, a Hessian 10.24 MB
+    assert by_input("cuda", weight, method, statistics) == by_input("cpu", weight, method, statistics)
+    library.most = 639_000
+    with pytest.raises(MemoryBudgetError, match="no memory for the statistics of an input"):
+        by_input("cuda", weight, method, prepared(method, 160_000))
+
+
+def test_statistics_are_sent_once_and_go_with_their_input(library: FakeLibrary) -> None:
+    kernel, statistics, weight = load_calibrated_kernel("cuda"), prepared("hessian", 256), tile("F32", 40, 256)
+    packed, codes = np.empty((40, 128), np.uint8), np.empty((40, 16), np.uint8)
+
+    def quantize(part: PreparedStatistics) -> None:
+        kernel.quantize(weight, QuantizeArgs("hessian", 512.0), part, packed=packed.copy(), scales=codes.copy())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(quantize, [statistics.part(0, 256) for _ in range(20)]))
+        list(pool.map(quantize, [statistics] * 20))
+        assert library.sent.count(statistics.values.nbytes) == 1
+        held = len(library.live)
+        quantize(prepared("hessian", 256))
+        assert library.sent.count(statistics.values.nbytes) == 2
+        gc.collect()
+        assert len(library.live) == held + 1  # this thread's buffer; its statistics went with their input
+        del statistics
+        gc.collect()
+        assert len(library.live) == held
+    del kernel, quantize, pool
+    gc.collect()
+    assert not library.live
