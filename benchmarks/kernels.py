@@ -85,7 +85,7 @@ def cpu(methods: list[str]) -> None:
         print(f"{dtype:8}", "  ".join(f"{name} {rate:6.0f}" for name, rate in rates.items()))
 
 
-def gpu(device: str, methods: list[str], check: bool) -> None:
+def gpu(device: str, methods: list[str], *, check: bool) -> None:
     from mfptq.kernels.cuda import MAX_GRID, STATS_BYTES, THREADS, load_function
     from mfptq.kernels.driver import DeviceMemory, DeviceStream, open_device
 
@@ -179,7 +179,7 @@ def main() -> None:
     if arguments.device == "cpu":
         cpu(arguments.methods)
     else:
-        gpu(arguments.device, arguments.methods, arguments.check)
+        gpu(arguments.device, arguments.methods, check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ RESERVE = 24 * 2**20  # a shard's steps, hashing, journal, progress
 INTERPRETER = 128 * 2**20  # what a process holds before its caller has anything of its own
 THREAD_BYTES = 8 * 2**20  # a stack
 # What loading a kernel takes of the data segment, where it must be compiled first too.
-KERNEL_BYTES = {"cpu": 60 * 2**20, "calibrated": 110 * 2**20, "cuda": 400 * 2**20, "torch": 330 * 2**20}
+KERNEL_BYTES = {"cpu": 60 * 2**20, "cuda": 400 * 2**20, "torch": 330 * 2**20}
 
 
 def resident_bytes() -> int:
@@ -85,8 +85,8 @@ class MemoryPlan:
 
 
 def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
-    """Return what one worker holds: a tile and what it becomes, scratch, an input's statistics in three forms."""
-    return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER + 3 * statistics
+    """Return what one worker holds: a tile and what it becomes, scratch, an input's statistics in two forms."""
+    return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER + 2 * statistics
 
 
 def plan_memory(
@@ -94,8 +94,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return tiles and workers that fit into `budget` bytes when the process already holds `held`.
 
-    `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read, as
-    prepared and as its kernel factors them, and two inputs' are kept besides.
+    `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read and as
+    prepared, and two inputs' are kept besides.
 
     `largest_tile` is what suits the kernel, in bytes. Tiles shrink first, then workers; raises MemoryBudgetError, naming the least that works, when one small tile is too much.
     """

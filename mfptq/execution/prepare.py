@@ -6,6 +6,7 @@ Called by `conversion` before the destination is touched, so that what cannot wo
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,13 @@ import numpy as np
 
 from ..dtypes import NUMPY_DTYPES
 from ..errors import UsageError
-from ..kernels import Kernel, QuantizeArgs, load_kernel
+from ..kernels import Kernel, QuantizeArgs, has_compiler, is_cuda, load_kernel
 from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics, load_calibrated_kernel
 from ..kernels.choice import choose_device
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.digest import available_cores
-from .memory_budget import KERNEL_BYTES, MemoryPlan, check_data_limit, plan_memory, resident_bytes
+from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_bytes
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
@@ -56,10 +57,11 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
         raise UsageError(f"max_workers is {workers}, expected at least 1")
     budget = parse_size(resources.max_memory) + held
     statistics = plan.statistics_bytes
-    choice = choose_device(resources.device, sum(weight.size for weight in plan.weights()), workers)
-    family = choice.device.split(":")[0]
-    known = "calibrated" if family == "cpu" and statistics else family
-    check_data_limit(known if known in KERNEL_BYTES else "torch")
+    work = Counter[str]()
+    for weight in plan.weights():
+        work[plan.method_of(weight)] += weight.size
+    choice = choose_device(resources.device, work, workers)
+    check_data_limit("cuda" if is_cuda(choice.device) else "cpu" if has_compiler() else "torch")
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     _try_out(plan, kernel, calibrated)

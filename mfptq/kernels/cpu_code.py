@@ -79,7 +79,7 @@ def _store_chunk(code: Code, done: QuantizedBlock, packed: Any, scales: Any) -> 
 
 def emit(module: ir.Module, name: str) -> None:
     """Write the function of a name: of a method and a dtype (search_BF16), or of a width in bits (amax_16, amax_in_file_16)."""
-    first = name.split("_")[0]
+    first = name.split("_", maxsplit=1)[0]
     if first == "amax":
         (_emit_amax_in_file if "file" in name else _emit_amax)(module, name)
     else:

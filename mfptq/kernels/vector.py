@@ -91,7 +91,8 @@ class Code:
         """
         nibbles = sum(number << (4 * place) for place, number in enumerate(numbers))
         found = self.build.lshr(LONG(nibbles), self.build.shl(index, LONG(2)))
-        return self.spread(self.build.and_(self.build.trunc(found, WORD), WORD(15)))
+        number: Words = self.spread(self.build.and_(self.build.trunc(found, WORD), WORD(15)))
+        return number
 
     def variable(self, initial: Any) -> Variable:
         """Return a variable that holds a value or an instruction's result; registers, in the end."""
@@ -101,15 +102,16 @@ class Code:
     def loop(self, begin: Any, end: Any, step: Any) -> Iterator[Any]:
         """Write a loop's body: yields the index; nothing is done where `begin` is not below `end`, which may be a variable."""
         before, build = self.build.block, self.build
+        now = end.get if isinstance(end, Variable) else lambda: end
         body, after = (self.function.append_basic_block(name) for name in ("loop", "after"))
-        build.cbranch(build.icmp_signed("<", begin, _now(end)), body, after)
+        build.cbranch(build.icmp_signed("<", begin, now()), body, after)
         build.position_at_end(body)
         index = build.phi(begin.type)
         index.add_incoming(begin, before)
         yield index
         following = build.add(index, step)
         index.add_incoming(following, build.block)
-        build.cbranch(build.icmp_signed("<", following, _now(end)), body, after)
+        build.cbranch(build.icmp_signed("<", following, now()), body, after)
         build.position_at_end(after)
 
 
@@ -141,10 +143,6 @@ class Value:
     def __init__(self, code: Code, raw: Any) -> None:
         self.code = code
         self.raw = raw
-
-
-def _now(value: Any) -> Any:
-    return value.get() if isinstance(value, Variable) else value
 
 
 def _raw(value: Any) -> Any:

@@ -14,8 +14,6 @@ from mfptq.errors import MemoryBudgetError, SourceChangedError, UnsafePathError
 from mfptq.execution.events import Advanced
 from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, plan_memory, worker_bytes
 from mfptq.execution.worker_pool import POLL_SECONDS, WorkerPool
-from mfptq.kernels import choice
-from mfptq.kernels.choice import choose_device
 from mfptq.planning.jobs import ShardPlan, largest_first
 from mfptq.storage.digest import in_parallel
 from mfptq.storage.files import plain_name
@@ -219,12 +217,3 @@ def test_a_source_that_is_cut_or_replaced_is_an_error(tmp_path: Path) -> None:
 def test_names_that_are_no_plain_file(name: str) -> None:
     with pytest.raises(UnsafePathError):
         plain_name(name)
-
-
-def test_a_device_is_chosen_by_what_should_finish_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_device("cuda:1", 1, 1).device == "cuda:1"
-    monkeypatch.setattr(choice, "cuda_devices", lambda: 0)
-    assert choose_device("auto", 10**12, 1).device == "cpu"
-    monkeypatch.setattr(choice, "cuda_devices", lambda: 1)
-    assert choose_device("auto", 10**8, 16).device == "cpu"
-    assert choose_device("auto", 10**11, 2).device == "cuda"

@@ -310,11 +310,11 @@ def test_less_memory_than_a_tile_with_statistics_needs(library: FakeLibrary, met
 
 
 def test_statistics_are_sent_once_and_go_with_their_input(library: FakeLibrary) -> None:
-    kernel, statistics, weight = load_calibrated_kernel("cuda"), prepared("hessian", 256), tile("F32", 40, 256)
+    kernels, statistics, weight = [load_calibrated_kernel("cuda")], prepared("hessian", 256), tile("F32", 40, 256)
     packed, codes = np.empty((40, 128), np.uint8), np.empty((40, 16), np.uint8)
 
     def quantize(part: PreparedStatistics) -> None:
-        kernel.quantize(weight, QuantizeArgs("hessian", 512.0), part, packed=packed.copy(), scales=codes.copy())
+        kernels[0].quantize(weight, QuantizeArgs("hessian", 512.0), part, packed=packed.copy(), scales=codes.copy())
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(quantize, [statistics.part(0, 256) for _ in range(20)]))
@@ -328,6 +328,6 @@ def test_statistics_are_sent_once_and_go_with_their_input(library: FakeLibrary) 
         del statistics
         gc.collect()
         assert len(library.live) == held
-    del kernel, quantize, pool
+    del kernels[0], pool
     gc.collect()
     assert not library.live

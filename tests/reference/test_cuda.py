@@ -8,8 +8,8 @@ from threading import Barrier
 import numpy as np
 import pytest
 
-from mfptq.errors import MemoryBudgetError, UsageError
 from mfptq.calibration.methods import importance, local_hessian
+from mfptq.errors import MemoryBudgetError, UsageError
 from mfptq.kernels import Kernel, QuantizeArgs, load_kernel
 from mfptq.kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.choice import cuda_devices
