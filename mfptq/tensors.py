@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 
 from .checkpoint.weights import WEIGHT_SUFFIX
-from .dtypes import NUMPY_DTYPES
+from .dtypes import dtype_name
 from .errors import NonFiniteWeightError, UnsupportedTensorError, UsageError
 from .execution.global_scales import common_dtype
 from .execution.global_scales import global_scale as find_global_scale
@@ -58,11 +58,8 @@ def _as_tile(weight: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-_CODES = {np.dtype(held).name: code for code, held in NUMPY_DTYPES.items()}
-
-
 def _dtype(tiles: Iterable[np.ndarray[Any, Any]]) -> str:
-    return common_dtype(_CODES[tile.dtype.name] for tile in tiles)
+    return common_dtype(dtype_name(tile) for tile in tiles)
 
 
 def _amax(tile: np.ndarray[Any, Any]) -> float:

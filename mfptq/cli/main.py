@@ -117,7 +117,7 @@ def _resource_options(function: Function) -> Function:
             "--device",
             default="cpu",
             show_default=True,
-            help="cpu, cuda[:N], another torch device, or auto: what should finish first.",
+            help="cpu, cuda, cuda:N, or auto: what should finish first.",
         ),
         click.option("--max-workers", type=int, help="Threads that compute; by default one for each core."),
         click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process."),
