@@ -28,7 +28,7 @@ from .calibrated import CALIBRATED_OFFSETS, DESCENT, SWEEPS
 from .vector import FLOAT, LONG, Code, Floats, Mask, Words
 
 _SIGN, _MAGNITUDE = 0x80000000, 0x7FFFFFFF
-_LOWEST_OFFSET = min(CALIBRATED_OFFSETS)
+_LOWEST_OFFSET = min(CALIBRATED_OFFSETS)  # `Code.nth` takes numbers from 0: offsets are counted from the lowest
 _PLACES = [offset - _LOWEST_OFFSET for offset in CALIBRATED_OFFSETS]
 
 

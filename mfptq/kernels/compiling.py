@@ -88,7 +88,10 @@ class CpuFunctions:
         return found
 
     def _load(self, name: str) -> Any:
-        """Return a function whose code LLVM has put into memory for good: the engine lives as long as the process."""
+        """Return a function whose code LLVM has put into memory for good: the engine lives as long as the process.
+
+        The engine knows functions by their names: no two of a process may have one name.
+        """
         code = cached(name, name.encode() + origin() + _host(), lambda: self._compile(name))
         engine = _engine()
         engine.add_object_file(binding.ObjectFileRef.from_data(code))

@@ -64,7 +64,7 @@ class _Lane(threading.local):
 
 
 class CudaWorker:
-    """Runs functions on tiles on a GPU; safe to use from several threads, each of which has a lane."""
+    """Runs functions on tiles on a GPU; safe to use from several threads, each of which has a lane for each kernel."""
 
     def __init__(self, device: str) -> None:
         number = int(device.partition(":")[2] or 0)
