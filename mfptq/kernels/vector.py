@@ -89,6 +89,7 @@ class Code:
 
         They are the nibbles of one constant: no table in memory, which would differ between back ends.
         """
+        assert len(numbers) <= 16 > max(numbers)
         nibbles = sum(number << (4 * place) for place, number in enumerate(numbers))
         found = self.build.lshr(LONG(nibbles), self.build.shl(index, LONG(2)))
         number: Words = self.spread(self.build.and_(self.build.trunc(found, WORD), WORD(15)))
