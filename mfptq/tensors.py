@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 
 from .checkpoint.weights import WEIGHT_SUFFIX
-from .dtypes import dtype_name
+from .dtypes import NUMPY_DTYPES, dtype_name
 from .errors import NonFiniteWeightError, UnsupportedTensorError, UsageError
 from .execution.global_scales import common_dtype
 from .execution.global_scales import global_scale as find_global_scale
@@ -47,7 +47,7 @@ def _as_tile(weight: Any) -> np.ndarray[Any, Any]:
         weight = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight
         weight = weight.numpy()
     array = np.ascontiguousarray(weight)
-    if array.dtype.name not in _CODES:
+    if array.dtype not in NUMPY_DTYPES.values():
         raise UnsupportedTensorError(
             f"weight is {array.dtype}, expected bfloat16 (raw uint16 in numpy), float16 or float32"
         )

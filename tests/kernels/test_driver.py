@@ -249,7 +249,7 @@ def test_less_memory_than_a_tile_needs(library: FakeLibrary) -> None:
     assert max(library.sizes) < library.most
     library.most = 1_000_000
     for call in (kernel.amax, partial(results, kernel)):
-        with pytest.raises(MemoryBudgetError, match=r"^cuda:0 \(Fake GPU\) has no memory .* 2.9 MB, .*--max-workers"):
+        with pytest.raises(MemoryBudgetError, match=r"^cuda:0 \(Fake GPU\) has no memory .* 2.9 MB, .*max_workers"):
             call(weight)
     assert results(kernel, weight[:1]) == expected(weight[:1])
     library.codes["cuMemHostAlloc"] = 2
