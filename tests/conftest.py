@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,48 @@ from mfptq.demo import DemoShape, write_demo
 
 SMALL = DemoShape(hidden=64, intermediate=64, layers=4, vocabulary=64)
 SMALL_EXPERTS = DemoShape(hidden=64, intermediate=32, layers=4, experts=4, vocabulary=64)
+
+CASES = Path(__file__).parents[1] / "docs" / "fault-model.md"
+MARKED = pytest.StashKey[set[int]]()  # cases that tests of the default run are marked with
+COLLECTED = pytest.StashKey[set[Path]]()  # files of all tests, the deselected ones too
+pytest_plugins = ["pytester"]
+
+
+def documented_cases() -> set[int]:
+    """Return the numbers of the cases in the fault model: the first column of its tables."""
+    return {int(number) for number in re.findall(r"^\| (\d+) \|", CASES.read_text(), re.MULTILINE)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Describe the marker of cases."""
+    config.addinivalue_line("markers", "case(*numbers): the cases of docs/fault-model.md that a test stands for")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Collect the cases that tests are marked with, before any test is deselected; refuse numbers that are no case."""
+    known = documented_cases()
+    marked = config.stash.setdefault(MARKED, set())
+    config.stash.setdefault(COLLECTED, set()).update(item.path for item in items)
+    for item in items:
+        numbers = {number for mark in item.iter_markers("case") for number in mark.args}
+        if unknown := numbers - known:
+            raise pytest.UsageError(f"{item.nodeid}: case {min(unknown)} is not in {CASES.name}")
+        if item.get_closest_marker("slow") is None:
+            marked |= numbers
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Give signals that the test run ignores their default handling back: nohup and background jobs pass it on to children."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -41,6 +41,11 @@ def spread(count: int) -> Spread:
     return lambda total: sorted({1 + round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
 
 
+def middle(total: int) -> Iterable[int]:
+    """Return the one in the middle of 1..total."""
+    return [(total + 1) // 2]
+
+
 def _count(work: Workplace, roots: tuple[Path, ...], calls: frozenset[str] = KILLED, **options: bool) -> list[str]:
     """Return the calls that a run makes, by letting it run to its end; none if nothing is left to do."""
     report = work.folder / "count"

@@ -23,14 +23,23 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from tests.faults.campaigns import every, kill_points, memory_errors, power_cuts, short_calls, spread, storage_errors
+from tests.faults.campaigns import (
+    every,
+    kill_points,
+    memory_errors,
+    middle,
+    power_cuts,
+    short_calls,
+    spread,
+    storage_errors,
+)
 from tests.faults.conversions import flipped_outputs, malformed_checkpoints, random_conversions
 from tests.faults.malformed import fuzz, malformed_headers
 from tests.faults.traced import strace_faults
 from tests.faults.warm import LAYOUTS, Tally, say
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "reliability.md"
+DOCUMENT = ROOT / "docs" / "reliability-figures.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 FUZZ_RUNS = 5_250_000
 _PARSER = {"header", "strict_json", "errors", "limits", "malformed", "fuzz_header"}
@@ -52,40 +61,41 @@ def _atheris(seed: int) -> Tally:
     return tally
 
 
-def _parts() -> dict[str, Part]:
-    parts: dict[str, Part] = {}
+def parts() -> dict[str, Part]:
+    """Return the whole campaigns by name."""
+    found: dict[str, Part] = {}
     for number, layout in enumerate(LAYOUTS):
         choose = every if number < 4 else spread(25)
-        parts[f"kill {number}"] = partial(kill_points, [layout], choose, lambda total: (total // 3, 2 * total // 3))
+        found[f"kill {number}"] = partial(kill_points, [layout], choose, lambda total: (total // 3, 2 * total // 3))
     if importlib.util.find_spec("atheris"):
-        parts["atheris 1"] = lambda: _atheris(1)
-        parts["atheris 2"] = lambda: _atheris(2)
-    parts["fuzz"] = lambda: fuzz(1_000_000, 3)
+        found["atheris 1"] = lambda: _atheris(1)
+        found["atheris 2"] = lambda: _atheris(2)
+    found["fuzz"] = lambda: fuzz(1_000_000, 3)
     for number, layout in enumerate(LAYOUTS[:2]):
-        parts[f"errors once {number}"] = lambda layout=layout: storage_errors([layout], spread(12), lasting=False)
-        parts[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], spread(4), lasting=True)
-        parts[f"power {number}"] = lambda layout=layout: power_cuts([layout], spread(40), 3)
-        parts[f"conversions {number}"] = lambda number=number: random_conversions(500, number)
-    parts["strace"] = lambda: strace_faults(2)
-    parts["malformed"] = malformed_checkpoints
-    parts["headers"] = malformed_headers
-    parts["flips"] = lambda: flipped_outputs(4000, 1)
-    parts["memory"] = lambda: memory_errors(LAYOUTS[:1], every)
-    parts["short"] = lambda: short_calls(LAYOUTS)
-    return parts
+        found[f"errors once {number}"] = lambda layout=layout: storage_errors([layout], spread(12), lasting=False)
+        found[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], spread(4), lasting=True)
+        found[f"power {number}"] = lambda layout=layout: power_cuts([layout], spread(40), 3)
+        found[f"conversions {number}"] = lambda number=number: random_conversions(500, number)
+    found["strace"] = lambda: strace_faults(2)
+    found["malformed"] = malformed_checkpoints
+    found["headers"] = malformed_headers
+    found["flips"] = lambda: flipped_outputs(4000, 1)
+    found["memory"] = lambda: memory_errors(LAYOUTS[:1], every)
+    found["short"] = lambda: short_calls(LAYOUTS)
+    return found
 
 
 # Small choices of the same, for every run of the tests.
 SAMPLES: Mapping[str, Part] = {
-    "kills": lambda: kill_points((*LAYOUTS[:3:2], LAYOUTS[-1]), spread(7), lambda total: (total // 2,)),
-    "errors": lambda: storage_errors(LAYOUTS[:1], spread(3), lasting=False),
-    "lasting": lambda: storage_errors(LAYOUTS[1:2], spread(2), lasting=True),
-    "power": lambda: power_cuts((LAYOUTS[0], LAYOUTS[-1]), spread(25), 3),
+    "kills": lambda: kill_points(LAYOUTS[:3:2], spread(5), lambda total: (total // 2,)),
+    "errors": lambda: storage_errors(LAYOUTS[:1], spread(2), lasting=False),
+    "lasting": lambda: storage_errors(LAYOUTS[1:2], middle, lasting=True),
+    "power": lambda: power_cuts((LAYOUTS[0], LAYOUTS[-1]), spread(6), 3),
     "unsynced": lambda: power_cuts(LAYOUTS[:1], spread(8), 3, unsynced=True),
-    "memory": lambda: memory_errors(LAYOUTS[:1], spread(40)),
+    "memory": lambda: memory_errors(LAYOUTS[:1], spread(20)),
     "short": lambda: short_calls(LAYOUTS[:2]),
     "conversions": lambda: random_conversions(12, 7),
-    "flips": lambda: flipped_outputs(400, 2),
+    "flips": lambda: flipped_outputs(150, 2),
     "headers": malformed_headers,
     "fuzz": lambda: fuzz(50_000, 4),
     "strace": lambda: strace_faults(1),
@@ -175,13 +185,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.part:
         sample = options.part.startswith("sample:")
-        part = SAMPLES[options.part.removeprefix("sample:")] if sample else _parts()[options.part]
+        part = SAMPLES[options.part.removeprefix("sample:")] if sample else parts()[options.part]
         print(part().as_json())
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
     os.nice(5)
 
-    names = [name for name in _parts() if name.startswith(options.only)]
+    names = [name for name in parts() if name.startswith(options.only)]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda name: _kept_part(name, options.results), names))
     if options.only:

@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import safetensors
 
@@ -36,84 +37,93 @@ def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8))
 
 _ONE = json.dumps(entry()).encode()
 
-BAD: dict[str, bytes] = {
-    "01_empty": b"",
-    "02_seven_bytes": b"\0" * 7,
-    "03_huge_length": struct.pack("<Q", 2**64 - 1) + b"{}",
-    "03_half_of_all": struct.pack("<Q", 2**63) + b"{}",
-    "04_one_past_end": struct.pack("<Q", 3) + b"{}",
-    "05_over_limit": struct.pack("<Q", 100_000_001) + b"{}",
-    "06_spaces": shard(None, raw=b" " * 1000),
-    "07_cut_json": shard(None, raw=b'{"a":{"dtype"'),
-    "07_no_json": shard(None, raw=b""),
-    "07_only_brace": shard(None, raw=b"{"),
-    "07_two_objects": shard(None, raw=b"{}{}"),
-    "07_comma": shard(None, raw=b'{"__metadata__":{},}'),
-    "08_not_utf8": shard(None, raw=b'{"\xff":1}'),
-    "08_overlong": shard(None, raw=b'{"\xc0\xaf":1}'),
-    "08_utf16": shard(None, raw="{}".encode("utf-16")),
-    "08_bom": shard(None, raw=b"\xef\xbb\xbf{}"),
-    "09_surrogate": shard({"\ud800": entry()}, 8),
-    "10_array": shard([], 0),
-    "10_number": shard(12345678),
-    "10_string": shard("{}"),
-    "10_null": shard(None),
-    "11_duplicate": shard(None, 8, raw=b'{"a":%s,"a":%s}' % (_ONE, _ONE)),
-    "11_duplicate_escaped": shard(None, 8, raw=b'{"a":%s,"\\u0061":%s}' % (_ONE, _ONE)),
-    "12_inner_duplicate": shard(None, 8, raw=b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
-    "13_nan": shard({"a": entry(shape=(float("nan"),))}, 8),
-    "13_infinity": shard({"a": entry(shape=(float("inf"),))}, 8),
-    "13_overflowing_float": shard(None, 8, raw=b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,8]}}'),
-    "13_float": shard({"a": entry(shape=(2.0,))}, 8),
-    "13_exponent": shard(None, 8, raw=b'{"a":{"dtype":"F32","shape":[2e0],"data_offsets":[0,8]}}'),
-    "13_bool": shard({"a": entry(shape=(True, 2))}, 8),
-    "13_text": shard({"a": entry(shape=("2",))}, 8),
-    "13_negative": shard({"a": entry(shape=(-2, -1))}, 8),
-    "13_negative_zero_offset": shard({"a": entry(offsets=(-8, 0))}, 8),
-    "13_float_offset": shard({"a": entry(offsets=(0, 8.0))}, 8),
-    "13_bool_offset": shard({"a": entry(dtype="U8", shape=(1,), offsets=(False, True))}, 1),
-    "14_digits": shard(None, raw=b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 5000)),
-    "14_twenty_digits": shard(None, raw=b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 20)),
-    "14_above_limit": shard({"a": entry(shape=(2**63,))}, 8),
-    "15_nested": shard(None, raw=b'{"a":' + b"[" * 200_000),
-    "15_nested_objects": shard(None, raw=b'{"a":' * 100_000),
-    "16_overlap": shard({"a": entry(), "b": entry(offsets=(4, 12))}, 12),
-    "16_same_range": shard({"a": entry(), "b": entry()}, 8),
-    "17_hole": shard({"a": entry(), "b": entry(offsets=(12, 20))}, 20),
-    "17_hole_first": shard({"a": entry(offsets=(8, 16))}, 16),
-    "18_reversed": shard({"a": entry(offsets=(8, 0))}, 8),
-    "19_past_end": shard({"a": entry()}, 4),
-    "20_trailing": shard({"a": entry()}, 9),
-    "20_trailing_no_tensors": shard({}, 1),
-    "23_overflow": shard({"a": entry(shape=(2**32, 2**32))}, 8),
-    "23_overflow_to_zero": shard({"a": entry(shape=(2**32, 2**32), offsets=(0, 0))}),
-    "24_zero_product": shard({"a": entry(shape=(2**62, 0))}, 8),
-    "25_disagree": shard({"a": entry(dtype="F16")}, 8),
-    "26_unknown_dtype": shard({"a": entry(dtype="F7")}, 8),
-    "26_dtype_list": shard({"a": entry(dtype=["F32"])}, 8),
-    "26_lower_case": shard({"a": entry(dtype="f32")}, 8),
-    "27_odd_f4": shard({"a": entry(dtype="F4", shape=(3,), offsets=(0, 1))}, 1),
-    "27_odd_f6": shard({"a": entry(dtype="F6_E2M3", shape=(3,), offsets=(0, 2))}, 2),
-    "28_metadata": shard({"__metadata__": {"a": 1}}),
-    "28_metadata_null": shard({"__metadata__": None}),
-    "28_metadata_list": shard({"__metadata__": []}),
-    "28_metadata_nested": shard({"__metadata__": {"a": {"b": "c"}}}),
-    "28_metadata_is_a_tensor": shard({"__metadata__": entry()}, 8),
-    "30_leading_space": shard(None, raw=b" {}"),
-    "30_leading_newline": shard(None, raw=b"\n{}"),
-    "31_zero_size_inside": shard({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, 8),
-    "31_zero_size_past_end": shard({"a": entry(), "b": entry(shape=(0,), offsets=(9, 9))}, 8),
-    "32_long_name": shard({"a" * 1025: entry()}, 8),
-    "32_long_name_in_bytes": shard({"é" * 513: entry()}, 8),
-    "extra_key": shard({"a": {**entry(), "more": 1}}, 8),
-    "missing_key": shard({"a": {"dtype": "F32", "shape": [2]}}, 8),
-    "entry_is_null": shard({"a": None}),
-    "entry_is_a_list": shard({"a": [1, 2]}),
-    "shape_is_a_number": shard({"a": entry(shape=2)}, 8),
-    "shape_is_an_object": shard({"a": entry(shape={})}, 8),
-    "three_offsets": shard({"a": entry(offsets=(0, 4, 8))}, 8),
-    "one_offset": shard({"a": entry(offsets=(8,))}, 8),
-    "nine_dimensions": shard({"a": entry(shape=(1,) * 8 + (2,))}, 8),
+
+@dataclass(frozen=True)
+class Malformed:
+    """A shard that must be refused, and the number of the case in docs/fault-model.md that it belongs to."""
+
+    case: int
+    blob: bytes
+
+
+BAD: dict[str, Malformed] = {
+    "empty": Malformed(1, b""),
+    "seven_bytes": Malformed(2, b"\0" * 7),
+    "huge_length": Malformed(3, struct.pack("<Q", 2**64 - 1) + b"{}"),
+    "half_of_all": Malformed(3, struct.pack("<Q", 2**63) + b"{}"),
+    "one_past_end": Malformed(4, struct.pack("<Q", 3) + b"{}"),
+    "over_limit": Malformed(5, struct.pack("<Q", 100_000_001) + b"{}"),
+    "spaces": Malformed(6, shard(None, raw=b" " * 1000)),
+    "cut_json": Malformed(7, shard(None, raw=b'{"a":{"dtype"')),
+    "no_json": Malformed(7, shard(None, raw=b"")),
+    "only_brace": Malformed(7, shard(None, raw=b"{")),
+    "two_objects": Malformed(7, shard(None, raw=b"{}{}")),
+    "comma": Malformed(7, shard(None, raw=b'{"__metadata__":{},}')),
+    "not_utf8": Malformed(8, shard(None, raw=b'{"\xff":1}')),
+    "overlong": Malformed(8, shard(None, raw=b'{"\xc0\xaf":1}')),
+    "utf16": Malformed(8, shard(None, raw="{}".encode("utf-16"))),
+    "bom": Malformed(8, shard(None, raw=b"\xef\xbb\xbf{}")),
+    "surrogate": Malformed(9, shard({"\ud800": entry()}, 8)),
+    "array": Malformed(10, shard([], 0)),
+    "number": Malformed(10, shard(12345678)),
+    "string": Malformed(10, shard("{}")),
+    "null": Malformed(10, shard(None)),
+    "duplicate": Malformed(11, shard(None, 8, raw=b'{"a":%s,"a":%s}' % (_ONE, _ONE))),
+    "duplicate_escaped": Malformed(11, shard(None, 8, raw=b'{"a":%s,"\\u0061":%s}' % (_ONE, _ONE))),
+    "inner_duplicate": Malformed(12, shard(None, 8, raw=b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}')),
+    "nan": Malformed(13, shard({"a": entry(shape=(float("nan"),))}, 8)),
+    "infinity": Malformed(13, shard({"a": entry(shape=(float("inf"),))}, 8)),
+    "overflowing_float": Malformed(13, shard(None, 8, raw=b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,8]}}')),
+    "float": Malformed(13, shard({"a": entry(shape=(2.0,))}, 8)),
+    "exponent": Malformed(13, shard(None, 8, raw=b'{"a":{"dtype":"F32","shape":[2e0],"data_offsets":[0,8]}}')),
+    "bool": Malformed(13, shard({"a": entry(shape=(True, 2))}, 8)),
+    "text": Malformed(13, shard({"a": entry(shape=("2",))}, 8)),
+    "negative": Malformed(13, shard({"a": entry(shape=(-2, -1))}, 8)),
+    "negative_zero_offset": Malformed(13, shard({"a": entry(offsets=(-8, 0))}, 8)),
+    "float_offset": Malformed(13, shard({"a": entry(offsets=(0, 8.0))}, 8)),
+    "bool_offset": Malformed(13, shard({"a": entry(dtype="U8", shape=(1,), offsets=(False, True))}, 1)),
+    "digits": Malformed(14, shard(None, raw=b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 5000))),
+    "twenty_digits": Malformed(14, shard(None, raw=b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 20))),
+    "above_limit": Malformed(14, shard({"a": entry(shape=(2**63,))}, 8)),
+    "nested": Malformed(15, shard(None, raw=b'{"a":' + b"[" * 200_000)),
+    "nested_objects": Malformed(15, shard(None, raw=b'{"a":' * 100_000)),
+    "overlap": Malformed(16, shard({"a": entry(), "b": entry(offsets=(4, 12))}, 12)),
+    "same_range": Malformed(16, shard({"a": entry(), "b": entry()}, 8)),
+    "hole": Malformed(17, shard({"a": entry(), "b": entry(offsets=(12, 20))}, 20)),
+    "hole_first": Malformed(17, shard({"a": entry(offsets=(8, 16))}, 16)),
+    "reversed": Malformed(18, shard({"a": entry(offsets=(8, 0))}, 8)),
+    "past_end": Malformed(19, shard({"a": entry()}, 4)),
+    "trailing": Malformed(20, shard({"a": entry()}, 9)),
+    "trailing_no_tensors": Malformed(20, shard({}, 1)),
+    "overflow": Malformed(23, shard({"a": entry(shape=(2**32, 2**32))}, 8)),
+    "overflow_to_zero": Malformed(23, shard({"a": entry(shape=(2**32, 2**32), offsets=(0, 0))})),
+    "zero_product": Malformed(24, shard({"a": entry(shape=(2**62, 0))}, 8)),
+    "disagree": Malformed(25, shard({"a": entry(dtype="F16")}, 8)),
+    "unknown_dtype": Malformed(26, shard({"a": entry(dtype="F7")}, 8)),
+    "dtype_list": Malformed(26, shard({"a": entry(dtype=["F32"])}, 8)),
+    "lower_case": Malformed(26, shard({"a": entry(dtype="f32")}, 8)),
+    "odd_f4": Malformed(27, shard({"a": entry(dtype="F4", shape=(3,), offsets=(0, 1))}, 1)),
+    "odd_f6": Malformed(27, shard({"a": entry(dtype="F6_E2M3", shape=(3,), offsets=(0, 2))}, 2)),
+    "metadata": Malformed(28, shard({"__metadata__": {"a": 1}})),
+    "metadata_null": Malformed(28, shard({"__metadata__": None})),
+    "metadata_list": Malformed(28, shard({"__metadata__": []})),
+    "metadata_nested": Malformed(28, shard({"__metadata__": {"a": {"b": "c"}}})),
+    "metadata_is_a_tensor": Malformed(28, shard({"__metadata__": entry()}, 8)),
+    "leading_space": Malformed(30, shard(None, raw=b" {}")),
+    "leading_newline": Malformed(30, shard(None, raw=b"\n{}")),
+    "zero_size_inside": Malformed(31, shard({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, 8)),
+    "zero_size_past_end": Malformed(31, shard({"a": entry(), "b": entry(shape=(0,), offsets=(9, 9))}, 8)),
+    "long_name": Malformed(32, shard({"a" * 1025: entry()}, 8)),
+    "long_name_in_bytes": Malformed(32, shard({"é" * 513: entry()}, 8)),
+    "extra_key": Malformed(121, shard({"a": {**entry(), "more": 1}}, 8)),
+    "missing_key": Malformed(121, shard({"a": {"dtype": "F32", "shape": [2]}}, 8)),
+    "entry_is_null": Malformed(121, shard({"a": None})),
+    "entry_is_a_list": Malformed(121, shard({"a": [1, 2]})),
+    "shape_is_a_number": Malformed(121, shard({"a": entry(shape=2)}, 8)),
+    "shape_is_an_object": Malformed(121, shard({"a": entry(shape={})}, 8)),
+    "three_offsets": Malformed(121, shard({"a": entry(offsets=(0, 4, 8))}, 8)),
+    "one_offset": Malformed(121, shard({"a": entry(offsets=(8,))}, 8)),
+    "nine_dimensions": Malformed(121, shard({"a": entry(shape=(1,) * 8 + (2,))}, 8)),
 }  # fmt: skip
 
 
@@ -161,9 +171,9 @@ def flips(blob: bytes) -> Iterator[bytes]:
 def malformed_headers() -> Tally:
     """Try every named malformed header, and every flip and cut of a valid one."""
     tally = Tally()
-    for name, blob in BAD.items():
+    for name, bad in BAD.items():
         tally.tried["malformed shards, named"] += 1
-        tally.check(_refused(blob), f"malformed {name} was accepted")
+        tally.check(_refused(bad.blob), f"malformed {name} was accepted")
     for blob in flips(valid()):
         tally.tried["malformed shards, flipped or cut"] += 1
         try:
@@ -217,7 +227,7 @@ def mutate(blob: bytes, chance: random.Random, *, limit: int = 4096) -> bytes:
 
 def seeds() -> list[bytes]:
     """Return what fuzzing begins with."""
-    return [valid(), shard({"a": entry()}, 8), shard({}), *(blob for blob in BAD.values() if len(blob) < 4096)]
+    return [valid(), shard({"a": entry()}, 8), shard({}), *(bad.blob for bad in BAD.values() if len(bad.blob) < 4096)]
 
 
 def fuzz(count: int, seed: int, corpus: Iterable[bytes] = ()) -> Tally:

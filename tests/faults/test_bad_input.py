@@ -56,38 +56,44 @@ def outside_link(source: Path) -> None:
     (source / "notes.txt").symlink_to(source.parent / "secret")
 
 
-CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
-    "21_truncated": (truncate, 3, "truncated"),
-    "34_parent_path": (lambda s: rename_shard(s, "../x.safetensors"), 3, "plain name"),
-    "35_absolute_path": (lambda s: rename_shard(s, "/etc/passwd"), 3, "plain name"),
-    "36_windows_path": (lambda s: rename_shard(s, "..\\x.safetensors"), 3, "plain name"),
-    "37_url": (lambda s: rename_shard(s, "x?y#.safetensors"), 3, "plain name"),
-    "40_fifo": (fifo, 3, "not a regular file"),
-    "41_missing_shard": (lambda s: (s / SHARD).unlink(), 3, "missing"),
-    "42_missing_tensor": (lambda s: edit_index(s, lambda i: i["weight_map"].update(ghost=SHARD)), 3, "'ghost'"),
-    "43_not_in_index": (lambda s: edit_index(s, lambda i: i["weight_map"].popitem()), 3, "missing from"),
-    "45_weight_map": (lambda s: (s / INDEX).write_text('{"weight_map": []}'), 3, "weight_map"),
-    "46_two_indexes": (lambda s: (s / "other.safetensors.index.json").write_text("{}"), 3, "one index"),
-    "47_only_pickles": (only_pickles, 3, "pickle"),
-    "50_hostile_link": (outside_link, 3, "leads out"),
-    "52_no_config": (lambda s: (s / "config.json").unlink(), 3, "config.json"),
-    "52_config_list": (lambda s: (s / "config.json").write_text("[]"), 3, "not a JSON object"),
-    "52_config_twice": (lambda s: (s / "config.json").write_text('{"a":1,"a":2}'), 3, "twice"),
-    "52_quantized": (
+SOURCES: dict[str, tuple[int, Callable[[Path], object], int, str]] = {
+    "truncated": (21, truncate, 3, "truncated"),
+    "parent_path": (34, lambda s: rename_shard(s, "../x.safetensors"), 3, "plain name"),
+    "absolute_path": (35, lambda s: rename_shard(s, "/etc/passwd"), 3, "plain name"),
+    "windows_path": (36, lambda s: rename_shard(s, "..\\x.safetensors"), 3, "plain name"),
+    "url": (37, lambda s: rename_shard(s, "x?y#.safetensors"), 3, "plain name"),
+    "fifo": (40, fifo, 3, "not a regular file"),
+    "missing_shard": (41, lambda s: (s / SHARD).unlink(), 3, "missing"),
+    "missing_tensor": (42, lambda s: edit_index(s, lambda i: i["weight_map"].update(ghost=SHARD)), 3, "'ghost'"),
+    "not_in_index": (43, lambda s: edit_index(s, lambda i: i["weight_map"].popitem()), 3, "missing from"),
+    "weight_map": (45, lambda s: (s / INDEX).write_text('{"weight_map": []}'), 3, "weight_map"),
+    "two_indexes": (46, lambda s: (s / "other.safetensors.index.json").write_text("{}"), 3, "one index"),
+    "only_pickles": (47, only_pickles, 3, "pickle"),
+    "hostile_link": (50, outside_link, 3, "leads out"),
+    "no_config": (52, lambda s: (s / "config.json").unlink(), 3, "config.json"),
+    "config_list": (52, lambda s: (s / "config.json").write_text("[]"), 3, "not a JSON object"),
+    "config_twice": (52, lambda s: (s / "config.json").write_text('{"a":1,"a":2}'), 3, "twice"),
+    "quantized": (
+        52,
         lambda s: edit_config(s, quantization_config={"quant_method": "fp8"}),
         3,
         "already quantized as 'fp8'",
     ),
-    "57_nan": (lambda s: poison(s, np.nan), 3, "flat index 77"),
-    "57_inf": (lambda s: poison(s, -np.inf), 3, "-inf"),
+    "nan": (57, lambda s: poison(s, np.nan), 3, "flat index 77"),
+    "inf": (57, lambda s: poison(s, -np.inf), 3, "-inf"),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_case_source(name: str, source: Path, tmp_path: Path) -> None:
-    change, code, message = CASES[name]
+def marked(table: dict[str, tuple]) -> list:
+    """Return the names of a table as parameters, each marked with the case that its row begins with."""
+    return [pytest.param(name, marks=[pytest.mark.case(row[0])] if row[0] else []) for name, row in table.items()]
+
+
+@pytest.mark.parametrize("name", marked(SOURCES))
+def test_a_bad_source_is_refused(name: str, source: Path, tmp_path: Path) -> None:
+    _, change, code, message = SOURCES[name]
     change(source)
-    before = digests(source) if name != "40_fifo" else {}
+    before = digests(source) if name != "fifo" else {}
     done = command("convert", source, tmp_path / "out")
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.count("\n") == 1
@@ -99,24 +105,24 @@ def test_case_source(name: str, source: Path, tmp_path: Path) -> None:
         assert digests(source) == before
 
 
-OPTIONS = {
-    "67_bad_regex": (["--ignore", "re:a("], 2, "position"),
-    "69_no_match": (["--ignore", "lm_heat"], 2, "'lm_head'"),
-    "66_split": (["--ignore", "model.language_model.layers.3.self_attn.k_proj"], 2, "splits fused group"),
-    "70_nothing_left": (["--ignore", "re:.*"], 2, "nothing is left"),
-    "method": (["--method", "best"], 2, "expected one of"),
-    "scheme": (["--scheme", "NVFP4"], 2, "needs input scales"),
-    "memory_text": (["--max-memory", "lots"], 2, "500MB"),
-    "115_memory_small": (["--max-memory", "10MB"], 8, "least that works"),
-    "workers": (["--max-workers", "0"], 2, "at least 1"),
-    "device": (["--device", "abacus"], 2, "unknown"),
-    "78_scales_missing": (["--input-scales", "nowhere.json"], 4, "nowhere.json"),
+OPTIONS: dict[str, tuple[int | None, list[str], int, str]] = {
+    "bad_regex": (67, ["--ignore", "re:a("], 2, "position"),
+    "no_match": (69, ["--ignore", "lm_heat"], 2, "'lm_head'"),
+    "split": (66, ["--ignore", "model.language_model.layers.3.self_attn.k_proj"], 2, "splits fused group"),
+    "nothing_left": (70, ["--ignore", "re:.*"], 2, "nothing is left"),
+    "method": (None, ["--method", "best"], 2, "expected one of"),
+    "scheme": (None, ["--scheme", "NVFP4"], 2, "needs input scales"),
+    "memory_text": (None, ["--max-memory", "lots"], 2, "500MB"),
+    "memory_small": (115, ["--max-memory", "10MB"], 8, "least that works"),
+    "workers": (None, ["--max-workers", "0"], 2, "at least 1"),
+    "device": (None, ["--device", "abacus"], 2, "unknown"),
+    "scales_missing": (None, ["--input-scales", "nowhere.json"], 4, "nowhere.json"),
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_case_option(name: str, source: Path, tmp_path: Path) -> None:
-    options, code, message = OPTIONS[name]
+@pytest.mark.parametrize("name", marked(OPTIONS))
+def test_a_bad_option_is_refused(name: str, source: Path, tmp_path: Path) -> None:
+    _, options, code, message = OPTIONS[name]
     done = command("convert", source, tmp_path / "out", *options)
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") == 1
@@ -125,7 +131,7 @@ def test_case_option(name: str, source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"kind": "amax", "values": {}}', "[1]", '{"kind":"x","values":{"a":1}}'])
-def test_case_empty_scales(text: str, source: Path, tmp_path: Path) -> None:
+def test_scales_that_hold_none_are_refused(text: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "scales.json").write_text(text)
     done = command("convert", source, tmp_path / "out", "--input-scales", tmp_path / "scales.json")
     assert done.returncode == 4, done.stderr
@@ -133,7 +139,8 @@ def test_case_empty_scales(text: str, source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_case_54_targeted_by_name(tmp_path: Path) -> None:
+@pytest.mark.case(54)
+def test_targeted_by_name(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     (tmp_path / "k24").mkdir()
@@ -144,7 +151,8 @@ def test_case_54_targeted_by_name(tmp_path: Path) -> None:
     assert "24 columns are not a multiple of 16" in done.stderr
 
 
-def test_case_79_foreign_files_are_untouched(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(79)
+def test_foreign_files_are_untouched(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     for options in ([], ["--overwrite"]):
@@ -154,7 +162,8 @@ def test_case_79_foreign_files_are_untouched(source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("place", ["source", "source/inner", ".", "link"])
-def test_case_80_output_and_source_are_apart(place: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(80)
+def test_output_and_source_are_apart(place: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
     before = digests(source)
     done = command("convert", source, tmp_path / place)
@@ -162,7 +171,8 @@ def test_case_80_output_and_source_are_apart(place: str, source: Path, tmp_path:
     assert digests(source) == before
 
 
-def test_case_81_parent_missing_or_a_file(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(81)
+def test_parent_missing_or_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in ("nowhere/out", "file", "file/out"):
         done = command("convert", source, tmp_path / place)
@@ -170,7 +180,8 @@ def test_case_81_parent_missing_or_a_file(source: Path, tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1
 
 
-def test_case_51_code_of_the_source_is_copied_never_run(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(51)
+def test_code_of_the_source_is_copied_never_run(source: Path, tmp_path: Path) -> None:
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     (source / "modeling_x.py").write_text(code)
     assert command("convert", source, tmp_path / "out").returncode == 0
@@ -178,7 +189,8 @@ def test_case_51_code_of_the_source_is_copied_never_run(source: Path, tmp_path: 
     assert not (tmp_path / "ran").exists()
 
 
-def test_case_94_closed_stdout(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(94)
+def test_closed_stdout(source: Path, tmp_path: Path) -> None:
     import subprocess
     import sys
 

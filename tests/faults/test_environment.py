@@ -43,7 +43,9 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_case_97_98_99_a_signal_stops_tidily(number: int, code: int, big: Path, tmp_path: Path) -> None:
+@pytest.mark.case(97, 98, 99)
+@pytest.mark.usefixtures("default_signals")
+def test_a_signal_stops_tidily(number: int, code: int, big: Path, tmp_path: Path) -> None:
     process = begun(big, tmp_path / "out")
     process.send_signal(number)
     out, text = process.communicate(timeout=60)
@@ -53,7 +55,9 @@ def test_case_97_98_99_a_signal_stops_tidily(number: int, code: int, big: Path, 
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_case_99_a_second_signal_stops_at_once(number: int, code: int, big: Path, tmp_path: Path) -> None:
+@pytest.mark.case(99)
+@pytest.mark.usefixtures("default_signals")
+def test_a_second_signal_stops_at_once(number: int, code: int, big: Path, tmp_path: Path) -> None:
     # The first signal finds a worker that never ends its piece of work; the second must not wait for it.
     mark = tmp_path / "stuck"
     stuck = f"open({str(mark)!r}, 'w'), time.sleep(60)"
@@ -72,7 +76,9 @@ def test_case_99_a_second_signal_stops_at_once(number: int, code: int, big: Path
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
-def test_case_99_nohup_stays_nohup(big: Path, tmp_path: Path) -> None:
+@pytest.mark.case(99)
+@pytest.mark.usefixtures("default_signals")
+def test_nohup_stays_nohup(big: Path, tmp_path: Path) -> None:
     process = begun(big, tmp_path / "out", prefix="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); ")
     process.send_signal(signal.SIGHUP)
     _, text = process.communicate(timeout=120)
@@ -80,7 +86,8 @@ def test_case_99_nohup_stays_nohup(big: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("redirection", ["> /dev/full", ">&-", "| true"])
-def test_case_94_output_that_nobody_takes(redirection: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(94)
+def test_output_that_nobody_takes(redirection: str, source: Path, tmp_path: Path) -> None:
     line = f"set -o pipefail; {sys.executable} -c '{RUN}' convert {source} {tmp_path / 'out'} {redirection}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
     if redirection != "| true":  # a short text may have gone into the pipe before it was closed
@@ -89,14 +96,16 @@ def test_case_94_output_that_nobody_takes(redirection: str, source: Path, tmp_pa
     assert mfptq.verify(tmp_path / "out", source).ok
 
 
-def test_case_94_closed_stderr(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(94)
+def test_closed_stderr(source: Path, tmp_path: Path) -> None:
     for redirection in ("2> /dev/full", "2>&-"):
         line = f"{sys.executable} -c '{RUN}' convert {source / 'nothing'} {tmp_path / 'out'} {redirection}"
         assert subprocess.run(["bash", "-c", line], capture_output=True, timeout=60, check=False).returncode == 3
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
-def test_case_95_modes_are_as_umask_says(mask: int, mode: int, source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(95)
+def test_modes_are_as_umask_says(mask: int, mode: int, source: Path, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
         mfptq.convert(source, tmp_path / "out")
@@ -106,7 +115,8 @@ def test_case_95_modes_are_as_umask_says(mask: int, mode: int, source: Path, tmp
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-def test_case_107_a_second_run_is_refused_by_pid_and_harms_nothing(big: Path, tmp_path: Path) -> None:
+@pytest.mark.case(107)
+def test_a_second_run_is_refused_by_pid_and_harms_nothing(big: Path, tmp_path: Path) -> None:
     first = begun(big, tmp_path / "out")
     first.send_signal(signal.SIGSTOP)  # it may not finish before the second begins
     second = command("convert", big, tmp_path / "out")
@@ -121,7 +131,8 @@ def test_case_107_a_second_run_is_refused_by_pid_and_harms_nothing(big: Path, tm
 NO_LOCK = "import filelock; filelock.FileLock.acquire = lambda self, timeout=0: None; "
 
 
-def test_case_108_two_runs_with_locks_that_do_nothing(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(108)
+def test_two_runs_with_locks_that_do_nothing(source: Path, tmp_path: Path) -> None:
     mfptq.convert(source, tmp_path / "expected")
     expected = digests(tmp_path / "expected")
     for attempt in range(2):
@@ -136,7 +147,8 @@ def test_case_108_two_runs_with_locks_that_do_nothing(source: Path, tmp_path: Pa
         assert digests(out) == expected, ends
 
 
-def test_case_109_a_lock_left_by_a_killed_run_is_taken_over(big: Path, tmp_path: Path) -> None:
+@pytest.mark.case(109)
+def test_a_lock_left_by_a_killed_run_is_taken_over(big: Path, tmp_path: Path) -> None:
     process = begun(big, tmp_path / "out")
     process.kill()
     process.communicate(timeout=60)
@@ -145,7 +157,8 @@ def test_case_109_a_lock_left_by_a_killed_run_is_taken_over(big: Path, tmp_path:
     assert mfptq.verify(tmp_path / "out", big).ok
 
 
-def test_case_107_the_owner_may_be_unknown(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(107)
+def test_the_owner_may_be_unknown(source: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 
     (tmp_path / "out" / ".mfptq").mkdir(parents=True)
@@ -153,7 +166,8 @@ def test_case_107_the_owner_may_be_unknown(source: Path, tmp_path: Path) -> None
         mfptq.convert(source, tmp_path / "out")
 
 
-def test_case_110_a_worker_that_dies_ends_the_run(source: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.case(110)
+def test_a_worker_that_dies_ends_the_run(source: Path, tmp_path: Path, monkeypatch) -> None:
     from mfptq.execution.worker_memory import WorkerMemory
 
     def broken(*_args: object) -> None:
@@ -169,7 +183,8 @@ def test_case_110_a_worker_that_dies_ends_the_run(source: Path, tmp_path: Path, 
     assert mfptq.verify(tmp_path / "out", source).ok
 
 
-def test_case_111_a_device_without_memory(source: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.case(111)
+def test_a_device_without_memory(source: Path, tmp_path: Path, monkeypatch) -> None:
     import torch
 
     from mfptq.execution.worker_memory import WorkerMemory
@@ -198,7 +213,8 @@ def surroundings() -> Iterator[tuple[str, list[str], dict[str, str]]]:
 
 
 @pytest.mark.parametrize(("flags", "environment"), [pytest.param(f, e, id=name) for name, f, e in surroundings()])
-def test_case_112_surroundings_do_not_change_a_byte(flags, environment, source, tmp_path) -> None:
+@pytest.mark.case(112)
+def test_surroundings_do_not_change_a_byte(flags, environment, source, tmp_path) -> None:
     (source / "tokenizer.json").write_text('{"\u0131": "\u0130"}', encoding="utf-8")
     mfptq.convert(source, tmp_path / "expected", max_workers=2)
     line = [sys.executable, *flags, "-c", RUN, "convert", str(source), str(tmp_path / "out"), "-q"]
@@ -212,7 +228,8 @@ def test_case_112_surroundings_do_not_change_a_byte(flags, environment, source, 
 @pytest.mark.parametrize(
     "options", [{"max_workers": 1}, {"max_workers": 7}, {"max_workers": 2, "max_memory": "400MB"}], ids=str
 )
-def test_case_112_threads_and_memory_do_not_change_a_byte(options, big: Path, tmp_path: Path) -> None:
+@pytest.mark.case(112)
+def test_threads_and_memory_do_not_change_a_byte(options, big: Path, tmp_path: Path) -> None:
     mfptq.convert(big, tmp_path / "expected")
     mfptq.convert(big, tmp_path / "out", **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "expected")
@@ -229,7 +246,8 @@ def convert_limited(source: Path, out: Path, limit: int, *options: str) -> subpr
                           env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})  # fmt: skip
 
 
-def test_case_115_116_memory_that_the_system_refuses(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(115, 116)
+def test_memory_that_the_system_refuses(source: Path, tmp_path: Path) -> None:
     codes = []
     for megabytes in (96, 112, 128, 160, 192, 224, 400):
         out = tmp_path / f"out{megabytes}"
@@ -246,7 +264,8 @@ def test_case_115_116_memory_that_the_system_refuses(source: Path, tmp_path: Pat
     assert codes[-1] == 0
 
 
-def test_case_113_a_tensor_far_larger_than_the_memory(tmp_path: Path) -> None:
+@pytest.mark.case(113)
+def test_a_tensor_far_larger_than_the_memory(tmp_path: Path) -> None:
     from mfptq.checkpoint.header import TensorSpec, encode_header
 
     (tmp_path / "source").mkdir()
@@ -261,7 +280,8 @@ def test_case_113_a_tensor_far_larger_than_the_memory(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
 
 
-def test_case_114_many_more_shards_need_hardly_more_memory(tmp_path: Path) -> None:
+@pytest.mark.case(114)
+def test_many_more_shards_need_hardly_more_memory(tmp_path: Path) -> None:
     peaks = []
     for shards in (12, 200):  # some for each worker, so that both use all their buffers
         folder = tmp_path / f"s{shards}"

@@ -21,7 +21,8 @@ def fetch(hub: FakeHub, folder: Path, *options: object, command_name: str = "con
     )  # fmt: skip
 
 
-def test_case_118_a_repo_is_fetched_at_one_commit_and_cached(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(118)
+def test_a_repo_is_fetched_at_one_commit_and_cached(source: Path, tmp_path: Path) -> None:
     assert command("convert", source, tmp_path / "local").returncode == 0
     with serve(FakeHub(source, "moved")) as hub:
         done = fetch(hub, tmp_path)
@@ -46,7 +47,8 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "where", "message"), FAULTS, ids=lambda value: value.strip("/")[:12])
-def test_case_118_a_hub_that_fails(fault: str, where: str, message: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(118)
+def test_a_hub_that_fails(fault: str, where: str, message: str, source: Path, tmp_path: Path) -> None:
     with serve(FakeHub(source, fault, where)) as hub:
         done = fetch(hub, tmp_path)
     assert done.returncode == 7, (done.returncode, done.stderr)
@@ -57,7 +59,8 @@ def test_case_118_a_hub_that_fails(fault: str, where: str, message: str, source:
     assert not (tmp_path / "out").exists()
 
 
-def test_case_118_nobody_listens_and_nothing_is_cached(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(118)
+def test_nobody_listens_and_nothing_is_cached(source: Path, tmp_path: Path) -> None:
     with serve(FakeHub(source)) as hub:
         pass
     done = fetch(hub, tmp_path)
@@ -66,7 +69,8 @@ def test_case_118_nobody_listens_and_nothing_is_cached(source: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_case_118_a_download_that_broke_off_goes_on(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(118)
+def test_a_download_that_broke_off_goes_on(source: Path, tmp_path: Path) -> None:
     with serve(FakeHub(source, "reset", BIG)) as hub:
         assert fetch(hub, tmp_path).returncode == 7
         hub.fault = ""
@@ -76,7 +80,8 @@ def test_case_118_a_download_that_broke_off_goes_on(source: Path, tmp_path: Path
     assert digests(tmp_path / "out")[BIG] == digests(tmp_path / "local")[BIG]
 
 
-def test_case_118_an_incomplete_cache_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(118)
+def test_an_incomplete_cache_is_no_checkpoint(source: Path, tmp_path: Path) -> None:
     with serve(FakeHub(source, "reset", BIG)) as hub:
         assert fetch(hub, tmp_path).returncode == 7
     done = fetch(hub, tmp_path, HF_HUB_OFFLINE="1")
@@ -84,7 +89,8 @@ def test_case_118_an_incomplete_cache_is_no_checkpoint(source: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_case_118_the_token_stays_on_its_host(source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(118)
+def test_the_token_stays_on_its_host(source: Path, tmp_path: Path) -> None:
     with serve(FakeHub(source)) as other, serve(FakeHub(source, "redirect", BIG, elsewhere=other.address)) as hub:
         other.address = other.address.replace("127.0.0.1", "localhost")
         hub.elsewhere = other.address
@@ -98,7 +104,8 @@ HOSTILE = ["../evil.json", "/evil.json", "..\\evil.json", "a/../../evil.json", "
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
-def test_case_120_hostile_names_in_the_listing(name: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.case(120)
+def test_hostile_names_in_the_listing(name: str, source: Path, tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*evil*"))
     with serve(FakeHub(source, listed=(name,))) as hub:
         done = fetch(hub, tmp_path)

@@ -32,7 +32,8 @@ def stop_at(source: Path, out: Path, number: int, **options: object) -> None:
     assert not (out / "config.json").exists()
 
 
-def test_case_104_a_flipped_finished_shard_is_redone(source, tmp_path, expected) -> None:
+@pytest.mark.case(104)
+def test_a_flipped_finished_shard_is_redone(source, tmp_path, expected) -> None:
     out = tmp_path / "out"
     stop_at(source, out, 4)
     shard = next(out.glob("*.safetensors"))
@@ -44,7 +45,8 @@ def test_case_104_a_flipped_finished_shard_is_redone(source, tmp_path, expected)
     assert digests(out) == expected
 
 
-def test_case_103_a_damaged_journal_costs_only_time(source, tmp_path, expected) -> None:
+@pytest.mark.case(103)
+def test_a_damaged_journal_costs_only_time(source, tmp_path, expected) -> None:
     out = tmp_path / "out"
     stop_at(source, out, 4)
     whole = (out / ".mfptq" / "journal").read_bytes()
@@ -64,7 +66,8 @@ def rewritten(out: Path, change) -> None:
     path.write_bytes(b"".join(journal._line(value) for value in change(values)))
 
 
-def test_case_103_a_journal_of_another_version_is_refused(source, tmp_path) -> None:
+@pytest.mark.case(103)
+def test_a_journal_of_another_version_is_refused(source, tmp_path) -> None:
     out = tmp_path / "out"
     stop_at(source, out, 4)
     before = digests(out)
@@ -86,7 +89,8 @@ ODD_LINES = [
 
 
 @pytest.mark.parametrize("line", ODD_LINES, ids=str)
-def test_case_103_lines_of_another_version_count_as_absent(line, source, tmp_path, expected) -> None:
+@pytest.mark.case(103)
+def test_lines_of_another_version_count_as_absent(line, source, tmp_path, expected) -> None:
     out = tmp_path / "out"
     stop_at(source, out, 4)
     rewritten(out, lambda values: [*values, line])
@@ -94,7 +98,8 @@ def test_case_103_lines_of_another_version_count_as_absent(line, source, tmp_pat
     assert digests(out) == expected
 
 
-def test_case_105_other_settings_are_refused_and_touch_nothing(source, tmp_path) -> None:
+@pytest.mark.case(105)
+def test_other_settings_are_refused_and_touch_nothing(source, tmp_path) -> None:
     out = tmp_path / "out"
     stop_at(source, out, 4)
     before = digests(out)
@@ -113,7 +118,8 @@ def test_resuming_trusts_finished_shards(source, tmp_path, expected) -> None:
     assert digests(tmp_path / "out") == expected
 
 
-def test_case_107_the_second_run_is_refused(source, tmp_path) -> None:
+@pytest.mark.case(107)
+def test_the_second_run_is_refused(source, tmp_path) -> None:
     from filelock import FileLock
 
     (tmp_path / "out" / ".mfptq").mkdir(parents=True)
@@ -140,7 +146,8 @@ def test_an_unfinished_output_of_another_checkpoint_is_replaced_whole(source, tm
     assert digests(out) == expected
 
 
-def test_case_79_foreign_files_beside_a_work_folder_are_untouched(source, tmp_path) -> None:
+@pytest.mark.case(79)
+def test_foreign_files_beside_a_work_folder_are_untouched(source, tmp_path) -> None:
     out = tmp_path / "out"
     (out / ".mfptq").mkdir(parents=True)
     for name in ("config.json", "SHA256", "README.md"):
@@ -159,7 +166,8 @@ def test_a_finished_output_whose_tidying_was_cut_short_is_finished(source, tmp_p
     assert digests(tmp_path / "expected") == expected
 
 
-def test_case_86_finished_shards_outlive_a_read_error(source, tmp_path, expected) -> None:
+@pytest.mark.case(86)
+def test_finished_shards_outlive_a_read_error(source, tmp_path, expected) -> None:
     out = tmp_path / "out"
     reads = FaultyFiles((source,), frozenset({"preadv"}))
     with reads:
@@ -173,7 +181,8 @@ def test_case_86_finished_shards_outlive_a_read_error(source, tmp_path, expected
     assert digests(out) == expected
 
 
-def test_case_93_a_temporary_that_cannot_be_removed_hides_no_error(source, tmp_path, expected) -> None:
+@pytest.mark.case(93)
+def test_a_temporary_that_cannot_be_removed_hides_no_error(source, tmp_path, expected) -> None:
     out = tmp_path / "out"
 
     def fault(name, real, args, kwargs):
@@ -189,7 +198,8 @@ def test_case_93_a_temporary_that_cannot_be_removed_hides_no_error(source, tmp_p
     assert digests(out) == expected
 
 
-def test_case_82_no_room_is_said_before_anything_is_written(source, tmp_path, monkeypatch) -> None:
+@pytest.mark.case(82)
+def test_no_room_is_said_before_anything_is_written(source, tmp_path, monkeypatch) -> None:
     real = os.statvfs
 
     def full(path):
@@ -214,7 +224,8 @@ def as_nobody(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs root and setpriv")
-def test_case_81_a_folder_that_may_not_be_written(source, tmp_path) -> None:
+@pytest.mark.case(81)
+def test_a_folder_that_may_not_be_written(source, tmp_path) -> None:
     shared = Path("/tmp") / f"mfptq-faults-{os.getpid()}"
     try:
         shutil.copytree(source, shared / "source")
@@ -235,7 +246,8 @@ def test_case_81_a_folder_that_may_not_be_written(source, tmp_path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs root and unshare")
-def test_case_80_the_source_under_another_name(source, tmp_path) -> None:
+@pytest.mark.case(80)
+def test_the_source_under_another_name(source, tmp_path) -> None:
     (tmp_path / "mounted").mkdir()
     inner = f"mount --bind {source} {tmp_path / 'mounted'} && exec {sys.executable} -c 'from mfptq.cli.main import run; run()' convert {source} {tmp_path}/mounted"
     before = digests(source)
@@ -249,7 +261,8 @@ def test_case_80_the_source_under_another_name(source, tmp_path) -> None:
     assert digests(source) == before
 
 
-def test_case_85_a_file_size_limit(source, tmp_path, expected) -> None:
+@pytest.mark.case(85)
+def test_a_file_size_limit(source, tmp_path, expected) -> None:
     import resource
     import signal
 
@@ -272,7 +285,8 @@ def test_case_85_a_file_size_limit(source, tmp_path, expected) -> None:
     assert digests(tmp_path / "out") == expected
 
 
-def test_case_106_a_companion_that_shrinks_while_it_is_copied(source, tmp_path) -> None:
+@pytest.mark.case(106)
+def test_a_companion_that_shrinks_while_it_is_copied(source, tmp_path) -> None:
     out = tmp_path / "out"
 
     def ends_early(name, real, args, kwargs):
@@ -290,7 +304,8 @@ def test_case_106_a_companion_that_shrinks_while_it_is_copied(source, tmp_path) 
     assert not out.exists()
 
 
-def test_case_104_finished_shards_that_are_gone_cut_or_no_files_are_redone(source, tmp_path, expected) -> None:
+@pytest.mark.case(104)
+def test_finished_shards_that_are_gone_cut_or_no_files_are_redone(source, tmp_path, expected) -> None:
     for number, damage in enumerate((Path.unlink, lambda path: os.truncate(path, 10), into_folder)):
         out = tmp_path / f"out{number}"
         stop_at(source, out, 4)

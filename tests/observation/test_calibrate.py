@@ -399,6 +399,7 @@ def test_the_rest_of_mfptq_stays_light() -> None:
     assert found.stdout.strip() == "set()"
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_the_command_stops_on_ctrl_c_and_goes_on(moe: Path, tmp_path: Path) -> None:
     """The first signal ends the run between two blocks; what was written after the last batch stays."""
     text, output = tmp_path / "text.jsonl", tmp_path / "a.calibration.safetensors"

@@ -66,11 +66,13 @@ NOTHING = [b"", b"\n", b"x", line([]), line(None), line({"plan": None}), line({"
 
 
 @pytest.mark.parametrize("data", NOTHING, ids=repr)
-def test_case_103_without_a_whole_first_line_there_is_no_plan(data: bytes) -> None:
+@pytest.mark.case(103)
+def test_without_a_whole_first_line_there_is_no_plan(data: bytes) -> None:
     assert parse_journal(data + line({"shard": {}})) == JournalState(None, {}, ())
 
 
-def test_case_103_a_checksum_over_what_is_no_json_is_no_line() -> None:
+@pytest.mark.case(103)
+def test_a_checksum_over_what_is_no_json_is_no_line() -> None:
     import hashlib
 
     text = b"{not json"
@@ -86,7 +88,8 @@ ODD = [{"shard": None}, {"shard": {}}, shard(name=1), shard(sha256=None), shard(
 
 
 @pytest.mark.parametrize("value", ODD, ids=str)
-def test_case_103_lines_of_other_kinds_are_passed_over(value: object) -> None:
+@pytest.mark.case(103)
+def test_lines_of_other_kinds_are_passed_over(value: object) -> None:
     good = ShardResult("n", "s", 1, {})
     state = parse_journal(line({"plan": PLAN, "files": ["a", 1, "b"]}) + line(value) + line(shard()))
     assert state == JournalState(PLAN, {"n": good}, ("a", "b"))

@@ -183,7 +183,8 @@ QUANTIZED = [
 
 
 @pytest.mark.parametrize(("config", "named"), QUANTIZED, ids=str)
-def test_case_52_quantized_sources_are_refused_by_name(config, named, folder: Path) -> None:
+@pytest.mark.case(52)
+def test_quantized_sources_are_refused_by_name(config, named, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=f"already quantized as {named}"):
         make_plan(folder)

