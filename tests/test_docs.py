@@ -1,0 +1,207 @@
+"""README and docs against the program: options, commands, Python and links in them are tried, not only read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from mfptq.cli.main import main
+from tests.calibration.files import calibrate as write_calibration
+from tests.generate_cli_docs import PAGE, commands, options, page
+
+ROOT = Path(__file__).parents[1]
+SITE = "https://github.com/mfptq/mfptq/blob/main/"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = {"pip", "python", "python3", "vllm", "ruff", "mypy", "just", ":"}  # commands of other programs: not run here
+QWEN = "Qwen/Qwen3.5-27B"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Return the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def shell_lines(block: str) -> Iterator[list[str]]:
+    """Yield the commands of a block as words, without their comments."""
+    for line in block.replace("\\\n", " ").splitlines():
+        for part in line.split("&&"):
+            if words := shlex.split(part, comments=True):
+                yield words
+
+
+def everywhere(language: str) -> list:
+    """Return every block of a language as a parameter."""
+    return [
+        pytest.param(path, block, id=f"{path.name}-{number}")
+        for path in DOCUMENTS
+        for number, block in enumerate(blocks(path, language), 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A folder with what the documents begin with: a model under a Hub-like name, text, the demo's output."""
+    pytest.importorskip("transformers")
+    from tests.models import DENSE, write_checkpoint
+
+    folder = tmp_path_factory.mktemp("docs")
+    write_checkpoint(folder / QWEN, DENSE)
+    shutil.copytree(folder / QWEN, folder / "MODEL")
+    chats = [{"messages": [{"role": "user", "content": f"number {number}"}]} for number in range(3)]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main.main(["demo", "mfptq-demo"], standalone_mode=False)
+    return folder
+
+
+@pytest.fixture
+def workspace(prepared, tmp_path, monkeypatch) -> Path:
+    """A copy of it, as the current folder."""
+    shutil.copytree(prepared, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def run(words: list[str]) -> None:
+    """Run `mfptq` in this process."""
+    assert main.main(words[1:], prog_name="mfptq", standalone_mode=False) in (None, 0)
+
+
+def test_the_page_of_the_command_line_is_current() -> None:
+    assert PAGE.read_text() == page(), "run: python -m tests.generate_cli_docs"
+
+
+@pytest.mark.parametrize(("name", "command"), [pytest.param(*each, id=each[0]) for each in commands()])
+def test_every_option_is_documented(name: str, command: click.Command) -> None:
+    section = PAGE.read_text().split(f"\n## {name}\n")[1].split("\n## ")[0]
+    assert command.help
+    for option in options(command):
+        assert option.help, option.name
+        assert all(f"`{each}" in section or f", {each}" in section or f"/ {each}" in section for each in (*option.opts, *option.secondary_opts))
+
+
+@pytest.mark.parametrize(("path", "block"), everywhere("bash"))
+def test_every_command_exists_with_its_options(path: Path, block: str) -> None:
+    for words in shell_lines(block):
+        program = Path(words[0]).name
+        if program != "mfptq":
+            assert program in OTHERS, words
+            continue
+        command, rest = main, words[1:]
+        while isinstance(command, click.Group):
+            command, rest = command.commands[rest[0]], rest[1:]
+        command.make_context("mfptq", rest)  # raises for an unknown option
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != PAGE and blocks(path, "bash")], ids=lambda path: path.name)
+def test_the_commands_of_a_page_work_in_their_order(path: Path, workspace: Path, capsys) -> None:
+    for block in blocks(path, "bash"):
+        for words in shell_lines(block):
+            if words[0] == "mfptq":
+                run(words)
+
+
+@pytest.mark.parametrize("block", blocks(PAGE, "bash"))
+def test_the_examples_of_the_help_work(block: str, workspace: Path, capsys) -> None:
+    [words] = shell_lines(block)
+    for name in ("qwen", "a", "b"):
+        write_calibration(workspace / QWEN, workspace / f"{name}.calibration.safetensors")
+    if words[1] in ("verify", "inspect", "calibration"):
+        run(["mfptq", "convert", QWEN, "Qwen3.5-27B-NVFP4", "--calibration", "qwen.calibration.safetensors"])
+    if words[1] in ("calibrate", "calibration") and "--output" in words:
+        Path(words[words.index("--output") + 1]).unlink(missing_ok=True)
+    if words[1] == "demo":
+        shutil.rmtree("mfptq-demo")
+    run(words)
+
+
+@pytest.mark.parametrize(("path", "block"), everywhere("python"))
+def test_python_works(path: Path, block: str, workspace: Path, capsys) -> None:
+    exec(compile(block, f"{path.name}", "exec"), {"__name__": "__main__"})
+
+
+LISTS = [
+    (name, option.opts[0], value)
+    for name, command in commands()
+    for option in options(command)
+    for value in re.findall(r"(?:^|(?<=, ))[a-z_]+(?=,|\.$)", (option.help or "").partition(": ")[2])
+    if re.fullmatch(r"[a-z_]+(, [a-z_]+)+\.", (option.help or "").partition(": ")[2])
+]
+CHOICES = [
+    *LISTS,
+    *((name, option.opts[0], str(value)) for name, command in commands() for option in options(command)
+      if isinstance(option.type, click.Choice) for value in option.type.choices),
+    *(("mfptq plan", "--method", value) for value in ("search", "minmax", "weighted", "hessian", "hessian+", "auto")),
+    *(("mfptq plan", "--scheme", value) for value in ("NVFP4", "NVFP4A16")),
+    *(("mfptq plan", "--device", value) for value in ("cpu", "auto")),
+]  # fmt: skip
+REFUSALS = ("unknown", "expected one of", "is not one of", "Invalid value")
+
+
+def test_choices_are_found_in_the_help() -> None:
+    assert {option for _, option, _ in LISTS} >= {"--kind", "--input-scales-kind"}
+
+
+@pytest.mark.parametrize(("name", "option", "value"), CHOICES)
+def test_every_named_choice_is_accepted(name: str, option: str, value: str, workspace: Path, capsys) -> None:
+    command = dict(commands())[name]
+    [found] = [each for each in options(command) if option in each.opts]
+    assert value in (found.help or "") or isinstance(found.type, click.Choice)
+    write_calibration(workspace / QWEN, workspace / "qwen.calibration.safetensors")
+    modules = [path.removesuffix(".weight") for path in _quantized(workspace)]
+    (workspace / "numbers.json").write_text(json.dumps(dict.fromkeys(modules, 3.2 if value != "input_scale" else 0.01)))
+    words = name.split()
+    words += {"calibrate": [QWEN, "--dataset", "chats.jsonl", "--output", "made.calibration.safetensors", "--samples", "1"],
+              "extract": ["numbers.json", "--output", "out.calibration.safetensors"],
+              "convert": [QWEN, "converted"], "plan": [QWEN]}[words[-1]]  # fmt: skip
+    if option == "--input-scales-kind":
+        words += ["--input-scales", "numbers.json"]
+    elif option in ("--method", "--scheme") and value != "NVFP4A16":
+        words += ["--calibration", "qwen.calibration.safetensors"]
+    run([*words, option, value])
+
+
+def _quantized(workspace: Path) -> list[str]:
+    from mfptq.cli.text import plan_values  # noqa: F401
+
+    return []
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, anchor = link.partition("#")
+        if place.startswith(SITE):
+            target = ROOT / place.removeprefix(SITE)
+        elif place.startswith("https://"):
+            continue
+        else:
+            assert path != ROOT / "README.md", f"{link}: links of the README must be absolute, PyPI shows it too"
+            target = path.parent / place if place else path
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+def _anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert not [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md" and f"({path.name})" not in index]
+
+
+def test_the_readme_is_for_four_minutes() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(re.findall(r"^```\w+$", text, re.MULTILINE)) <= 6
+    assert len(re.sub(r"```.*?```|https?://\S+", "", text, flags=re.DOTALL).split()) <= 520
