@@ -85,7 +85,10 @@ def test_every_option_is_documented(name: str, command: click.Command) -> None:
     assert command.help
     for option in options(command):
         assert option.help, option.name
-        assert all(f"`{each}" in section or f", {each}" in section or f"/ {each}" in section for each in (*option.opts, *option.secondary_opts))
+        assert all(
+            f"`{each}" in section or f", {each}" in section or f"/ {each}" in section
+            for each in (*option.opts, *option.secondary_opts)
+        )
 
 
 @pytest.mark.parametrize(("path", "block"), everywhere("bash"))
@@ -101,7 +104,9 @@ def test_every_command_exists_with_its_options(path: Path, block: str) -> None:
         command.make_context("mfptq", rest)  # raises for an unknown option
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != PAGE and blocks(path, "bash")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path != PAGE and blocks(path, "bash")], ids=lambda path: path.name
+)
 def test_the_commands_of_a_page_work_in_their_order(path: Path, workspace: Path, capsys) -> None:
     for block in blocks(path, "bash"):
         for words in shell_lines(block):
@@ -175,7 +180,11 @@ def _quantized(workspace: Path) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_links_lead_somewhere(path: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -198,7 +207,9 @@ def _anchors(path: Path) -> set[str]:
 
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
-    assert not [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md" and f"({path.name})" not in index]
+    assert not [
+        path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md" and f"({path.name})" not in index
+    ]
 
 
 def test_the_readme_is_for_four_minutes() -> None:
