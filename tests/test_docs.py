@@ -221,3 +221,24 @@ def test_the_readme_is_for_four_minutes() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(re.findall(r"^```\w+$", text, re.MULTILINE)) <= 6
     assert len(re.sub(r"```.*?```|https?://\S+", "", text, flags=re.DOTALL).split()) <= 520
+
+
+def test_the_plan_in_the_readme_looks_as_plans_do(workspace: Path, capsys) -> None:
+    run(["mfptq", "plan", QWEN])
+    shown = capsys.readouterr().out
+    [excerpt] = blocks(ROOT / "README.md", "text")
+    header, *rows, total = excerpt.splitlines()
+    assert header == shown.splitlines()[0]
+    for row in rows:
+        assert row.split("  ")[-1] in shown
+    number = r"[\d.]+( [GMk]?B)?"
+    assert re.sub(number, "#", total) in re.sub(number, "#", shown)
+
+
+def test_the_architecture_names_what_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    files = re.findall(r"`(\w+/\w+\.py)`", text)
+    assert len(files) > 10
+    assert not [file for file in files if not (ROOT / "mfptq" / file).exists()]
+    for file, name in re.findall(r"`(\w+/\w+\.py)`: `(\w+)`", text):
+        assert f"class {name}" in (ROOT / "mfptq" / file).read_text(), (file, name)
