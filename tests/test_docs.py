@@ -154,7 +154,7 @@ CHOICES = [
 
 
 def test_choices_are_found_in_the_help() -> None:
-    assert {option for _, option, _ in LISTS} >= {"--kind", "--input-scales-kind"}
+    assert {option for _, option, _ in CHOICES} >= {"--kind", "--input-scales-kind", "--statistics", "--dtype"}
 
 
 @pytest.mark.parametrize(("name", "option", "value"), CHOICES)

@@ -27,7 +27,7 @@ ALLOWED = {
     "scales": "storage names checkpoint",
     "calibration": "storage names checkpoint kernels scales",
     "planning": "storage names checkpoint kernels scales calibration",
-    "output": "storage checkpoint kernels planning",
+    "output": "storage names checkpoint kernels planning",
     "execution": "storage names checkpoint kernels planning output",
     "observation": "storage names checkpoint calibration planning execution",
     "conversion verification inspection tensors demo": "storage names checkpoint kernels scales calibration planning output execution",

@@ -118,7 +118,7 @@ def test_tiles_batches_and_runs_cover_their_places(place: Path, example: Example
     for job in (plan.job(shard) for shard in plan.shards):
         copies = joined((copy.offset, copy.offset + copy.size) for copy in job.copies)
         runs = list(copy_runs(job.copies, limit))
-        assert joined((run.offset, run.offset + sum(size for _, size in run.stretches)) for run in runs) == copies
+        assert joined((run.offset, run.offset + sum(size for _, size in run.ranges)) for run in runs) == copies
         for step in job.weights:
             parts = [(tile.start, tile.start + tile.size) for tile in tiles(step.weight, limit)]
             assert joined(iter(parts)) == [(0, step.weight.size)]
