@@ -23,7 +23,7 @@ import mfptq
 from mfptq.demo import DemoShape, write_demo
 from mfptq.planning.quantization_config import index_text
 
-SHAPE = DemoShape(hidden=256, intermediate=512, layers=8)
+SHAPE = DemoShape(hidden=128, intermediate=256, layers=8)
 IGNORE = [
     "re:.*lm_head$",
     "re:.*embed_tokens$",
