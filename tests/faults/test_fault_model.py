@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mfptq import limits
 from tests.conftest import CASES, COLLECTED, MARKED, documented_cases
 
 TESTS = Path(__file__).parents[1]
@@ -26,6 +27,16 @@ def test_numbers_are_given_once() -> None:
         line for line in CASES.read_text().splitlines() if line.split("|")[1:2] and line.split("|")[1].strip().isdigit()
     ]
     assert len(rows) == len(documented_cases()) >= 120
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    text = CASES.read_text()
+    for number in (limits.MAX_HEADER_BYTES, limits.MAX_TENSOR_NAME_BYTES, limits.MAX_TENSORS, limits.MAX_RULES):
+        assert f"| {number:,}" in text
+    sizes = (limits.MAX_INDEX_BYTES, limits.MAX_CONFIG_BYTES, limits.MAX_SCALES_BYTES)
+    assert "{}, {} and {} MiB".format(*(size // 2**20 for size in sizes)) in text
+    assert f"| {limits.MAX_DIMENSIONS}, each below 2^63 |" in text
+    assert f"matched within {limits.MAX_RULE_SECONDS:g} seconds" in text
 
 
 def test_a_marker_with_an_unknown_number_stops_the_run(pytester: pytest.Pytester) -> None:

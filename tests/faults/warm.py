@@ -24,7 +24,7 @@ from mfptq.errors import MfptqError
 from tests.conftest import digests
 
 TINY = DemoShape(hidden=16, intermediate=16, layers=4, vocabulary=16)
-PAGES = DemoShape(hidden=128, intermediate=128, layers=1, vocabulary=128)  # written past the page cache
+LARGER = DemoShape(hidden=128, intermediate=128, layers=1, vocabulary=128)
 TINY_EXPERTS = DemoShape(hidden=16, intermediate=16, layers=4, experts=2, vocabulary=16)
 ESCAPED = 99  # the exit code of a child that raised anything but an error of ours
 CHILD_SECONDS = 60
@@ -74,7 +74,7 @@ LAYOUTS = (
     Layout("experts, two workers", TINY_EXPERTS, 2, {"max_workers": 2}),
     Layout("five shards, minmax", TINY, 5, {"method": "minmax"}),
     Layout("many companions", TINY, 2, {}, 6),
-    Layout("whole pages", PAGES, 2, {"max_workers": 3}),
+    Layout("larger tensors, three workers", LARGER, 2, {"max_workers": 3}),
 )
 
 OTHER = Layout("another checkpoint", TINY, 4, {}, 3)
