@@ -21,8 +21,10 @@ from .checkpoint.weights import Candidate, StoredTensor, Weight, candidates, nam
 from .dtypes import NUMPY_DTYPES
 from .errors import MfptqError, SourceError
 from .execution.tiles import tiles
+from .execution.turned import read_turned
 from .kernels import ErrorStats
 from .limits import MAX_INDEX_BYTES
+from .names.config_sizes import read_sizes
 from .nvfp4 import BLOCK_SIZE, as_float32, dequantize
 from .output.leftovers import MANIFEST
 from .output.structure import PACKED, Fault, read_bytes, read_scalar, structure_faults
@@ -126,7 +128,7 @@ def _digest_fault(folder: Path, stopped: Stopped, line: str) -> Fault | None:
 def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) -> None:
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
     patterns: dict[str, ErrorStats] = {}
-    for item in candidates(original.tensors()):
+    for item in candidates(original.tensors(), read_sizes(original.config)):
         name = item.tensor.info.name
         kept = stored.pop(name, None)
         if kept is not None:
@@ -178,7 +180,10 @@ def _error(
     scale = read_scalar(output, parts[".weight_global_scale"])
     for tile in tiles(weight, TILE_BYTES):
         raw = np.empty(tile.nbytes, np.uint8)
-        original.read_into(weight.shard, tile.offset, raw.data)
+        if weight.pitch:
+            read_turned(original, tile, raw.view(NUMPY_DTYPES[weight.dtype]), np.empty(TILE_BYTES // 4, np.uint8))
+        else:
+            original.read_into(weight.shard, tile.offset, raw.data)
         exact = as_float32(raw.view(NUMPY_DTYPES[weight.dtype])).reshape(tile.rows, tile.columns)
         packed = read_bytes(output, parts[PACKED], tile.start // 2, tile.size // 2).reshape(tile.rows, -1)
         codes = read_bytes(output, parts[".weight_scale"], tile.start // BLOCK_SIZE, tile.size // BLOCK_SIZE)

@@ -147,3 +147,14 @@ def test_config_and_tensors_must_agree(output: Path) -> None:
     config["quantization_config"]["ignore"] = []
     (output / "config.json").write_text(json.dumps(config))
     assert any(fault.tensor == "lm_head" for fault in mfptq.verify(output).faults)
+
+
+def test_a_quantized_head_must_be_a_target(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "out", targets=("lm_head",))
+    assert mfptq.verify(tmp_path / "out", source).ok
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    assert group["targets"] == ["Linear", r"re:(.*\.)?lm_head$"]
+    group["targets"] = ["Linear"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert any("lacks the target" in fault.what for fault in mfptq.verify(tmp_path / "out").faults)

@@ -1,8 +1,9 @@
 """Source tensors as logical weights: what a linear layer's matrix is, wherever and however it is stored.
 
-A 2-D `<module>.weight` is one weight. A 3-D stack of experts, `<parent>.gate_up_proj [E, 2I, H]` with
-`<parent>.down_proj [E, H, I]` (no `.weight` suffix), holds 3E weights: `<parent>.{e}.gate_proj` (the first half of the
-rows), `up_proj` (the second half) and `down_proj`. Every weight is contiguous in its tensor.
+A 2-D `<module>.weight` is one weight. A 3-D stack of experts, `[experts, out, in]` or, transposed, `[experts, in, out]`,
+holds a weight of each expert, or two: `<parent>.gate_up_proj [E, 2I, H]` with `<parent>.down_proj [E, H, I]` (no `.weight`
+suffix) holds `<parent>.{e}.gate_proj` (the first half of the rows), `up_proj` (the second half) and `down_proj`. Its parts
+lie one expert after the other. What is stored in another way (interleaved, with biases, flat) stays as it is.
 """
 
 from __future__ import annotations
@@ -11,15 +12,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..dtypes import DTYPE_BITS
+from ..names.config_sizes import ConfigSizes
+from ..names.engine import STACKED, experts_module
+from ..names.leaves import turned_patterns
+from ..names.wrappers import logical
 from .header import TensorInfo
 
 WEIGHT_SUFFIX = ".weight"
 STACKED_GATE_UP = "gate_up_proj"
 STACKED_DOWN = "down_proj"
+_BIASES = ("_bias", ".bias")
+_NO_SIZES = ConfigSizes()
 
 
 class Weight(NamedTuple):
-    """One linear layer's matrix `[rows, columns]`: `offset` is in bytes from the beginning of the file `shard`."""
+    """One linear layer's matrix `[rows, columns]`: `offset` is in bytes from the beginning of the file `shard`.
+
+    `pitch` is 0 for a matrix whose elements follow each other, row after row. One that is stored transposed has the
+    elements of a column one behind the other, and `pitch` elements from one column to the next: element `(r, c)` lies
+    `r + c * pitch` elements behind `offset`.
+    """
 
     module: str
     shard: str
@@ -27,6 +39,7 @@ class Weight(NamedTuple):
     offset: int
     rows: int
     columns: int
+    pitch: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -65,50 +78,117 @@ class Candidate(NamedTuple):
         return len(self.weights) > 1 or (bool(self.weights) and self.weights[0].module != self.module)
 
 
-def candidates(tensors: Iterable[StoredTensor]) -> Iterator[Candidate]:
-    """Yield each tensor once, in the given order, with the logical weights it holds."""
+class _Layout(NamedTuple):
+    """Names of the stacks of one layer's experts, and the parents that they may have; any, if none is named."""
+
+    gate_up: tuple[str, ...]
+    down: str
+    parents: tuple[str, ...] = ()
+
+
+_LAYOUTS = (
+    _Layout(("gate_up_proj",), "down_proj"),
+    _Layout(("input_linear",), "output_linear", ("block_sparse_moe",)),  # Granite
+    _Layout(("gate_proj", "up_proj"), "down_proj", ("moe", "experts")),  # Step-3.5
+)
+
+
+def candidates(tensors: Iterable[StoredTensor], sizes: ConfigSizes = _NO_SIZES) -> Iterator[Candidate]:
+    """Yield each tensor once, in the given order, with the logical weights it holds.
+
+    `sizes` are those of config.json: where a stack's shape fits both orientations, its widths decide.
+    """
     stored = {tensor.info.name: tensor for tensor in tensors}
+    turned = turned_patterns(sizes.model_type)
     for name, tensor in stored.items():
-        parent, _, leaf = name.rpartition(".")
-        if leaf in (STACKED_GATE_UP, STACKED_DOWN) and len(tensor.info.shape) == 3:
-            yield _stack(parent, tensor, stored)
+        layouts = _layouts(name) if len(tensor.info.shape) == 3 else []
+        if layouts:
+            yield _stacked(layouts, tensor, stored, sizes)
         elif not name.endswith(WEIGHT_SUFFIX) or name == WEIGHT_SUFFIX:
             yield Candidate(tensor, (), "not a weight")
         elif len(tensor.info.shape) != 2:
             yield Candidate(tensor, (), f"{len(tensor.info.shape)}-D, not a matrix")
         else:
-            rows, columns = tensor.info.shape
-            module = name.removesuffix(WEIGHT_SUFFIX)
-            yield Candidate(tensor, (Weight(module, tensor.shard, tensor.info.dtype, tensor.offset, rows, columns),))
+            yield _matrix(
+                tensor, turned=any(regex.match(logical(name.removesuffix(WEIGHT_SUFFIX))) for regex in turned)
+            )
 
 
-def _stack(parent: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor]) -> Candidate:
-    gate_up, down = stored.get(f"{parent}.{STACKED_GATE_UP}"), stored.get(f"{parent}.{STACKED_DOWN}")
-    if gate_up is None or down is None or len(gate_up.info.shape) != 3 or len(down.info.shape) != 3:
+def _matrix(tensor: StoredTensor, *, turned: bool) -> Candidate:
+    rows, columns = tensor.info.shape
+    place = (tensor.info.name.removesuffix(WEIGHT_SUFFIX), tensor.shard, tensor.info.dtype, tensor.offset)
+    weight = Weight(*place, columns, rows, columns) if turned else Weight(*place, rows, columns)
+    return Candidate(tensor, (weight,))
+
+
+def _layouts(name: str) -> list[_Layout]:
+    """Return the layouts of which a tensor of that name may be a part."""
+    parent, _, leaf = name.removesuffix(WEIGHT_SUFFIX).rpartition(".")
+    owner = logical(parent).rpartition(".")[2]
+    if owner.startswith("shared"):
+        return []
+    return [
+        layout
+        for layout in _LAYOUTS
+        if leaf in (*layout.gate_up, layout.down) and (owner in layout.parents or not layout.parents)
+    ]
+
+
+def _stacked(
+    layouts: Iterable[_Layout], tensor: StoredTensor, stored: Mapping[str, StoredTensor], sizes: ConfigSizes
+) -> Candidate:
+    found = next((found for layout in layouts if (found := _siblings(layout, tensor, stored))), ())
+    if not found:
         return Candidate(tensor, (), "3-D, but no complete expert stack")
-    experts, rows, hidden = gate_up.info.shape
-    if down.info.shape != (experts, hidden, rows // 2) or rows % 2 or not experts:
+    if any(f"{name.info.name.removesuffix(WEIGHT_SUFFIX)}{bias}" in stored for name in found for bias in _BIASES):
+        return Candidate(tensor, (), "3-D, experts with biases, which engines do not take in NVFP4")
+    turns = [turned for turned in (False, True) if _fits([each.info.shape for each in found], turned=turned)]
+    if not turns:
         return Candidate(tensor, (), "3-D, but not stored as [experts, out, in]")
-    if tensor is gate_up:
-        return Candidate(tensor, tuple(_halves(parent, tensor)))
-    return Candidate(tensor, tuple(_slices(parent, tensor)))
+    if len(turns) > 1:
+        turns = [turned for turned in turns if found[-1].info.shape[2 if turned else 1] in sizes.hidden]
+    if len(turns) != 1:
+        return Candidate(
+            tensor, (), "3-D, and config.json does not tell whether as [experts, out, in] or [experts, in, out]"
+        )
+    return Candidate(tensor, tuple(_parts(tensor, turned=turns[0])))
 
 
-def _halves(parent: str, tensor: StoredTensor) -> Iterator[Weight]:
-    experts, rows, columns = tensor.info.shape
-    half = tensor.info.nbytes // (2 * experts)
+def _siblings(layout: _Layout, tensor: StoredTensor, stored: Mapping[str, StoredTensor]) -> tuple[StoredTensor, ...]:
+    """Return all stacks of a layer's experts, the one of down_proj last; none if they are not complete."""
+    module = tensor.info.name.removesuffix(WEIGHT_SUFFIX)
+    parent, suffix = module.rpartition(".")[0], tensor.info.name[len(module) :]
+    prefix = f"{parent}." if parent else ""
+    found = [stored.get(f"{prefix}{leaf}{suffix}") for leaf in (*layout.gate_up, layout.down)]
+    complete = [each for each in found if each is not None and len(each.info.shape) == 3]
+    return tuple(complete) if len(complete) == len(found) else ()
+
+
+def _fits(shapes: list[tuple[int, ...]], *, turned: bool) -> bool:
+    """Return whether gate and up, and down, are matrices of one expert layer in this orientation."""
+    experts, hidden, inner = _turn(shapes[-1], turned=turned)
+    rows = inner * (4 - len(shapes))  # gate and up: both halves of one stack, or a stack each
+    return experts > 0 and all(_turn(shape, turned=turned) == (experts, rows, hidden) for shape in shapes[:-1])
+
+
+def _turn(shape: tuple[int, ...], *, turned: bool) -> tuple[int, int, int]:
+    experts, rows, columns = shape
+    return (experts, columns, rows) if turned else (experts, rows, columns)
+
+
+def _parts(tensor: StoredTensor, *, turned: bool) -> Iterator[Weight]:
+    """Yield the weights of a stack, expert after expert, gate before up."""
+    name, dtype = tensor.info.name, tensor.info.dtype
+    module, leaf = experts_module(name, tensor.info.shape), name.removesuffix(WEIGHT_SUFFIX).rpartition(".")[2]
+    projections = STACKED[leaf]
+    experts, all_rows, columns = _turn(tensor.info.shape, turned=turned)
+    rows, step = all_rows // len(projections), tensor.info.nbytes // experts
+    part = step // columns // len(projections) if turned else step // len(projections)
     for expert in range(experts):
-        for part, leaf in enumerate(("gate_proj", "up_proj")):
-            offset = tensor.offset + (2 * expert + part) * half
-            yield Weight(f"{parent}.{expert}.{leaf}", tensor.shard, tensor.info.dtype, offset, rows // 2, columns)
-
-
-def _slices(parent: str, tensor: StoredTensor) -> Iterator[Weight]:
-    experts, rows, columns = tensor.info.shape
-    step = tensor.info.nbytes // experts
-    for expert in range(experts):
-        offset = tensor.offset + expert * step
-        yield Weight(f"{parent}.{expert}.{STACKED_DOWN}", tensor.shard, tensor.info.dtype, offset, rows, columns)
+        for number, projection in enumerate(projections):
+            offset = tensor.offset + expert * step + number * part
+            place = (tensor.shard, dtype, offset, rows, columns, all_rows if turned else 0)
+            yield Weight(f"{module}.{expert}.{projection}", *place)
 
 
 def name_pattern(module: str, by: str = "*") -> str:

@@ -95,6 +95,7 @@ def _rule_options(function: Function) -> Function:
         click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
         click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
         click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
+        click.option("--force", is_flag=True, help="Quantize even what no engine is known to load in FP4."),
         click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
         click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Quantize what a default keeps."),
         click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep: a module name, or re:REGEX."),

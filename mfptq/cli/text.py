@@ -93,6 +93,7 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
         "peak_memory": memory.peak,
         "warnings": list(plan.warnings),
         "left_out": list(plan.checkpoint.left_out),
+        "share": str(plan.share),
         "patterns": [{**asdict(row), "bits": row.bits} for row in patterns],
     }
 
@@ -103,13 +104,15 @@ def plan_text(values: Mapping[str, Any]) -> str:
     rows += [_plan_row(row) for row in values["patterns"]]
     ratio = values["output_bytes"] / max(values["source_bytes"], 1)
     return "\n".join([
+        values["share"],
+        *(f"warning: {text}" for text in values["warnings"]),
+        "",
         *rows,
         "",
         f"{values['source']}: {values['scheme']}, method {_methods_text(values)}, "
         f"{counted(values['shards'], 'shard', 'shards')}, {values['output_tensors']} output tensors",
         f"{size_text(values['source_bytes'])} -> {size_text(values['output_bytes'])} ({ratio:.1%}), "
         f"{values['bits_per_weight']:.2f} bits per weight, peak memory about {size_text(values['peak_memory'])}",
-        *(f"warning: {text}" for text in values["warnings"]),
     ])  # fmt: skip
 
 

@@ -123,7 +123,8 @@ class Execution:
             quantized = memory.quantize_by(self._plan.statistics, data, batch, scales)
         for pattern, stats in batch.by_pattern(quantized.stats).items():
             writer.note(pattern, stats)
-        self._write(writer, batch.pieces(quantized.packed, quantized.scales, scales), batch.reads, memory)
+        pieces = batch.pieces(quantized.packed, quantized.scales, scales)
+        self._write(writer, pieces, batch.reads, memory, keep=batch.is_turned)
 
     def _find_scale(self, writer: ShardWriter, step: GroupStep, _memory: WorkerMemory) -> None:
         """Find the largest magnitude over all members, wherever they lie; then quantize those of this shard."""
@@ -152,18 +153,23 @@ class Execution:
             Piece(step.scale + tile.start // BLOCK_SIZE, quantized.scales.reshape(-1).data),
             *(_scalars(step, scale) if tile.start == 0 else ()),
         ]
-        self._write(writer, pieces, [(tile.offset, tile.nbytes)], memory)
+        self._write(writer, pieces, [(tile.offset, tile.nbytes)], memory, keep=tile.weight.pitch > 0)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> PreparedStatistics | None:
         found = self._plan.statistics(step)
         return None if found is None else found.part(tile.start % step.weight.columns, tile.columns)
 
-    def _write(self, writer: ShardWriter, pieces: Iterable[Piece], reads: Ranges, memory: WorkerMemory) -> None:
-        """Hash and write what the ranges `reads` of the source, (offset, size) in bytes, have become."""
+    def _write(
+        self, writer: ShardWriter, pieces: Iterable[Piece], reads: Ranges, memory: WorkerMemory, *, keep: bool = False
+    ) -> None:
+        """Hash and write what the ranges `reads` of the source, (offset, size) in bytes, have become.
+
+        `keep`: other tiles lie in the same pages, which stay in the page cache until the shard is complete.
+        """
         with memory.timed("write"):
             writer.write(pieces, memory.bytes)
         for offset, size in reads:
-            if self._forget:
+            if self._forget and not keep:
                 self._source.drop_cached(writer.job.name, offset, size)
             self._pool.emit(Advanced(size))
 

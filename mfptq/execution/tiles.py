@@ -64,6 +64,11 @@ def tiles(weight: Weight, tile_bytes: int) -> Iterator[Tile]:
             yield Tile(weight, row * weight.columns + column, 1, min(width, weight.columns - column))
 
 
+def whole(weight: Weight) -> Tile:
+    """Return a weight as one tile."""
+    return Tile(weight, 0, weight.rows, weight.columns)
+
+
 @dataclass(frozen=True, slots=True)
 class GroupStep:
     """The weights of one fused group that lie in one shard."""
@@ -78,8 +83,14 @@ class GroupStep:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether its weights have one dtype."""
-        return len(self.weights) == 1 or len({step.weight.dtype for step in self.weights}) == 1
+        """Whether its weights have one dtype, and are stored alike."""
+        kinds = {(step.weight.dtype, step.weight.pitch > 0) for step in self.weights}
+        return len(self.weights) == 1 or len(kinds) == 1
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether any of its weights is stored transposed."""
+        return any(step.weight.pitch for step in self.weights)
 
 
 def group_steps(weights: Iterable[QuantizeWeight]) -> list[GroupStep]:
@@ -91,7 +102,8 @@ def group_steps(weights: Iterable[QuantizeWeight]) -> list[GroupStep]:
 class Batch:
     """Whole small groups of one shard and dtype, read at once: weight i has elements `starts[i]` to `starts[i + 1]`.
 
-    `reads` are the ranges of the source file, (offset, size) in bytes, in which the weights lie, in their order.
+    `reads` are the ranges of the source file, (offset, size) in bytes, in which the weights lie, in their order. Weights that
+    are stored transposed are read one by one, and `reads` has only their sizes.
     """
 
     groups: tuple[GroupStep, ...]
@@ -109,6 +121,11 @@ class Batch:
         starts = np.cumsum([0, *sizes], dtype=np.int64)
         reads = [(int(offsets[begin]), int(nbytes[begin:end].sum())) for begin, end in _runs(offsets, nbytes)]
         return cls(tuple(groups), steps, starts, tuple(reads))
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether its weights are stored transposed."""
+        return bool(self.steps[0].weight.pitch)
 
     @property
     def dtype(self) -> str:
@@ -148,16 +165,16 @@ class Batch:
 
 
 def batches(groups: Iterable[GroupStep], tile_bytes: int) -> Iterator[Batch]:
-    """Yield runs of groups of one dtype that together fit into one tile."""
+    """Yield runs of groups of one dtype, stored alike, that together fit into one tile."""
     run: list[GroupStep] = []
-    size, dtype = 0, ""
+    size, kind = 0, ("", False)
     for group in groups:
-        nbytes, own = group.nbytes, group.weights[0].weight.dtype
-        if run and (size + nbytes > tile_bytes or own != dtype):
+        nbytes, own = group.nbytes, (group.weights[0].weight.dtype, group.is_turned)
+        if run and (size + nbytes > tile_bytes or own != kind):
             yield Batch.of(run)
             run, size = [], 0
         run.append(group)
-        size, dtype = size + nbytes, own
+        size, kind = size + nbytes, own
     if run:
         yield Batch.of(run)
 

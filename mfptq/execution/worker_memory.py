@@ -21,7 +21,8 @@ from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Kernel, QuantizeAr
 from ..kernels.calibrated import CalibratedKernel, PreparedStatistics
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array, as_float32
 from ..planning.jobs import QuantizeWeight
-from .tiles import Batch, Tile
+from .tiles import Batch, Tile, whole
+from .turned import read_turned
 
 
 class WorkerMemory:
@@ -50,11 +51,24 @@ class WorkerMemory:
 
     def read(self, source: FolderSource, tile: Tile) -> TileArray:
         """Return a tile's data `[R, K]`, which must fit into the buffer. The next call overwrites it."""
+        if tile.weight.pitch:
+            return self._read_turned(source, tile, 0).reshape(tile.rows, tile.columns)
         ranges = [(tile.offset, tile.nbytes)]
         return self._read(source, tile.weight.shard, ranges, tile.weight.dtype).reshape(tile.rows, tile.columns)
 
+    def _read_turned(self, source: FolderSource, tile: Tile, start: int) -> TileArray:
+        """Return a tile of a matrix that is stored transposed, flat, kept in the buffer from element `start` on."""
+        values = self._values(len(self._source), tile.weight.dtype)[start : start + tile.size]
+        with self.timed("read"):
+            read_turned(source, tile, values, self._packed)
+        return values
+
     def read_batch(self, source: FolderSource, batch: Batch) -> TileArray:
         """Return the data of many weights, flat, which must fit into the buffer. The next call overwrites it."""
+        if batch.is_turned:
+            for step, start in zip(batch.steps, batch.starts.tolist(), strict=False):
+                self._read_turned(source, whole(step.weight), start)
+            return self._values(len(self._source), batch.dtype)[: int(batch.starts[-1])]
         return self._read(source, batch.steps[0].weight.shard, batch.reads, batch.dtype)
 
     def _read(self, source: FolderSource, shard: str, ranges: Iterable[tuple[int, int]], dtype: str) -> TileArray:
@@ -76,6 +90,13 @@ class WorkerMemory:
     def amax(self, source: FolderSource, tile: Tile) -> float:
         """Return the largest magnitude of a tile in its file; raises NonFiniteWeightError for NaN or infinity."""
         weight = tile.weight
+        if weight.pitch:
+            turned = self.read(source, tile)
+            with self.timed("amax"):
+                found = self.kernel.amax(turned)
+            if not math.isfinite(found):
+                raise _not_finite(turned.reshape(-1), weight, tile.start)
+            return found
         data = self._values(tile.nbytes, weight.dtype).reshape(tile.rows, tile.columns)
         with self.timed("amax"), source.reading(weight.shard, tile.offset, tile.nbytes) as fd:
             found = self.kernel.amax_in_file(fd, tile.offset, data)

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .fusion import experts_parent
+from .engine import stack_names
+from .wrappers import logical
 
 ScaleKind = Literal["input_global_scale", "input_scale", "amax"]
 
@@ -29,7 +30,6 @@ SUFFIXES: Mapping[str, ScaleKind] = {
     ".amax": "amax",
 }
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
-_STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "w13", "w3": "w13"}
 
 
 def split_name(name: str) -> tuple[str, ScaleKind | None]:
@@ -41,21 +41,12 @@ def split_name(name: str) -> tuple[str, ScaleKind | None]:
 
 
 def bare(name: str) -> str:
-    """Return a name without the prefix by which tools differ."""
+    """Return a name without the prefix by which tools differ, and without what training tools put around modules."""
+    name = logical(name)
     for prefix in PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
-
-
-def stack_names(module: str) -> tuple[str, ...]:
-    """Return the names of the stacks that an expert's projection may be a slice of; none for any other module."""
-    parent = experts_parent(module)
-    if parent is None:
-        return ()
-    leaf = module.rpartition(".")[2]
-    names = (leaf, _STACKED[leaf]) if leaf in _STACKED else (leaf,)
-    return tuple(f"{parent}.{name}" for name in names)
 
 
 @dataclass(frozen=True, slots=True)

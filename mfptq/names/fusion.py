@@ -1,4 +1,4 @@
-"""Which weights an inference engine fuses into one layer: one table, keyed by name.
+"""Groups of weights that an inference engine fuses into one layer, by the names of the one table.
 
 Members of a fused layer are loaded into one matrix with one global scale, so they must share it exactly; engines take the
 largest and warn, or refuse (vLLM `packed_modules_mapping` and stacked parameters, SGLang the same).
@@ -7,42 +7,16 @@ largest and warn, or refuse (vLLM `packed_modules_mapping` and stacked parameter
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from operator import attrgetter
-from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
+from .leaves import FUSED_LAYERS, fused_into
+from .wrappers import logical
+
 Item = TypeVar("Item")
-
-# Fused layer -> the names its members have in checkpoints. Two or more of them under one parent belong together.
-FUSED_LAYERS: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    "qkv_proj": (
-        "q_proj", "k_proj", "v_proj",
-        "g_proj", "b_proj", "f_a_proj", "g_a_proj",              # gated and delta attention: KDA, OLMo hybrid, Bailing
-        "output_gate_proj", "o_gate",                            # output gates stored beside q, k, v
-        "index_q_proj", "index_k_proj",                          # sparse-attention indexers
-    ),
-    "qkv": ("q", "k", "v"),
-    "query_key_value": ("query", "key", "value"),                # BERT and relatives
-    "qkv_linear": ("wq", "wk", "wv"),
-    "gate_up_proj": ("gate_proj", "up_proj"),                    # dense, shared and routed experts alike
-    "w13": ("w1", "w3"),                                         # Mixtral, Phi-MoE, MiniMax, InternLM2, DeepSeek-V4
-    "fc13": ("fc1", "fc3"),
-    "c_fc": ("c_fc_0", "c_fc_1"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),                # DeltaNet: Qwen3.5 and later
-    "in_proj_ba": ("in_proj_b", "in_proj_a"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa", "g_proj"),
-    "fused_wqa_wkv": ("wq_a", "wkv"),
-    "fused_wkv_wgate": ("wkv", "wgate"),
-    "wk_weights_proj": ("wk", "weights_proj"),
-    "qkvr": ("wq_du", "wk_dv", "wv_dv", "wr_du"),
-})  # fmt: skip
-
-_LAYERS_OF: dict[str, tuple[str, ...]] = {}
-for _fused, _members in FUSED_LAYERS.items():
-    for _leaf in _members:
-        _LAYERS_OF[_leaf] = (*_LAYERS_OF.get(_leaf, ()), _fused)
+EXPERTS = "experts"
 
 
 class FusedGroup(NamedTuple):
@@ -64,29 +38,63 @@ def by_group(items: Iterable[Item], name: Callable[[Item], str]) -> dict[str, li
 
 
 def fused_groups(modules: Iterable[str]) -> list[FusedGroup]:
-    """Return every module in exactly one group, sorted by group name, whatever the order of `modules`."""
-    leaves: dict[str, list[str]] = defaultdict(list)
+    """Return every module in exactly one group, sorted by group name, whatever the order of `modules`.
+
+    The members of a group share their scales: engines load them into one parameter, or feed them the same input.
+    """
+    leaves, written = _by_parent(modules)
     groups: list[FusedGroup] = []
-    for module in modules:
-        parent, _, leaf = module.rpartition(".")
-        if leaf in _LAYERS_OF:
-            leaves[parent].append(leaf)
-        else:
-            groups.append(FusedGroup(module, (module,)))
     for parent, present in leaves.items():
         prefix = f"{parent}." if parent else ""
         for name, members in _joined(tuple(sorted(present))):
-            groups.append(FusedGroup(prefix + name, tuple([prefix + leaf for leaf in members])))
+            groups.append(
+                FusedGroup(prefix + name, tuple([written.get(prefix + leaf, prefix + leaf) for leaf in members]))
+            )
     return sorted(groups, key=attrgetter("name"))
+
+
+def parameters(modules: Iterable[str], siblings: Mapping[str, Collection[str]]) -> list[FusedGroup]:
+    """Return the parameters that engines build from two or more of the modules: quantized whole, or kept whole.
+
+    `siblings` are the names of everything that lies beside a module, by its parent: they tell what a name means.
+    """
+    leaves, written = _by_parent(modules)
+    groups: list[FusedGroup] = []
+    for parent, present in leaves.items():
+        prefix = f"{parent}." if parent else ""
+        beside = frozenset(siblings.get(parent, ())) | frozenset(present)
+        found: dict[str, list[str]] = defaultdict(list)
+        for leaf in sorted(present):
+            for fused, is_one in fused_into(leaf, beside).items():
+                if is_one:
+                    found[fused].append(written.get(prefix + leaf, prefix + leaf))
+        groups += [FusedGroup(prefix + fused, tuple(names)) for fused, names in found.items() if len(names) > 1]
+    return sorted(groups, key=attrgetter("name"))
+
+
+def _by_parent(modules: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return the leaves below each parent, in the model's own names, and how those that differ are written."""
+    leaves: dict[str, list[str]] = defaultdict(list)
+    written: dict[str, str] = {}
+    names = dict.fromkeys(modules)
+    for module in names:
+        own = logical(module)
+        if own != module:
+            own = module if own in names or own in written else own
+            written[own] = module
+        parent, _, leaf = own.rpartition(".")
+        leaves[parent].append(leaf)
+    return leaves, written
 
 
 @cache
 def _joined(leaves: tuple[str, ...]) -> tuple[FusedGroup, ...]:
     """Join the leaves that any fused layer joins; layers that overlap (wq_a+wkv, wkv+wgate) become one group."""
     joined: list[tuple[str, set[str]]] = []
-    known = {fused for leaf in leaves for fused in _LAYERS_OF[leaf]}
+    layers = {leaf: fused_into(leaf, frozenset(leaves)) for leaf in leaves}
+    known = {fused for leaf in leaves for fused in layers[leaf]}
     for fused in [fused for fused in FUSED_LAYERS if fused in known]:
-        found = {leaf for leaf in leaves if leaf in FUSED_LAYERS[fused]}
+        found = {leaf for leaf in leaves if fused in layers[leaf]}
         if len(found) < 2:
             continue
         for other in [entry for entry in joined if entry[1] & found]:
@@ -105,4 +113,4 @@ def experts_parent(module: str) -> str | None:
     """
     parent, _, _ = module.rpartition(".")
     experts, _, number = parent.rpartition(".")
-    return experts if number.isdigit() and experts.rpartition(".")[2] == "experts" else None
+    return experts if number.isdigit() and experts.rpartition(".")[2] == EXPERTS else None

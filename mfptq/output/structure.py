@@ -16,13 +16,15 @@ import numpy.typing as npt
 from ..checkpoint.acceptance import refusal
 from ..checkpoint.folder import CONFIG, INDEX, Checkpoint, read_object
 from ..checkpoint.source import FolderSource
-from ..checkpoint.weights import WEIGHT_SUFFIX, StoredTensor, candidates
+from ..checkpoint.weights import WEIGHT_SUFFIX, StoredTensor
 from ..errors import listed, quote
 from ..limits import MAX_INDEX_BYTES
-from ..names.fusion import fused_groups
+from ..names.engine import built_modules, experts_module
+from ..names.fusion import fused_groups, parameters
 from ..names.patterns import REGEX_PREFIX
 from ..nvfp4 import BLOCK_SIZE
-from ..planning.quantization_config import FORMAT, QUANTIZATION_CONFIG
+from ..planning.defaults import siblings_of
+from ..planning.quantization_config import FORMAT, QUANTIZATION_CONFIG, head_targets
 
 PACKED = ".weight_packed"
 
@@ -57,9 +59,10 @@ def structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
     groups = config.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
     with_input = isinstance(first, dict) and first.get("input_activations") is not None
-    linear = [item.module for item in candidates(stored.values()) if item.weights and not item.is_stack]
+    linear = [name for name, tensor in stored.items() for name in _first_built(name, tensor.info.shape)]
     found = [fault for module in modules for fault in _shape_faults(module, stored, with_input=with_input)]
     found += _ignore_faults(config.get("ignore"), modules, linear)
+    found += _target_faults(first.get("targets") if isinstance(first, dict) else None, modules)
     yield from found or _fusion_faults(checkpoint.source, stored, modules, linear)
     if checkpoint.has_index:
         metadata = read_object(checkpoint.origin.folder, INDEX, MAX_INDEX_BYTES).get("metadata")
@@ -105,16 +108,29 @@ def _ignore_faults(ignore: object, modules: Iterable[str], linear: Iterable[str]
             yield Fault(module, "", "is not quantized, but config.json does not ignore it")
 
 
+def _target_faults(targets: object, modules: Iterable[str]) -> Iterator[Fault]:
+    for pattern in head_targets(modules):
+        if not isinstance(targets, list) or pattern not in targets:
+            yield Fault("", CONFIG, f"lacks the target {quote(pattern)}, without which engines find no quantized head")
+
+
+def _first_built(name: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """Yield the layers that engines build for a kept matrix, or for the first of kept experts, which decides for all."""
+    if len(shape) == 2 or (len(shape) == 3 and experts_module(name, shape)):
+        yield from built_modules(name, (1, *shape[1:]) if len(shape) == 3 else shape)
+
+
 def _fusion_faults(
     source: FolderSource, stored: Mapping[str, StoredTensor], modules: list[str], linear: list[str]
 ) -> Iterator[Fault]:
     quantized = set(modules)
-    for group in fused_groups([*modules, *linear]):
+    for group in parameters([*modules, *linear], siblings_of([*stored, *modules])):
         inside = [member for member in group.members if member in quantized]
         if inside and len(inside) != len(group.members):
             yield Fault(group.name, "", f"is a fused group that is quantized in part: {listed(inside)}")
+    for group in fused_groups(modules):
         for suffix in (".weight_global_scale", ".input_global_scale"):
-            values = {read_scalar(source, stored[m + suffix]) for m in inside if m + suffix in stored}
+            values = {read_scalar(source, stored[m + suffix]) for m in group.members if m + suffix in stored}
             if len(values) > 1 or any(not math.isfinite(value) or value <= 0 for value in values):
                 what = f"is a fused group with {suffix[1:]} {sorted(values)}, expected one positive value"
                 yield Fault(group.name, "", what)

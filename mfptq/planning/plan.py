@@ -24,14 +24,25 @@ from ..checkpoint.weights import Weight, candidates
 from ..errors import SourceError, quote
 from ..kernels.calibrated import PreparedStatistics
 from ..limits import MAX_HEADER_BYTES
+from ..names.config_sizes import read_sizes
 from ..names.fusion import FusedGroup
+from ..names.wrappers import check_merged
 from ..scales.assignment import AssignedScales, assign_input_scales
 from ..scales.reading import InputScales
 from .jobs import CopyTensor, InputScale, QuantizeWeight, ShardJob, ShardPlan
 from .output_order import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE, output_specs, output_tensors
-from .quantization_config import QUANTIZATION_CONFIG, Scheme, config_text, ignore_list, index_text, quantization_config
+from .quantization_config import (
+    QUANTIZATION_CONFIG,
+    Scheme,
+    config_text,
+    head_targets,
+    ignore_list,
+    index_text,
+    quantization_config,
+)
 from .rules import Selection, TensorDecision, select
 from .settings import Settings, unreached
+from .share import Share, share_of
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -89,7 +100,12 @@ class ConversionPlan:
     def warnings(self) -> tuple[str, ...]:
         """What deserves a second look, one line each."""
         scales = self.input_scales.warnings if self.input_scales is not None else ()
-        return (*scales, *unreached(self.method, self.methods))
+        return (*filter(None, [self.share.warning]), *scales, *unreached(self.method, self.methods))
+
+    @property
+    def share(self) -> Share:
+        """How much of the model becomes FP4."""
+        return share_of(self.selection)
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -186,7 +202,10 @@ def build_plan(
     _refuse_quantized(checkpoint)
     scheme = settings.resolve_scheme(with_input=scales is not None)
     method = settings.resolve_method(calibrated=calibration is not None)
-    selection = select(list(candidates(checkpoint.tensors())), settings.rules)
+    sizes = read_sizes(checkpoint.config)
+    check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
+    found = list(candidates(checkpoint.tensors(), sizes))
+    selection = select(found, settings.rules, checkpoint.config, activations=scheme == "NVFP4")
     decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
     kept = list(_kept_names(selection))
     weights = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
@@ -198,7 +217,8 @@ def build_plan(
     shards = tuple(
         _plan_shard(s, decisions, group_of, places, with_input=assigned is not None) for s in checkpoint.shards
     )
-    config = config_text(checkpoint.config, quantization_config(scheme, ignore_list(selection, settings.rules)))
+    quantization = quantization_config(scheme, ignore_list(selection, settings.rules), head_targets(weights))
+    config = config_text(checkpoint.config, quantization)
     index = index_text(sum(shard.tensor_bytes for shard in shards), places) if checkpoint.has_index else None
     return ConversionPlan(
         checkpoint=checkpoint,

@@ -7,20 +7,25 @@ The keys are those that compressed-tensors 0.20 writes and that 0.17 and later a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from json.encoder import encode_basestring
 from typing import Any, Literal
 
 from ..checkpoint.strict_json import dump_json
-from ..checkpoint.weights import WEIGHT_SUFFIX
+from ..checkpoint.weights import Candidate, name_pattern
+from ..names.engine import built_modules, experts_module
+from ..names.leaves import KEPT, TURNED, Leaf, kept_by, leaf_of
 from ..names.patterns import REGEX_PREFIX, match_names
+from ..names.structure import Structure, block_of
+from ..names.wrappers import logical
 from ..nvfp4 import BLOCK_SIZE
-from .rules import DEFAULT_RULES, Rules, Selection, TensorDecision
+from .defaults import is_kept_stack
+from .rules import Rules, Selection
 
 FORMAT = "nvfp4-pack-quantized"
 COMPRESSED_TENSORS = "0.20.0"
 QUANTIZATION_CONFIG = "quantization_config"
-HEAD_PATTERN = r"re:.*lm_head$"
+_ALL_EXPERTS = r".*\.experts(\..*)?$"
 
 Scheme = Literal["NVFP4", "NVFP4A16"]
 
@@ -34,8 +39,11 @@ _ARGUMENTS = {
 }
 
 
-def quantization_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint; `NVFP4A16` leaves activations as they are."""
+def quantization_config(scheme: Scheme, ignore: Iterable[str], targets: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint; `NVFP4A16` leaves activations as they are.
+
+    `targets` are patterns of quantized layers that engines do not count as linear.
+    """
     activations = {**_ARGUMENTS, "dynamic": "local", "observer": "static_minmax"}
     return {
         "config_groups": {
@@ -43,7 +51,7 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]
                 "format": FORMAT,
                 "input_activations": activations if scheme == "NVFP4" else None,
                 "output_activations": None,
-                "targets": ["Linear"],
+                "targets": ["Linear", *targets],
                 "weights": {**_ARGUMENTS, "dynamic": False},
             }
         },
@@ -62,18 +70,69 @@ def ignore_list(selection: Selection, rules: Rules) -> list[str]:
     """Return the regexes, then the explicit names, of what is kept: some readers know only one of the two.
 
     A regex is listed if something kept matches it and nothing quantized does, so that config and tensors always agree.
-    The head's is listed even where tied embeddings leave no `lm_head` tensor: models still build the layer.
+    Heads' are listed even where tied embeddings leave no tensor: models still build the layer.
     """
-    kept = sorted({name for item in selection.tensors if not item.decision.quantize for name in _linear_names(item)})
+    kept = sorted({name for item in selection.tensors if not item.decision.quantize for name in _built(item.candidate)})
     fused = sorted({group.name for group in selection.groups if len(group.members) > 1})
     quantized = [*fused, *(member for group in selection.groups for member in group.members)]
     asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], fused)
     listed = [pattern for pattern, swallowed in asked.items() if not swallowed]
-    for rule in DEFAULT_RULES if rules.use_defaults else ():
-        wanted = rule.pattern == HEAD_PATTERN or _matches_any(rule.pattern, kept)
-        if wanted and not _matches_any(rule.pattern, quantized):
-            listed.append(rule.pattern)
-    return [*listed, *kept]
+    if rules.use_defaults:
+        listed += _default_patterns(kept, {name_pattern(logical(name), "0") for name in quantized})
+    stacks = [item.candidate for item in selection.tensors if is_kept_stack(item.candidate)]
+    listed += _experts_patterns(selection.structure, stacks, quantized)
+    listed += _draft_patterns(selection.structure, quantized)
+    return [*dict.fromkeys(listed), *kept]
+
+
+def head_targets(modules: Iterable[str]) -> list[str]:
+    """Return patterns for those of the quantized modules that engines do not build as linear layers: output heads."""
+    heads = {leaf_of(name) for name in modules if any(line.role == "head" for line in kept_by(logical(name)))}
+    return [rf"re:(.*\.)?{re.escape(leaf)}$" for leaf in sorted(heads)]
+
+
+def _default_patterns(kept: Sequence[str], quantized: Collection[str]) -> Iterator[str]:
+    """Yield the default patterns that belong in the list; no pattern looks at a number."""
+    kinds = {name_pattern(logical(name), "0") for name in kept}
+    heads = [line for line in KEPT if line.role == "head" and line.is_listed]
+    without_head = not any(_matches_any(line.pattern, kinds) for line in heads)
+    for line in KEPT:
+        if line.role == TURNED or not line.is_listed:
+            continue
+        wanted = any(_matches_any(pattern, kinds) for pattern in (line.pattern, *_aliases(line))) or (
+            line.role == "head" and (line is heads[0] or without_head)
+        )
+        if wanted and not _matches_any(line.pattern, quantized):
+            yield line.pattern
+
+
+def _aliases(line: Leaf) -> list[str]:
+    return [rf"(.*\.)?{regex}(\..*)?$" for regex in line.aliases]
+
+
+def _experts_patterns(structure: Structure, stacks: Iterable[Candidate], quantized: Iterable[str]) -> Iterator[str]:
+    """Yield patterns for the experts of stacks that stay as they are, which engines look for under other names."""
+    homes = [
+        experts_module(item.tensor.info.name, item.tensor.info.shape)
+        for item in stacks
+        if not structure.outside(item.module)
+    ]
+    if homes and not any(re.match(_ALL_EXPERTS, name) for name in quantized):
+        yield REGEX_PREFIX + _ALL_EXPERTS
+        return
+    for home in dict.fromkeys(homes):
+        block = block_of(home)
+        tail = home if block is None else f"{block.stack.rpartition('.')[2]}.{block.number}.{block.rest}"
+        yield rf"re:(.*\.)?{re.escape(tail)}(\..*)?$"
+
+
+def _draft_patterns(structure: Structure, quantized: Iterable[str]) -> Iterator[str]:
+    """Yield patterns for draft layers, which engines number on from the decoder's last block."""
+    numbers = structure.draft_numbers()
+    blocks = {f"{block.stack}.{block.number}." for name in quantized if (block := block_of(name))} if numbers else set()
+    for number in numbers:
+        if not any(re.match(rf".*layers\.{number}\..*", name) for name in blocks):
+            yield rf"re:.*layers\.{number}\..*"
 
 
 def _matches_any(pattern: str, names: Iterable[str]) -> bool:
@@ -81,13 +140,10 @@ def _matches_any(pattern: str, names: Iterable[str]) -> bool:
     return any(regex.match(name) for name in names)
 
 
-def _linear_names(item: TensorDecision) -> Iterable[str]:
-    """Yield the names under which an engine may build a layer for a tensor that is kept."""
-    info = item.candidate.tensor.info
-    if item.candidate.is_stack:
-        yield from (weight.module for weight in item.candidate.weights)
-    elif info.name.endswith(WEIGHT_SUFFIX) and len(info.shape) >= 2:
-        yield item.candidate.module
+def _built(item: Candidate) -> Iterator[str]:
+    """Yield the layers that an engine may build for a tensor that is kept; of experts kept by their layout, the first's."""
+    shape = item.tensor.info.shape
+    return built_modules(item.tensor.info.name, (1, *shape[1:]) if is_kept_stack(item) and len(shape) == 3 else shape)
 
 
 def config_text(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:

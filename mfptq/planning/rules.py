@@ -1,76 +1,43 @@
-"""Which weights become FP4: names and shapes decide, since no module types are known.
+"""Which weights become FP4: names, shapes and the model's structure decide, since no module types are known.
 
-Order: what `--ignore` names is kept; what `--target` names is quantized; then the defaults below keep what engines or
-quality need in full precision; every other matrix that the format can hold is quantized.
+Order: what the user ignores is kept; what the user targets is quantized; then the defaults choose the linear layers of the
+decoder's blocks.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoint.weights import Candidate, name_pattern
+from ..checkpoint.weights import Candidate
 from ..errors import RuleError, UnsupportedTensorError, quote
-from ..names.fusion import FusedGroup, experts_parent, fused_groups
-from ..names.patterns import REGEX_PREFIX, match_names, unmatched_error
+from ..names.fusion import FusedGroup, experts_parent, fused_groups, parameters
+from ..names.patterns import match_names, unmatched_error
+from ..names.structure import Structure
 from ..nvfp4 import BLOCK_SIZE
+from .defaults import DEFAULT_RULES, Defaults, siblings_of
 
 if TYPE_CHECKING:
     from ..scales.sibling import SiblingLayers
 
+__all__ = ["DEFAULT_RULES", "Decision", "Rules", "Selection", "TensorDecision", "select"]
 SOURCE_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
-class DefaultRule:
-    """A pattern whose modules stay as they are, and why."""
-
-    pattern: str
-    reason: str
-
-
-# The first ten are the `ignore` list that Qwen3.5 checkpoints need in vLLM and SGLang; the order is that of the config.
-DEFAULT_RULES: tuple[DefaultRule, ...] = (
-    DefaultRule(r"re:.*lm_head$", "output head"),
-    DefaultRule(r"re:.*embed_tokens$", "embedding table"),
-    DefaultRule(r"re:.*visual.*", "vision tower"),
-    DefaultRule(r"re:^mtp.*", "multi-token prediction head"),
-    DefaultRule(r"re:.*mtp\..*", "multi-token prediction head"),
-    DefaultRule(r"re:.*linear_attn\.in_proj_[ab]$", "DeltaNet gate, engines keep it unquantized"),
-    DefaultRule(r"re:.*linear_attn\.in_proj_ba$", "DeltaNet gate, engines keep it unquantized"),
-    DefaultRule(r"re:.*linear_attn\.conv1d$", "convolution"),
-    DefaultRule(r"re:.*mlp\.gate$", "router"),
-    DefaultRule(r"re:.*mlp\.shared_expert_gate$", "shared expert's gate"),
-    DefaultRule(r"re:(.*\.)?(in_proj_a|in_proj_b|in_proj_ba)$", "DeltaNet gate, engines keep it unquantized"),
-    DefaultRule(r"re:(.*\.)?(block_sparse_moe|moe|feed_forward|ffn|mixer)\.gate$", "router"),
-    DefaultRule(r"re:(.*\.)?router(\..*)?$", "router"),
-    DefaultRule(r"re:(.*\.)?shared_expert_gate$", "shared expert's gate"),
-    DefaultRule(
-        r"re:(.*\.)?(wte|wpe|tok_embeddings|embed_in|embed_positions|pos_embed|relative_attention_bias)$",
-        "embedding table",
-    ),
-    DefaultRule(r"re:(model\.)?shared$", "embedding table"),
-    DefaultRule(r"re:(.*\.)?\w*embeddings?(\..*)?$", "embedding table"),
-    DefaultRule(r"re:(embed_out|output)$", "output head"),
-    DefaultRule(
-        r"re:.*(vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower).*", "other modality"
-    ),
-    DefaultRule(r"re:(.*\.)?conv1d$", "convolution"),
-    DefaultRule(r"re:(.*[._])?(layer)?norm\w*$", "norm"),
-    DefaultRule(r"re:(.*\.)?(A_log|dt_bias)$", "state-space parameter"),
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Rules:
-    """What the user asked for: patterns are literal module names, or `re:` and a regex matched from the start."""
+    """What the user asked for: patterns are literal module names, or `re:` and a regex matched from the start.
+
+    `force` allows targets that no engine is known to load.
+    """
 
     ignore: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     use_defaults: bool = True
     like: SiblingLayers | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,28 +61,41 @@ class TensorDecision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Every tensor's fate, and the fused groups among the weights that become FP4."""
+    """Every tensor's fate, the groups of weights that become FP4 with one scale, and where the model's parts lie."""
 
     tensors: tuple[TensorDecision, ...]
     groups: tuple[FusedGroup, ...]
+    structure: Structure = field(default_factory=lambda: Structure((), {}))
 
 
-def select(candidates: Sequence[Candidate], rules: Rules) -> Selection:
-    """Decide every tensor; fused groups and a layer's routed experts are quantized whole or kept whole.
+def select(
+    candidates: Sequence[Candidate],
+    rules: Rules,
+    config: Mapping[str, Any] | None = None,
+    *,
+    activations: bool = False,
+) -> Selection:
+    """Decide every tensor; what engines build as one parameter is quantized whole or kept whole.
 
-    Raises RuleError for patterns that are invalid, match nothing, or split a group, and UnsupportedTensorError for a
+    `config` is the source's config.json, `activations` whether inputs are quantized too. Raises RuleError for patterns
+    that are invalid, match nothing, split a parameter, or ask for what no engine loads, and UnsupportedTensorError for a
     weight that was asked for and cannot be quantized.
     """
+    infos = [item.tensor.info for item in candidates]
+    structure = Structure([(info.name, info.shape) for info in infos], config or {})
+    siblings = siblings_of(info.name for info in infos)
+    defaults = Defaults(structure, siblings, activations=activations)
     hits = _user_hits(candidates, rules)
     alike = rules.like.chosen(weight.module for item in candidates for weight in item.weights) if rules.like else None
-    defaults = _Defaults(DEFAULT_RULES if rules.use_defaults else ())
-    decided = [TensorDecision(item, _decide(item, hits, defaults, alike)) for item in candidates]
-    groups = fused_groups(weight.module for item in candidates for weight in item.weights)
-    decided = _keep_groups_whole(decided, groups)
-    quantized = {w.module for item in decided if item.decision.quantize for w in item.candidate.weights}
+    decided = [TensorDecision(item, _decide(item, (hits, alike), rules, defaults)) for item in candidates]
+    modules = [weight.module for item in candidates for weight in item.weights]
+    decided = _keep_groups_whole(decided, parameters(modules, siblings))
+    quantized = [w.module for item in decided if item.decision.quantize for w in item.candidate.weights]
     if not quantized:
-        raise RuleError("nothing is left to quantize: every weight is ignored or has a shape that NVFP4 cannot hold")
-    return Selection(tuple(decided), tuple(group for group in groups if group.members[0] in quantized))
+        reasons = Counter(item.decision.reason for item in decided if len(item.candidate.tensor.info.shape) > 1)
+        why = "; ".join(f"{count} matrices: {reason}" for reason, count in reasons.most_common(3))
+        raise RuleError(f"nothing is left to quantize: every weight is kept ({why})")
+    return Selection(tuple(decided), tuple(fused_groups(quantized)), structure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,41 +156,23 @@ def _obstacle(candidate: Candidate) -> str:
     return ""
 
 
-class _Defaults:
-    """The default rules, asked once for all modules whose names differ in numbers only: no rule looks at a number."""
-
-    def __init__(self, rules: Iterable[DefaultRule]) -> None:
-        self._rules = [(rule, re.compile(rule.pattern.removeprefix(REGEX_PREFIX))) for rule in rules]
-        self._known: dict[str, DefaultRule | None] = {}
-
-    def rule(self, module: str) -> DefaultRule | None:
-        """Return the first rule that keeps a module, if there is one."""
-        kind = name_pattern(module, "0")
-        if kind not in self._known:
-            self._known[kind] = next((rule for rule, regex in self._rules if regex.match(kind)), None)
-        return self._known[kind]
-
-
-def _decide(
-    item: Candidate,
-    hits: _Hits,
-    defaults: _Defaults,
-    alike: Collection[str] | None,
-) -> Decision:
+def _decide(item: Candidate, asked: tuple[_Hits, Collection[str] | None], rules: Rules, defaults: Defaults) -> Decision:
+    hits, alike = asked
     if pattern := _user_pattern(item, hits.ignored):
         return Decision(False, "ignored as asked", pattern)
     if obstacle := _obstacle(item):
         return Decision(False, obstacle)
     if pattern := _user_pattern(item, hits.targeted):
+        _check_loadable(item, pattern, rules, defaults)
         decision = Decision(True, "targeted as asked", pattern)
     elif alike is not None:
         if not any(weight.module in alike for weight in item.weights):
             return Decision(False, "kept in the checkpoint to be like, as asked", "like")
         decision = Decision(True, "quantized in the checkpoint to be like, as asked", "like")
     else:
-        rule = defaults.rule(item.module) or (defaults.rule(item.weights[0].module) if item.is_stack else None)
-        if rule is not None:
-            return Decision(False, rule.reason, rule.pattern)
+        kept = defaults.kept(item) if rules.use_defaults or (defaults.unloadable(item) and not rules.force) else None
+        if kept is not None:
+            return Decision(False, kept.reason, kept.pattern)
         decision = _LINEAR
     if item.tensor.info.dtype not in SOURCE_DTYPES:
         raise UnsupportedTensorError(
@@ -218,6 +180,14 @@ def _decide(
             f"expected one of {', '.join(SOURCE_DTYPES)}: ignore it to keep it as it is"
         )
     return decision
+
+
+def _check_loadable(item: Candidate, pattern: str, rules: Rules, defaults: Defaults) -> None:
+    what = "" if rules.force else defaults.unloadable(item)
+    if what:
+        raise RuleError(
+            f"target {quote(pattern)}: {quote(item.module)} is {what}: no engine loads that in FP4; force it to insist"
+        )
 
 
 def _user_pattern(item: Candidate, matched: Mapping[str, str]) -> str:
@@ -263,7 +233,7 @@ def _fate(decision: Decision) -> str:
 
 
 def _undivided(decided: Sequence[TensorDecision], groups: Iterable[FusedGroup]) -> list[tuple[str, list[int]]]:
-    """Return the sets of tensors (by position) that share one fate: routed experts first, then fused layers."""
+    """Return the sets of tensors (by position) that share one fate: routed experts first, then engines' parameters."""
     rows = {weight.module: row for row, item in enumerate(decided) for weight in item.candidate.weights}
     experts: dict[str, list[int]] = {}
     for module, row in rows.items():

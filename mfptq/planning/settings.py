@@ -31,7 +31,8 @@ class Decisions(TypedDict, total=False):
     `method`: `search`, `minmax`, or with a calibration file `weighted`, `hessian`, `hessian+`; by default the strongest
     that the calibration file allows, `search` without one.
     `ignore`, `targets`: modules to keep, and to quantize although a default keeps them: names, or `re:` and a regex.
-    `default_ignore`: False drops the default exclusions.
+    `default_ignore`: False drops the default exclusions, but for what no engine loads in FP4.
+    `force`: True allows that too: embedding tables, norms, routers, heads tied to a table.
     `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
     checkpoint with input scales, or what `read_input_scales` returned; an NVFP4 checkpoint whose choice of layers is
     taken as well.
@@ -43,6 +44,7 @@ class Decisions(TypedDict, total=False):
     ignore: Iterable[str]
     targets: Iterable[str]
     default_ignore: bool
+    force: bool
     calibration: str | Path | None
     input_scales: str | Path | InputScales | None
     like: str | Path | None
@@ -100,7 +102,7 @@ def check_decisions(decisions: Decisions) -> Settings:
         raise UsageError(f"{' and '.join(given)} are mutually exclusive: {number} provide input scales")
     ignore, targets = _patterns(decisions.get("ignore", ())), _patterns(decisions.get("targets", ()))
     return Settings(
-        Rules(ignore, targets, decisions.get("default_ignore", True)),
+        Rules(ignore, targets, decisions.get("default_ignore", True), force=decisions.get("force", False)),
         method.lower() if method else None,
         SCHEMES[scheme.upper()] if scheme else None,
     )

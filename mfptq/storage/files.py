@@ -75,6 +75,17 @@ def read_exact(fd: int, buffer: memoryview, offset: int) -> None:
         done += count
 
 
+def read_strided(fd: int, rows: memoryview, offset: int, step: int) -> None:
+    """Fill each row of `rows`, bytes `[n, size]`, from `offset` on, `step` bytes apart; raises as `read_exact`."""
+    size = rows.shape[1] if rows.shape else 0
+    flat = rows.cast("B")
+    for start in range(0, len(flat), size):
+        part = flat[start : start + size]
+        if os.preadv(fd, [part], offset) != size:
+            read_exact(fd, part, offset)
+        offset += step
+
+
 def write_all(fd: int, buffer: memoryview | bytes, offset: int) -> None:
     """Write all of `buffer` at `offset`, however many calls it takes."""
     view = memoryview(buffer).cast("B")

@@ -143,8 +143,8 @@ def check_statistics(found: Calibration, reference: Reference, *, all_experts: b
             assert (np.abs(ours.hessian - hessian) <= 1e-6 * scale).all(), module
 
 
-def quantized_columns(folder: Path) -> dict[str, int]:
-    plan = make_plan(folder)
+def quantized_columns(folder: Path, targets: tuple[str, ...] = ()) -> dict[str, int]:
+    plan = make_plan(folder, targets=targets)
     plan.checkpoint.source.close()
     return {weight.module: weight.columns for weight in plan.weights()}
 
@@ -331,12 +331,13 @@ def test_layers_outside_of_the_blocks(dataset: Path, tmp_path: Path, monkeypatch
         vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
     )  # fmt: skip
     BertModel(config).save_pretrained(tmp_path / "bert")
-    found = made(tmp_path / "bert", dataset, tmp_path / "a.safetensors", encoder=object())
-    found.of_model(quantized_columns(tmp_path / "bert"))
+    asked = {"targets": ("pooler.dense",), "encoder": object()}
+    found = made(tmp_path / "bert", dataset, tmp_path / "a.safetensors", **asked)
+    found.of_model(quantized_columns(tmp_path / "bert", ("pooler.dense",)))
     assert found.tokens("pooler.dense") == SAMPLES  # it sees one token of each
     assert found.tokens("encoder.layer.1.attention.self.key") == sum(map(len, samples_of(dataset)))
     with forced(monkeypatch, streamed=True), pytest.raises(ScaleError, match=r"'pooler\.dense' lies outside"):
-        calibrate(tmp_path / "bert", dataset, tmp_path / "b.safetensors", **OPTIONS, encoder=object())
+        calibrate(tmp_path / "bert", dataset, tmp_path / "b.safetensors", **OPTIONS, **asked)
 
 
 def test_ignored_modules_are_left_out(moe: Path, dataset: Path, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """Layout, rules and fusion: what becomes of each tensor, and why."""
 
 import itertools
+import re
 
 import pytest
 
 from mfptq.checkpoint.header import TensorInfo, tensor_bytes
 from mfptq.checkpoint.weights import StoredTensor, candidates
 from mfptq.errors import RuleError, UnsupportedTensorError
+from mfptq.names.config_sizes import read_sizes
 from mfptq.names.fusion import experts_parent, fused_groups
 from mfptq.names.patterns import match_names
-from mfptq.planning.quantization_config import ignore_list
+from mfptq.planning.quantization_config import head_targets, ignore_list
 from mfptq.planning.rules import DEFAULT_RULES, Decision, Rules, Selection, select
 
 
@@ -17,8 +19,11 @@ def tensors(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> list[Sto
     return [StoredTensor(TensorInfo(n, dtype, s, 0, tensor_bytes(dtype, s)), "s", 0) for n, s in shapes.items()]
 
 
-def decide(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", **rules) -> Selection:
-    return select(list(candidates(tensors(shapes, dtype))), Rules(**rules))
+def decide(
+    shapes: dict[str, tuple[int, ...]], dtype: str = "BF16", config: dict | None = None, *, w4a4: bool = False, **rules
+) -> Selection:
+    found = list(candidates(tensors(shapes, dtype), read_sizes(config or {})))
+    return select(found, Rules(**rules), config, activations=w4a4)
 
 
 def decisions(selection: Selection) -> dict[str, bool]:
@@ -58,9 +63,17 @@ def test_stacks_become_experts_and_kept_stacks_stay() -> None:
     assert "re:^mtp.*" in names
 
 
-def test_a_transposed_stack_is_kept() -> None:
+def test_a_transposed_stack_is_split() -> None:
     shapes = {"a.weight": (16, 16), "mlp.experts.gate_up_proj": (4, 48, 64), "mlp.experts.down_proj": (4, 32, 48)}
-    assert decisions(decide(shapes)) == {"a": True, "mlp.experts.gate_up_proj": False, "mlp.experts.down_proj": False}
+    found = decide(shapes)
+    assert decisions(found) == {"a": True, "mlp.experts.gate_up_proj": True, "mlp.experts.down_proj": True}
+    gate_up, down = (item.candidate.weights for item in found.tensors[1:])
+    assert [(w.offset, w.rows, w.columns, w.pitch) for w in gate_up[:3]] == [
+        (0, 32, 48, 64), (2 * 32, 32, 48, 64), (2 * 48 * 64, 32, 48, 64)
+    ]  # fmt: skip
+    assert (down[1].module, down[1].offset, down[1].rows, down[1].pitch) == (
+        "mlp.experts.1.down_proj", 2 * 32 * 48, 48, 48
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["q_proj", "k_proj", "v_proj"])))
@@ -285,6 +298,30 @@ KEPT = [
      r"re:.*(vision_tower|vision_model|vision_encoder|multi_modal_projector|audio_tower).*"),
     ("l.mixer.conv1d", "convolution", r"re:(.*\.)?conv1d$"), ("l.input_layernorm", "norm", r"re:(.*[._])?(layer)?norm\w*$"),
     ("l.A_log", "state-space parameter", r"re:(.*\.)?(A_log|dt_bias)$"),
+    ("whisper_encoder.a", "other modality", r"re:.*whisper_encoder.*"),
+    ("model.mtp_block.a", "multi-token prediction head", r"re:(.*\.)?mtp[^.]+\..*"),
+    ("proj_out", "output head",
+     r"re:(.*\.)?(lm_head\..*|proj_out|vocab_projector|lm_loss|decoder|pred_layer\.proj)$"),
+    ("transformer.output_layer", "output head",
+     r"re:(.*\.)?(output_layer|score|classifier|classification_head|v_head|unembed|embed_out)$"),
+    ("l.altup.modality_router", "router",
+     r"re:(.*\.)?(gate\.wg|gate\.router_mlp.*|(mlp|moe|ffn)\.gate\.down_proj|modality_router|v_router)$"),
+    ("l.mlp.gate.other", "router", r"re:(.*\.)?(experts|mlp|moe|ffn|feed_forward)\.(classifier|router\.layer|gate\..*)$"),
+    ("l.self_attn.indexer.wk", "sparse attention's indexer, engines keep it unquantized",
+     r"re:(.*\.)?indexer\.(wk|weights_proj|weight_proj|kv_proj|gate_proj|scorer\..*)$"),
+    ("l.compressor.wgate", "compressor, engines keep it unquantized",
+     r"re:(.*\.)?compressor\.(wkv|wgate|kv_proj|gate_proj)$"),
+    ("l.mlp_res_proj", "residual gate, engines keep it unquantized", r"re:(.*\.)?\w*_res_proj$"),
+    ("l.attn_hyper_connection.a", "residual gate, engines keep it unquantized", r"re:(.*\.)?\w*hyper_connection\..*"),
+    ("l.block_inject_weight", "residual gate, engines keep it unquantized",
+     r"re:(.*\.)?(input_mix_weight_(down|up)|block_inject_weight)$"),
+    ("l.hc_fn", "residual gate, engines keep it unquantized", r"re:(.*\.)?(hc_fn|hc_head_fn)$"),
+    ("l.f_b_proj", "gate of delta attention, engines keep it unquantized", r"re:(.*\.)?(f_b_proj|g_b_proj)$"),
+    ("l.per_layer_input_gate", "per-layer input",
+     r"re:(.*\.)?(per_layer_input_gate|per_layer_projection|per_layer_model_projection)$"),
+    ("l.wo_a", "output of grouped heads, engines do not build it as a linear layer", r"re:(.*\.)?(o_a_proj|wo_a)$"),
+    ("l.ada_rms_norm.linear1", "a norm's scale, made from a condition", r"re:(.*\.)?ada\w*norm\w*\..*"),
+    ("l.q_proj.lora_A.speech", "adapter that the model needs", r"re:(.*\.)?lora_[AB]\..*"),
 ]  # fmt: skip
 
 
@@ -341,3 +378,183 @@ def test_a_target_whose_partner_cannot_follow() -> None:
     shapes = {"l.gate_proj.weight": (8, 24), "l.up_proj.weight": (8, 16), "o.weight": (16, 16)}
     with pytest.raises(RuleError, match=r"'l\.up_proj'\s+would be quantized, 'l\.gate_proj' kept"):
         decide(shapes, targets=("l.up_proj",))
+
+
+# What becomes of the parts of models under names that only some families have.
+P = "model.layers.0."
+ATTENTION = {f"{P}self_attn.{leaf}_proj.weight": (32, 32) for leaf in "qkvo"}
+
+
+def fate(module: str, shape: tuple[int, ...] = (32, 32), config: dict | None = None, **options) -> Decision:
+    name = module if module.endswith("experts.gate_up_proj") else f"{module}.weight"
+    found = decide({**ATTENTION, "lm_head.weight": (64, 32), name: shape}, config=config, **options)
+    return next(item.decision for item in found.tensors if item.candidate.module == module)
+
+
+OUTSIDE = [
+    "transformer.output_layer", "language_model.output", "model.transformer.ff_out", "head", "embed", "vte", "mlp1.1",
+    "model.language_model.embed_tokens_per_layer", "model.embed_vision.embedding_projection", "mm_projector.proj.0",
+    "model.connector.modality_projection.proj", "qformer.encoder.layer.0.attention.query", "custom_text_proj", "score",
+    "model.mtp_linear_proj.0", "model.mtp_layers.0.input_proj", "vit.blocks.0.attn.q_proj", "fc", "resampler.kv_proj",
+    "model.per_layer_model_projection", "talker.code_predictor.lm_head.0", "model.merger.mlp.0.linear_1",
+    "some_new_thing.w1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", OUTSIDE)
+def test_nothing_outside_of_the_decoder_is_quantized(module: str) -> None:
+    assert not fate(module).quantize
+
+
+INSIDE = [
+    "mlp.gate.wg", "altup.modality_router", "self_attn.indexer.wk", "self_attn.indexer.weights_proj",
+    "self_attn.compressor.wkv", "attn_hyper_connection.input_mix_weight_down", "per_layer_input_gate",
+    "block_sparse_moe.gate", "mlp.gate.router_mlp.fc1", "self_attention_res_proj", "never_heard_of_it", "rel_pos_emb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("leaf", INSIDE)
+def test_blocks_hold_what_engines_do_not_quantize(leaf: str) -> None:
+    assert not fate(P + leaf).quantize
+
+
+def test_a_mamba_1_mixer_is_kept_and_mamba_2_is_not() -> None:
+    mamba = {P + f"mamba.{leaf}.weight": (32, 32) for leaf in ("in_proj", "out_proj")}
+    old = mamba | {P + f"mamba.{leaf}.weight": (32, 32) for leaf in ("x_proj", "dt_proj")}
+    assert all(decisions(decide(mamba)).values())
+    found = decisions(decide(ATTENTION | old))
+    assert {module.rpartition(".")[2] for module, quantized in found.items() if not quantized} == {
+        "in_proj", "out_proj", "x_proj", "dt_proj",
+    }  # fmt: skip
+
+
+def test_a_gate_for_each_head_is_kept_alone() -> None:
+    config = {"num_attention_heads": 8}
+    assert not fate(P + "self_attn.g_proj", (8, 32), config).quantize
+    assert fate(P + "self_attn.g_proj", (32, 32), config).quantize
+    found = decide({**ATTENTION, P + "self_attn.g_proj.weight": (32, 32)}, ignore=("re:.*g_proj",))
+    assert decisions(found)[P + "self_attn.q_proj"]
+
+
+def test_the_matrix_that_absorbs_is_kept_where_inputs_are_quantized() -> None:
+    assert fate(P + "self_attn.kv_b_proj").quantize
+    assert not fate(P + "self_attn.kv_b_proj", w4a4=True).quantize
+
+
+def test_facts_of_single_families() -> None:
+    name = P + "self_attention.query_key_value"
+    assert fate(name, config={"model_type": "falcon"}).quantize
+    assert not fate(name, config={"model_type": "bloom"}).quantize
+
+
+TABLES = ["model.embed_tokens", P + "mlp.gate", "model.norm", P + "self_attn.indexer.wk"]
+
+
+@pytest.mark.parametrize("module", TABLES)
+def test_a_target_that_no_engine_loads_is_an_error(module: str) -> None:
+    with pytest.raises(RuleError, match=r"no engine loads that in FP4"):
+        fate(module, targets=(module,))
+    assert fate(module, targets=(module,), force=True).quantize
+    assert not fate(module, use_defaults=False).quantize
+    assert fate(module, use_defaults=False, force=True).quantize
+
+
+def test_a_tied_head_is_no_target() -> None:
+    with pytest.raises(RuleError, match="tied"):
+        fate("lm_head", (64, 32), {"tie_word_embeddings": True}, targets=("lm_head",))
+    found = decide({**ATTENTION, "lm_head.weight": (64, 32)}, targets=("lm_head",))
+    assert head_targets(m for group in found.groups for m in group.members) == [r"re:(.*\.)?lm_head$"]
+
+
+def listed(shapes: dict[str, tuple[int, ...]], config: dict | None = None) -> list[str]:
+    return ignore_list(decide({**ATTENTION, **shapes}, config=config), Rules())
+
+
+def is_ignored(names: list[str], module: str) -> bool:
+    return any(re.match(name[3:], module) if name.startswith("re:") else name == module for name in names)
+
+
+STACKED = {
+    "gpt-oss": {P + "mlp.experts.gate_up_proj": (4, 32, 64), P + "mlp.experts.down_proj": (4, 32, 32),
+                P + "mlp.experts.gate_up_proj_bias": (4, 64), P + "mlp.experts.down_proj_bias": (4, 32)},
+    "aria": {P + "mlp.experts.fc1.weight": (4, 32, 64), P + "mlp.experts.fc2.weight": (4, 32, 32)},
+    "dbrx": {P + "mlp.experts.mlp.w1": (128, 32), P + "mlp.experts.mlp.v1": (128, 32), P + "mlp.experts.mlp.w2": (128, 32)},
+    "inkling": {P + "mlp.experts.w13_weight": (4, 64, 32), P + "mlp.experts.w2_weight": (4, 32, 32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STACKED)
+def test_kept_experts_are_ignored_under_the_names_of_engines(kind: str) -> None:
+    names = listed(STACKED[kind])
+    for prefix in ("model.", "language_model.model.", ""):
+        assert is_ignored(names, f"{prefix}layers.0.mlp.experts.0.gate_proj")
+        assert is_ignored(names, f"{prefix}layers.0.mlp.experts")
+    assert not is_ignored(names, P + "self_attn.qkv_proj")
+
+
+def test_kept_experts_beside_quantized_ones() -> None:
+    other = {f"model.layers.1.mlp.experts.0.{leaf}_proj.weight": (32, 32) for leaf in ("gate", "up", "down")}
+    names = listed(STACKED["aria"] | other)
+    assert is_ignored(names, P + "mlp.experts.3.up_proj")
+    assert not is_ignored(names, "model.layers.1.mlp.experts.0.gate_proj")
+
+
+def test_drafts_are_ignored_under_the_numbers_of_engines() -> None:
+    config = {"num_hidden_layers": 1}
+    for name in ("model.layers.1.self_attn.q_proj", "model.mtp_block.0.self_attn.q_proj"):
+        names = listed({f"{name}.weight": (32, 32)}, config)
+        assert is_ignored(names, "model.layers.1.eh_proj")
+        assert not is_ignored(names, "model.layers.0.self_attn.qkv_proj")
+
+
+@pytest.mark.parametrize(
+    "head", ["lm_head", "cls.predictions.decoder", "proj_out", "vocab_projector", "pred_layer.proj"]
+)
+def test_heads_without_a_tensor_are_ignored(head: str) -> None:
+    assert is_ignored(listed({}), head)
+
+
+def test_routers_that_transformers_renames_are_ignored() -> None:
+    experts = {P + f"block_sparse_moe.experts.0.w{n}.weight": (32, 32) for n in (1, 2, 3)}
+    assert is_ignored(listed({P + "block_sparse_moe.gate.weight": (4, 32), **experts}), "model.layers.0.mlp.router")
+
+
+def test_names_of_training_tools_change_no_decision() -> None:
+    plain = decisions(decide(QWEN))
+    wrapped = decisions(decide({"_orig_mod." + name: shape for name, shape in QWEN.items()}))
+    assert wrapped == {"_orig_mod." + name: quantized for name, quantized in plain.items()}
+
+
+LAYOUTS = {
+    "granite": ({"block_sparse_moe.input_linear.weight": (3, 64, 32), "block_sparse_moe.output_linear.weight": (3, 32, 32)},
+                "block_sparse_moe.experts"),
+    "step": ({"moe.gate_proj.weight": (3, 16, 32), "moe.up_proj.weight": (3, 16, 32), "moe.down_proj.weight": (3, 32, 16)},
+             "moe.experts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_stacks_of_other_names_are_split(kind: str) -> None:
+    shapes, experts = LAYOUTS[kind]
+    found = decide({**ATTENTION, **{P + name: shape for name, shape in shapes.items()}}, config={"hidden_size": 32})
+    weights = {
+        w.module: w for i in found.tensors if i.decision.quantize for w in i.candidate.weights if "experts" in w.module
+    }
+    assert set(weights) == {f"{P}{experts}.{e}.{leaf}_proj" for e in range(3) for leaf in ("gate", "up", "down")}
+    for (name, shape), leaves in zip(
+        shapes.items(), ["gate up", "down"] if kind == "granite" else ["gate", "up", "down"], strict=True
+    ):
+        end = 0
+        for expert in range(3):
+            for leaf in leaves.split():
+                weight = weights[f"{P}{experts}.{expert}.{leaf}_proj"]
+                assert (weight.offset, weight.columns) == (end, shape[2]), name
+                end += weight.nbytes
+        assert end == 2 * shape[0] * shape[1] * shape[2]
+    assert is_ignored(ignore_list(found, Rules()), "lm_head")
+
+
+def test_an_orientation_that_nothing_tells_is_not_guessed() -> None:
+    shapes = {P + f"moe.{leaf}_proj.weight": (3, 32, 32) for leaf in ("gate", "up", "down")}
+    found = decide({**ATTENTION, **shapes}, config={"hidden_size": 32})
+    assert not any(item.decision.quantize for item in found.tensors if ".moe." in item.candidate.module)

@@ -1,0 +1,154 @@
+"""Where a module lies in its model: inside a block of the decoder, in a draft layer, or outside.
+
+A decoder is a numbered stack of blocks (`model.layers.0`, `transformer.h.0`, `encoder.block.0`) of the length and the
+width that config.json names. Everything else is kept: a name that nobody has seen costs size, not function. Names decide
+only where config.json tells nothing, and for other modalities' towers, which may be as deep as the decoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .config_sizes import ConfigSizes, read_sizes
+from .wrappers import logical
+
+OUTSIDE = "outside of the decoder's blocks"
+DRAFTER = "draft layer (multi-token prediction)"
+_TOWER = "other modality"
+_OTHER = "a stack of blocks that is not the decoder"
+_DRAFT_MARKS = frozenset({"eh_proj", "enorm", "hnorm"})
+_TEXT_WORDS = frozenset({"language", "text", "llm", "lm", "thinker", "decoder", "llama", "qwen2", "gpt"})
+_TOWER_WORDS = frozenset({
+    "vision", "visual", "image", "img", "video", "pixel", "vit", "sam", "siglip", "clip", "dinov2", "aimv2",
+    "audio", "speech", "sound", "acoustic", "perception", "whisper", "wav", "token2wav", "codec", "vocoder", "tts", "talker",
+    "speaker", "mimi", "encodec", "dac", "conformer", "perceiver", "qformer", "resampler", "projector", "projection",
+    "connector", "merger", "aligner", "adapter", "tower", "predictor", "depth", "ctc",
+})  # fmt: skip
+
+
+class Block(NamedTuple):
+    """A module's place in a numbered stack: `model.layers`, 3, `self_attn.q_proj`."""
+
+    stack: str
+    number: int
+    rest: str
+
+
+def block_of(name: str) -> Block | None:
+    """Return the outermost numbered block that a name lies in, or None."""
+    if "." not in name:
+        return None
+    parts = name.split(".")
+    for position, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            return Block(".".join(parts[:position]), int(part), ".".join(parts[position + 1 :]))
+    return None
+
+
+@dataclass(slots=True)
+class _Stack:
+    """What is seen of a stack: the numbers of its blocks, the sizes of its matrices, the blocks marked as drafts."""
+
+    numbers: set[int] = field(default_factory=set)
+    sizes: set[int] = field(default_factory=set)
+    drafts: set[int] = field(default_factory=set)
+
+    @property
+    def length(self) -> int:
+        return max(self.numbers) + 1
+
+
+class Structure:
+    """The decoders and draft layers of a checkpoint, found from all of its tensors and its config."""
+
+    def __init__(self, tensors: Iterable[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> None:
+        self.sizes: ConfigSizes = read_sizes(config)
+        stacks: dict[str, _Stack] = {}
+        self._loose_drafts: set[str] = set()
+        for name, shape in tensors:
+            block = block_of(logical(name))
+            if block is not None:
+                _note(stacks.setdefault(block.stack, _Stack()), block, shape)
+        self._stacks = stacks
+        self._lengths = self._decoders()
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether anything is numbered; without, there is no structure to go by."""
+        return bool(self._stacks)
+
+    def outside(self, module: str) -> str:
+        """Return why a module is no part of a decoder block, or "" if it is one."""
+        if not self._stacks:
+            return ""
+        block = block_of(logical(module))
+        if block is None:
+            return DRAFTER if _is_drafter(module) else OUTSIDE
+        length = self._lengths.get(block.stack)
+        if length is not None:
+            return DRAFTER if block.number >= length or block.number in self._stacks[block.stack].drafts else ""
+        if _is_drafter(block.stack):
+            return DRAFTER
+        return _TOWER if self._is_tower(block.stack) else _OTHER
+
+    def draft_numbers(self) -> tuple[int, ...]:
+        """Return the numbers under which engines build the draft layers: behind the decoder's last block.
+
+        Drafts below a leading `mtp.` keep that name in engines, so they have none.
+        """
+        found: set[int] = set()
+        for stack, length in self._lengths.items():
+            found |= {n for n in self._stacks[stack].numbers if n >= length} | self._stacks[stack].drafts
+        length = max(self._lengths.values(), default=0)
+        for stack, seen in self._stacks.items():
+            if self.sizes.depths and _is_drafter(stack) and not stack.startswith("mtp."):
+                found |= {length + number for number in seen.numbers}
+        return tuple(sorted(found))
+
+    def _decoders(self) -> dict[str, int]:
+        """Return the decoders' stacks with their lengths, without draft layers."""
+        whole = [stack for stack in self._stacks if not _is_drafter(stack)]
+        named = [stack for stack in whole if not self._is_tower(stack)] or whole
+        seen = {stack: self._stacks[stack] for stack in named}
+        fitting = {name: length for name, stack in seen.items() if (length := self._length(stack))}
+        if not fitting:  # longer ones, or config.json does not tell
+            fitting = {name: length for name, stack in seen.items() if (length := self._shorter(stack))}
+        if not fitting:
+            fitting = {name: stack.length for name, stack in seen.items()}
+        wide = {stack: fitting[stack] for stack in fitting if self._stacks[stack].sizes & self.sizes.hidden}
+        return wide or fitting
+
+    def _length(self, stack: _Stack) -> int:
+        """Return how many blocks the decoder has if this is its stack, or 0."""
+        if not self.sizes.depths or stack.length in self.sizes.depths:
+            return stack.length
+        extra = stack.numbers - set(range(self._shorter(stack)))
+        return self._shorter(stack) if extra <= stack.drafts or len(extra) <= self.sizes.drafts else 0
+
+    def _shorter(self, stack: _Stack) -> int:
+        """Return the greatest number of blocks that config.json tells and that this stack exceeds, or 0."""
+        return max((depth for depth in self.sizes.depths if depth < stack.length), default=0)
+
+    def _is_tower(self, stack: str) -> bool:
+        if not self.sizes.towers.isdisjoint(stack.split(".")):
+            return True
+        words = [set(re.split(r"[^a-z0-9]+", part.lower())) for part in stack.split(".")]
+        if any(not _TOWER_WORDS.isdisjoint(part) for part in words):
+            return True
+        has_text = any(not _TEXT_WORDS.isdisjoint(part) for part in words)
+        return self.sizes.is_nested and not has_text and any("encoder" in part for part in words)
+
+
+def _note(stack: _Stack, block: Block, shape: tuple[int, ...]) -> None:
+    stack.numbers.add(block.number)
+    if len(shape) > 1:
+        stack.sizes.update(shape)
+    if not _DRAFT_MARKS.isdisjoint(block.rest.split(".")):
+        stack.drafts.add(block.number)
+
+
+def _is_drafter(name: str) -> bool:
+    return any(part.startswith("mtp") or "nextn" in part for part in logical(name).split("."))
