@@ -44,14 +44,20 @@ def assign_input_scales(
     members = [member for group in wanted for member in group.members]
     bridge = match_names(origin, scales.global_scales, [*members, *kept])
     found = {member: value for member in members if (value := _look_up(scales, bridge, member)) is not None}
-    check_complete(origin, members, found)
     usable = {name: value for name, value in found.items() if is_calibrated(value)}
-    _check_values(origin, found, usable)
+    lent = _lent(wanted, usable)
+    if lent is None:
+        check_complete(origin, members, found)
+    _check_values(origin, {name: value for name, value in found.items() if name not in (lent or ())}, usable)
     values = {group.name: [usable[member] for member in group.members if member in usable] for group in wanted}
     chosen = {name: min(each) for name, each in values.items() if each}
     filled = _fill(origin, wanted, chosen)
     used = {name for member in members for name in bridge.names(member)}
-    warnings = (_disagreements(values), _ignored([name for name in scales.global_scales if name not in used]))
+    warnings = (
+        _disagreements(values),
+        _partners(lent or ()),
+        _ignored([name for name in scales.global_scales if name not in used]),
+    )
     digest = hashlib.sha256("\n".join(f"{name}={chosen[name].hex()}" for name in sorted(chosen)).encode())
     return AssignedScales(chosen, tuple(line for line in warnings if line), filled, digest.hexdigest())
 
@@ -60,6 +66,22 @@ def _look_up(scales: InputScales, bridge: Bridge, member: str) -> float | None:
     """Return a module's scale, its own or its expert stack's, or None if nothing is written for it."""
     values = [scales.global_scales[name] for name in bridge.names(member)]
     return next((value for value in values if is_calibrated(value)), values[0] if values else None)
+
+
+def _lent(groups: Iterable[FusedGroup], usable: Collection[str]) -> list[str] | None:
+    """Return the modules without a scale whose fused partners have one; None if a whole group, of no experts, has none.
+
+    The members of a group have the same input. Layers that share another layer's keys and values never run their own
+    k_proj and v_proj, so calibration does not see these.
+    """
+    lent: list[str] = []
+    for group in groups:
+        missing = [member for member in group.members if member not in usable]
+        if missing and experts_parent(missing[0]) is None:
+            if len(missing) == len(group.members):
+                return None
+            lent += missing
+    return lent
 
 
 def _check_values(origin: str, found: Mapping[str, float], usable: Mapping[str, float]) -> None:
@@ -104,6 +126,11 @@ def _disagreements(values: Mapping[str, Sequence[float]]) -> str:
         f"input scales disagree inside {groups}, by up to {max(ratios.values()):.3g} times: "
         f"the smallest input_global_scale of each holds for all its members: {listed(ratios)}"
     )
+
+
+def _partners(names: Collection[str]) -> str:
+    words = "module has no scale of its own and takes", "modules have no scale of their own and take"
+    return f"{counted(len(names), *words)} that of the layers fused with it: {listed(names)}" if names else ""
 
 
 def _ignored(names: Collection[str]) -> str:

@@ -468,6 +468,16 @@ def test_members_that_differ_share_the_smallest_and_warn():
     assert f"'{LAYER}.self_attn.qkv_proj'" in warning
 
 
+@pytest.mark.parametrize("mark", [None, 0.0, math.nan, 1.0])
+def test_partners_that_calibration_never_saw_take_the_scale_of_their_group(mark):
+    divisors = {ATTENTION[0]: 120.0, ATTENTION[3]: 7.0} | ({} if mark is None else {ATTENTION[1]: mark})
+    assigned = assign(divisors, ATTENTION)
+    assert assigned.global_scales == {f"{LAYER}.self_attn.qkv_proj": 120.0, ATTENTION[3]: 7.0}
+    (warning,) = assigned.warnings
+    assert warning.startswith("2 modules have no scale of their own")
+    assert ATTENTION[2] in warning
+
+
 @pytest.mark.case(78)
 def test_a_huge_json_is_refused_by_its_size(tmp_path):
     path = tmp_path / "s.json"
