@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ..checkpoint.weights import name_pattern
+from ..errors import NonFiniteWeightError
 from ..kernels import QuantizeArgs, WeightBatch
 from ..kernels.calibrated import PreparedStatistics
 from ..nvfp4 import BLOCK_SIZE
@@ -23,6 +24,7 @@ from .events import Advanced, OnEvent, Planned, ShardFinished
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
 from .tiles import Batch, GroupStep, Tile, batches, group_steps, tiles
+from .turned import amax_tiles
 from .worker_memory import WorkerMemory
 from .worker_pool import Task, WorkerPool
 
@@ -129,15 +131,22 @@ class Execution:
     def _find_scale(self, writer: ShardWriter, step: GroupStep, _memory: WorkerMemory) -> None:
         """Find the largest magnitude over all members, wherever they lie; then quantize those of this shard."""
         members = self._plan.members(step.weights[0].weight)
-        found = [tile for weight in members for tile in tiles(weight, self._tile_bytes)]
+        found = list(amax_tiles(members, self._tile_bytes))
         work = [(each, tile) for each in step.weights for tile in tiles(each.weight, self._tile_bytes)]
         writer.expect(len(work))
         waiter = partial(self._quantize_group, writer, work)
         if self._scales.begin(step.name, AmaxSearch(members, len(found)), waiter):
-            self._pool.add(partial(self._find_amax, step.name, tile) for tile in found)
+            self._pool.add(partial(self._find_amax, step, tile) for tile in found)
 
-    def _find_amax(self, group: str, tile: Tile, memory: WorkerMemory) -> None:
-        self._scales.found(group, memory.amax(self._source, tile))
+    def _find_amax(self, step: GroupStep, tile: Tile, memory: WorkerMemory) -> None:
+        try:
+            found = memory.amax(self._source, tile)
+        except NonFiniteWeightError:
+            for weight in self._plan.members(step.weights[0].weight) if step.is_turned else ():
+                for part in tiles(weight, self._tile_bytes):  # a tile of what is stored says neither which nor where
+                    memory.amax(self._source, part)
+            raise
+        self._scales.found(step.name, found)
 
     def _quantize_group(self, writer: ShardWriter, work: Iterable[WeightTile], scale: float) -> None:
         tasks = [partial(self._quantize_tile, writer, each, scale) for each in work]

@@ -25,6 +25,8 @@ from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_b
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
+TALLER = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
@@ -65,7 +67,9 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     _try_out(plan, kernel, calibrated)
-    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=kernel.tile_bytes)
+    # A row of a tile is a separate read of each column where a weight is stored transposed: taller tiles need fewer.
+    largest = kernel.tile_bytes * (TALLER if any(weight.pitch for weight in plan.weights()) else 1)
+    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=largest)
     return Run(plan, kernel, calibrated, memory, choice.reason)
 
 

@@ -6,15 +6,20 @@ to where it belongs, so that no more is held than for a plain matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+
 import numpy as np
 
 from ..checkpoint.source import FolderSource
+from ..checkpoint.weights import Weight
 from ..dtypes import NUMPY_DTYPES
 from ..kernels import TileArray
 from ..nvfp4 import ByteArray
 from ..storage.files import read_exact, read_strided
-from .tiles import Tile
+from .tiles import Tile, tiles
 
+_AT_ONCE = 16  # columns: what is written then stays in the processor's nearest cache
 _WASTE = 2  # read up to so many times what is wanted in one call, rather than in one for each column
 
 
@@ -27,8 +32,37 @@ def read_turned(source: FolderSource, tile: Tile, out: TileArray, room: ByteArra
     for column in range(0, tile.columns, count):
         columns = min(count, tile.columns - column)
         place = weight.offset + (first + (begin + column) * weight.pitch) * width
-        panel = _read_panel(source, tile, (place, columns), room).view(out.dtype)
-        values[:, column : column + columns] = panel[:, : tile.rows].T
+        panel = _read_panel(source, tile, (place, columns), room).view(out.dtype)[:, : tile.rows]
+        for start in range(0, columns, _AT_ONCE):
+            part = panel[start : start + _AT_ONCE]
+            values[:, column + start : column + start + len(part)] = part.T
+
+
+def amax_tiles(weights: Iterable[Weight], tile_bytes: int) -> Iterator[Tile]:
+    """Yield tiles that hold all values of the weights of one fused group, as they lie in the file where that is simpler.
+
+    Gate and up that lie side by side are one contiguous matrix: its largest magnitude is that of both.
+    """
+    spans: dict[tuple[str, int], list[Weight]] = {}
+    for weight in weights:
+        if weight.pitch:
+            spans.setdefault((weight.shard, weight.pitch), []).append(weight)
+        else:
+            yield from tiles(weight, tile_bytes)
+    for (shard, pitch), parts in spans.items():
+        first = min(parts, key=attrgetter("offset"))
+        end = max(_end(weight) for weight in parts)
+        if end - first.offset == sum(weight.nbytes for weight in parts):
+            stored = Weight(first.module, shard, first.dtype, first.offset, first.columns, pitch)
+            yield from tiles(stored, tile_bytes)
+        else:
+            yield from (tile for weight in parts for tile in tiles(weight, tile_bytes))
+
+
+def _end(weight: Weight) -> int:
+    """Return where a matrix that is stored transposed ends in its file, in bytes."""
+    width = np.dtype(NUMPY_DTYPES[weight.dtype]).itemsize
+    return weight.offset + int(((weight.columns - 1) * weight.pitch + weight.rows) * width)
 
 
 def _span(tile: Tile) -> int:

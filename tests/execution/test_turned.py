@@ -62,11 +62,17 @@ def test_turned_experts_have_the_bytes_of_plain_ones(
     assert plain == found
 
 
-def test_a_wrong_value_is_found_where_it_lies(tmp_path: Path) -> None:
-    tensors = experts(HIDDEN, INNER, turned=True)
-    tensors[f"{P}mlp.experts.down_proj"][1, 5, 7] = np.nan  # expert 1, column 5, row 7
+@pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (2048, 1024)], ids=["batches", "tiles"])
+@pytest.mark.parametrize("leaf", ["up_proj", "down_proj"])
+def test_a_wrong_value_is_found_where_it_lies(leaf: str, hidden: int, inner: int, tmp_path: Path) -> None:
+    tensors = experts(hidden, inner, turned=True)
+    if leaf == "down_proj":
+        tensors[f"{P}mlp.experts.down_proj"][1, 5, 7] = np.nan  # expert 1, column 5, row 7
+    else:
+        tensors[f"{P}mlp.experts.gate_up_proj"][1, 5, inner + 7] = np.nan
+    columns = inner if leaf == "down_proj" else hidden
     source = write(tmp_path / "source", tensors, {})
-    with pytest.raises(NonFiniteWeightError, match=rf"experts\.1\.down_proj.*flat index {7 * INNER + 5}:"):
+    with pytest.raises(NonFiniteWeightError, match=rf"experts\.1\.{leaf}.*flat index {7 * columns + 5}:"):
         mfptq.convert(source, tmp_path / "out")
 
 
