@@ -23,7 +23,7 @@ _DRAFT_MARKS = frozenset({"eh_proj", "enorm", "hnorm"})
 _TEXT_WORDS = frozenset({"language", "text", "llm", "lm", "thinker", "decoder", "llama", "qwen2", "gpt"})
 _TOWER_WORDS = frozenset({
     "vision", "visual", "image", "img", "video", "pixel", "vit", "sam", "siglip", "clip", "dinov2", "aimv2",
-    "audio", "speech", "sound", "acoustic", "perception", "whisper", "wav", "token2wav", "codec", "vocoder", "tts", "talker",
+    "vpm", "apm", "audio", "speech", "sound", "acoustic", "perception", "whisper", "wav", "token2wav", "codec", "vocoder", "tts", "talker",
     "speaker", "mimi", "encodec", "dac", "conformer", "perceiver", "qformer", "resampler", "projector", "projection",
     "connector", "merger", "aligner", "adapter", "tower", "predictor", "depth", "ctc",
 })  # fmt: skip

@@ -65,3 +65,67 @@ def test_a_tiny_model_is_converted_as_it_should(kind: str, tmp_path) -> None:
     mfptq.convert(tmp_path / "source", tmp_path / "out", method="minmax")
     found = mfptq.verify(tmp_path / "out", tmp_path / "source")
     assert found.ok, found.faults[:5]
+
+
+# Types whose names in files are those of their modules, and whose compressed layers transformers 5.24 can load.
+LOADED = (
+    "llama",
+    "bert",
+    "whisper",
+    "gpt_neox",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "opt",
+    "roberta",
+    "olmo2",
+    "granite",
+    "starcoder2",
+)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in LOADED[:4] else pytest.mark.slow) for k in LOADED])
+def test_transformers_loads_a_conversion_and_computes_the_same(kind: str, tmp_path) -> None:
+    """Every layer that the config does not ignore is compressed when it is loaded, heads without a tensor included."""
+    import torch
+
+    model = build(kind)
+    model.save_pretrained(tmp_path / "source")
+    mfptq.convert(tmp_path / "source", tmp_path / "out", method="minmax")
+    loaded, info = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    stored = dict(load_file(tmp_path / "out"))
+    reference = type(model).from_pretrained(tmp_path / "source", dtype=torch.bfloat16).eval()
+    modules = dict(reference.named_modules())
+    names = [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]
+    for name in names:
+        packed, scale, divisor = (stored[f"{name}.weight_{part}"] for part in ("packed", "scale", "global_scale"))
+        modules[name].weight.data = dequantized(packed, scale, divisor).to(torch.bfloat16)
+    assert names
+    tokens = torch.arange(2, 34).reshape(2, 16)
+    if kind == "whisper":
+        sound = torch.randn(2, loaded.config.num_mel_bins, 2 * loaded.config.max_source_positions)
+        inputs = {"input_features": sound.to(torch.bfloat16), "decoder_input_ids": tokens}
+    else:
+        inputs = {"input_ids": tokens}
+    with torch.no_grad():
+        found, wanted = loaded.eval()(**inputs).logits, reference(**inputs).logits
+    assert torch.equal(found, wanted)
+
+
+def load_file(folder):
+    """Yield the tensors of a folder's files."""
+    from safetensors.torch import load_file as load
+
+    for file in sorted(folder.glob("*.safetensors")):
+        yield from load(file).items()
+
+
+def dequantized(packed, scale, divisor):
+    import torch
+
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
+    signed = values[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    return signed * (scale.float() / divisor).repeat_interleave(16, -1)
