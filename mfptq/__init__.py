@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from .inspection import Inspection, TensorSummary, inspect
     from .kernels import ErrorStats
     from .observation.calibrate import CalibrationProgress, calibrate
+    from .output.fault import Fault
     from .output.report import PatternReport, Report
-    from .output.structure import Fault
     from .planning.plan import PlannedTensor
     from .planning.quantization_config import quantization_config
     from .planning.settings import Decisions
@@ -71,7 +71,7 @@ _EXPORTS = {
     "planning.settings": "Decisions",
     "scales.reading": "InputScales read_input_scales",
     "tensors": "Nvfp4Tensor dequantize_nvfp4 quantize_nvfp4 quantize_state_dict",
-    "output.structure": "Fault",
+    "output.fault": "Fault",
     "verification": "Verification verify",
 }
 _HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}

@@ -5,31 +5,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from .checkpoint.companions import FileChoice
 from .checkpoint.folder import Checkpoint, Origin, read_checkpoint
 from .checkpoint.hub import HubOptions, open_checkpoint
-from .checkpoint.source import FolderSource
+from .checkpoint.source import Source
 from .checkpoint.weights import Candidate, StoredTensor, Weight, candidates, name_pattern
 from .dtypes import NUMPY_DTYPES
 from .errors import MfptqError, SourceError
 from .execution.tiles import tiles
 from .execution.turned import read_turned
 from .kernels import ErrorStats
-from .limits import MAX_INDEX_BYTES
 from .names.config_sizes import read_sizes
 from .nvfp4 import BLOCK_SIZE, as_float32, dequantize
+from .output.fault import Fault
 from .output.leftovers import MANIFEST
-from .output.structure import PACKED, Fault, read_bytes, read_scalar, structure_faults
-from .storage.digest import Stopped, file_sha256, in_parallel
-from .storage.files import expanded, open_regular, plain_name, read_small
+from .output.manifest import manifest_faults
+from .output.structure import PACKED, read_bytes, read_scalar, structure_faults
+from .storage.files import expanded
 
 TILE_BYTES = 4 * 2**20
 MAX_RELATIVE_ERROR = 0.20
@@ -44,6 +43,7 @@ class Verification:
     faults: tuple[Fault, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
     digests: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -60,9 +60,10 @@ class _Findings:
     faults: list[Fault] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     digests: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def result(self) -> Verification:
-        return Verification(self.tensors, self.quantized, tuple(self.faults), self.errors, self.digests)
+        return Verification(self.tensors, self.quantized, tuple(self.faults), self.errors, self.digests, self.left_out)
 
 
 def verify(
@@ -86,10 +87,12 @@ def verify(
             names = [info.name for shard in checkpoint.shards for info in shard.header.tensors]
             found.tensors, found.quantized = len(names), sum(name.endswith(PACKED) for name in names)
             found.faults += structure_faults(checkpoint)
-            _check_manifest(checkpoint.origin.folder, found)
+            _check_manifest(checkpoint.origin.local, found)
             if source is not None:
-                original = open_checkpoint(source, HubOptions(revision, token, cache_dir))
+                choice = FileChoice(output=frozenset(shard.name for shard in checkpoint.shards))
+                original = open_checkpoint(source, HubOptions(revision, token, cache_dir), choice)
                 opened.callback(original.source.close)
+                found.left_out = original.left_out
                 _check_source(checkpoint, original, found)
         except MfptqError as error:
             if source is not None and not isinstance(error, SourceError):
@@ -100,29 +103,10 @@ def verify(
 
 def _check_manifest(folder: Path, found: _Findings) -> None:
     """Compare every file with SHA256SUMS, where the output has one."""
-    if not (folder / MANIFEST).is_file():
-        return
-    *lines, rest = read_small(folder / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").split("\n")
-    if rest or any(line[64:66] != "  " for line in lines):
-        found.faults.append(Fault("", MANIFEST, "has a line that is no digest, two spaces and a name"))
-        return
-    found.faults += [fault for fault in in_parallel(partial(_digest_fault, folder), lines) if fault]
-    found.digests += len(lines)
-
-
-def _digest_fault(folder: Path, stopped: Stopped, line: str) -> Fault | None:
-    """Return what is wrong with a file that a line of SHA256SUMS names, if anything is."""
-    digest, name = line[:64], line[66:]
-    try:
-        fd = open_regular(folder / plain_name(name))
-    except SourceError as error:
-        return Fault("", MANIFEST, f"names a file that cannot be read: {error}")
-    try:
-        if file_sha256(fd, os.fstat(fd).st_size, stopped) != digest:
-            return Fault("", name, f"is not what {MANIFEST} says: its content changed")
-    finally:
-        os.close(fd)
-    return None
+    if (folder / MANIFEST).is_file():
+        compared, faults = manifest_faults(folder)
+        found.faults += faults
+        found.digests += compared
 
 
 def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) -> None:
@@ -146,7 +130,7 @@ def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) ->
             found.faults.append(Fault(pattern, "", what))
 
 
-def _is_equal(one: FolderSource, first: StoredTensor, other: FolderSource, second: StoredTensor) -> bool:
+def _is_equal(one: Source, first: StoredTensor, other: Source, second: StoredTensor) -> bool:
     a, b = first.info, second.info
     if (a.dtype, a.shape, a.nbytes) != (b.dtype, b.shape, b.nbytes):
         return False
@@ -160,7 +144,7 @@ def _is_equal(one: FolderSource, first: StoredTensor, other: FolderSource, secon
 def _compare_weights(
     item: Candidate,
     stored: dict[str, StoredTensor],
-    sources: tuple[FolderSource, FolderSource],
+    sources: tuple[Source, Source],
     patterns: dict[str, ErrorStats],
 ) -> None:
     original, output = sources
@@ -173,9 +157,7 @@ def _compare_weights(
         stats.add(_error(weight, parts, original, output))
 
 
-def _error(
-    weight: Weight, parts: Mapping[str, StoredTensor], original: FolderSource, output: FolderSource
-) -> ErrorStats:
+def _error(weight: Weight, parts: Mapping[str, StoredTensor], original: Source, output: Source) -> ErrorStats:
     stats = ErrorStats(weight.size)
     scale = read_scalar(output, parts[".weight_global_scale"])
     for tile in tiles(weight, TILE_BYTES):

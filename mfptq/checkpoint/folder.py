@@ -1,31 +1,44 @@
-"""A folder in Hugging Face layout as a `Checkpoint`: headers, index, config and companions, all checked before use."""
+"""Read a checkpoint in Hugging Face layout: headers, index, config and companions, all checked before use.
+
+`hub.open_checkpoint` calls it for folders and Hub repos alike: it reads by way of a `Source` only, and no weight.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from ..errors import HeaderError, IndexMismatchError, SourceError, quote
 from ..limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_TENSORS
-from ..storage.files import confined, plain_name, read_small
+from ..storage.files import plain_name, relative_name
+from .companions import (
+    CONFIG,
+    INDEX,
+    MODULES,
+    REPLACED_FOLDED,
+    SHARD_SUFFIX,
+    SINGLE,
+    FileChoice,
+    find_index,
+    sort_files,
+    unindexed_shards,
+    unnamed_shards,
+)
 from .header import PREFIX_BYTES, ShardHeader, header_length, parse_header
-from .source import FileStamp, FolderSource
+from .source import FolderSource, Source
 from .strict_json import StrictJsonError, parse_json
 from .weights import StoredTensor
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
-SHARD_SUFFIX = ".safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_NOT_COMPANIONS = (*_PICKLES, SHARD_SUFFIX, ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".index.json", ".npz", ".npy")
-_REPLACED = {CONFIG, "hf_quant_config.json", "README.md", "SHA256SUMS", "mfptq_report.json"}
-_REPLACED_FOLDED = {name.casefold() for name in _REPLACED}  # some systems take README.md and readme.md for one file
+__all__ = ["CONFIG", "INDEX", "SINGLE"]
+HEADERS_AT_ONCE = 8
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024  # more than any pointer has
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +49,27 @@ class Shard:
     size: int
     header: ShardHeader
     digest: str
-    stamp: FileStamp
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a checkpoint came from: a Hub repo at a commit, or a local folder only."""
+    """Where a checkpoint came from: a local folder, a Hub repo at a commit, or, where that is in the cache, both."""
 
-    folder: Path
+    folder: Path | None
     repo_id: str | None = None
     revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the model is called: the repo's id, else the folder's name."""
+        return self.repo_id or (self.folder.resolve().name if self.folder is not None else "")
+
+    @property
+    def local(self) -> Path:
+        """The folder; raises SourceError for a repo that is read by range."""
+        if self.folder is None:
+            raise SourceError(f"{quote(self)} is not on this machine: keep the source in the Hub's cache")
+        return self.folder
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.revision}" if self.repo_id else str(self.folder)
@@ -53,14 +77,18 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything known of a checkpoint before one weight is read; `source` reads the bytes of its files."""
+    """Everything known of a checkpoint before one weight is read; `source` reads the bytes of its files.
+
+    `left_out` maps the files that a conversion does not take to their sizes in bytes; `has_index` says that there are
+    several shards, and so an index, in what is made of it at least.
+    """
 
     origin: Origin
-    source: FolderSource
+    source: Source
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     companions: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
     has_index: bool = True
     _by_name: dict[str, Shard] = field(default_factory=dict, repr=False)
 
@@ -87,53 +115,55 @@ def stored_tensors(shard: Shard) -> Iterator[StoredTensor]:
         yield StoredTensor(info, shard.name, shard.header.data_start + info.start)
 
 
-def read_checkpoint(origin: Origin) -> Checkpoint:
-    """Return the checkpoint in `origin.folder`; opens its files for reading only.
+def read_checkpoint(origin: Origin, source: Source | None = None, choice: FileChoice | None = None) -> Checkpoint:
+    """Return the checkpoint that `source` reads, by default the folder of `origin`; closes the source where it fails.
 
     Raises SourceError and its subclasses for whatever is missing, inconsistent or unsafe.
     """
-    source = FolderSource(origin.folder)
+    if source is None:
+        assert origin.folder is not None
+        source = FolderSource(origin.folder)
     try:
-        return _read_checkpoint(origin, source)
+        return _read_checkpoint(origin, source, choice or FileChoice())
     except BaseException:
         source.close()
         raise
 
 
-def _read_checkpoint(origin: Origin, source: FolderSource) -> Checkpoint:
-    root = origin.folder
-    names = _file_names(root)
-    config = read_object(root, CONFIG, MAX_CONFIG_BYTES)
-    weight_map = _weight_map(root, names)
-    shard_names = sorted(set(weight_map.values())) if weight_map is not None else _shard_names(names)
-    shards = tuple(read_shard(source, name) for name in shard_names)
+def _read_checkpoint(origin: Origin, source: Source, choice: FileChoice) -> Checkpoint:
+    files = source.files()
+    choice.check(files)
+    config = read_object(source, CONFIG, MAX_CONFIG_BYTES)
+    weight_map = _weight_map(source, files)
+    indexed = unindexed_shards(files, choice) if weight_map is None else sorted(set(weight_map.values()))
+    shards = read_shards(source, indexed)
     _check_tensors(shards, weight_map)
-    companions = tuple(name for name in names if _is_companion(name))
-    for name in companions:
-        confined(root, name)
-    left_out = tuple(name for name in names if name not in {*companions, *shard_names, *_REPLACED, INDEX})
-    _check_case([*companions, *shard_names, *(name for name in names if name.casefold() in _REPLACED_FOLDED)])
-    return Checkpoint(origin, source, shards, config, companions, left_out, weight_map is not None)
+    shards = _with_unnamed(source, shards, choice)
+    names = [shard.name for shard in shards]
+    found = sort_files(files, names, _module_folders(source, files))
+    for name in found.companions:
+        _check_companion(source, name)
+    _check_case([*names, *found.companions, *(name for name in files if name.casefold() in REPLACED_FOLDED)])
+    has_index = weight_map is not None or len(shards) > 1
+    return Checkpoint(origin, source, shards, config, found.companions, found.left_out, has_index)
 
 
-def _file_names(root: Path) -> list[str]:
+def read_file(source: Source, name: str, limit: int) -> bytes:
+    """Return a whole small file of the source; refuses, before reading, one of more than `limit` bytes."""
+    size = source.size(name)
+    if size > limit:
+        raise SourceError(f"{quote(name)} is {size} bytes, expected at most {limit}")
+    data = bytearray(size)
+    source.read_into(name, 0, memoryview(data))
+    return bytes(data)
+
+
+def read_object(source: Source, name: str, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file of the source; Infinity and NaN are taken as configs hold them."""
+    raw = read_file(source, name, limit)
+    _refuse_pointer(name, raw)
     try:
-        entries = sorted(os.listdir(root))  # noqa: PTH208 - names are data here, not paths
-    except NotADirectoryError:
-        raise SourceError(f"{quote(root)} is a file, expected a folder in Hugging Face layout") from None
-    except OSError as error:
-        raise SourceError(f"cannot read folder {quote(root)}: {error.strerror}") from None
-    return [name for name in entries if not name.startswith(".") and (name == CONFIG or not (root / name).is_dir())]
-
-
-def _is_companion(name: str) -> bool:
-    return name.casefold() not in _REPLACED_FOLDED and not name.lower().endswith(_NOT_COMPANIONS)
-
-
-def read_object(root: Path, name: str, limit: int) -> dict[str, Any]:
-    """Return the JSON object in a file of the folder; Infinity and NaN are taken as configs hold them."""
-    try:
-        value = parse_json(read_small(confined(root, name), limit), infinity=True)
+        value = parse_json(raw, infinity=True)
     except StrictJsonError as error:
         raise SourceError(f"{quote(name)}: {error}") from None
     if not isinstance(value, dict):
@@ -141,13 +171,37 @@ def read_object(root: Path, name: str, limit: int) -> dict[str, Any]:
     return value
 
 
-def _weight_map(root: Path, names: list[str]) -> dict[str, str] | None:
-    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if not indexes:
+def _refuse_pointer(name: str, data: bytes) -> None:
+    if data.startswith(_POINTER):
+        raise SourceError(f"{quote(name)} is a git-lfs pointer, not the file itself: run `git lfs pull` in the source")
+
+
+def _check_companion(source: Source, name: str) -> None:
+    """Raise SourceError for a companion that cannot be copied, before anything is written."""
+    relative_name(name)
+    if isinstance(source, FolderSource):  # what the Hub serves is never a pointer
+        size = source.size(name)
+        if size <= _POINTER_BYTES:
+            _refuse_pointer(name, read_file(source, name, _POINTER_BYTES))
+
+
+def _module_folders(source: Source, files: Mapping[str, int]) -> set[str]:
+    """Return the folders that `modules.json` of sentence-transformers names."""
+    if MODULES not in files:
+        return set()
+    try:
+        found = parse_json(read_file(source, MODULES, MAX_CONFIG_BYTES), infinity=True)
+    except StrictJsonError:
+        return set()
+    entries = found if isinstance(found, list) else []
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return {path.partition("/")[0] for path in paths if isinstance(path, str) and path}
+
+
+def _weight_map(source: Source, files: Mapping[str, int]) -> dict[str, str] | None:
+    if find_index(files) is None:
         return None
-    if indexes != [INDEX]:
-        raise IndexMismatchError(f"expected one index named {INDEX}, got {', '.join(map(quote, indexes))}")
-    weight_map = read_object(root, INDEX, MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_object(source, INDEX, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise IndexMismatchError(f"{INDEX}: weight_map is missing or does not map tensor names to file names")
     if not weight_map:
@@ -156,34 +210,54 @@ def _weight_map(root: Path, names: list[str]) -> dict[str, str] | None:
         plain_name(name)
         if not name.endswith(SHARD_SUFFIX):
             raise IndexMismatchError(f"{INDEX}: {quote(name)} is not a safetensors file")
-        if name not in names:
+        if name not in files:
             raise IndexMismatchError(f"{INDEX} names shard {quote(name)}, which is missing: download it again")
     return weight_map
 
 
-def _shard_names(names: list[str]) -> list[str]:
-    shards = [name for name in names if name.endswith(SHARD_SUFFIX)]
-    if not shards:
-        pickles = [name for name in names if name.endswith(_PICKLES)]
-        hint = f"; pickle checkpoints ({quote(pickles[0])}) are not read" if pickles else ""
-        raise SourceError(f"no safetensors file here: expected {SINGLE} or shards with {INDEX}{hint}")
-    return [SINGLE] if SINGLE in shards else shards
+def read_shards(source: Source, names: Iterable[str]) -> tuple[Shard, ...]:
+    """Return shards with their headers, several read at once where each is a request."""
+    if isinstance(source, FolderSource):
+        return tuple(read_shard(source, name) for name in names)
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        return tuple(pool.map(partial(read_shard, source), names))
 
 
-def read_shard(source: FolderSource, name: str) -> Shard:
+def read_shard(source: Source, name: str) -> Shard:
     """Return a shard with its header read and checked."""
     size = source.size(name)
+    first = bytearray(min(PREFIX_BYTES + 1, size))
     try:
-        prefix = bytearray(min(PREFIX_BYTES, size))
-        source.read_into(name, 0, memoryview(prefix))
-        raw = bytearray(header_length(bytes(prefix), size))
-        source.read_into(name, PREFIX_BYTES, memoryview(raw)[:1])
-        if raw[:1] == b"{":  # a header of other bytes is refused unread
+        source.read_into(name, 0, memoryview(first))
+        raw = bytearray(header_length(bytes(first[:PREFIX_BYTES]), size))
+        if first[PREFIX_BYTES:] == b"{":  # a header of other bytes is refused unread
             source.read_into(name, PREFIX_BYTES, memoryview(raw))
         header = parse_header(bytes(raw), size)
     except HeaderError as error:
+        if size <= _POINTER_BYTES:
+            _refuse_pointer(name, read_file(source, name, _POINTER_BYTES))
         raise HeaderError(f"{quote(name)}: {error}") from None
-    return Shard(name, size, header, hashlib.sha256(raw).hexdigest(), source.stamp(name))
+    return Shard(name, size, header, hashlib.sha256(raw).hexdigest())
+
+
+def _with_unnamed(source: Source, shards: tuple[Shard, ...], choice: FileChoice) -> tuple[Shard, ...]:
+    """Return the shards, with those that the user includes; raises IndexMismatchError for tensors that would be lost."""
+    known = {info.name for shard in shards for info in shard.header.tensors}
+    added = []
+    for name in unnamed_shards(source.files(), {shard.name for shard in shards}, choice):
+        shard = read_shard(source, name)
+        if choice.includes(name):
+            added.append(shard)
+            continue
+        new = [info.name for info in shard.header.tensors if info.name not in known]
+        if new:
+            raise IndexMismatchError(
+                f"{quote(name)} is named by no index and holds {len(new)} tensors that no shard has ({quote(new[0])}, ...): "
+                "say whether to include the file or to skip it"
+            )
+    together = tuple(sorted((*shards, *added), key=attrgetter("name")))
+    _check_tensors(together, None)
+    return together
 
 
 def _check_tensors(shards: tuple[Shard, ...], weight_map: dict[str, str] | None) -> None:
@@ -209,6 +283,6 @@ def _check_tensors(shards: tuple[Shard, ...], weight_map: dict[str, str] | None)
 def _check_case(names: list[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(plain_name(name).casefold(), name)
+        other = seen.setdefault(relative_name(name).casefold(), name)
         if other != name:
             raise SourceError(f"{quote(other)} and {quote(name)} differ in case only: they clash on some systems")

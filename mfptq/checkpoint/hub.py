@@ -1,44 +1,51 @@
-"""Sources by name: a local folder, or a Hub repo through huggingface_hub's own cache, pinned to one commit."""
+"""Open a checkpoint by name: a local folder, or a Hub repo read by range, or from the client's cache where it is whole there.
+
+The public functions call `open_checkpoint`. A branch or tag is resolved once; every later request names the commit.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..errors import HubError, SourceError, quote
-from ..storage.files import expanded
+from ..limits import MAX_FILES
+from ..storage.files import expanded, relative_name
+from .companions import UNWANTED, FileChoice, is_wanted
 from .folder import Checkpoint, Origin, read_checkpoint
+from .hub_errors import hub_errors, reason
+from .hub_source import HubSource, LocalFiles
+from .ranges import LONGEST_REQUESTED_WAIT, PASSING, HubFile, RangeReader, requested_wait
+from .source import FolderSource
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WAITS = (1.0, 2.0)  # seconds; who can fall back on the cache need not wait long
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_WANTED = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.py",
-    "*.md",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-]
-_UNWANTED = ["original/*", "consolidated*", "*/*"]
 
 
 @dataclass(frozen=True, slots=True)
 class HubOptions:
-    """How to fetch a repo: `revision` is a branch, tag or commit; the rest as in huggingface_hub."""
+    """How to read a repo: `revision` is a branch, tag or commit; the rest as in huggingface_hub.
+
+    With `keep_source` its files go to the client's cache first, whole, and stay there.
+    """
 
     revision: str | None = None
     token: str | None = None
     cache_dir: str | Path | None = None
+    keep_source: bool = False
 
 
-def open_checkpoint(source: str | Path, hub: HubOptions | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, hub: HubOptions | None = None, choice: FileChoice | None = None) -> Checkpoint:
     """Return the checkpoint at `source`: a folder, else `org/name` or `hf://org/name[@revision]` on the Hub.
 
     Raises SourceError for what is wrong with the checkpoint, and HubError where the Hub refuses or cannot be reached.
@@ -46,48 +53,119 @@ def open_checkpoint(source: str | Path, hub: HubOptions | None = None) -> Checkp
     text = str(source)
     folder = expanded(text)
     if not text.startswith("hf://") and folder.exists():
-        return read_checkpoint(Origin(folder))
+        return read_checkpoint(Origin(folder), choice=choice)
     options = hub or HubOptions()
     repo_id, _, revision = text.removeprefix("hf://").partition("@")
     if isinstance(source, Path) or not _REPO_ID.fullmatch(repo_id) or text.startswith((".", "/", "~")):
         raise SourceError(f"{quote(text)}: no such folder, and not a Hub repo id (org/name)")
-    folder = _download(repo_id, HubOptions(revision or options.revision, options.token, options.cache_dir))
-    return read_checkpoint(Origin(folder, repo_id, folder.name))
+    return _open_repo(repo_id, replace(options, revision=revision or options.revision), choice)
 
 
-def _download(repo_id: str, options: HubOptions) -> Path:
-    """Fetch the files that a conversion needs, all of one commit; the folder's name in the cache is its sha."""
+def _open_repo(repo_id: str, options: HubOptions, choice: FileChoice | None) -> Checkpoint:
+    listing = None if options.keep_source or _is_offline() else _listing(repo_id, options)
+    if listing is None:  # where nothing can be asked, what is in the cache must do
+        kept = _download(repo_id, options, local_only=not options.keep_source)
+        return read_checkpoint(Origin(kept, repo_id, kept.name), choice=choice)
+    sha, files = listing
+    folder, cached = _cached(repo_id, sha, files.values(), options)
+    if folder is not None and all(name in cached or not is_wanted(name) for name in files):
+        return read_checkpoint(Origin(folder, repo_id, sha), choice=choice)
+    logger.info("reading %s at commit %s by range", repo_id, sha)
+    local = FolderSource(folder) if folder is not None else None
+    source = HubSource(RangeReader(repo_id, sha, options.token), files, LocalFiles(local, cached))
+    return read_checkpoint(Origin(None, repo_id, sha), source, choice)
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _listing(repo_id: str, options: HubOptions) -> tuple[str, dict[str, HubFile]] | None:
+    """Return the commit and its files, with names that were checked; None where the Hub cannot be reached."""
+    from huggingface_hub import HfApi, constants
+
+    api, timeout = HfApi(token=options.token), constants.HF_HUB_ETAG_TIMEOUT
+    with hub_errors("read", repo_id, options.revision):
+        info = _patiently(lambda: api.model_info(repo_id, revision=options.revision, timeout=timeout))
+        if info is None:
+            return None
+        sha = info.sha
+        if not isinstance(sha, str) or not _COMMIT.fullmatch(sha):
+            raise HubError(f"the Hub names no commit of {quote(repo_id)}: is HF_ENDPOINT right?")
+        tree = _patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=sha)))
+    return None if tree is None else (sha, _checked(tree))
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer | None:
+    """Return an answer of the Hub, asked for again where what is wrong passes; None where there is none to be had."""
+    from huggingface_hub import errors
+
+    for wait in (*_WAITS, None):
+        try:
+            return ask()
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code not in PASSING:
+                raise
+            why, wanted = reason(error), requested_wait(error.response.headers)
+        except errors.HTTPError as error:  # type: ignore[attr-defined]  # no connection, no answer in time
+            why, wanted = reason(error), None
+        logger.warning("the Hub cannot be reached: %s", why)
+        if wait is not None:
+            time.sleep(min(LONGEST_REQUESTED_WAIT, wait if wanted is None else wanted))
+    return None
+
+
+def _checked(tree: Iterable[Any]) -> dict[str, HubFile]:
+    """Return the files of a listing by name; no request is made for a name that is not checked."""
+    files: dict[str, HubFile] = {}
+    for entry in tree:
+        if not hasattr(entry, "blob_id"):
+            continue  # a folder
+        name = relative_name(entry.path)
+        if any(part.startswith(".") and part.strip(".") for part in name.split("/")):
+            continue  # .gitattributes and the like
+        files[name] = HubFile(name, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+        if len(files) > MAX_FILES:
+            raise SourceError(f"the repo holds more than {MAX_FILES} files: is it the right one?")
+    return dict(sorted(files.items()))
+
+
+def _cached(
+    repo_id: str, sha: str, files: Iterable[HubFile], options: HubOptions
+) -> tuple[Path | None, frozenset[str]]:
+    """Return the commit's folder in the client's cache, if there is one, and the files that are whole in it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder, found = None, set()
+    for file in files:
+        path = try_to_load_from_cache(repo_id, file.name, cache_dir=options.cache_dir, revision=sha)
+        if isinstance(path, str) and Path(path).is_file() and Path(path).stat().st_size == file.size:
+            folder = Path(path).parents[file.name.count("/")]
+            found.add(file.name)
+    return folder, frozenset(found)
+
+
+def _download(repo_id: str, options: HubOptions, *, local_only: bool) -> Path:
+    """Return the folder of a commit in the cache; with `local_only` it must be there, else what is missing is fetched."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    logger.info("fetching %s from the Hub", repo_id)
-    try:
-        folder = hub.snapshot_download(
-            repo_id,
-            revision=options.revision,
-            token=options.token,
-            cache_dir=options.cache_dir,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
-        )
-    except errors.GatedRepoError:
-        raise HubError(
-            f"{quote(repo_id)} is gated: ask for access on its page, then give a token or set HF_TOKEN"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise HubError(f"{quote(repo_id)} has no revision {quote(options.revision)}") from None
-    except errors.RepositoryNotFoundError:
-        raise HubError(f"no folder and no Hub repo named {quote(repo_id)} (private ones need a token)") from None
-    except errors.LocalEntryNotFoundError as error:
-        why = f": {_first_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else ""
-        raise HubError(
-            f"there is no folder {quote(repo_id)}, and as a Hub repo it is not complete in the cache and cannot be reached{why}"
-        ) from None
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
-        raise HubError(f"cannot fetch {quote(repo_id)}: {_first_line(error)}") from None
+    with hub_errors("fetch", repo_id, options.revision):
+        try:
+            folder = hub.snapshot_download(
+                repo_id,
+                revision=options.revision,
+                token=options.token,
+                cache_dir=options.cache_dir,
+                ignore_patterns=list(UNWANTED),
+                local_files_only=local_only,
+            )
+        except errors.LocalEntryNotFoundError as error:
+            why = f": {reason(error.__cause__)}" if error.__cause__ is not None and not local_only else ""
+            raise HubError(
+                f"there is no folder {quote(repo_id)}, and as a Hub repo it is not complete in the cache and "
+                f"cannot be reached{why}"
+            ) from None
     return Path(folder)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return quote(lines[0]) if lines else type(error).__name__

@@ -1,21 +1,80 @@
-"""Read the files of one folder by name and range.
+"""Read the files of a checkpoint by name and range: the interface, and its form for a folder.
 
-Everything that reads a checkpoint goes through a source; nothing here writes."""
+Everything that reads a checkpoint goes through a `Source`, wherever the files are; nothing here writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
-from ..errors import SourceChangedError, StorageError, quote
+from ..errors import SourceChangedError, SourceError, StorageError, quote
+from ..limits import MAX_FILES
 from ..storage.files import advise, confined, open_regular, read_exact
+from .reads import ReadAhead
 
 MAX_OPEN_FILES = 128
+
+
+class Source(Protocol):
+    """The files of one checkpoint. Methods may be called from several threads, `close` once all of them have returned.
+
+    Names are relative, with `/` between folders; offsets and sizes are in bytes. Reads raise SourceError, StorageError or
+    HubError, and SourceChangedError where a file is no longer what it was when it was first looked at.
+    """
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reads go over a network, and what is read is held in this process until it is dropped."""
+        ...
+
+    @property
+    def fetched_bytes(self) -> int:
+        """How many bytes came over a network so far."""
+        ...
+
+    def files(self) -> Mapping[str, int]:
+        """Return every file's name and size, in name order; files and folders whose names begin with a dot are left out."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Return a file's size."""
+        ...
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on."""
+        ...
+
+    def reading(self, name: str, offset: int, size: int) -> contextlib.AbstractContextManager[int | None]:
+        """Lend a descriptor to read a range by; None where the files are not local and `read_into` must do."""
+        ...
+
+    def check_unchanged(self, name: str) -> None:
+        """Raise SourceChangedError if a file is no longer what it was when it was first looked at."""
+        ...
+
+    def drop_cached(self, name: str, offset: int, size: int) -> None:
+        """Note that a range will not be read again."""
+        ...
+
+    def read_ahead(self, ahead: ReadAhead) -> None:
+        """Take note of what will be read, in about which order, and how much memory may hold it until it is dropped."""
+        ...
+
+    def stop(self) -> None:
+        """Let every read that waits for a network fail soon: the run is being ended."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files, connections and memory."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +100,24 @@ class FolderSource:
     A file that is replaced or resized after it was first opened is an error, not other data.
     """
 
+    is_remote = False
+    fetched_bytes = 0
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self._open: OrderedDict[str, int] = OrderedDict()
         self._users: dict[str, int] = {}
         self._stamps: dict[str, FileStamp] = {}
         self._lock = Lock()
+
+    def files(self) -> Mapping[str, int]:
+        """Return every file's name and size; links to folders are not followed, broken links have size 0."""
+        found: dict[str, int] = {}
+        for entry in _walk(self.root, ""):
+            found[entry[0]] = entry[1]
+            if len(found) > MAX_FILES:
+                raise SourceError(f"folder {quote(self.root)} holds more than {MAX_FILES} files: is it the right one?")
+        return dict(sorted(found.items()))
 
     def size(self, name: str) -> int:
         """Return a file's size in bytes."""
@@ -114,8 +185,37 @@ class FolderSource:
         with self.descriptor(name) as fd:
             advise(fd, offset, size, "POSIX_FADV_DONTNEED")
 
+    def read_ahead(self, ahead: ReadAhead) -> None:
+        """Do nothing: the kernel reads ahead by itself."""
+
+    def stop(self) -> None:
+        """Do nothing: local reads do not wait long."""
+
     def close(self) -> None:
         """Close every file."""
         with self._lock:
             self._users = dict.fromkeys(self._users, 0)
             self._close_idle(0)
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except NotADirectoryError:
+        raise SourceError(f"{quote(folder)} is a file, expected a folder in Hugging Face layout") from None
+    except OSError as error:
+        raise SourceError(f"cannot read folder {quote(folder)}: {error.strerror}") from None
+    for entry in found:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(folder / entry.name, f"{prefix}{entry.name}/")
+            continue
+        try:
+            status = entry.stat()
+        except OSError:  # a link that leads nowhere, or in a circle: what needs it will say so
+            yield f"{prefix}{entry.name}", 0
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            yield f"{prefix}{entry.name}", status.st_size if stat.S_ISREG(status.st_mode) else 0

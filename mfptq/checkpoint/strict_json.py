@@ -65,5 +65,9 @@ def parse_json(raw: bytes, *, infinity: bool = False) -> Any:
 
 
 def dump_json(value: Any) -> str:
-    """Return `value` as the indented UTF-8 text that Hugging Face config files use, ending in a newline."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Return `value` as the indented text that Hugging Face config files use, ending in a newline.
+
+    Half of a surrogate pair, which UTF-8 cannot hold, stays the escape that it was in the source.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -54,6 +54,9 @@ def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
 
     Example: mfptq calibrate Qwen/Qwen3.5-27B --dataset chats.jsonl --output qwen.calibration.safetensors
     """
+    from ..observation.models import require_extra
+
+    require_extra()  # before the next import, which needs torch
     from ..observation.calibrate import calibrate as run_calibration
 
     quiet = options.pop("quiet")

@@ -9,24 +9,30 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from .._version import __version__
 from ..errors import MfptqError, UsageError, VerificationError, counted, quote
 from ..execution.memory_budget import memory_errors
-from ..names.bridge import ScaleKind
 from .calibration import calibration
-from .process import STOPPED, Interrupted, deferred_signals, handle_signals, tune_interpreter
+from .options import resource_options, rule_options, source_options
+from .process import (
+    LOG_LEVELS,
+    STOPPED,
+    Interrupted,
+    deferred_signals,
+    handle_signals,
+    set_up_logging,
+    tune_interpreter,
+)
+from .push import publish_options, push
 
 if TYPE_CHECKING:
     from ..planning.settings import Decisions
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def run() -> None:
@@ -65,66 +71,19 @@ def _fail(message: str, code: int) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mfptq")
-def main() -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Say what is being done: the same as --log-level info.")
+@click.option(
+    "--log-level", type=click.Choice(LOG_LEVELS), help="Least level of the messages on stderr; default warning."
+)
+def main(verbose: bool, log_level: str | None) -> None:
     """Convert Hugging Face checkpoints to NVFP4 without building the model.
 
     Example: mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4
     """
+    set_up_logging(log_level or ("info" if verbose else "warning"))
 
 
 main.add_command(calibration)
-
-
-def _source_options(function: Function) -> Function:
-    for option in (
-        click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache."),
-        click.option("--token", help="Hub token; HF_TOKEN and a stored login work too."),
-        click.option("--revision", help="Branch, tag or commit on the Hub."),
-    ):
-        function = option(function)
-    return function
-
-
-def _rule_options(function: Function) -> Function:
-    for option in (
-        click.option(
-            "--input-scales-kind",
-            type=click.Choice(get_args(ScaleKind)),
-            help="What the numbers of --input-scales are.",
-        ),
-        click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
-        click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
-        click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
-        click.option("--force", is_flag=True, help="Quantize even what no engine is known to load in FP4."),
-        click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
-        click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Quantize what a default keeps."),
-        click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep: a module name, or re:REGEX."),
-        click.option(
-            "--method",
-            help="search (least error of weights), minmax (rounding); with --calibration also weighted, hessian, "
-            "hessian+ (least error of outputs), or auto, its default: the strongest that the file allows.",
-        ),
-        click.option(
-            "--scheme", help="NVFP4 (W4A4) or NVFP4A16 (W4A16); by default W4A4 where input scales are given."
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def _resource_options(function: Function) -> Function:
-    for option in (
-        click.option(
-            "--device",
-            default="cpu",
-            show_default=True,
-            help="cpu, cuda, cuda:N, or auto: what should finish first.",
-        ),
-        click.option("--max-workers", type=int, help="Threads that compute; by default one for each core."),
-        click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process."),
-    ):
-        function = option(function)
-    return function
 
 
 def _decisions(options: dict[str, Any]) -> Decisions:
@@ -143,9 +102,10 @@ def _decisions(options: dict[str, Any]) -> Decisions:
 @main.command()
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@_source_options
-@_rule_options
-@_resource_options
+@source_options
+@rule_options
+@resource_options
+@publish_options
 @click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
@@ -160,6 +120,7 @@ def convert(model: str, output: Path, **options: Any) -> None:
     from . import text
 
     resources = {name: options.pop(name) for name in ("max_memory", "max_workers", "device")}
+    publishing = {name: options.pop(name) for name in ("push_to_hub", "private", "discard_output")}
     overwrite, dry_run, timings = (options.pop(name) for name in ("overwrite", "dry_run", "timings"))
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     decisions = _decisions(options)
@@ -168,7 +129,13 @@ def convert(model: str, output: Path, **options: Any) -> None:
         return
     with text.progress(quiet=quiet) as show, deferred_signals() as check:
         report = run_conversion(
-            model, output, overwrite=overwrite, on_event=lambda event: (check(), show(event)), **resources, **decisions
+            model,
+            output,
+            overwrite=overwrite,
+            on_event=lambda event: (check(), show(event)),
+            **resources,
+            **publishing,
+            **decisions,
         )
     if as_json:
         click.echo(json.dumps(report.as_dict()))
@@ -187,9 +154,9 @@ def _show_plan(model: str, decisions: Decisions, resources: dict[str, Any], *, a
 
 @main.command()
 @click.argument("model")
-@_source_options
-@_rule_options
-@_resource_options
+@source_options
+@rule_options
+@resource_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def plan(model: str, as_json: bool, **options: Any) -> None:
     """Show what converting MODEL would do, and write nothing.
@@ -202,7 +169,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("path")
-@_source_options
+@source_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def inspect(path: str, as_json: bool, **options: Any) -> None:
     """Show what the checkpoint PATH (folder or Hub repo) holds, from headers alone.
@@ -221,7 +188,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--source", help="What it was made from: folder or Hub repo.")
-@_source_options
+@source_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def verify(output: Path, source: str | None, as_json: bool, **options: Any) -> None:
     """Check a converted checkpoint; exit code 6 if anything is wrong.
@@ -272,3 +239,4 @@ def demo(output: Path) -> None:
 from .calibrate import calibrate  # noqa: E402 - imports nothing but click
 
 main.add_command(calibrate)
+main.add_command(push)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from types import FrameType
 
 OBJECTS_BETWEEN_COLLECTIONS = 1_000_000  # a plan is a million small objects that stay: to look at them again is in vain
 LONGEST_TURN = 1e-4  # seconds; who waits for the interpreter's lock has work for a whole core
+LOG_LEVELS = ("debug", "info", "warning", "error")
 STOPPED = "stopped; rerun the same command to resume"
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -64,6 +66,15 @@ def deferred_signals() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         _Request.deferred = False
+
+
+def set_up_logging(level: str) -> None:
+    """Show the package's messages of a level and above on stderr, one line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mfptq: %(levelname)s: %(message)s"))
+    logger = logging.getLogger("mfptq")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level.upper())
 
 
 def tune_interpreter() -> None:

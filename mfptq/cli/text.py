@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import counted, printable, quote
-from ..execution.events import Advanced, Event, OnEvent, Planned
+from ..execution.events import Advanced, Event, OnEvent, Planned, ShardFinished
 from ..execution.memory_budget import plan_memory
 from ..output.report import Report
 from ..sizes import parse_size, size_text
@@ -30,13 +31,18 @@ if TYPE_CHECKING:
 HELD_BYTES = 40 * 2**20  # by the interpreter, with numpy and kernels that are compiled already
 SHOWN_FAULTS = 20
 SHOWN_INPUTS = 10
+SHOWN_FILES = 10
+MINUTE = 60.0  # seconds between two lines of progress in a log
 
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[OnEvent]:
-    """Lend a callback that moves a bar in source bytes; off a terminal it shows nothing."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty() or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+    """Lend a callback that moves a bar in source bytes; off a terminal it writes a line for each shard, and each minute."""
+    if quiet or sys.stderr is None or (sys.stderr.isatty() and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")):
         yield lambda _event: None
+        return
+    if not sys.stderr.isatty():
+        yield ProgressLines(sys.stderr).show
         return
     from tqdm import tqdm
 
@@ -52,8 +58,43 @@ def progress(*, quiet: bool) -> Iterator[OnEvent]:
         yield show
 
 
+class ProgressLines:
+    """Progress for logs of jobs: a line for each finished shard, and one at least every MINUTE seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._begun = self._last = time.monotonic()
+        self._done = self._total = 0
+
+    def show(self, event: Event) -> None:
+        """Take an event, and write a line where one is due."""
+        finished = ""
+        match event:
+            case Planned(total_bytes):
+                self._total = total_bytes
+            case Advanced(source_bytes):
+                self._done += source_bytes
+            case ShardFinished(name, resumed):
+                finished = f"{printable(name)} {'was finished before' if resumed else 'finished'}: "
+        now = time.monotonic()
+        if finished or now - self._last >= MINUTE:
+            self._last = now
+            with suppress(OSError):
+                self._stream.write(f"mfptq: {finished}{self._state(now - self._begun)}\n")
+                self._stream.flush()
+
+    def _state(self, seconds: float) -> str:
+        rate = self._done / max(seconds, 1e-9)
+        left = f", about {(self._total - self._done) / rate:.0f} s left" if 0 < self._done < self._total else ""
+        return f"{size_text(self._done)} of {size_text(self._total)}, {size_text(int(rate))}/s{left}"
+
+
 def summary(report: Report, *, timings: bool) -> str:
     """Return what a conversion did, with the line that serves its output."""
+    if report.already_complete:
+        return (
+            f"{report.destination} is already complete: {report.source}, {report.scheme}, every file checked by content"
+        )
     lines = [
         f"{report.source} -> {report.destination}",
         f"  {report.scheme}, method {report.method}, kernel {report.kernel} ({report.device_reason}): "
@@ -66,14 +107,20 @@ def summary(report: Report, *, timings: bool) -> str:
     if report.resumed_shards:
         shards = counted(report.resumed_shards, "shard was", "shards were")
         lines.append(f"  {shards} finished by an earlier run and checked by content")
+    if report.fetched_bytes:
+        lines.append(f"  {size_text(report.fetched_bytes)} fetched from the Hub")
     lines += [f"  warning: {text}" for text in report.warnings]
+    lines += [f"  {line}" for line in left_out_lines(report.left_out)]
     if timings:
         lines += [f"  {phase:>9} {seconds:8.2f} s of worker time" for phase, seconds in sorted(report.timings.items())]
+    if report.published:
+        lines.append(f"  published: {report.published}")
     return "\n".join([*lines, f"  vllm serve {shlex.quote(report.destination)}"])
 
 
 def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) -> dict[str, Any]:
     """Return a plan as JSON values."""
+    from ..execution.reading_order import bytes_to_fetch
     from ..inspection import plan_patterns
 
     workers = max_workers or available_cores()
@@ -92,8 +139,10 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
         "bits_per_weight": plan.tensor_bytes * 8 / elements,
         "peak_memory": memory.peak,
         "warnings": list(plan.warnings),
-        "left_out": list(plan.checkpoint.left_out),
         "share": str(plan.share),
+        "left_out": dict(plan.checkpoint.left_out),
+        "disk_bytes": plan.output_bytes,
+        "fetch_bytes": bytes_to_fetch(plan, memory.spare) if plan.checkpoint.source.is_remote else 0,
         "patterns": [{**asdict(row), "bits": row.bits} for row in patterns],
     }
 
@@ -113,7 +162,30 @@ def plan_text(values: Mapping[str, Any]) -> str:
         f"{counted(values['shards'], 'shard', 'shards')}, {values['output_tensors']} output tensors",
         f"{size_text(values['source_bytes'])} -> {size_text(values['output_bytes'])} ({ratio:.1%}), "
         f"{values['bits_per_weight']:.2f} bits per weight, peak memory about {size_text(values['peak_memory'])}",
+        f"disk {size_text(values['disk_bytes'])}" + _fetch_text(values),
+        *left_out_lines(values["left_out"]),
     ])  # fmt: skip
+
+
+def _fetch_text(values: Mapping[str, Any]) -> str:
+    """Return what a run fetches from the Hub, and that it is more than the source where memory is too little."""
+    if not values["fetch_bytes"]:
+        return ""
+    twice = values["fetch_bytes"] - values["source_bytes"]
+    more = f", {size_text(twice)} of it a second time: with more memory not" if twice > 0 else ""
+    return f", {size_text(values['fetch_bytes'])} to fetch from the Hub{more}"
+
+
+def left_out_lines(left_out: Mapping[str, int]) -> list[str]:
+    """Return a line for each file that is not taken over, the largest first, and a last one for the rest."""
+    largest = sorted(left_out.items(), key=lambda item: -item[1])
+    lines = [f"left out: {printable(name)} ({size_text(size)})" for name, size in largest[:SHOWN_FILES]]
+    rest = largest[SHOWN_FILES:]
+    return lines + (
+        [f"left out: {counted(len(rest), 'other file', 'other files')} ({size_text(sum(size for _, size in rest))})"]
+        if rest
+        else []
+    )
 
 
 def _plan_row(row: Mapping[str, Any]) -> str:
@@ -150,6 +222,7 @@ def verification_text(found: Verification) -> str:
     """Return what was checked, and the faults."""
     lines = [f"checked {found.tensors} tensors, {found.quantized} quantized modules, {found.digests} digests"]
     lines += [f"  {error:7.2%}  {printable(pattern)}" for pattern, error in found.errors.items()]
+    lines += [f"  {line}" for line in left_out_lines(found.left_out)]
     lines += [f"  fault: {fault}" for fault in found.faults[:SHOWN_FAULTS]]
     if len(found.faults) > SHOWN_FAULTS:
         lines.append(f"  ... and {len(found.faults) - SHOWN_FAULTS} more")

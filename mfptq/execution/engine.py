@@ -12,6 +12,7 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ..checkpoint.reads import ReadAhead
 from ..checkpoint.weights import name_pattern
 from ..errors import NonFiniteWeightError
 from ..kernels import QuantizeArgs, WeightBatch
@@ -20,9 +21,10 @@ from ..nvfp4 import BLOCK_SIZE
 from ..output.destination import Destination
 from ..output.shard_writer import Piece, ShardWriter
 from ..planning.jobs import CopyRun, QuantizeWeight, copy_runs, largest_first
-from .events import Advanced, OnEvent, Planned, ShardFinished
+from .events import Advanced, Event, OnEvent, Planned, ShardFinished
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
+from .reading_order import reading_order
 from .tiles import Batch, GroupStep, Tile, batches, group_steps, tiles
 from .turned import amax_tiles
 from .worker_memory import WorkerMemory
@@ -50,13 +52,26 @@ class Execution:
         self._scales = GlobalScales(plan.method)
         self._open: dict[str, ShardWriter] = {}
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
+        self._drop = self._forget or self._source.is_remote
         self._pool = WorkerPool(self._tasks(), memories)
 
-    def run(self, on_event: OnEvent) -> None:
-        """Do all the work that is not done yet; raise the first error, leaving no temporary behind."""
+    def run(self, on_event: OnEvent, *, held_bytes: int = 0) -> None:
+        """Do all the work that is not done yet; raise the first error, leaving no temporary behind.
+
+        `held_bytes` is how much a remote source may hold in memory.
+        """
         on_event(Planned(self._plan.checkpoint.tensor_bytes))
+        self._source.read_ahead(ReadAhead(reading_order(self._plan, set(self._destination.done)), held_bytes))
+
+        def watched(event: Event) -> None:
+            try:
+                on_event(event)
+            except BaseException:
+                self._source.stop()  # no worker waits for a network while the run ends
+                raise
+
         try:
-            self._pool.run(on_event)
+            self._pool.run(watched)
         finally:
             for writer in self._open.values():
                 writer.discard()
@@ -68,6 +83,7 @@ class Execution:
                 self._pool.emit(Advanced(self._plan.checkpoint.shard(shard.name).header.data_bytes))
                 self._pool.emit(ShardFinished(shard.name, resumed=True))
                 continue
+            self._destination.before_shard()
             job = self._plan.job(shard)
             writer = ShardWriter(job, self._destination.create(job.name, job.size))
             self._open[job.name] = writer
@@ -86,7 +102,7 @@ class Execution:
         self._plan.check_unchanged(name)
         with memory.timed("complete"):
             result = writer.complete(memory.bytes, forget=self._forget)
-        if self._forget:
+        if self._drop:
             self._source.drop_cached(name, 0, 0)  # what tiles that end inside of the kernel's pages have left
         self._destination.record(result)
         del self._open[name]
@@ -178,7 +194,7 @@ class Execution:
         with memory.timed("write"):
             writer.write(pieces, memory.bytes)
         for offset, size in reads:
-            if self._forget and not keep:
+            if self._drop and not keep:
                 self._source.drop_cached(writer.job.name, offset, size)
             self._pool.emit(Advanced(size))
 

@@ -77,11 +77,12 @@ def _group_limits() -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How a budget is spent: `peak` is the most the process will hold, in bytes."""
+    """How a budget is spent: `peak` is the most the process will hold, `spare` what the budget leaves, in bytes."""
 
     workers: int
     tile_bytes: int
     peak: int
+    spare: int = 0
 
 
 def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
@@ -109,7 +110,8 @@ def plan_memory(
     tile = largest_tile
     while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
         tile //= 2
-    return MemoryPlan(count, tile, base + count * worker_bytes(tile, statistics))
+    peak = base + count * worker_bytes(tile, statistics)
+    return MemoryPlan(count, tile, peak, max(0, budget - peak))
 
 
 def check_data_limit(kernel: str) -> None:

@@ -11,7 +11,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from ..checkpoint.source import FolderSource
+from ..checkpoint.source import Source
 from ..checkpoint.weights import Weight
 from ..dtypes import NUMPY_DTYPES
 from ..kernels import TileArray
@@ -23,7 +23,7 @@ _AT_ONCE = 16  # columns: what is written then stays in the processor's nearest 
 _WASTE = 2  # read up to so many times what is wanted in one call, rather than in one for each column
 
 
-def read_turned(source: FolderSource, tile: Tile, out: TileArray, room: ByteArray) -> None:
+def read_turned(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> None:
     """Write a tile's values to `out`, flat, row after row; `room` is memory for a panel, at least one column of the tile."""
     weight, width = tile.weight, out.itemsize
     first, begin = divmod(tile.start, weight.columns)
@@ -51,7 +51,7 @@ def amax_tiles(weights: Iterable[Weight], tile_bytes: int) -> Iterator[Tile]:
             yield from tiles(weight, tile_bytes)
     for (shard, pitch), parts in spans.items():
         first = min(parts, key=attrgetter("offset"))
-        end = max(_end(weight) for weight in parts)
+        end = max(stored_end(weight) for weight in parts)
         if end - first.offset == sum(weight.nbytes for weight in parts):
             stored = Weight(first.module, shard, first.dtype, first.offset, first.columns, pitch)
             yield from tiles(stored, tile_bytes)
@@ -59,8 +59,10 @@ def amax_tiles(weights: Iterable[Weight], tile_bytes: int) -> Iterator[Tile]:
             yield from (tile for weight in parts for tile in tiles(weight, tile_bytes))
 
 
-def _end(weight: Weight) -> int:
-    """Return where a matrix that is stored transposed ends in its file, in bytes."""
+def stored_end(weight: Weight) -> int:
+    """Return where a matrix ends in its file, in bytes."""
+    if not weight.pitch:
+        return weight.offset + weight.nbytes
     width = np.dtype(NUMPY_DTYPES[weight.dtype]).itemsize
     return weight.offset + int(((weight.columns - 1) * weight.pitch + weight.rows) * width)
 
@@ -74,7 +76,7 @@ def _columns(tile: Tile, elements: int) -> int:
     return max(1, elements // _span(tile))
 
 
-def _read_panel(source: FolderSource, tile: Tile, place: tuple[int, int], room: ByteArray) -> ByteArray:
+def _read_panel(source: Source, tile: Tile, place: tuple[int, int], room: ByteArray) -> ByteArray:
     """Return columns of the stored matrix as bytes `[columns, ...]`; `place` is where they begin, and how many they are."""
     offset, columns = place
     weight, span = tile.weight, _span(tile)
@@ -82,7 +84,12 @@ def _read_panel(source: FolderSource, tile: Tile, place: tuple[int, int], room: 
     panel = room[: columns * span * width].reshape(columns, span * width)
     wanted, step = tile.rows * width, weight.pitch * width
     with source.reading(weight.shard, offset, (columns - 1) * step + wanted) as fd:
-        if span == weight.pitch:
+        if fd is None and span == weight.pitch:
+            source.read_into(weight.shard, offset, panel.reshape(-1).data[: (columns - 1) * step + wanted])
+        elif fd is None:
+            for column, row in enumerate(panel):
+                source.read_into(weight.shard, offset + column * step, row.data)
+        elif span == weight.pitch:
             read_exact(fd, panel.reshape(-1).data[: (columns - 1) * step + wanted], offset)
         else:
             read_strided(fd, panel.data, offset, step)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checkpoint.source import FolderSource
+from ..checkpoint.source import Source
 from ..checkpoint.weights import Weight
 from ..dtypes import NUMPY_DTYPES
 from ..errors import NonFiniteWeightError, quote
@@ -49,21 +49,21 @@ class WorkerMemory:
         """Add the time that the block takes to a phase."""
         return Timed(self.seconds, phase)
 
-    def read(self, source: FolderSource, tile: Tile) -> TileArray:
+    def read(self, source: Source, tile: Tile) -> TileArray:
         """Return a tile's data `[R, K]`, which must fit into the buffer. The next call overwrites it."""
         if tile.weight.pitch:
             return self._read_turned(source, tile, 0).reshape(tile.rows, tile.columns)
         ranges = [(tile.offset, tile.nbytes)]
         return self._read(source, tile.weight.shard, ranges, tile.weight.dtype).reshape(tile.rows, tile.columns)
 
-    def _read_turned(self, source: FolderSource, tile: Tile, start: int) -> TileArray:
+    def _read_turned(self, source: Source, tile: Tile, start: int) -> TileArray:
         """Return a tile of a matrix that is stored transposed, flat, kept in the buffer from element `start` on."""
         values = self._values(len(self._source), tile.weight.dtype)[start : start + tile.size]
         with self.timed("read"):
             read_turned(source, tile, values, self._packed)
         return values
 
-    def read_batch(self, source: FolderSource, batch: Batch) -> TileArray:
+    def read_batch(self, source: Source, batch: Batch) -> TileArray:
         """Return the data of many weights, flat, which must fit into the buffer. The next call overwrites it."""
         if batch.is_turned:
             for step, start in zip(batch.steps, batch.starts.tolist(), strict=False):
@@ -71,7 +71,7 @@ class WorkerMemory:
             return self._values(len(self._source), batch.dtype)[: int(batch.starts[-1])]
         return self._read(source, batch.steps[0].weight.shard, batch.reads, batch.dtype)
 
-    def _read(self, source: FolderSource, shard: str, ranges: Iterable[tuple[int, int]], dtype: str) -> TileArray:
+    def _read(self, source: Source, shard: str, ranges: Iterable[tuple[int, int]], dtype: str) -> TileArray:
         with self.timed("read"):
             return self._values(len(self.read_bytes(source, shard, ranges)), dtype)
 
@@ -79,7 +79,7 @@ class WorkerMemory:
         """Return the memory's first bytes as values of a dtype, flat."""
         return self._source[:nbytes].view(NUMPY_DTYPES[dtype])
 
-    def read_bytes(self, source: FolderSource, shard: str, ranges: Iterable[tuple[int, int]]) -> memoryview:
+    def read_bytes(self, source: Source, shard: str, ranges: Iterable[tuple[int, int]]) -> memoryview:
         """Return ranges of a file, (offset, size) in bytes, one behind the other. The next call overwrites them."""
         end = 0
         for offset, size in ranges:
@@ -87,7 +87,7 @@ class WorkerMemory:
             end += size
         return self.bytes[:end]
 
-    def amax(self, source: FolderSource, tile: Tile) -> float:
+    def amax(self, source: Source, tile: Tile) -> float:
         """Return the largest magnitude of a tile in its file; raises NonFiniteWeightError for NaN or infinity."""
         weight = tile.weight
         if weight.pitch:
@@ -99,7 +99,9 @@ class WorkerMemory:
             return found
         data = self._values(tile.nbytes, weight.dtype).reshape(tile.rows, tile.columns)
         with self.timed("amax"), source.reading(weight.shard, tile.offset, tile.nbytes) as fd:
-            found = self.kernel.amax_in_file(fd, tile.offset, data)
+            if fd is None:
+                source.read_into(weight.shard, tile.offset, self.bytes[: tile.nbytes])
+            found = self.kernel.amax(data) if fd is None else self.kernel.amax_in_file(fd, tile.offset, data)
         if not math.isfinite(found):
             raise _not_finite(self.read(source, tile).reshape(-1), weight, tile.start)
         return found

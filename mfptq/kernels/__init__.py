@@ -106,9 +106,16 @@ def load_kernel(device: str = "cpu") -> Kernel:
         from .cpu import CpuKernel
 
         return CpuKernel()
+    require_torch()
     from .torch import TorchKernel
 
     return TorchKernel()
+
+
+def require_torch() -> None:
+    """Raise UsageError, with the line that installs it, if there is no torch, which computes where llvmlite is missing."""
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError("without llvmlite the kernels need torch, which is missing too: pip install 'mfptq[torch]'")
 
 
 def has_compiler() -> bool:

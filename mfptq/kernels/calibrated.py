@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..kernels import ErrorStats, QuantizeArgs, TileArray, has_compiler, is_cuda
+from ..kernels import ErrorStats, QuantizeArgs, TileArray, has_compiler, is_cuda, require_torch
 from ..nvfp4 import BLOCK_SIZE, SEARCH_OFFSETS, ByteArray, Float32Array
 
 CALIBRATED_METHODS = ("weighted", "hessian", "hessian+")
@@ -88,6 +88,7 @@ def load_calibrated_kernel(device: str = "cpu") -> CalibratedKernel:
         from .calibrated_cpu import CalibratedCpuKernel
 
         return CalibratedCpuKernel()
+    require_torch()
     from .calibrated_torch import CalibratedTorchKernel
 
     return CalibratedTorchKernel()

@@ -106,7 +106,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     models.require_extra()
     models.check_device(device)
     settings = check_decisions({"ignore": ignore, "targets": targets})
-    checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir))
+    checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir, keep_source=True))
     try:
         with models.quiet_transformers():
             plan = build_plan(checkpoint, settings)
@@ -126,7 +126,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
 def _description(plan: ConversionPlan, options: _Options, samples: Samples) -> Description:
     origin = plan.checkpoint.origin
     return Description(
-        model=origin.repo_id or origin.folder.resolve().name,
+        model=origin.name,
         revision=origin.revision or "",
         statistics=options.statistics,
         requested=len(samples.ids),

@@ -19,7 +19,7 @@ from ..errors import SourceError, UsageError, quote
 if TYPE_CHECKING:
     from torch import nn
 
-EXTRA = ("transformers", "accelerate")
+EXTRA = ("torch", "transformers", "accelerate")
 _LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
 
 
@@ -101,7 +101,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
     import transformers
     from accelerate import init_empty_weights
 
-    folder = checkpoint.origin.folder
+    folder = checkpoint.origin.local
     with loading_errors("model", folder):
         config = transformers.AutoConfig.from_pretrained(folder)
         for part in (config, config.get_text_config()):

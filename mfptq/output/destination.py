@@ -11,11 +11,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ..checkpoint.folder import CONFIG
+from ..checkpoint.source import Source
 from ..errors import (
     DestinationError,
     DestinationExistsError,
@@ -25,7 +27,7 @@ from ..errors import (
     SourceChangedError,
     quote,
 )
-from ..storage.files import open_regular, storage_errors, sync_folder
+from ..storage.files import beneath, storage_errors, sync_folder
 from ..storage.partial_file import PartialFile, partial_path
 from .journal import Journal, JournalState, ShardResult, read_journal
 from .leftovers import JOURNAL, MANIFEST, REPORT, WORK, OutputClaim, abandon, take_over
@@ -40,10 +42,21 @@ class Destination:
         self.root = root
         self.done = dict(done)
         self._journal = journal
+        self.before_shard: Callable[[], None] = lambda: None  # may wait until there is room for another
 
     def create(self, name: str, size: int) -> PartialFile:
         """Return a new temporary of `size` bytes that will become `name`."""
+        if "/" in name:
+            self._make_folder(name)
         return PartialFile(partial_path(self.root / WORK, name), self.root / name, size)
+
+    def _make_folder(self, name: str) -> None:
+        """Make the sub-folder of a file, durably, and nowhere else."""
+        folder = beneath(self.root, name).parent
+        with storage_errors("create", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for parent in (folder, *folder.parents[: name.count("/")]):
+                sync_folder(parent)
 
     def write(self, name: str, data: bytes) -> str:
         """Write a small file, whole or not at all; return its SHA-256, hexadecimal."""
@@ -51,17 +64,11 @@ class Destination:
             file.write(data, 0)
         return hashlib.sha256(data).hexdigest()
 
-    def copy(self, name: str, path: Path) -> str:
+    def copy(self, name: str, source: Source) -> str:
         """Copy a companion file of the source, whole or not at all; return its SHA-256, hexadecimal."""
-        fd = open_regular(path)
-        try:
-            with self._new(name, os.fstat(fd).st_size) as file, storage_errors("copy into", file.target):
-                file.fill(fd)
-                return file.sha256()
-        except EOFError:
-            raise SourceChangedError(f"{quote(name)} was truncated while being copied: start again") from None
-        finally:
-            os.close(fd)
+        with self._new(name, source.size(name)) as file:
+            file.fill(partial(source.read_into, name))
+            return file.sha256()
 
     @contextmanager
     def _new(self, name: str, size: int) -> Iterator[PartialFile]:
@@ -95,7 +102,8 @@ def open_destination(
     Raises DestinationExistsError, DestinationLockedError, PlanMismatchError or StorageError, before touching anything.
     """
     with storage_errors("read folder", root):
-        _check_apart(root, claim.source)
+        if claim.source is not None:
+            _check_apart(root, claim.source)
         existed = root.is_dir()
         _check_space(root, claim, _inspect(root, claim, overwrite=overwrite).done)
     _create(root)
@@ -118,9 +126,10 @@ def open_destination(
 def _create(root: Path) -> None:
     """Make the folders, durably: what is renamed into them later must not lose its way after a power cut."""
     with storage_errors("create", root):
+        new = [folder for folder in (root / WORK).absolute().parents if not folder.exists()]
         (root / WORK).mkdir(parents=True, exist_ok=True)
-        sync_folder(root.absolute().parent)
-        sync_folder(root)
+        for folder in dict.fromkeys([root.absolute().parent, root, *(folder.parent for folder in new)]):
+            sync_folder(folder)
 
 
 def _check_apart(root: Path, source: Path) -> None:
@@ -137,8 +146,6 @@ def _inspect(root: Path, claim: OutputClaim, *, overwrite: bool) -> JournalState
     if not root.is_dir():
         if root.exists() or root.is_symlink():
             raise DestinationExistsError(f"output {quote(root)} exists and is not a folder")
-        if not root.parent.is_dir():
-            raise DestinationError(f"folder {quote(root.parent)} does not exist: create it first")
         return JournalState()
     with storage_errors("read folder", root):
         names = set(os.listdir(root))  # noqa: PTH208 - names are data here
@@ -172,7 +179,8 @@ def _check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]
     with storage_errors("read free space of", existing):
         status = os.statvfs(existing)
     free = status.f_bavail * status.f_frsize
-    needed = sum(size for name, size in claim.shards.items() if name not in done) + SPACE_MARGIN
+    sizes = sorted((size for name, size in claim.shards.items() if name not in done), reverse=True)
+    needed = sum(sizes[: claim.at_once]) + SPACE_MARGIN
     if free < needed:
         raise DestinationError(
             f"output {quote(root)} needs {needed} bytes, {free} are free: make room or choose another disk"

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..checkpoint.folder import CONFIG, INDEX
 from ..errors import SourceError, UnsafePathError
 from ..limits import MAX_INDEX_BYTES
 from ..storage.digest import Stopped, file_sha256, in_parallel
-from ..storage.files import open_regular, plain_name, read_small, storage_errors, sync_folder
+from ..storage.files import beneath, open_regular, read_small, storage_errors, sync_folder
 from ..storage.partial_file import PARTIAL_SUFFIX
 from .journal import JournalState, ShardResult
 
@@ -30,12 +30,18 @@ CARD = "README.md"
 
 @dataclass(frozen=True, slots=True)
 class OutputClaim:
-    """What a run is going to write: the plan's digests, its shards' sizes in bytes, the source's folder and companions."""
+    """What a run is going to write: the plan's digests, its shards' sizes in bytes, the source's folder, if it has one, and companions.
 
-    source: Path
+    `uploaded` maps shards that need not be here any more to their SHA-256; `at_once` is how many shards lie here at one time,
+    None for all.
+    """
+
+    source: Path | None
     digests: Mapping[str, str]
     shards: Mapping[str, int]
     companions: tuple[str, ...] = ()
+    uploaded: Mapping[str, str] = field(default_factory=dict)
+    at_once: int | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -89,7 +95,11 @@ def _remove_files(root: Path, names: Iterable[str]) -> None:
     """Remove files, durably, before anything else happens."""
     for name in names:
         with storage_errors("remove", root / name), suppress(UnsafePathError, FileNotFoundError):
-            (root / plain_name(name)).unlink()
+            path = beneath(root, name)
+            path.unlink()
+            if "/" in name:
+                with suppress(OSError):  # a folder of other files stays
+                    path.parent.rmdir()
     with storage_errors("sync", root):
         sync_folder(root)
 
@@ -98,6 +108,8 @@ def _is_intact(root: Path, claim: OutputClaim, stopped: Stopped, result: ShardRe
     """Return whether a finished shard still has the content that the journal says."""
     if claim.shards.get(result.name) != result.size:
         return False
+    if claim.uploaded.get(result.name) == result.sha256:
+        return True
     try:
         fd = open_regular(root / result.name)
     except SourceError:

@@ -6,9 +6,13 @@ Called by `conversion`. The source's text is copied, never interpreted; of its m
 from __future__ import annotations
 
 import re
+import shlex
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .._version import __version__
+from ..checkpoint.weights import name_pattern
 from ..kernels import ErrorStats
 from ..sizes import size_text
 from .report import pattern_reports, total_error
@@ -16,14 +20,16 @@ from .report import pattern_reports, total_error
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
-_KEPT_FIELDS = ("license", "license_name", "license_link", "pipeline_tag", "language")
+_KEPT_FIELDS = ("base_model", "license", "license_name", "license_link", "pipeline_tag", "language")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?^---\r?\n", re.DOTALL | re.MULTILINE)
 
 
 def card_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats], metadata: str, source_card: str = "") -> str:
     """Return README.md: metadata for the Hub, what was done with which error, how to serve it, then the source's card."""
     body = _FRONT_MATTER.sub("", source_card)
-    parts = [f"---\n{metadata}\n---", _summary(plan), _table(plan, statistics), _usage(plan)]
+    name = _model_name(plan, _source_metadata(source_card))
+    parts = [f"---\n{metadata}\n---", _summary(plan, name), _table(plan, statistics), _usage(name), _origin(plan, name)]
     return "\n\n".join([*parts, *([body.strip()] if body.strip() else [])]) + "\n"
 
 
@@ -32,10 +38,11 @@ def card_metadata(plan: ConversionPlan, source_card: str) -> str:
     from huggingface_hub import ModelCardData
 
     known = _source_metadata(source_card)
-    origin = plan.checkpoint.origin
+    base = plan.checkpoint.origin.repo_id or known.pop("base_model", None)
+    known.pop("base_model", None)
     data = ModelCardData(
-        base_model=origin.repo_id,
-        base_model_relation="quantized" if origin.repo_id else None,
+        base_model=base,
+        base_model_relation="quantized" if base else None,
         library_name="transformers",
         tags=["nvfp4", "compressed-tensors", "quantized", "vllm"],
         **known,
@@ -44,25 +51,35 @@ def card_metadata(plan: ConversionPlan, source_card: str) -> str:
 
 
 def _source_metadata(source_card: str) -> dict[str, Any]:
-    """Return what the quantized model inherits; a card that cannot be parsed says nothing."""
+    """Return what the quantized model inherits, texts as they stand there; a card that cannot be parsed says nothing."""
     import yaml
 
     match = _FRONT_MATTER.match(source_card)
     try:
-        found = yaml.safe_load(match[0].strip().strip("-")) if match else None
+        # BaseLoader takes every scalar for the text it is: to others `no`, the code of Norwegian, is False
+        found = yaml.load(match[0].strip().strip("-"), Loader=yaml.BaseLoader) if match else None  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return {key: found[key] for key in _KEPT_FIELDS if key in found} if isinstance(found, dict) else {}
 
 
-def _summary(plan: ConversionPlan) -> str:
+def _model_name(plan: ConversionPlan, known: Mapping[str, Any]) -> str:
+    """Return what the model is called: by its repo, its own card, or its config; never by the folder it lies in."""
+    base = known.get("base_model")
+    listed = base[0] if isinstance(base, list) and base else base
+    found = plan.checkpoint.origin.repo_id or listed or plan.checkpoint.config.get("_name_or_path")
+    name = str(found or "").rstrip("/").rpartition("/")[2]
+    return name if _PLAIN_NAME.fullmatch(name) else "MODEL"
+
+
+def _summary(plan: ConversionPlan, name: str) -> str:
     origin = plan.checkpoint.origin
-    name = f"`{origin.repo_id}` at commit `{origin.revision}`" if origin.repo_id else "a local checkpoint"
+    source = f"`{origin.repo_id}` at commit `{origin.revision}`" if origin.repo_id else "a local checkpoint"
     what = "weights and activations (W4A4)" if plan.scheme == "NVFP4" else "weights only (W4A16)"
     ratio = plan.tensor_bytes / plan.checkpoint.tensor_bytes
     return (
-        f"# NVFP4\n\nMade from {name} with mfptq (`{plan.method_text}`): NVFP4 {what}, {size_text(plan.tensor_bytes)} "
-        f"instead of {size_text(plan.checkpoint.tensor_bytes)} ({ratio:.0%})."
+        f"# {name}-NVFP4\n\nMade from {source} with mfptq {__version__} (`{plan.method_text}`): NVFP4 {what}, "
+        f"{size_text(plan.tensor_bytes)} instead of {size_text(plan.checkpoint.tensor_bytes)} ({ratio:.0%})."
     )
 
 
@@ -75,6 +92,24 @@ def _table(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> str:
     return "\n".join([*rows, f"\nRelative error over all quantized weights: {total_error(statistics):.2%}."])
 
 
-def _usage(plan: ConversionPlan) -> str:
-    target = plan.checkpoint.origin.repo_id or "MODEL"
-    return f"```bash\nvllm serve {target.rpartition('/')[2]}-NVFP4   # this folder or repo\n```"
+def _usage(name: str) -> str:
+    return f"```bash\nvllm serve {name}-NVFP4   # this folder or repo\n```"
+
+
+def _origin(plan: ConversionPlan, name: str) -> str:
+    """Return the command that makes this output, without paths of the machine that ran it, and which layers stay."""
+    origin, rules = plan.checkpoint.origin, plan.settings.rules
+    source = [origin.repo_id, "--revision", str(origin.revision)] if origin.repo_id else [name]
+    options = ["--scheme", plan.scheme, "--method", plan.method]
+    options += [part for pattern in rules.ignore for part in ("--ignore", pattern)]
+    options += [part for pattern in rules.targets for part in ("--target", pattern)]
+    options += [] if rules.use_defaults else ["--no-default-ignore"]
+    given = "  # and the input scales or calibration file" if plan.input_scales is not None or plan.calibration else ""
+    kept = Counter(
+        name_pattern(row.name) for row in plan.tensors if row.action == "keep" and row.name.endswith(".weight")
+    )
+    names = ", ".join(f"`{pattern}`" for pattern in sorted(kept))
+    return (
+        f"```bash\n{shlex.join(['mfptq', 'convert', *source, f'{name}-NVFP4', *options])}{given}\n```\n\n"
+        f"Kept as they are: {names or 'none'}."
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
@@ -39,7 +39,12 @@ class PatternReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of a conversion. Sizes are in bytes; errors are relative Frobenius norms of weights."""
+    """The outcome of a conversion. Sizes are in bytes; errors are relative Frobenius norms of weights.
+
+    `left_out`: files of the source that were not taken, with their sizes; `fetched_bytes`: what came from the Hub;
+    `published`: the address of the commit, where the output was pushed.
+    `already_complete`: an earlier run had done everything, and its files proved intact.
+    """
 
     source: str
     destination: str
@@ -59,6 +64,10 @@ class Report:
     seconds: float
     peak_memory: int
     timings: Mapping[str, float]
+    already_complete: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    fetched_bytes: int = 0
+    published: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.acceptance import refusal
 from ..checkpoint.folder import CONFIG, INDEX, Checkpoint, read_object
-from ..checkpoint.source import FolderSource
+from ..checkpoint.source import Source
 from ..checkpoint.weights import WEIGHT_SUFFIX, StoredTensor
 from ..errors import listed, quote
 from ..limits import MAX_INDEX_BYTES
@@ -25,30 +24,15 @@ from ..names.patterns import REGEX_PREFIX
 from ..nvfp4 import BLOCK_SIZE
 from ..planning.defaults import siblings_of
 from ..planning.quantization_config import FORMAT, QUANTIZATION_CONFIG, head_targets
+from .fault import Fault
 
 PACKED = ".weight_packed"
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Something that is wrong with a tensor, module or fused group, or with a file: each "" where it concerns none.
-
-    `what` says it, as the rest of a sentence that begins with them.
-    """
-
-    tensor: str
-    file: str
-    what: str
-
-    def __str__(self) -> str:
-        subject = " in ".join(quote(name) for name in (self.tensor, self.file) if name)
-        return f"{subject} {self.what}".lstrip()
 
 
 def structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
     """Yield what is wrong with an output by itself, its weights and digests apart."""
     for shard in checkpoint.shards:
-        if problem := refusal(checkpoint.origin.folder / shard.name, len(shard.header.tensors)):
+        if problem := refusal(checkpoint.origin.local / shard.name, len(shard.header.tensors)):
             yield Fault("", shard.name, problem)
     stored = {tensor.info.name: tensor for tensor in checkpoint.tensors()}
     modules = sorted(name.removesuffix(PACKED) for name in stored if name.endswith(PACKED))
@@ -65,7 +49,7 @@ def structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
     found += _target_faults(first.get("targets") if isinstance(first, dict) else None, modules)
     yield from found or _fusion_faults(checkpoint.source, stored, modules, linear)
     if checkpoint.has_index:
-        metadata = read_object(checkpoint.origin.folder, INDEX, MAX_INDEX_BYTES).get("metadata")
+        metadata = read_object(checkpoint.source, INDEX, MAX_INDEX_BYTES).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != checkpoint.tensor_bytes:
             yield Fault("", INDEX, f"says total_size {total}, the tensors have {checkpoint.tensor_bytes}")
@@ -121,7 +105,7 @@ def _first_built(name: str, shape: tuple[int, ...]) -> Iterator[str]:
 
 
 def _fusion_faults(
-    source: FolderSource, stored: Mapping[str, StoredTensor], modules: list[str], linear: list[str]
+    source: Source, stored: Mapping[str, StoredTensor], modules: list[str], linear: list[str]
 ) -> Iterator[Fault]:
     quantized = set(modules)
     for group in parameters([*modules, *linear], siblings_of([*stored, *modules])):
@@ -136,12 +120,12 @@ def _fusion_faults(
                 yield Fault(group.name, "", what)
 
 
-def read_scalar(source: FolderSource, tensor: StoredTensor) -> float:
+def read_scalar(source: Source, tensor: StoredTensor) -> float:
     """Return the float32 that a tensor holds."""
     return float(read_bytes(source, tensor, 0, 4).view(np.float32)[0])
 
 
-def read_bytes(source: FolderSource, tensor: StoredTensor, start: int, size: int) -> npt.NDArray[np.uint8]:
+def read_bytes(source: Source, tensor: StoredTensor, start: int, size: int) -> npt.NDArray[np.uint8]:
     """Return `size` bytes of a tensor from byte `start` on."""
     buffer = np.empty(size, np.uint8)
     source.read_into(tensor.shard, tensor.offset + start, buffer.data)

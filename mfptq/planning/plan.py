@@ -281,7 +281,7 @@ def _digests(
     checkpoint: Checkpoint, decided: tuple[str, str], scales: AssignedScales | None, calibration: Calibration | None
 ) -> dict[str, str]:
     """Name what the output depends on, so that a resumed run can say what changed; `decided`: method and config."""
-    source = [(each.name, each.size, each.stamp.mtime_ns, each.digest) for each in checkpoint.shards]
+    source = [(each.name, each.size, each.digest) for each in checkpoint.shards]
     return {
         "format": str(PLAN_FORMAT),
         "source": _sha256(json.dumps(source)),

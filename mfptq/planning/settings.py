@@ -36,7 +36,8 @@ class Decisions(TypedDict, total=False):
     `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
     checkpoint with input scales, or what `read_input_scales` returned; an NVFP4 checkpoint whose choice of layers is
     taken as well.
-    `revision`, `token`, `cache_dir`: as in huggingface_hub.
+    `revision`, `token`, `cache_dir`: as in huggingface_hub. `keep_source`: a repo goes into its cache whole, and stays there.
+    `include_files`, `skip_files`: safetensors files that no index names, to take in or to leave out.
     """
 
     scheme: str | None
@@ -51,6 +52,9 @@ class Decisions(TypedDict, total=False):
     revision: str | None
     token: str | None
     cache_dir: str | Path | None
+    keep_source: bool
+    include_files: Iterable[str]
+    skip_files: Iterable[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ..checkpoint.folder import CONFIG, Origin, read_checkpoint, read_object, read_shard, stored_tensors
-from ..checkpoint.source import FolderSource
+from ..checkpoint.folder import CONFIG, Checkpoint, Origin, read_checkpoint, read_object, read_shard, stored_tensors
+from ..checkpoint.source import FolderSource, Source
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..checkpoint.weights import StoredTensor
 from ..errors import ScaleError, SourceError, UsageError, quote
@@ -100,15 +100,15 @@ def _read_folder(root: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
     checkpoint = read_checkpoint(Origin(root))
     try:
         named = [tensor for tensor in checkpoint.tensors() if split_name(tensor.info.name)[1]]
-        convention = ScaleConvention(scale_kind, _algorithms(root, checkpoint.config))
+        convention = ScaleConvention(scale_kind, _algorithms(checkpoint))
         return _global_scales(_numbers(checkpoint.source, named), convention)
     finally:
         checkpoint.source.close()
 
 
-def _algorithms(root: Path, config: Mapping[str, Any]) -> Algorithms:
+def _algorithms(checkpoint: Checkpoint) -> Algorithms:
     """Return what the first quantization config that says anything of activations says of them."""
-    for quantization in _quantization_configs(root, config):
+    for quantization in _quantization_configs(checkpoint):
         if quantization.get("transform_config"):
             raise ScaleError(f"{CONFIG} has a transform_config: scales of transformed inputs do not fit this model")
         said = algorithms(quantization)
@@ -117,18 +117,19 @@ def _algorithms(root: Path, config: Mapping[str, Any]) -> Algorithms:
     return Algorithms()
 
 
-def _quantization_configs(root: Path, config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _quantization_configs(checkpoint: Checkpoint) -> Iterator[Mapping[str, Any]]:
+    config, source = checkpoint.config, checkpoint.source
     text_config = config.get("text_config")
     for owner in (config, text_config if isinstance(text_config, dict) else {}):
         if isinstance(owner.get("quantization_config"), dict):
             yield owner["quantization_config"]
-    if os.path.lexists(root / HF_QUANT_CONFIG):
-        quantization = read_object(root, HF_QUANT_CONFIG, MAX_CONFIG_BYTES).get("quantization")
+    if HF_QUANT_CONFIG in source.files():
+        quantization = read_object(source, HF_QUANT_CONFIG, MAX_CONFIG_BYTES).get("quantization")
         if isinstance(quantization, dict):
             yield quantization
 
 
-def _numbers(source: FolderSource, tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, float]]:
+def _numbers(source: Source, tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, float]]:
     for tensor in tensors:
         check_scalar(tensor.info)
         data = bytearray(tensor.info.nbytes)

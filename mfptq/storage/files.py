@@ -37,9 +37,20 @@ def plain_name(name: str) -> str:
     return name
 
 
+def relative_name(name: str) -> str:
+    """Return `name` if it is harmless names joined by `/`, in UTF-8, or raise UnsafePathError."""
+    for part in name.split("/"):
+        plain_name(part)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UnsafePathError(f"file name {quote(name)} is not valid Unicode: rename it") from None
+    return name
+
+
 def confined(root: Path, name: str) -> Path:
     """Return the real path of `root/name`, which may be a symlink inside `root` or into its Hub cache's blobs only."""
-    real = Path(os.path.realpath(root / plain_name(name)))
+    real = Path(os.path.realpath(root / relative_name(name)))
     base = Path(os.path.realpath(root))
     allowed = [base]
     if base.parent.name == "snapshots":
@@ -47,6 +58,12 @@ def confined(root: Path, name: str) -> Path:
     if not any(real.is_relative_to(folder) for folder in allowed):
         raise UnsafePathError(f"{quote(name)} is a link that leads out of {quote(root)}")
     return real
+
+
+def beneath(root: Path, name: str) -> Path:
+    """Return `root/name` without following a last link; its folder may be no link that leads out of `root`."""
+    parent, _, leaf = relative_name(name).rpartition("/")
+    return (confined(root, parent) if parent else root) / leaf
 
 
 def open_regular(path: Path) -> int:

@@ -10,20 +10,22 @@ import errno
 import os
 import secrets
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from .digest import HASH_CHUNK, HASH_STEP, Digest, hash_buffer
-from .files import advise, read_exact, storage_errors, sync_folder, write_all
+from .files import advise, storage_errors, sync_folder, write_all
 
 WRITE_BACK_BYTES = 2**19  # smaller ranges are left to the kernel: a call for each would cost more than it saves
+FILL_BYTES = 2**22
 PARTIAL_SUFFIX = ".partial"
 _NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 def partial_path(folder: Path, name: str) -> Path:
     """Return a name for a temporary that no other run uses."""
-    return folder / f"{name}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
+    return folder / f"{name.replace('/', '.')}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
 
 
 class PartialFile:
@@ -57,12 +59,12 @@ class PartialFile:
         self._written.add(offset, len(data))
         self._write_back(offset, len(data))
 
-    def fill(self, fd: int) -> None:
-        """Write what another open file holds; raises EOFError if it ends before `size` bytes."""
-        buffer = hash_buffer(self.size)
-        for start in range(0, self.size, HASH_CHUNK):
+    def fill(self, read_into: Callable[[int, memoryview], None]) -> None:
+        """Write what `read_into(offset, buffer)` puts into a buffer, piece by piece, until the file is full."""
+        buffer = memoryview(bytearray(min(self.size, FILL_BYTES)))
+        for start in range(0, self.size, FILL_BYTES):
             part = buffer[: self.size - start]
-            read_exact(fd, part, start)
+            read_into(start, part)
             self.write(part, start)
 
     @property

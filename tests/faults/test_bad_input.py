@@ -67,7 +67,12 @@ SOURCES: dict[str, tuple[int, Callable[[Path], object], int, str]] = {
     "missing_tensor": (42, lambda s: edit_index(s, lambda i: i["weight_map"].update(ghost=SHARD)), 3, "'ghost'"),
     "not_in_index": (43, lambda s: edit_index(s, lambda i: i["weight_map"].popitem()), 3, "missing from"),
     "weight_map": (45, lambda s: (s / INDEX).write_text('{"weight_map": []}'), 3, "weight_map"),
-    "two_indexes": (46, lambda s: (s / "other.safetensors.index.json").write_text("{}"), 3, "one index"),
+    "another_index": (
+        46,
+        lambda s: (s / INDEX).rename(s / "other.safetensors.index.json"),
+        3,
+        "expected an index named",
+    ),
     "only_pickles": (47, only_pickles, 3, "pickle"),
     "hostile_link": (50, outside_link, 3, "leads out"),
     "no_config": (52, lambda s: (s / "config.json").unlink(), 3, "config.json"),
@@ -174,7 +179,8 @@ def test_output_and_source_are_apart(place: str, source: Path, tmp_path: Path) -
 @pytest.mark.case(81)
 def test_parent_missing_or_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place in ("nowhere/out", "file", "file/out"):
+    assert command("convert", source, tmp_path / "nowhere" / "deep" / "out").returncode == 0
+    for place in ("file", "file/out"):
         done = command("convert", source, tmp_path / place)
         assert done.returncode == 5, done.stderr
         assert done.stderr.count("\n") == 1

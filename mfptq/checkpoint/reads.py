@@ -1,0 +1,48 @@
+"""Say what a run will read, for a source that fetches ahead: units of ranges, in the order of the work.
+
+`execution.reading_order` makes it, `window` works by it. Data only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+SEGMENT_BYTES = 4 * 2**20  # of one request
+
+
+class ByteRange(NamedTuple):
+    """Bytes `start` to `end` of a file; `later` if they are read now, and once more in the turn of another file."""
+
+    name: str
+    start: int
+    end: int
+    later: bool = False
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+
+@dataclass(eq=False, slots=True)
+class ReadUnit:
+    """Ranges that are needed together: the weights of a fused group, or a run of copied tensors."""
+
+    ranges: tuple[ByteRange, ...]
+    taken: bool = False
+    dropped: int = 0
+
+    @property
+    def size(self) -> int:
+        """Length of all ranges, in bytes."""
+        return sum(each.size for each in self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """What will be read, file by file in the order of the work, and how many bytes may be held in memory."""
+
+    order: Iterator[tuple[str, Sequence[ReadUnit]]]
+    budget: int

@@ -1,0 +1,85 @@
+"""Options that several commands share, as decorators. Called by `main` alone; imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+
+from ..names.bridge import ScaleKind
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def source_options(function: Function) -> Function:
+    """Add what says where on the Hub a checkpoint is."""
+    for option in (
+        click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache."),
+        click.option("--token", help="Hub token; HF_TOKEN and a stored login work too."),
+        click.option("--revision", help="Branch, tag or commit on the Hub."),
+    ):
+        function = option(function)
+    return function
+
+
+def rule_options(function: Function) -> Function:
+    """Add what decides the output's content."""
+    for option in (
+        click.option(
+            "--input-scales-kind",
+            type=click.Choice(get_args(ScaleKind)),
+            help="What the numbers of --input-scales are.",
+        ),
+        click.option(
+            "--keep-source", is_flag=True, help="Download a Hub repo whole into its cache, and keep it there."
+        ),
+        click.option(
+            "--skip-file",
+            "skip_files",
+            multiple=True,
+            metavar="NAME",
+            help="Leave out a safetensors file that no index names.",
+        ),
+        click.option(
+            "--include-file",
+            "include_files",
+            multiple=True,
+            metavar="NAME",
+            help="Take in a safetensors file that no index names.",
+        ),
+        click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
+        click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
+        click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
+        click.option("--force", is_flag=True, help="Quantize even what no engine is known to load in FP4."),
+        click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
+        click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Quantize what a default keeps."),
+        click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep: a module name, or re:REGEX."),
+        click.option(
+            "--method",
+            help="search (least error of weights), minmax (rounding); with --calibration also weighted, hessian, "
+            "hessian+ (least error of outputs), or auto, its default: the strongest that the file allows.",
+        ),
+        click.option(
+            "--scheme", help="NVFP4 (W4A4) or NVFP4A16 (W4A16); by default W4A4 where input scales are given."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def resource_options(function: Function) -> Function:
+    """Add what a run may use."""
+    for option in (
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="cpu, cuda, cuda:N, or auto: what should finish first.",
+        ),
+        click.option("--max-workers", type=int, help="Threads that compute; by default one for each core."),
+        click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process."),
+    ):
+        function = option(function)
+    return function

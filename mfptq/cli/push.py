@@ -1,0 +1,45 @@
+"""`mfptq push`: the command line of publishing an output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def publish_options(function: Function) -> Function:
+    """Add the options of `convert` that publish what it makes."""
+    for option in (
+        click.option("--discard-output", is_flag=True, help="Remove each shard here once it is uploaded."),
+        click.option("--private", is_flag=True, help="Make that repo private, if it is made now."),
+        click.option("--push-to-hub", metavar="REPO", help="Publish: upload shards while later ones are made."),
+    ):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make the repo private, if it is made now.")
+@click.option("--revision", help="Branch to commit to; made if need be.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def push(output: Path, repo: str, as_json: bool, **options: object) -> None:
+    """Publish the finished OUTPUT as the Hub repo REPO: one commit, compared with every file here; rerun to resume.
+
+    Example: mfptq push Qwen3.5-27B-NVFP4 me/Qwen3.5-27B-NVFP4 --private
+    """
+    from dataclasses import asdict
+
+    from ..output.publish import PushTarget
+    from ..output.publish import push as publish
+
+    done = publish(output, PushTarget(repo, **options))  # type: ignore[arg-type]
+    click.echo(json.dumps(asdict(done)) if as_json else f"{done.files} files of {output} are published: {done.url}")

@@ -1,0 +1,188 @@
+"""Publish an output to a Hub repo: large files one by one, then one commit that makes the whole checkpoint visible.
+
+`push` does it for a finished folder, `conversion.convert` while later shards are made (`uploads`). Until the one commit, which
+names its parent, the branch shows nothing of it. Success is claimed only after the Hub's listing agrees with every file here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..checkpoint.folder import CONFIG
+from ..checkpoint.hub_errors import hub_errors
+from ..errors import DestinationError, HubError, VerificationError, quote
+from ..limits import MAX_COMPANION_BYTES
+from ..storage.files import beneath, read_small
+from .leftovers import MANIFEST, REPORT
+from .manifest import manifest_entries, manifest_faults
+
+_OF_EVERY_REPO = {".gitattributes", "README.md"}
+
+
+@dataclass(frozen=True, slots=True)
+class PushTarget:
+    """Where an output goes: a repo, made if need be, and a branch; with `create_pr`, a pull request instead of a commit."""
+
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file by what it holds: SHA-256, hexadecimal, and size in bytes."""
+
+    name: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A finished publication: the commit, the page that shows it, and how many files it has."""
+
+    repo_id: str
+    commit: str
+    url: str
+    files: int
+
+
+def push(output: str | Path, target: PushTarget, poll: Callable[[], object] | None = None) -> Pushed:
+    """Publish a finished output folder and return its commit; what is on the Hub already is not sent again.
+
+    Raises DestinationError for a folder that is no finished output, VerificationError if it is damaged, and HubError.
+    """
+    root = Path(output)
+    missing = [name for name in (CONFIG, MANIFEST, REPORT) if not (root / name).is_file()]
+    if missing:
+        raise DestinationError(f"{quote(root)} is no finished output: {quote(missing[0])} is missing; convert first")
+    _, faults = manifest_faults(root, poll)
+    if faults:
+        raise VerificationError(f"{quote(root)} is damaged and was not pushed: {faults[0]}")
+    publisher = Publisher(root, target)
+    names = [*(manifest_entries(root) or {}), MANIFEST]
+    files = [_on_disk(root, name) for name in sorted(names)]
+    publisher.open()
+    publisher.refuse_foreign(files)
+    for file in sorted(files, key=lambda each: -each.size):
+        publisher.upload(file)
+        if poll is not None:
+            poll()
+    return publisher.commit(files)
+
+
+class Publisher:
+    """One publication, by one thread at a time: `open`, `upload` for every large file, `commit`."""
+
+    def __init__(self, root: Path, target: PushTarget) -> None:
+        from huggingface_hub import HfApi
+
+        self.root = root
+        self.target = target
+        self._api = HfApi(token=target.token)
+        self.parent: str | None = None
+        self.listed: dict[str, Any] = {}
+        self._operations: dict[str, Any] = {}
+
+    def open(self) -> None:
+        """Make the repo and the branch if need be, and look at what it holds."""
+        repo, revision = self.target.repo_id, self.target.revision
+        with hub_errors("write to", repo, revision):
+            self._api.create_repo(repo, private=self.target.private or None, exist_ok=True)
+            if revision is not None and not self.target.create_pr:
+                self._api.create_branch(repo, branch=revision, exist_ok=True)
+            self.parent = self._api.model_info(repo, revision=revision).sha
+            self.listed = self._listed(self.parent)
+
+    def refuse_foreign(self, own: Iterable[StoredFile] = ()) -> None:
+        """Raise HubError for a repo that holds anything but the files `own`, unless by a pull request."""
+        repo = self.target.repo_id
+        same = {file.name for file in own if file.name in self.listed and self._agrees(self.listed[file.name], file)}
+        foreign = sorted(self.listed.keys() - same - _OF_EVERY_REPO)
+        if foreign and not self.target.create_pr:
+            raise HubError(
+                f"{quote(repo)} holds other files already ({quote(foreign[0])}): push to an empty repo, or open a pull request"
+            )
+
+    def upload(self, file: StoredFile) -> None:
+        """Send a file whose content goes to the large store; a small one waits for the commit."""
+        from huggingface_hub import CommitOperationAdd
+
+        path = beneath(self.root, file.name)
+        with hub_errors("upload to", self.target.repo_id, self.target.revision):
+            operation = CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(path))
+            self._api.preupload_lfs_files(
+                self.target.repo_id, [operation], revision=self.target.revision, create_pr=self.target.create_pr
+            )
+            if operation.upload_info.sha256.hex() != file.sha256:
+                raise VerificationError(f"{quote(file.name)} changed while it was being uploaded: push it again")
+        self._operations[file.name] = operation
+
+    def trust(self, file: StoredFile) -> bool:
+        """Take a file for uploaded by an earlier run, if the Hub still has its content; it need not be here any more."""
+        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+
+        info = UploadInfo(sha256=bytes.fromhex(file.sha256), size=file.size, sample=b"")
+        with hub_errors("write to", self.target.repo_id, self.target.revision):
+            objects, *_ = post_lfs_batch_info(
+                [info], token=self.target.token, repo_type="model", repo_id=self.target.repo_id
+            )
+        if any(each.get("actions") for each in objects):
+            return False
+        operation = CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=b"")
+        operation.upload_info = info  # what the client itself leaves of an operation once its content is stored
+        operation._upload_mode, operation._is_uploaded = "lfs", True
+        self._operations[file.name] = operation
+        return True
+
+    def commit(self, files: Iterable[StoredFile]) -> Pushed:
+        """Make everything visible in one commit, and compare the Hub's listing with every file."""
+        from huggingface_hub import CommitOperationAdd
+
+        known = {file.name: file for file in files}
+        repo = self.target.repo_id
+        for name in known.keys() - self._operations.keys():
+            path = beneath(self.root, name)
+            self._operations[name] = CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+        with hub_errors("commit to", repo, self.target.revision):
+            made = self._api.create_commit(
+                repo,
+                list(self._operations.values()),
+                commit_message=f"NVFP4 by mfptq {__version__}",
+                revision=self.target.revision,
+                create_pr=self.target.create_pr,
+                parent_commit=None if self.target.create_pr else self.parent,
+            )
+            listed = self._listed(made.pr_revision or made.oid)
+        for name, file in known.items():
+            if name not in listed or not self._agrees(listed[name], file):
+                raise HubError(f"{quote(repo)} shows another {quote(name)} than was pushed: push again")
+        return Pushed(repo, made.oid, made.pr_url or made.commit_url, len(known))
+
+    def _listed(self, revision: str | None) -> dict[str, Any]:
+        tree = self._api.list_repo_tree(self.target.repo_id, recursive=True, revision=revision)
+        return {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
+
+    def _agrees(self, entry: Any, file: StoredFile) -> bool:
+        """Return whether the Hub's listing names the very content of a file."""
+        if entry.size != file.size:
+            return False
+        if entry.lfs is not None:
+            return bool(entry.lfs.sha256 == file.sha256)
+        data = read_small(beneath(self.root, file.name), MAX_COMPANION_BYTES)
+        return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
+
+
+def _on_disk(root: Path, name: str) -> StoredFile:
+    entries: Mapping[str, str] = manifest_entries(root) or {}
+    path = beneath(root, name)
+    sha256 = entries.get(name) or hashlib.sha256(read_small(path, MAX_COMPANION_BYTES)).hexdigest()
+    return StoredFile(name, sha256, path.stat().st_size)

@@ -1,0 +1,39 @@
+"""The card says where the model is from, what was done, and how to serve it; texts of the source's card stay texts."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+import mfptq
+
+
+def card(folder: Path) -> tuple[dict, str]:
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_a_local_source_is_named_by_its_own_card(source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text(
+        "---\nbase_model: someone/Base-7B\nlanguage:\n- no\n- en\nlicense: mit\nlicense_name: 1.10\n---\n# The model\ntext\n"
+    )
+    mfptq.convert(source, tmp_path / "out", method="minmax", ignore=["re:.*down_proj$"])
+    front, body = card(tmp_path / "out")
+    assert front["base_model"] == "someone/Base-7B"
+    assert front["base_model_relation"] == "quantized"
+    assert (front["language"], front["license_name"]) == (["no", "en"], "1.10")
+    assert "# Base-7B-NVFP4\n" in body
+    assert "vllm serve Base-7B-NVFP4" in body
+    assert "mfptq convert Base-7B Base-7B-NVFP4 --scheme NVFP4A16 --method minmax --ignore 're:.*down_proj$'" in body
+    assert f"mfptq {mfptq.__version__}" in body
+    assert "`model.language_model.layers.*.mlp.down_proj.weight`" in body
+    assert body.rstrip().endswith("text")
+
+
+def test_without_a_card_the_config_names_the_model(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "/data/Tiny-1B/"}))
+    mfptq.convert(source, tmp_path / "out")
+    front, body = card(tmp_path / "out")
+    assert "base_model" not in front
+    assert "# Tiny-1B-NVFP4\n" in body
