@@ -129,6 +129,8 @@ def test_the_examples_of_the_help_work(block: str, workspace: Path, capsys) -> N
         run(["mfptq", "convert", QWEN, "Qwen3.5-27B-NVFP4", "--calibration", "qwen.calibration.safetensors"])
     if words[1] in ("calibrate", "calibration") and "--output" in words:
         Path(words[words.index("--output") + 1]).unlink(missing_ok=True)
+    if words[1] == "push":
+        return  # tests/hub does it: it needs a Hub that takes uploads
     if words[1] == "demo":
         shutil.rmtree("mfptq-demo")
     run(words)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.reads import SEGMENT_BYTES, ByteRange, ReadUnit
 from ..planning.jobs import ShardJob, copy_runs, largest_first
 from .tiles import group_steps
+from .turned import stored_end
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
@@ -47,9 +48,7 @@ def _groups(plan: ConversionPlan, job: ShardJob, seen: set[str], done: Collectio
         if step.name not in seen:
             seen.add(step.name)
             weights = [member for member in plan.members(weights[0]) if member.shard not in done]
-        yield [
-            ByteRange(each.shard, each.offset, each.offset + each.nbytes, each.shard != job.name) for each in weights
-        ]
+        yield [ByteRange(each.shard, each.offset, stored_end(each), each.shard != job.name) for each in weights]
 
 
 def _units(found: Iterable[list[ByteRange]]) -> Iterator[ReadUnit]:
@@ -67,12 +66,12 @@ def _units(found: Iterable[list[ByteRange]]) -> Iterator[ReadUnit]:
 
 
 def _joined(ranges: Iterable[ByteRange]) -> tuple[ByteRange, ...]:
-    """Return ranges in the order of their files, neighbours as one."""
+    """Return ranges in the order of their files, neighbours and those that overlap as one."""
     joined: list[ByteRange] = []
     for each in sorted(ranges):
         last = joined[-1] if joined else None
-        if last is not None and (last.name, last.end, last.later) == (each.name, each.start, each.later):
-            joined[-1] = last._replace(end=each.end)
+        if last is not None and (last.name, last.later) == (each.name, each.later) and each.start <= last.end:
+            joined[-1] = last._replace(end=max(last.end, each.end))
         elif each.size:
             joined.append(each)
     return tuple(joined)
