@@ -19,7 +19,7 @@ from .._version import __version__
 from ..errors import MfptqError, UsageError, VerificationError, counted, quote
 from ..execution.memory_budget import memory_errors
 from .calibration import calibration
-from .options import resource_options, rule_options, source_options
+from .options import file_options, resource_options, rule_options, source_options
 from .process import (
     LOG_LEVELS,
     STOPPED,
@@ -104,6 +104,7 @@ def _decisions(options: dict[str, Any]) -> Decisions:
 @click.argument("output", type=click.Path(path_type=Path))
 @source_options
 @rule_options
+@file_options
 @resource_options
 @publish_options
 @click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
@@ -156,6 +157,7 @@ def _show_plan(model: str, decisions: Decisions, resources: dict[str, Any], *, a
 @click.argument("model")
 @source_options
 @rule_options
+@file_options
 @resource_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def plan(model: str, as_json: bool, **options: Any) -> None:

@@ -32,6 +32,29 @@ def rule_options(function: Function) -> Function:
             type=click.Choice(get_args(ScaleKind)),
             help="What the numbers of --input-scales are.",
         ),
+        click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
+        click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
+        click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
+        click.option("--force", is_flag=True, help="Quantize even what no engine is known to load in FP4."),
+        click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
+        click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Quantize what a default keeps."),
+        click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep: a module name, or re:REGEX."),
+        click.option(
+            "--method",
+            help="search (least error of weights), minmax (rounding); with --calibration also weighted, hessian, "
+            "hessian+ (least error of outputs), or auto, its default: the strongest that the file allows.",
+        ),
+        click.option(
+            "--scheme", help="NVFP4 (W4A4) or NVFP4A16 (W4A16); by default W4A4 where input scales are given."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def file_options(function: Function) -> Function:
+    """Add what says which files of the source are read, and how."""
+    for option in (
         click.option(
             "--keep-source", is_flag=True, help="Download a Hub repo whole into its cache, and keep it there."
         ),
@@ -48,21 +71,6 @@ def rule_options(function: Function) -> Function:
             multiple=True,
             metavar="NAME",
             help="Take in a safetensors file that no index names.",
-        ),
-        click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
-        click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
-        click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
-        click.option("--force", is_flag=True, help="Quantize even what no engine is known to load in FP4."),
-        click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
-        click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Quantize what a default keeps."),
-        click.option("--ignore", multiple=True, metavar="PATTERN", help="Keep: a module name, or re:REGEX."),
-        click.option(
-            "--method",
-            help="search (least error of weights), minmax (rounding); with --calibration also weighted, hessian, "
-            "hessian+ (least error of outputs), or auto, its default: the strongest that the file allows.",
-        ),
-        click.option(
-            "--scheme", help="NVFP4 (W4A4) or NVFP4A16 (W4A16); by default W4A4 where input scales are given."
         ),
     ):
         function = option(function)

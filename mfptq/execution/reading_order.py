@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.reads import SEGMENT_BYTES, ByteRange, ReadUnit
 from ..planning.jobs import ShardJob, copy_runs, largest_first
-from .tiles import group_steps
-from .turned import stored_end
+from .tiles import group_steps, stored_end
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan

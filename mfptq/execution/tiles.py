@@ -50,6 +50,14 @@ class Tile:
         return self.weight.offset + self.start * DTYPE_BITS[self.weight.dtype] // 8
 
 
+def stored_end(weight: Weight) -> int:
+    """Return where a matrix ends in its file, in bytes."""
+    if not weight.pitch:
+        return weight.offset + weight.nbytes
+    width = DTYPE_BITS[weight.dtype] // 8
+    return weight.offset + int(((weight.columns - 1) * weight.pitch + weight.rows) * width)
+
+
 def tiles(weight: Weight, tile_bytes: int) -> Iterator[Tile]:
     """Yield the weight in tiles of at most `tile_bytes`, which must hold one block of 16."""
     elements = tile_bytes * 8 // DTYPE_BITS[weight.dtype]

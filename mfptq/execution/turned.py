@@ -17,7 +17,7 @@ from ..dtypes import NUMPY_DTYPES
 from ..kernels import TileArray
 from ..nvfp4 import ByteArray
 from ..storage.files import read_exact, read_strided
-from .tiles import Tile, tiles
+from .tiles import Tile, stored_end, tiles
 
 _AT_ONCE = 16  # columns: what is written then stays in the processor's nearest cache
 _WASTE = 2  # read up to so many times what is wanted in one call, rather than in one for each column
@@ -57,14 +57,6 @@ def amax_tiles(weights: Iterable[Weight], tile_bytes: int) -> Iterator[Tile]:
             yield from tiles(stored, tile_bytes)
         else:
             yield from (tile for weight in parts for tile in tiles(weight, tile_bytes))
-
-
-def stored_end(weight: Weight) -> int:
-    """Return where a matrix ends in its file, in bytes."""
-    if not weight.pitch:
-        return weight.offset + weight.nbytes
-    width = np.dtype(NUMPY_DTYPES[weight.dtype]).itemsize
-    return weight.offset + int(((weight.columns - 1) * weight.pitch + weight.rows) * width)
 
 
 def _span(tile: Tile) -> int:

@@ -390,7 +390,9 @@ def test_the_model_must_be_whole(dataset: Path, tmp_path: Path) -> None:
 
 def test_missing_packages_are_one_line(moe: Path, dataset: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"needs transformers and accelerate: pip install 'mfptq\[calibrate\]'"):
+    with pytest.raises(
+        UsageError, match=r"needs torch and transformers and accelerate: pip install 'mfptq\[calibrate\]'"
+    ):
         calibrate(moe, dataset, tmp_path / "a.safetensors")
 
 
