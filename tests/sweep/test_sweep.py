@@ -8,6 +8,7 @@ import re
 import pytest
 
 import mfptq
+from mfptq.conversion import make_plan
 from mfptq.names.engine import experts_parent
 from mfptq.planning.defaults import UNKNOWN
 from tests.sweep.tiny import build, types
@@ -44,7 +45,7 @@ def test_a_tiny_model_is_converted_as_it_should(kind: str, tmp_path) -> None:
         with pytest.raises(mfptq.MfptqError, match="nothing is left to quantize"):
             mfptq.plan(tmp_path / "source")
         return
-    plan = mfptq.plan(tmp_path / "source")
+    plan = make_plan(tmp_path / "source")
     modules = {name: type(module).__name__ for name, module in model.named_modules()}
     heads = {name for name, module in modules.items() if module == "Embedding"}
     quantized = {item.candidate.module for item in plan.selection.tensors if item.decision.quantize}
