@@ -114,8 +114,12 @@ def load_kernel(device: str = "cpu") -> Kernel:
 
 def require_torch() -> None:
     """Raise UsageError, with the line that installs it, if there is no torch, which computes where llvmlite is missing."""
-    if importlib.util.find_spec("torch") is None:
-        raise UsageError("without llvmlite the kernels need torch, which is missing too: pip install 'mfptq[torch]'")
+    try:
+        importlib.import_module("torch")
+    except ModuleNotFoundError:
+        raise UsageError(
+            "without llvmlite the kernels need torch, which is missing too: pip install 'mfptq[torch]'"
+        ) from None
 
 
 def has_compiler() -> bool:

@@ -1,10 +1,11 @@
 """Recognize an output folder that an earlier run of the very same plan has finished, so that a rerun has nothing to do.
 
-Called by `conversion.convert` before it takes any memory. Nothing here writes.
+Called by `conversion` before it takes any memory. Removes what a power cut left of the work folder, and writes nothing.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ def finished_by(plan: ConversionPlan, root: Path, poll: Callable[[], object] | N
         raise DestinationExistsError(
             f"output {quote(root)} holds a finished conversion that is damaged: {faults[0]}; overwrite it to make it anew"
         )
+    shutil.rmtree(root / WORK, ignore_errors=True)  # its journal is gone already: the tidying was cut short
     return report
 
 

@@ -105,9 +105,9 @@ def test_other_settings_are_refused_and_touch_nothing(source, tmp_path) -> None:
     before = digests(out)
     with pytest.raises(PlanMismatchError, match="settings"):
         mfptq.convert(source, out, method="minmax")
-    os.utime(next(source.glob("*.safetensors")))
+    write_demo(source.parent / "other", SMALL_EXPERTS)
     with pytest.raises(PlanMismatchError, match="source"):
-        mfptq.convert(source, out)
+        mfptq.convert(source.parent / "other", out)
     assert digests(out) == before
     assert mfptq.convert(source, out, method="minmax", overwrite=True).resumed_shards == 0
 
@@ -129,9 +129,11 @@ def test_the_second_run_is_refused(source, tmp_path) -> None:
             mfptq.convert(source, tmp_path / "out")
 
 
-def test_a_finished_output_is_refused_unless_overwritten(source, tmp_path, expected) -> None:
+def test_a_finished_output_is_left_as_it_is_unless_overwritten(source, tmp_path, expected) -> None:
+    assert mfptq.convert(source, tmp_path / "expected").already_complete
     with pytest.raises(MfptqError, match="finished conversion"):
-        mfptq.convert(source, tmp_path / "expected")
+        mfptq.convert(source, tmp_path / "expected", method="minmax")
+    assert digests(tmp_path / "expected") == expected
     mfptq.convert(source, tmp_path / "expected", overwrite=True)
     assert digests(tmp_path / "expected") == expected
 
@@ -161,8 +163,9 @@ def test_foreign_files_beside_a_work_folder_are_untouched(source, tmp_path) -> N
 
 def test_a_finished_output_whose_tidying_was_cut_short_is_finished(source, tmp_path, expected) -> None:
     (tmp_path / "expected" / ".mfptq").mkdir()
-    with pytest.raises(DestinationExistsError, match="finished conversion"):
-        mfptq.convert(source, tmp_path / "expected")
+    (tmp_path / "expected" / ".mfptq" / "lock").touch()
+    assert mfptq.convert(source, tmp_path / "expected").already_complete
+    assert not (tmp_path / "expected" / ".mfptq").exists()
     assert digests(tmp_path / "expected") == expected
 
 
@@ -298,7 +301,7 @@ def test_a_companion_that_shrinks_while_it_is_copied(source, tmp_path) -> None:
     shutil.rmtree(out)
     last = len(reads.counted)
     faulty = FaultyFiles((source,), frozenset({"preadv"}), lambda n: n == last, ends_early)
-    with faulty, pytest.raises(MfptqError, match=r"'vocabulary\.txt' was truncated while being copied") as caught:
+    with faulty, pytest.raises(MfptqError, match=r"'vocabulary\.txt' ended before byte 500: truncated\?") as caught:
         mfptq.convert(source, out, max_workers=1)
     assert caught.value.exit_code == 3
     assert not out.exists()
