@@ -272,7 +272,7 @@ def _report(run: Run, out: Destination, buffers: Sequence[WorkerMemory], resumed
         source_bytes=plan.checkpoint.tensor_bytes,
         output_bytes=plan.tensor_bytes,
         tensors=sum(shard.tensors for shard in plan.shards),
-        quantized=sum(1 for _ in plan.weights()),
+        quantized=sum(1 for _ in plan.weights()) + len(plan.carried.weights),
         kept=sum(not item.decision.quantize for item in plan.selection.tensors),
         relative_error=total_error(statistics),
         patterns=reports,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.folder import Checkpoint
 from .checkpoint.header import TensorInfo
 from .checkpoint.hub import HubOptions, open_checkpoint
-from .checkpoint.weights import name_pattern
+from .checkpoint.weights import Weight, name_pattern
+from .encodings.contents import read_contents, stored_bytes
+from .encodings.fp4 import MXFP4
+from .errors import SourceError
 from .nvfp4 import BLOCK_SIZE
 from .planning.quantization_config import QUANTIZATION_CONFIG
 from .planning.rules import TensorDecision
@@ -50,7 +53,10 @@ class TensorSummary:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint's contents by pattern of tensor names; `quantization` is None for an unquantized one."""
+    """A checkpoint's contents by pattern of tensor names; `quantization` is None for an unquantized one.
+
+    `notes` say what its weights are stored as, or why they cannot be read.
+    """
 
     origin: str
     shards: int
@@ -58,6 +64,7 @@ class Inspection:
     tensor_bytes: int
     quantization: Mapping[str, Any] | None
     patterns: tuple[TensorSummary, ...]
+    notes: tuple[str, ...] = ()
 
 
 def inspect(
@@ -84,7 +91,15 @@ def _inspection(checkpoint: Checkpoint) -> Inspection:
         checkpoint.tensor_bytes,
         found if isinstance(found, dict) else None,
         tuple(_merged(rows)),
+        _notes(checkpoint),
     )
+
+
+def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    try:
+        return read_contents(checkpoint).notes
+    except SourceError as error:
+        return (f"it cannot be converted: {error}",)
 
 
 def _stored(info: TensorInfo) -> TensorSummary:
@@ -97,18 +112,29 @@ def plan_patterns(plan: ConversionPlan) -> tuple[TensorSummary, ...]:
 
 
 def _planned(item: TensorDecision, plan: ConversionPlan) -> TensorSummary:
-    decision, stored = item.decision, _stored(item.candidate.tensor.info)
+    decision, stored, tensor = item.decision, _stored(item.candidate.tensor.info), item.candidate.tensor
+    stored = replace(stored, source_bytes=stored_bytes(tensor), reason=decision.reason, rule=decision.rule)
     if not decision.quantize:
-        return replace(stored, action="keep", rule=decision.rule, reason=decision.reason)
-    scalars = (4 if plan.input_scales is None else 8) * len(item.candidate.weights)
+        widened = f", widened from {tensor.encoding.format}" if tensor.encoding is not None else ""
+        return replace(stored, action="keep", reason=decision.reason + widened)
+    scalars = sum(8 if plan.has_input_scale(weight.module) else 4 for weight in item.candidate.weights)
+    new = [weight for weight in item.candidate.weights if weight.module not in plan.carried.weights]
     return replace(
         stored,
         output_bytes=stored.elements // 2 + stored.elements // BLOCK_SIZE + scalars,
         action="NVFP4",
-        rule=decision.rule,
-        reason=decision.reason,
-        method=", ".join(sorted({plan.method_of(weight) for weight in item.candidate.weights})),
+        reason=decision.reason + _decoding(plan, new),
+        method=", ".join(sorted({plan.method_of(weight) for weight in new})),
     )
+
+
+def _decoding(plan: ConversionPlan, new: Sequence[Weight]) -> str:
+    """Return what is said of weights that are stored as codes."""
+    encoding = new[0].encoding if new else None
+    if encoding is None:
+        return ""
+    fits = encoding.format == MXFP4 and plan.method_of(new[0]) != "minmax"
+    return f", decoded from {encoding.format}" + (" (lossless where exponents span at most 14)" if fits else "")
 
 
 def _merged(rows: Iterable[TensorSummary]) -> Iterator[TensorSummary]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .checkpoint.companions import FileChoice
 from .checkpoint.folder import Checkpoint, Origin, read_checkpoint
@@ -18,10 +20,12 @@ from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.source import Source
 from .checkpoint.weights import Candidate, StoredTensor, Weight, candidates, name_pattern
 from .dtypes import NUMPY_DTYPES
+from .encodings.contents import read_contents
 from .errors import MfptqError, SourceError
-from .execution.tiles import tiles
+from .execution.tiles import Tile, tiles
 from .execution.turned import read_turned
 from .kernels import ErrorStats
+from .kernels.decode import load_decoder
 from .names.config_sizes import read_sizes
 from .nvfp4 import BLOCK_SIZE, as_float32, dequantize
 from .output.fault import Fault
@@ -112,7 +116,7 @@ def _check_manifest(folder: Path, found: _Findings) -> None:
 def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) -> None:
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
     patterns: dict[str, ErrorStats] = {}
-    for item in candidates(original.tensors(), read_sizes(original.config)):
+    for item in candidates(read_contents(original), read_sizes(original.config)):
         name = item.tensor.info.name
         kept = stored.pop(name, None)
         if kept is not None:
@@ -134,11 +138,29 @@ def _is_equal(one: Source, first: StoredTensor, other: Source, second: StoredTen
     a, b = first.info, second.info
     if (a.dtype, a.shape, a.nbytes) != (b.dtype, b.shape, b.nbytes):
         return False
+    if first.encoding is not None:
+        return all(
+            np.array_equal(_values(one, tile), _values(other, replace(tile, weight=second.matrix)))
+            for tile in tiles(first.matrix, TILE_BYTES)
+        )
     for start in range(0, a.nbytes, TILE_BYTES):
         size = min(TILE_BYTES, a.nbytes - start)
         if not np.array_equal(read_bytes(one, first, start, size), read_bytes(other, second, start, size)):
             return False
     return True
+
+
+def _values(source: Source, tile: Tile) -> npt.NDArray[Any]:
+    """Return a tile's values, flat, decoded where it is stored as codes; bfloat16 as its bits."""
+    raw = np.empty(tile.nbytes, np.uint8)
+    values: npt.NDArray[Any] = raw.view(NUMPY_DTYPES[tile.weight.dtype])
+    if tile.weight.pitch:
+        read_turned(source, tile, values, np.empty(TILE_BYTES // 4, np.uint8))
+    elif tile.weight.encoding is None:
+        source.read_into(tile.weight.shard, tile.offset, raw.data)
+    else:
+        tile.weight.encoding.decode(source, tile.region, values, load_decoder())
+    return values
 
 
 def _compare_weights(
@@ -161,12 +183,7 @@ def _error(weight: Weight, parts: Mapping[str, StoredTensor], original: Source, 
     stats = ErrorStats(weight.size)
     scale = read_scalar(output, parts[".weight_global_scale"])
     for tile in tiles(weight, TILE_BYTES):
-        raw = np.empty(tile.nbytes, np.uint8)
-        if weight.pitch:
-            read_turned(original, tile, raw.view(NUMPY_DTYPES[weight.dtype]), np.empty(TILE_BYTES // 4, np.uint8))
-        else:
-            original.read_into(weight.shard, tile.offset, raw.data)
-        exact = as_float32(raw.view(NUMPY_DTYPES[weight.dtype])).reshape(tile.rows, tile.columns)
+        exact = as_float32(_values(original, tile)).reshape(tile.rows, tile.columns)
         packed = read_bytes(output, parts[PACKED], tile.start // 2, tile.size // 2).reshape(tile.rows, -1)
         codes = read_bytes(output, parts[".weight_scale"], tile.start // BLOCK_SIZE, tile.size // BLOCK_SIZE)
         found = dequantize(packed, codes.reshape(tile.rows, -1), scale)

@@ -29,7 +29,8 @@ _OTHER_FORMAT = "consolidated"  # Mistral's own, beside the Hugging Face files
 _OTHER_FOLDERS = ("original",)  # Meta's own
 _REPLACED = (CONFIG, INDEX, "README.md", "SHA256SUMS", "mfptq_report.json")
 REPLACED_FOLDED = {name.casefold() for name in _REPLACED}  # some systems take README.md and readme.md for one file
-_OF_OTHER_TOOLS = "hf_quant_config.json"
+# What other tools wrote of how this checkpoint was quantized, and what Mistral's own format adds: a second truth beside ours.
+_OF_OTHER_TOOLS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml", "params.json")
 UNWANTED = (*(f"*{suffix}" for suffix in _WEIGHTS if suffix not in (SHARD_SUFFIX, ".index.json")), "original/*", ".*")
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
@@ -150,7 +151,7 @@ def sort_files(files: Mapping[str, int], shards: Collection[str], module_folders
         if name in shards or name.casefold() in REPLACED_FOLDED:
             continue
         of_module = _folder(name) in module_folders and name.endswith(SHARD_SUFFIX) and size <= MAX_COMPANION_BYTES
-        small = _is_small_file(name, size) and _folder(name) not in foreign and name != _OF_OTHER_TOOLS
+        small = _is_small_file(name, size) and _folder(name) not in foreign and name not in _OF_OTHER_TOOLS
         if small or of_module:
             companions.append(name)
         else:

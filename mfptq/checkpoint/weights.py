@@ -8,6 +8,7 @@ lie one expert after the other. What is stored in another way (interleaved, with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from ..names.config_sizes import ConfigSizes
 from ..names.engine import STACKED, experts_module
 from ..names.leaves import turned_patterns
 from ..names.wrappers import logical
+from .encoding import Encoding
 from .header import TensorInfo
 
 WEIGHT_SUFFIX = ".weight"
@@ -23,6 +25,7 @@ STACKED_GATE_UP = "gate_up_proj"
 STACKED_DOWN = "down_proj"
 _BIASES = ("_bias", ".bias")
 _NO_SIZES = ConfigSizes()
+_TURNED_CODES = "codes of a matrix that is stored transposed, which are not turned"
 
 
 class Weight(NamedTuple):
@@ -30,7 +33,8 @@ class Weight(NamedTuple):
 
     `pitch` is 0 for a matrix whose elements follow each other, row after row. One that is stored transposed has the
     elements of a column one behind the other, and `pitch` elements from one column to the next: element `(r, c)` lies
-    `r + c * pitch` elements behind `offset`.
+    `r + c * pitch` elements behind `offset`. With an `encoding`, `dtype` is that of the decoded values, `nbytes` their size, and
+    only the encoding knows where they lie.
     """
 
     module: str
@@ -40,10 +44,11 @@ class Weight(NamedTuple):
     rows: int
     columns: int
     pitch: int = 0
+    encoding: Encoding | None = None
 
     @property
     def nbytes(self) -> int:
-        """Size in the source, in bytes."""
+        """Size of its values, in bytes."""
         return self.size * DTYPE_BITS[self.dtype] // 8
 
     @property
@@ -53,11 +58,22 @@ class Weight(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A source tensor with its place: `offset` is in bytes from the beginning of the file `shard`."""
+    """A source tensor with its place: `offset` is in bytes from the beginning of the file `shard`.
+
+    With an `encoding`, `info` describes the decoded values, and only the encoding knows where they lie.
+    """
 
     info: TensorInfo
     shard: str
     offset: int
+    encoding: Encoding | None = None
+
+    @property
+    def matrix(self) -> Weight:
+        """The tensor as one matrix, whose rows are all dimensions but the last."""
+        *outer, columns = self.info.shape
+        place = (self.shard, self.info.dtype, self.offset)
+        return Weight(self.info.name, *place, math.prod(outer), columns, encoding=self.encoding)
 
 
 class Candidate(NamedTuple):
@@ -115,9 +131,12 @@ def candidates(tensors: Iterable[StoredTensor], sizes: ConfigSizes = _NO_SIZES) 
 
 
 def _matrix(tensor: StoredTensor, *, turned: bool) -> Candidate:
+    if turned and tensor.encoding is not None:
+        return Candidate(tensor, (), _TURNED_CODES)
     rows, columns = tensor.info.shape
     place = (tensor.info.name.removesuffix(WEIGHT_SUFFIX), tensor.shard, tensor.info.dtype, tensor.offset)
-    weight = Weight(*place, columns, rows, columns) if turned else Weight(*place, rows, columns)
+    shape = (columns, rows, columns) if turned else (rows, columns, 0)
+    weight = Weight(*place, *shape, tensor.encoding)
     return Candidate(tensor, (weight,))
 
 
@@ -151,6 +170,8 @@ def _stacked(
         return Candidate(
             tensor, (), "3-D, and config.json does not tell whether as [experts, out, in] or [experts, in, out]"
         )
+    if turns[0] and tensor.encoding is not None:
+        return Candidate(tensor, (), _TURNED_CODES)
     return Candidate(tensor, tuple(_parts(tensor, turned=turns[0])))
 
 
@@ -187,8 +208,10 @@ def _parts(tensor: StoredTensor, *, turned: bool) -> Iterator[Weight]:
     for expert in range(experts):
         for number, projection in enumerate(projections):
             offset = tensor.offset + expert * step + number * part
+            row = expert * all_rows + number * rows
+            encoding = tensor.encoding.from_row(row) if tensor.encoding is not None else None
             place = (tensor.shard, dtype, offset, rows, columns, all_rows if turned else 0)
-            yield Weight(f"{module}.{expert}.{projection}", *place)
+            yield Weight(f"{module}.{expert}.{projection}", *place, encoding)
 
 
 def name_pattern(module: str, by: str = "*") -> str:

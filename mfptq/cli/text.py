@@ -139,6 +139,7 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
         "bits_per_weight": plan.tensor_bytes * 8 / elements,
         "peak_memory": memory.peak,
         "warnings": list(plan.warnings),
+        "notes": list(plan.contents.notes),
         "share": str(plan.share),
         "left_out": dict(plan.checkpoint.left_out),
         "disk_bytes": plan.output_bytes,
@@ -154,6 +155,7 @@ def plan_text(values: Mapping[str, Any]) -> str:
     ratio = values["output_bytes"] / max(values["source_bytes"], 1)
     return "\n".join([
         values["share"],
+        *(f"source: {text}" for text in values["notes"]),
         *(f"warning: {text}" for text in values["warnings"]),
         "",
         *rows,
@@ -211,7 +213,7 @@ def inspection_text(found: Inspection) -> str:
     state = quote(config.get("format") or config.get("quant_method") or "quantized") if config else "not quantized"
     tensors, shards = counted(found.tensors, "tensor", "tensors"), counted(found.shards, "shard", "shards")
     title = f"{found.origin}: {tensors} in {shards}, {size_text(found.tensor_bytes)}, {state}"
-    return "\n".join([title, *(_stored_row(row) for row in found.patterns)])
+    return "\n".join([title, *(f"  {note}" for note in found.notes), *(_stored_row(row) for row in found.patterns)])
 
 
 def _stored_row(row: TensorSummary) -> str:

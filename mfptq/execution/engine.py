@@ -12,6 +12,8 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..checkpoint.reads import ReadAhead
 from ..checkpoint.weights import name_pattern
 from ..errors import NonFiniteWeightError
@@ -20,7 +22,7 @@ from ..kernels.calibrated import PreparedStatistics
 from ..nvfp4 import BLOCK_SIZE
 from ..output.destination import Destination
 from ..output.shard_writer import Piece, ShardWriter
-from ..planning.jobs import CopyRun, QuantizeWeight, copy_runs, largest_first
+from ..planning.jobs import CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
@@ -78,9 +80,10 @@ class Execution:
 
     def _tasks(self) -> Iterator[MemoryTask]:
         """Yield the tasks of all shards; a shard is opened when its first task is asked for."""
+        self._pool.emit(Advanced(self._plan.contents.scale_bytes))
         for shard in largest_first(self._plan.shards):
             if shard.name in self._destination.done:
-                self._pool.emit(Advanced(self._plan.checkpoint.shard(shard.name).header.data_bytes))
+                self._pool.emit(Advanced(self._plan.contents.stored_bytes(shard.name)))
                 self._pool.emit(ShardFinished(shard.name, resumed=True))
                 continue
             self._destination.before_shard()
@@ -111,6 +114,10 @@ class Execution:
     def _shard_tasks(self, writer: ShardWriter) -> Iterator[MemoryTask]:
         for run in copy_runs(writer.job.copies, self._tile_bytes):
             yield partial(self._copy, writer, run)
+        if writer.job.scalars:
+            yield partial(self._write_scalars, writer)
+        for kept in writer.job.widened:
+            yield from (partial(self._widen, writer, kept, tile) for tile in tiles(kept.weight, self._tile_bytes))
         for small, steps in groupby(group_steps(writer.job.weights), self._is_small):
             if small:
                 for batch in batches(steps, self._tile_bytes):
@@ -126,8 +133,18 @@ class Execution:
 
     def _copy(self, writer: ShardWriter, run: CopyRun, memory: WorkerMemory) -> None:
         with memory.timed("copy"):
-            data = memory.read_bytes(self._source, writer.job.name, run.ranges)
+            data = memory.read_bytes(self._source, run.shard or writer.job.name, run.ranges)
+            if run.table is not None:
+                data[:] = bytes(data).translate(run.table)
         self._write(writer, [Piece(run.offset, data)], run.ranges, memory)
+
+    def _write_scalars(self, writer: ShardWriter, memory: WorkerMemory) -> None:
+        self._write(writer, [Piece(each.offset, scalar(each.value)) for each in writer.job.scalars], (), memory)
+
+    def _widen(self, writer: ShardWriter, kept: WidenTensor, tile: Tile, memory: WorkerMemory) -> None:
+        values = memory.widen(self._source, tile)
+        width = values.itemsize
+        self._write(writer, [Piece(kept.offset + tile.start * width, values.view(np.uint8).data)], tile.ranges, memory)
 
     def _convert_batch(self, writer: ShardWriter, batch: Batch, memory: WorkerMemory) -> None:
         """Convert whole groups that fit into the memory together: read once, written in as few runs as they lie in."""
@@ -178,7 +195,7 @@ class Execution:
             Piece(step.scale + tile.start // BLOCK_SIZE, quantized.scales.reshape(-1).data),
             *(_scalars(step, scale) if tile.start == 0 else ()),
         ]
-        self._write(writer, pieces, [(tile.offset, tile.nbytes)], memory, keep=tile.weight.pitch > 0)
+        self._write(writer, pieces, tile.ranges, memory, keep=tile.weight.pitch > 0)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> PreparedStatistics | None:
         found = self._plan.statistics(step)

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..kernels import Kernel, QuantizeArgs, has_compiler, is_cuda, load_kernel
 from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics, load_calibrated_kernel
 from ..kernels.choice import choose_device
+from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.digest import available_cores
@@ -76,10 +77,11 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
 def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
     """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
     packed, scales = np.empty((1, BLOCK_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
-    for dtype, weight in {weight.dtype: weight for weight in plan.weights()}.items():
+    plan.contents.try_out(plan.checkpoint.source, load_decoder())
+    for (dtype, plain), weight in {(each.dtype, each.encoding is None): each for each in plan.weights()}.items():
         block = np.zeros((1, BLOCK_SIZE), NUMPY_DTYPES[dtype])
-        with plan.checkpoint.source.reading(weight.shard, weight.offset, block.nbytes) as fd:
-            if fd is not None:
+        with plan.checkpoint.source.reading(weight.shard, weight.offset, block.nbytes if plain else 0) as fd:
+            if fd is not None and plain:
                 kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
         kernel.amax(block)
         for method in plan.methods:

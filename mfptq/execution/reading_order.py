@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.reads import SEGMENT_BYTES, ByteRange, ReadUnit
 from ..planning.jobs import ShardJob, copy_runs, largest_first
-from .tiles import group_steps, stored_end
+from .tiles import group_steps, stored_end, whole
 
 if TYPE_CHECKING:
+    from ..checkpoint.weights import Weight
     from ..planning.plan import ConversionPlan
 
 
@@ -24,8 +25,9 @@ def reading_order(plan: ConversionPlan, done: Collection[str]) -> Iterator[tuple
     for shard in largest_first(plan.shards):
         if shard.name not in done:
             job = plan.job(shard)
-            copies = (_copied(job.name, run.ranges) for run in copy_runs(job.copies, SEGMENT_BYTES))
-            yield job.name, list(_units(chain(copies, _groups(plan, job, seen, done))))
+            copies = (_copied(run.shard or job.name, run.ranges) for run in copy_runs(job.copies, SEGMENT_BYTES))
+            widened = (_stored(each.weight, job.name) for each in job.widened)
+            yield job.name, list(_units(chain(copies, widened, _groups(plan, job, seen, done))))
 
 
 def bytes_to_fetch(plan: ConversionPlan, held_bytes: int) -> int:
@@ -40,6 +42,14 @@ def _copied(name: str, ranges: Iterable[tuple[int, int]]) -> list[ByteRange]:
     return [ByteRange(name, offset, offset + size) for offset, size in ranges]
 
 
+def _stored(weight: Weight, turn: str) -> list[ByteRange]:
+    """Return where a weight, or its codes, lie; scales are small, and fetched when they are asked for."""
+    later = weight.shard != turn
+    if weight.encoding is None:
+        return [ByteRange(weight.shard, weight.offset, stored_end(weight), later)]
+    return [ByteRange(weight.shard, offset, offset + size, later) for offset, size in whole(weight).ranges]
+
+
 def _groups(plan: ConversionPlan, job: ShardJob, seen: set[str], done: Collection[str]) -> Iterator[list[ByteRange]]:
     """Yield the weights of each fused group; in its first turn all of it, since its scale is found then."""
     for step in group_steps(job.weights):
@@ -47,7 +57,7 @@ def _groups(plan: ConversionPlan, job: ShardJob, seen: set[str], done: Collectio
         if step.name not in seen:
             seen.add(step.name)
             weights = [member for member in plan.members(weights[0]) if member.shard not in done]
-        yield [ByteRange(each.shard, each.offset, stored_end(each), each.shard != job.name) for each in weights]
+        yield [stored for each in weights for stored in _stored(each, job.name)]
 
 
 def _units(found: Iterable[list[ByteRange]]) -> Iterator[ReadUnit]:

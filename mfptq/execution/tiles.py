@@ -13,6 +13,7 @@ from operator import attrgetter
 import numpy as np
 import numpy.typing as npt
 
+from ..checkpoint.encoding import Region
 from ..checkpoint.weights import Weight, name_pattern
 from ..dtypes import DTYPE_BITS
 from ..kernels import ErrorStats, Float64Array, Int64Array
@@ -41,8 +42,20 @@ class Tile:
 
     @property
     def nbytes(self) -> int:
-        """Size in the source, in bytes."""
+        """Size of its values, in bytes."""
         return self.size * DTYPE_BITS[self.weight.dtype] // 8
+
+    @property
+    def region(self) -> Region:
+        """Its rows and columns in the weight."""
+        row, column = divmod(self.start, self.weight.columns)
+        return Region(row, self.rows, column, self.columns)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where it lies in the source file, (offset, size) in bytes; of an encoded weight, where its codes lie."""
+        encoding = self.weight.encoding
+        return [(self.offset, self.nbytes)] if encoding is None else encoding.ranges(self.region)
 
     @property
     def offset(self) -> int:
@@ -111,13 +124,14 @@ class Batch:
     """Whole small groups of one shard and dtype, read at once: weight i has elements `starts[i]` to `starts[i + 1]`.
 
     `reads` are the ranges of the source file, (offset, size) in bytes, in which the weights lie, in their order. Weights that
-    are stored transposed are read one by one, and `reads` has only their sizes.
+    are stored transposed are read one by one, and `reads` has only their sizes; so are all where any of them is `encoded`.
     """
 
     groups: tuple[GroupStep, ...]
     steps: tuple[QuantizeWeight, ...]
     starts: Int64Array
     reads: tuple[tuple[int, int], ...]
+    encoded: bool = False
 
     @classmethod
     def of(cls, groups: Sequence[GroupStep]) -> Batch:
@@ -127,6 +141,9 @@ class Batch:
         offsets = np.array([step.weight.offset for step in steps])
         nbytes = np.array(sizes) * (DTYPE_BITS[steps[0].weight.dtype] // 8)
         starts = np.cumsum([0, *sizes], dtype=np.int64)
+        if any(step.weight.encoding is not None for step in steps):
+            codes = [each for step in steps for each in whole(step.weight).ranges]
+            return cls(tuple(groups), steps, starts, tuple(codes), encoded=True)
         reads = [(int(offsets[begin]), int(nbytes[begin:end].sum())) for begin, end in _runs(offsets, nbytes)]
         return cls(tuple(groups), steps, starts, tuple(reads))
 

@@ -19,10 +19,14 @@ from ..dtypes import NUMPY_DTYPES
 from ..errors import NonFiniteWeightError, quote
 from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..kernels.calibrated import CalibratedKernel, PreparedStatistics
+from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array, as_float32
 from ..planning.jobs import QuantizeWeight
 from .tiles import Batch, Tile, whole
 from .turned import read_turned
+
+BF16_MAGNITUDE, BF16_INFINITY = np.uint16(0x7FFF), np.uint16(0x7F80)
+WIDENED_AT_ONCE = 2**17  # elements: temporaries stay small
 
 
 class WorkerMemory:
@@ -34,6 +38,7 @@ class WorkerMemory:
     def __init__(self, kernel: Kernel, tile_bytes: int, calibrated: CalibratedKernel | None = None) -> None:
         self.kernel = kernel
         self.calibrated = calibrated
+        self._decoder = load_decoder()
         self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
         self._source = kernel.allocate(tile_bytes)
@@ -53,8 +58,18 @@ class WorkerMemory:
         """Return a tile's data `[R, K]`, which must fit into the buffer. The next call overwrites it."""
         if tile.weight.pitch:
             return self._read_turned(source, tile, 0).reshape(tile.rows, tile.columns)
-        ranges = [(tile.offset, tile.nbytes)]
-        return self._read(source, tile.weight.shard, ranges, tile.weight.dtype).reshape(tile.rows, tile.columns)
+        return self._read_at(source, tile, 0).reshape(tile.rows, tile.columns)
+
+    def _read_at(self, source: Source, tile: Tile, start: int) -> TileArray:
+        """Return a tile's values, flat, kept in the buffer from byte `start` on: as they lie in the file, or decoded."""
+        memory, weight = self._source[start : start + tile.nbytes], tile.weight
+        if weight.encoding is None:
+            with self.timed("read"):
+                source.read_into(weight.shard, tile.offset, memory.data)
+        else:
+            with self.timed("decode"):
+                weight.encoding.decode(source, tile.region, memory.view(np.uint16), self._decoder)
+        return memory.view(NUMPY_DTYPES[weight.dtype])
 
     def _read_turned(self, source: Source, tile: Tile, start: int) -> TileArray:
         """Return a tile of a matrix that is stored transposed, flat, kept in the buffer from element `start` on."""
@@ -69,11 +84,14 @@ class WorkerMemory:
             for step, start in zip(batch.steps, batch.starts.tolist(), strict=False):
                 self._read_turned(source, whole(step.weight), start)
             return self._values(len(self._source), batch.dtype)[: int(batch.starts[-1])]
-        return self._read(source, batch.steps[0].weight.shard, batch.reads, batch.dtype)
-
-    def _read(self, source: Source, shard: str, ranges: Iterable[tuple[int, int]], dtype: str) -> TileArray:
+        if batch.encoded:
+            width = self._values(0, batch.dtype).itemsize
+            for step, start in zip(batch.steps, batch.starts.tolist(), strict=False):
+                self._read_at(source, whole(step.weight), start * width)
+            return self._values(int(batch.starts[-1]) * width, batch.dtype)
         with self.timed("read"):
-            return self._values(len(self.read_bytes(source, shard, ranges)), dtype)
+            size = len(self.read_bytes(source, batch.steps[0].weight.shard, batch.reads))
+        return self._values(size, batch.dtype)
 
     def _values(self, nbytes: int, dtype: str) -> TileArray:
         """Return the memory's first bytes as values of a dtype, flat."""
@@ -90,12 +108,12 @@ class WorkerMemory:
     def amax(self, source: Source, tile: Tile) -> float:
         """Return the largest magnitude of a tile in its file; raises NonFiniteWeightError for NaN or infinity."""
         weight = tile.weight
-        if weight.pitch:
-            turned = self.read(source, tile)
+        if weight.pitch or weight.encoding is not None:
+            values = self.read(source, tile)
             with self.timed("amax"):
-                found = self.kernel.amax(turned)
+                found = self.kernel.amax(values)
             if not math.isfinite(found):
-                raise _not_finite(turned.reshape(-1), weight, tile.start)
+                raise _not_finite(values.reshape(-1), weight, tile.start)
             return found
         data = self._values(tile.nbytes, weight.dtype).reshape(tile.rows, tile.columns)
         with self.timed("amax"), source.reading(weight.shard, tile.offset, tile.nbytes) as fd:
@@ -105,6 +123,14 @@ class WorkerMemory:
         if not math.isfinite(found):
             raise _not_finite(self.read(source, tile).reshape(-1), weight, tile.start)
         return found
+
+    def widen(self, source: Source, tile: Tile) -> TileArray:
+        """Return the decoded values of part of a weight that is kept; raises NonFiniteWeightError for NaN or infinity."""
+        values = self.read(source, tile).reshape(-1)
+        for start in range(0, tile.size, WIDENED_AT_ONCE):
+            if (values[start : start + WIDENED_AT_ONCE] & BF16_MAGNITUDE).max() >= BF16_INFINITY:
+                raise _not_finite(values, tile.weight, tile.start)
+        return values
 
     def amax_each(self, data: TileArray, batch: Batch) -> Float32Array:
         """Return each weight's largest magnitude; raises NonFiniteWeightError for NaN or infinity."""

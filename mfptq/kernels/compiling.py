@@ -1,6 +1,6 @@
 """Make functions for this processor: from LLVM instructions to object code, from there, or from the cache, into memory.
 
-Called by `cpu.py` and `calibrated_cpu.py`; `cpu_code.py` writes the instructions. Compiling a function takes about a second,
+Called by `cpu.py`, `calibrated_cpu.py` and `decode.py`; `cpu_code.py` writes the instructions. Compiling a function takes about a second,
 loading one from the cache milliseconds. Nothing here may let LLVM relax the arithmetic: no fast-math flag, no contraction.
 """
 
@@ -27,7 +27,8 @@ def origin() -> bytes:
     """Return what decides about every kernel beside its name: the generating sources, llvmlite's and LLVM's versions."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(f"llvmlite {llvmlite.__version__}, LLVM {binding.llvm_version_info}".encode())
-    for path in [*sorted(folder.glob("*.py")), folder.parent / "nvfp4.py", folder.parent / "dtypes.py"]:
+    beside = [folder.parent / name for name in ("nvfp4.py", "dtypes.py", "encodings/codes.py")]
+    for path in [*sorted(folder.glob("*.py")), *beside]:
         digest.update(path.read_bytes())
     return digest.digest()
 

@@ -25,6 +25,8 @@ SUFFIXES: Mapping[str, ScaleKind] = {
     "_input_global_scale": "input_global_scale",
     ".input_scale": "input_scale",
     "_input_scale": "input_scale",
+    ".activation_scale": "input_scale",  # of Mistral's FP8 releases
+    ".act_scale": "input_scale",  # of FP8 checkpoints of early 2024
     ".input_amax": "amax",
     "_input_amax": "amax",
     ".amax": "amax",

@@ -42,9 +42,15 @@ def structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         return
     groups = config.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
-    with_input = isinstance(first, dict) and first.get("input_activations") is not None
+    known = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    with_input = any(group.get("input_activations") is not None for group in known)
+    alone = {name for group in known if group.get("input_activations") is None for name in group.get("targets", ())}
     linear = [name for name, tensor in stored.items() for name in _first_built(name, tensor.info.shape)]
-    found = [fault for module in modules for fault in _shape_faults(module, stored, with_input=with_input)]
+    found = [
+        fault
+        for module in modules
+        for fault in _shape_faults(module, stored, with_input=with_input and module not in alone)
+    ]
     found += _ignore_faults(config.get("ignore"), modules, linear)
     found += _target_faults(first.get("targets") if isinstance(first, dict) else None, modules)
     yield from found or _fusion_faults(checkpoint.source, stored, modules, linear)

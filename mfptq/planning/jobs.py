@@ -7,29 +7,57 @@ from __future__ import annotations
 
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
+from ..checkpoint.header import PREFIX_BYTES, TensorSpec, lay_out
 from ..checkpoint.weights import Weight
+from ..errors import SourceError, quote
+from ..limits import MAX_HEADER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class CopyTensor:
-    """Bytes that go over unchanged; offsets are in bytes in the source file and in the output file."""
+    """Bytes that go over; offsets are in bytes in the source file and in the output file.
+
+    They lie in the source file `shard`, and go over unchanged, or by way of `table`: byte b becomes `table[b]`.
+    """
 
     name: str
     source_offset: int
     offset: int
     size: int
+    shard: str = ""
+    table: bytes | None = None
+
+
+class Scalar(NamedTuple):
+    """A float32 number that the plan knows already, and its place in the output file."""
+
+    offset: int
+    value: float
+
+
+class WidenTensor(NamedTuple):
+    """A tensor that is kept and stored as codes: its values go to `offset` in the output file, in bytes."""
+
+    weight: Weight
+    offset: int
 
 
 class CopyRun(NamedTuple):
-    """Bytes that lie one behind the other in the output; `ranges` are their (offset, size) in the source file."""
+    """Bytes that lie one behind the other in the output; `ranges` are their (offset, size) in the source file.
+
+    `shard` is that file, "" for the one of the output's own name; `table` is that of `CopyTensor`.
+    """
 
     offset: int
     ranges: tuple[tuple[int, int], ...]
+    shard: str = ""
+    table: bytes | None = None
 
 
 def copy_runs(copies: Iterable[CopyTensor], limit: int) -> Iterator[CopyRun]:
@@ -39,19 +67,21 @@ def copy_runs(copies: Iterable[CopyTensor], limit: int) -> Iterator[CopyRun]:
     """
     run: list[tuple[int, int]] = []
     begin = end = 0
+    origin: tuple[str, bytes | None] = "", None
     for copy in sorted(copies, key=attrgetter("offset")):
         done = 0
         while done < copy.size:
-            if run and (copy.offset + done != end or end - begin == limit):
-                yield CopyRun(begin, tuple(run))
+            if run and (copy.offset + done != end or end - begin == limit or origin != (copy.shard, copy.table)):
+                yield CopyRun(begin, tuple(run), *origin)
                 run = []
             if not run:
                 begin = end = copy.offset + done
+                origin = copy.shard, copy.table
             size = min(copy.size - done, limit - (end - begin))
             run.append((copy.source_offset + done, size))
             done, end = done + size, end + size
     if run:
-        yield CopyRun(begin, tuple(run))
+        yield CopyRun(begin, tuple(run), *origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +113,8 @@ class ShardJob:
     size: int
     copies: tuple[CopyTensor, ...]
     weights: tuple[QuantizeWeight, ...]
+    widened: tuple[WidenTensor, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +149,18 @@ def largest_first(shards: Sequence[ShardPlan]) -> list[ShardPlan]:
     """
     mean = sum(shard.size for shard in shards) / max(1, len(shards))
     return sorted(shards, key=lambda shard: -round(shard.size / mean))
+
+
+def plan_shard(shard: str, specs: list[TensorSpec], places: dict[str, str]) -> ShardPlan:
+    """Return the file of these tensors, laid out; `places`, the file of every tensor so far, takes them in."""
+    own = dict.fromkeys([spec.name for spec in specs], shard)
+    if len(own) < len(specs) or not places.keys().isdisjoint(own):
+        name = next(name for name, count in Counter([*places, *(spec.name for spec in specs)]).items() if count > 1)
+        raise SourceError(f"two tensors would be written as {quote(name)}: rename one in the source")
+    places.update(own)
+    head, offsets, size = lay_out(specs)
+    if len(head) - PREFIX_BYTES > MAX_HEADER_BYTES:
+        raise SourceError(f"{quote(shard)} would need a header of {len(head)} bytes, the format allows 100 MB")
+    return ShardPlan(
+        shard, size, size - len(head), array("q", [offsets[spec.name] for spec in specs]), zlib.compress(head, 1)
+    )

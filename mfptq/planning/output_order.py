@@ -7,12 +7,11 @@ complete only when every byte of it was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from ..checkpoint.folder import Shard
 from ..checkpoint.header import TensorSpec
-from ..checkpoint.weights import Weight
+from ..checkpoint.weights import StoredTensor, Weight
 from ..names.fusion import FusedGroup, by_group
 from ..nvfp4 import BLOCK_SIZE
 from .rules import TensorDecision
@@ -42,10 +41,17 @@ def output_tensors(weight: Weight, *, with_input: bool) -> Iterator[OutputTensor
 
 
 def output_specs(
-    shard: Shard, decisions: Mapping[str, TensorDecision], group_of: Mapping[str, FusedGroup], *, with_input: bool
+    tensors: Iterable[StoredTensor],
+    decisions: Mapping[str, TensorDecision],
+    group_of: Mapping[str, FusedGroup],
+    *,
+    with_input: Collection[str],
 ) -> Iterator[TensorSpec]:
-    """Yield the tensors of an output shard, in the order of their source."""
-    items = [decisions[info.name] for info in shard.header.tensors]
+    """Yield the tensors of an output shard, in the order of their source: the logical tensors `tensors`.
+
+    `with_input` names the modules that have an input scale.
+    """
+    items = [decisions[tensor.info.name] for tensor in tensors]
     quantized = [weight for item in items if item.decision.quantize for weight in item.candidate.weights]
     order = FileOrder(quantized, group_of)
     for item in items:
@@ -54,7 +60,7 @@ def output_specs(
             yield TensorSpec(info.name, info.dtype, info.shape, order.kept(info.nbytes))
             continue
         for weight in item.candidate.weights:
-            for suffix, dtype, shape in output_tensors(weight, with_input=with_input):
+            for suffix, dtype, shape in output_tensors(weight, with_input=weight.module in with_input):
                 yield TensorSpec(f"{weight.module}.{suffix}", dtype, shape, order.of(weight, suffix))
 
 

@@ -11,34 +11,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint.folder import Checkpoint, Shard, stored_tensors
-from ..checkpoint.header import PREFIX_BYTES, lay_out
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight, candidates
-from ..errors import SourceError, quote
+from ..encodings.contents import Contents, read_contents
 from ..kernels.calibrated import PreparedStatistics
-from ..limits import MAX_HEADER_BYTES
 from ..names.config_sizes import read_sizes
 from ..names.fusion import FusedGroup
 from ..names.wrappers import check_merged
 from ..scales.assignment import AssignedScales, assign_input_scales
 from ..scales.reading import InputScales
-from .jobs import CopyTensor, InputScale, QuantizeWeight, ShardJob, ShardPlan
+from .carried import Carried, carried_weights, has_input_scales
+from .jobs import CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor, plan_shard
 from .output_order import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE, output_specs, output_tensors
 from .quantization_config import (
-    QUANTIZATION_CONFIG,
     Scheme,
     config_text,
     head_targets,
     ignore_list,
     index_text,
     quantization_config,
+    weight_only_names,
 )
 from .rules import Selection, TensorDecision, select
 from .settings import Settings, unreached
@@ -67,12 +64,14 @@ class ConversionPlan:
     """
 
     checkpoint: Checkpoint
+    contents: Contents
     settings: Settings
     scheme: Scheme
     selection: Selection
     method: str
     calibration: Calibration | None
     input_scales: AssignedScales | None
+    carried: Carried
     shards: tuple[ShardPlan, ...]
     config_text: str
     index_text: str | None
@@ -80,6 +79,7 @@ class ConversionPlan:
     _weights: Mapping[str, Weight] = field(repr=False)
     _group_of: Mapping[str, FusedGroup] = field(repr=False)
     _decisions: Mapping[str, TensorDecision] = field(repr=False)
+    _inputs: Mapping[str, float] = field(repr=False)
 
     @property
     def digest(self) -> str:
@@ -100,7 +100,8 @@ class ConversionPlan:
     def warnings(self) -> tuple[str, ...]:
         """What deserves a second look, one line each."""
         scales = self.input_scales.warnings if self.input_scales is not None else ()
-        return (*filter(None, [self.share.warning]), *scales, *unreached(self.method, self.methods))
+        share = filter(None, [self.share.warning])
+        return (*share, *self.carried.warnings, *scales, *unreached(self.method, self.methods))
 
     @property
     def share(self) -> Share:
@@ -147,8 +148,11 @@ class ConversionPlan:
         )
 
     def check_unchanged(self, name: str) -> None:
-        """Raise SourceChangedError if a source shard, or the calibration file, is no longer what was planned."""
-        self.checkpoint.source.check_unchanged(name)
+        """Raise SourceChangedError if a source shard, or another that holds scales of its weights, or the calibration file,
+        is no longer what was planned.
+        """
+        for shard in {name, *self.contents.partners(name)}:
+            self.checkpoint.source.check_unchanged(shard)
         if self.calibration is not None:
             self.calibration.check_unchanged()
 
@@ -167,25 +171,44 @@ class ConversionPlan:
         return self._group_of[weight.module]
 
     def weights(self) -> Iterator[Weight]:
-        """Yield every weight that becomes FP4."""
+        """Yield every weight that becomes FP4; not those that are already."""
         yield from self._weights.values()
 
     def job(self, shard: ShardPlan) -> ShardJob:
         """Return the steps of one output shard; built when its turn comes, so that plans of huge models stay small."""
         places = iter(shard.places)
-        copies, weights = [], []
-        for tensor in stored_tensors(self.checkpoint.shard(shard.name)):
+        copies: list[CopyTensor] = []
+        scalars: list[Scalar] = []
+        weights, widened = [], []
+        for tensor in self.contents.shards[shard.name]:
             item = self._decisions[tensor.info.name]
             if item.decision.quantize:
-                weights += [self._step(weight, places) for weight in item.candidate.weights]
+                for weight in item.candidate.weights:
+                    at = self._places(weight, places)
+                    if weight.module in self.carried.weights:
+                        work = self.carried.weights[weight.module].work(weight, at)
+                        copies += work.copies
+                        scalars += work.scalars
+                    else:
+                        weights.append(self._step(weight, at))
+            elif tensor.encoding is not None:
+                widened.append(WidenTensor(tensor.matrix, next(places)))
             else:
                 copies.append(CopyTensor(tensor.info.name, tensor.offset, next(places), tensor.info.nbytes))
-        return ShardJob(shard.name, shard.head, shard.size, tuple(copies), tuple(weights))
+        parts = (tuple(copies), tuple(weights), tuple(widened), tuple(scalars))
+        return ShardJob(shard.name, shard.head, shard.size, *parts)
 
-    def _step(self, weight: Weight, places: Iterator[int]) -> QuantizeWeight:
-        group, scales = self._group_of[weight.module].name, self.input_scales
-        at = {each.suffix: next(places) for each in output_tensors(weight, with_input=scales is not None)}
-        given = InputScale(at[INPUT_GLOBAL_SCALE], scales.global_scales[group]) if scales is not None else None
+    def has_input_scale(self, module: str) -> bool:
+        """Return whether a module that is NVFP4 has an input scale in the output."""
+        return module in self._inputs
+
+    def _places(self, weight: Weight, places: Iterator[int]) -> dict[str, int]:
+        outputs = output_tensors(weight, with_input=weight.module in self._inputs)
+        return {each.suffix: next(places) for each in outputs}
+
+    def _step(self, weight: Weight, at: Mapping[str, int]) -> QuantizeWeight:
+        group, value = self._group_of[weight.module].name, self._inputs.get(weight.module)
+        given = InputScale(at[INPUT_GLOBAL_SCALE], value) if value is not None else None
         return QuantizeWeight(weight, group, self.method_of(weight), at[PACKED], at[SCALE], at[GLOBAL_SCALE], given)
 
 
@@ -199,42 +222,45 @@ def build_plan(
 
     Raises SourceError, RuleError, ScaleError for whatever would stop the conversion later.
     """
-    _refuse_quantized(checkpoint)
-    scheme = settings.resolve_scheme(with_input=scales is not None)
+    contents = read_contents(checkpoint)
+    carries_inputs = has_input_scales(contents) and settings.scheme != "NVFP4A16"
+    scheme = settings.resolve_scheme(with_input=scales is not None or carries_inputs)
     method = settings.resolve_method(calibrated=calibration is not None)
     sizes = read_sizes(checkpoint.config)
     check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
-    found = list(candidates(checkpoint.tensors(), sizes))
+    found = list(candidates(contents, sizes))
     selection = select(found, settings.rules, checkpoint.config, activations=scheme == "NVFP4")
     decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
-    kept = list(_kept_names(selection))
-    weights = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
+    chosen = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
+    carried = carried_weights(checkpoint.source, chosen.values(), selection.groups, with_input=carries_inputs)
+    groups = [group for group in selection.groups if group.members[0] not in carried.weights]
+    weights = {module: weight for module, weight in chosen.items() if module not in carried.weights}
+    kept = [*_kept_names(selection), *carried.weights]
     if calibration is not None:
         calibration = calibration.of_model({name: weight.columns for name, weight in weights.items()}, kept)
-    assigned = assign_input_scales(scales, selection.groups, kept=kept) if scales is not None else None
-    places: dict[str, str] = {}
+    assigned = assign_input_scales(scales, groups, kept=kept) if scales is not None and groups else None
+    inputs = carried.with_assigned(groups, assigned)
     group_of = {member: group for group in selection.groups for member in group.members}
+    places: dict[str, str] = {}
     shards = tuple(
-        _plan_shard(s, decisions, group_of, places, with_input=assigned is not None) for s in checkpoint.shards
+        plan_shard(name, [*output_specs(contents.shards[name], decisions, group_of, with_input=inputs)], places)
+        for name in contents.kept_shards
     )
-    quantization = quantization_config(scheme, ignore_list(selection, settings.rules), head_targets(weights))
-    config = config_text(checkpoint.config, quantization)
+    ignored, alone = ignore_list(selection, settings.rules), weight_only_names(selection.groups, inputs)
+    config = config_text(checkpoint.config, quantization_config(scheme, ignored, head_targets(chosen), alone))
     index = index_text(sum(shard.tensor_bytes for shard in shards), places) if checkpoint.has_index else None
     return ConversionPlan(
-        checkpoint=checkpoint,
-        settings=settings,
-        scheme=scheme,
-        selection=selection,
-        method=method,
-        calibration=calibration,
+        *(checkpoint, contents, settings, scheme, selection, method, calibration),
         input_scales=assigned,
+        carried=carried,
         shards=shards,
         config_text=config,
         index_text=index,
-        digests=_digests(checkpoint, (method, config), assigned, calibration),
+        digests=_digests(checkpoint, (method, config), assigned, calibration) | contents.digests | carried.digests,
         _weights=weights,
         _group_of=group_of,
         _decisions=decisions,
+        _inputs=inputs,
     )
 
 
@@ -244,37 +270,6 @@ def _kept_names(selection: Selection) -> Iterator[str]:
         if not item.decision.quantize:
             yield item.candidate.module
             yield from (weight.module for weight in item.candidate.weights)
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
-    inner = config.get("text_config")
-    found = config.get(QUANTIZATION_CONFIG) or (inner.get(QUANTIZATION_CONFIG) if isinstance(inner, dict) else None)
-    if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise SourceError(f"the source is already quantized as {quote(method)}: convert the original checkpoint")
-
-
-def _plan_shard(
-    shard: Shard,
-    decisions: Mapping[str, TensorDecision],
-    group_of: Mapping[str, FusedGroup],
-    places: dict[str, str],
-    *,
-    with_input: bool,
-) -> ShardPlan:
-    specs = list(output_specs(shard, decisions, group_of, with_input=with_input))
-    own = dict.fromkeys([spec.name for spec in specs], shard.name)
-    if len(own) < len(specs) or not places.keys().isdisjoint(own):
-        name = next(name for name, count in Counter([*places, *(spec.name for spec in specs)]).items() if count > 1)
-        raise SourceError(f"two tensors would be written as {quote(name)}: rename one in the source")
-    places.update(own)
-    head, offsets, size = lay_out(specs)
-    if len(head) - PREFIX_BYTES > MAX_HEADER_BYTES:
-        raise SourceError(f"{quote(shard.name)} would need a header of {len(head)} bytes, the format allows 100 MB")
-    return ShardPlan(
-        shard.name, size, size - len(head), array("q", [offsets[spec.name] for spec in specs]), zlib.compress(head, 1)
-    )
 
 
 def _digests(

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import Candidate, name_pattern
+from ..encodings.declared import MAX_CONFIG_DEPTH, QUANTIZATION_KEYS
 from ..names.engine import built_modules, experts_module
+from ..names.fusion import FusedGroup
 from ..names.leaves import KEPT, TURNED, Leaf, kept_by, leaf_of
 from ..names.patterns import REGEX_PREFIX, match_names
 from ..names.structure import Structure, block_of
@@ -27,6 +29,9 @@ COMPRESSED_TENSORS = "0.20.0"
 QUANTIZATION_CONFIG = "quantization_config"
 _ALL_EXPERTS = r".*\.experts(\..*)?$"
 
+_STORED_AS = ("expert_dtype", "moe_quant_algo")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
 Scheme = Literal["NVFP4", "NVFP4A16"]
 
 _ARGUMENTS = {
@@ -39,22 +44,19 @@ _ARGUMENTS = {
 }
 
 
-def quantization_config(scheme: Scheme, ignore: Iterable[str], targets: Iterable[str] = ()) -> dict[str, Any]:
+def quantization_config(
+    scheme: Scheme, ignore: Iterable[str], targets: Iterable[str] = (), weight_only: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the `quantization_config` of a checkpoint; `NVFP4A16` leaves activations as they are.
 
-    `targets` are patterns of quantized layers that engines do not count as linear.
+    `targets` are patterns of quantized layers that engines do not count as linear. `weight_only` names layers of an `NVFP4`
+    checkpoint whose activations stay as they are too. They have a group of their own: engines ask for names before classes.
     """
-    activations = {**_ARGUMENTS, "dynamic": "local", "observer": "static_minmax"}
+    groups = [_group(["Linear", *targets], with_input=scheme == "NVFP4")]
+    if weight_only:
+        groups.append(_group(list(weight_only), with_input=False))
     return {
-        "config_groups": {
-            "group_0": {
-                "format": FORMAT,
-                "input_activations": activations if scheme == "NVFP4" else None,
-                "output_activations": None,
-                "targets": ["Linear", *targets],
-                "weights": {**_ARGUMENTS, "dynamic": False},
-            }
-        },
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "format": FORMAT,
         "global_compression_ratio": None,
         "ignore": list(ignore),
@@ -64,6 +66,28 @@ def quantization_config(scheme: Scheme, ignore: Iterable[str], targets: Iterable
         "transform_config": {},
         "version": COMPRESSED_TENSORS,
     }
+
+
+def _group(targets: list[str], *, with_input: bool) -> dict[str, Any]:
+    activations = {**_ARGUMENTS, "dynamic": "local", "observer": "static_minmax"}
+    return {
+        "format": FORMAT,
+        "input_activations": activations if with_input else None,
+        "output_activations": None,
+        "targets": targets,
+        "weights": {**_ARGUMENTS, "dynamic": False},
+    }
+
+
+def weight_only_names(groups: Iterable[FusedGroup], with_input: Collection[str]) -> list[str]:
+    """Return the names of quantized modules without an input scale, and of the layers that engines fuse them into.
+
+    None where no module has one: all are alike then.
+    """
+    if not with_input:
+        return []
+    alone = [group for group in groups if not any(member in with_input for member in group.members)]
+    return sorted({name for group in alone for name in (group.name, *group.members)})
 
 
 def ignore_list(selection: Selection, rules: Rules) -> list[str]:
@@ -147,12 +171,26 @@ def _built(item: Candidate) -> Iterator[str]:
 
 
 def config_text(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
-    """Return config.json: the source's keys in their order, then the quantization; an inner one is dropped."""
-    result = {key: value for key, value in config.items() if key != QUANTIZATION_CONFIG}
-    text_config = result.get("text_config")
-    if isinstance(text_config, dict):
-        result["text_config"] = {key: value for key, value in text_config.items() if key != QUANTIZATION_CONFIG}
-    return dump_json({**result, QUANTIZATION_CONFIG: quantization})
+    """Return config.json: the source's keys in their order, then the quantization; the source's own are dropped, at any depth.
+
+    So is what else tells how a quantized source was stored: DeepSeek-V4's dtypes of experts, and a dtype of eight bits.
+    """
+    plain = {
+        key: value for key, value in _without_quantization(config, MAX_CONFIG_DEPTH).items() if key not in _STORED_AS
+    }
+    return dump_json({**plain, QUANTIZATION_CONFIG: quantization})
+
+
+def _without_quantization(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in QUANTIZATION_KEYS:
+            continue
+        nested = isinstance(value, dict) and depth > 0
+        result[key] = _without_quantization(value, depth - 1) if nested else value
+        if key in _DTYPE_KEYS and isinstance(value, str) and "float8" in value:
+            result[key] = "bfloat16"
+    return result
 
 
 def index_text(total_size: int, weight_map: Mapping[str, str]) -> str:

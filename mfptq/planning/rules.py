@@ -50,6 +50,7 @@ class Decision:
 
 
 _LINEAR = Decision(True, "linear weight")
+CARRIED = Decision(True, "NVFP4 already, goes over as it is")
 
 
 class TensorDecision(NamedTuple):
@@ -162,6 +163,8 @@ def _decide(item: Candidate, asked: tuple[_Hits, Collection[str] | None], rules:
         return Decision(False, "ignored as asked", pattern)
     if obstacle := _obstacle(item):
         return Decision(False, obstacle)
+    if item.tensor.encoding is not None and item.tensor.encoding.is_nvfp4:
+        return CARRIED
     if pattern := _user_pattern(item, hits.targeted):
         _check_loadable(item, pattern, rules, defaults)
         decision = Decision(True, "targeted as asked", pattern)

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ..checkpoint.folder import CONFIG, Checkpoint, Origin, read_checkpoint, read_object, read_shard, stored_tensors
+from ..checkpoint.folder import Checkpoint, Origin, read_checkpoint, read_shard, stored_tensors
 from ..checkpoint.source import FolderSource, Source
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..checkpoint.weights import StoredTensor
+from ..encodings.declared import read_declared
 from ..errors import ScaleError, SourceError, UsageError, quote
-from ..limits import MAX_CONFIG_BYTES, MAX_SCALES_BYTES
+from ..limits import MAX_SCALES_BYTES
 from ..names.bridge import ScaleKind, split_name
 from ..storage.files import expanded, read_small
+from .stored_as import agreed_algorithms
 from .values import Algorithms, ScaleConvention, algorithms, check_scalar, number_in_json, number_in_tensor
 
 SCALE_KINDS: tuple[str, ...] = get_args(ScaleKind)
-HF_QUANT_CONFIG = "hf_quant_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,33 +101,21 @@ def _read_folder(root: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
     checkpoint = read_checkpoint(Origin(root))
     try:
         named = [tensor for tensor in checkpoint.tensors() if split_name(tensor.info.name)[1]]
-        convention = ScaleConvention(scale_kind, _algorithms(checkpoint))
+        convention = ScaleConvention(scale_kind, _algorithms(checkpoint, named))
         return _global_scales(_numbers(checkpoint.source, named), convention)
     finally:
         checkpoint.source.close()
 
 
-def _algorithms(checkpoint: Checkpoint) -> Algorithms:
-    """Return what the first quantization config that says anything of activations says of them."""
-    for quantization in _quantization_configs(checkpoint):
-        if quantization.get("transform_config"):
-            raise ScaleError(f"{CONFIG} has a transform_config: scales of transformed inputs do not fit this model")
-        said = algorithms(quantization)
-        if said != Algorithms():
-            return said
-    return Algorithms()
-
-
-def _quantization_configs(checkpoint: Checkpoint) -> Iterator[Mapping[str, Any]]:
-    config, source = checkpoint.config, checkpoint.source
-    text_config = config.get("text_config")
-    for owner in (config, text_config if isinstance(text_config, dict) else {}):
-        if isinstance(owner.get("quantization_config"), dict):
-            yield owner["quantization_config"]
-    if HF_QUANT_CONFIG in source.files():
-        quantization = read_object(source, HF_QUANT_CONFIG, MAX_CONFIG_BYTES).get("quantization")
-        if isinstance(quantization, dict):
-            yield quantization
+def _algorithms(checkpoint: Checkpoint, named: Iterable[StoredTensor]) -> Algorithms:
+    """Return what every module with an input scale was quantized for, as tensors and configs tell."""
+    declared = read_declared(checkpoint)
+    for each in declared.all:
+        if each.content.get("transform_config"):
+            raise ScaleError(f"{each.place} has a transform_config: scales of transformed inputs do not fit this model")
+    said = [(each.place, algorithms(each.content)) for each in declared.all]
+    tensors = {tensor.info.name: tensor.info for tensor in checkpoint.tensors()}
+    return agreed_algorithms(said, tensors, [split_name(tensor.info.name)[0] for tensor in named])
 
 
 def _numbers(source: Source, tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, float]]:

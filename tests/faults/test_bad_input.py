@@ -78,12 +78,6 @@ SOURCES: dict[str, tuple[int, Callable[[Path], object], int, str]] = {
     "no_config": (52, lambda s: (s / "config.json").unlink(), 3, "config.json"),
     "config_list": (52, lambda s: (s / "config.json").write_text("[]"), 3, "not a JSON object"),
     "config_twice": (52, lambda s: (s / "config.json").write_text('{"a":1,"a":2}'), 3, "twice"),
-    "quantized": (
-        52,
-        lambda s: edit_config(s, quantization_config={"quant_method": "fp8"}),
-        3,
-        "already quantized as 'fp8'",
-    ),
     "nan": (57, lambda s: poison(s, np.nan), 3, "flat index 77"),
     "inf": (57, lambda s: poison(s, -np.inf), 3, "-inf"),
 }

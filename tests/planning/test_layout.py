@@ -133,10 +133,10 @@ def test_small_copies_that_follow_each_other_are_one_run() -> None:
         CopyTensor("b", 30, 105, 2),
         CopyTensor("e", 0, 107, 0),
     ]
-    assert list(copy_runs(copies, 100)) == [(100, ((10, 5), (30, 2), (50, 4)))]
-    assert list(copy_runs(copies, 6)) == [(100, ((10, 5), (30, 1))), (106, ((31, 1), (50, 4)))]
+    assert [run[:2] for run in copy_runs(copies, 100)] == [(100, ((10, 5), (30, 2), (50, 4)))]
+    assert [run[:2] for run in copy_runs(copies, 6)] == [(100, ((10, 5), (30, 1))), (106, ((31, 1), (50, 4)))]
     apart = [CopyTensor("a", 10, 100, 5), CopyTensor("b", 15, 200, 5)]
-    assert list(copy_runs(apart, 100)) == [(100, ((10, 5),)), (200, ((15, 5),))]
+    assert [run[:2] for run in copy_runs(apart, 100)] == [(100, ((10, 5),)), (200, ((15, 5),))]
 
 
 def test_digests_name_what_the_output_depends_on(folder: Path, tmp_path: Path) -> None:
@@ -174,20 +174,39 @@ def test_unknown_methods_and_schemes_are_usage_errors(folder: Path, tmp_path: Pa
     assert make_plan(folder, scheme="NVFP4", input_scales=tmp_path / "scales.json").scheme == "NVFP4"
 
 
-QUANTIZED = [
-    ({"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
-    ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "'awq'"),
-    ({"quantization_config": {"bits": 4}}, "'unknown'"),
-    ({"quantization_config": "gptq"}, "'unknown'"),
+LEFT_OVER = [
+    ({"quantization_config": {"quant_method": "fp8"}}, "config.json: quantization_config says 'fp8'"),
+    (
+        {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+        "config.json: text_config: quantization_config says 'awq'",
+    ),
+    ({"a": {"b": {"quantization_config": {"bits": 4}}}}, "config.json: a: b: quantization_config says 'unknown'"),
+    ({"quantization_config": "gptq"}, "config.json: quantization_config says 'unknown'"),
+    ({"compression_config": {"x": 1}}, "config.json: compression_config says 'compressed-tensors'"),
 ]
 
 
-@pytest.mark.parametrize(("config", "named"), QUANTIZED, ids=str)
+@pytest.mark.parametrize(("config", "named"), LEFT_OVER, ids=str)
 @pytest.mark.case(52)
-def test_quantized_sources_are_refused_by_name(config, named, folder: Path) -> None:
+def test_a_config_left_over_on_plain_tensors_is_dropped_and_said(config, named, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match=f"already quantized as {named}"):
-        make_plan(folder)
+    plan = make_plan(folder)
+    assert plan.contents.notes == (f"{named}, but every tensor is plain: it is dropped",)
+    made = json.loads(plan.config_text)
+    assert made.pop("quantization_config")["quant_method"] == "compressed-tensors"
+    assert "quantization_config" not in json.dumps(made)
+    assert "compression_config" not in made
+
+
+def test_what_told_of_eight_bits_leaves_the_config() -> None:
+    config = {
+        "torch_dtype": "float8_e4m3fn",
+        "text_config": {"dtype": "bfloat16"},
+        "expert_dtype": "fp4",
+        "moe_quant_algo": "NVFP4",
+    }
+    made = json.loads(config_text(config, {}))
+    assert made == {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "quantization_config": {}}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""`mfptq repair`: an NVFP4 checkpoint again, with what engines need and what it lacks.
+
+A conversion whose choice of layers is the checkpoint's own: codes go over, scales of fused partners are made equal, and
+config.json, index, card and digests are written anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .process import deferred_signals
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path())
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process.")
+@click.option("--max-workers", type=int, help="Threads; by default one for each core.")
+@click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def repair(checkpoint: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write the NVFP4 CHECKPOINT (a folder, of any tool) again into OUTPUT, as engines load it and compute right.
+
+    Fused partners get one global scale, modules that are not quantized get their `ignore` entries, and names become those
+    of compressed-tensors. No weight is quantized anew.
+
+    Example: mfptq repair ./Qwen3.5-27B-NVFP4 ./Qwen3.5-27B-NVFP4-repaired
+    """
+    from ..conversion import convert
+    from . import text
+
+    with text.progress(quiet=quiet) as show, deferred_signals() as check:
+        report = convert(checkpoint, output, like=checkpoint, on_event=lambda event: (check(), show(event)), **options)
+    if as_json:
+        click.echo(json.dumps(report.as_dict()))
+    elif not quiet:
+        click.echo(text.summary(report, timings=False))

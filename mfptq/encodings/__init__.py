@@ -1,0 +1,1 @@
+"""Where bytes become numbers: weights that are stored as codes and scales, found in headers and decoded range by range."""

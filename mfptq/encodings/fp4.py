@@ -1,0 +1,81 @@
+"""4-bit floats (E2M1): MXFP4, with one exponent for 32 columns, and NVFP4, with an E4M3 scale for 16 and one more for all.
+
+MXFP4 as compressed-tensors stores it (`weight_packed`) and as DeepSeek-V4 does (`weight` I8 with `scale`); NVFP4 of
+compressed-tensors (whose global scale divides) and of ModelOpt (whose `weight_scale_2` multiplies). In all of them the value of
+an even column is the low nibble of its byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..checkpoint.weights import StoredTensor
+from ..errors import SourceError, quote
+from ..nvfp4 import BLOCK_SIZE
+from .codes import E2M1
+from .modules import ONE_BYTE_SCALES, Module, Recognized, recognized
+from .scaled import ScaledCodes
+
+MXFP4 = "MXFP4, E8M0 scale per 32 columns"
+NVFP4 = "NVFP4, E4M3 scale per 16 columns"
+MODELOPT_NVFP4 = "NVFP4 of ModelOpt, E4M3 scale per 16 columns"
+_MX_COLUMNS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4(ScaledCodes):
+    """A weight that is NVFP4 already: its codes and block scales may go over as they are.
+
+    `input_scale` is the module's own, None for weights alone; like `factor`, it divides where `divides` says so.
+    """
+
+    is_nvfp4: ClassVar[bool] = True
+    input_scale: StoredTensor | None = None
+
+
+def mxfp4(module: Module) -> Iterable[Recognized]:
+    """Yield the module's weight if it is MXFP4."""
+    codes, scales = module.get("weight_packed", "U8"), module.get("weight_scale", *ONE_BYTE_SCALES)
+    if codes is None or scales is None:
+        codes, scales = module.get("weight", "I8"), module.get("scale", *ONE_BYTE_SCALES)
+    if codes is None or scales is None or len(codes.info.shape) != 2:
+        return
+    rows, columns = _shape(codes)
+    _check(codes, scales, (rows, columns // _MX_COLUMNS), columns % _MX_COLUMNS == 0)
+    encoding = ScaledCodes(MXFP4, E2M1, codes, scales, rows, columns, 1, _MX_COLUMNS)
+    yield recognized(module, codes, (rows, columns), (encoding, scales))
+
+
+def nvfp4(module: Module) -> Iterable[Recognized]:
+    """Yield the module's weight if it is NVFP4, of either writer."""
+    scales = module.get("weight_scale", "F8_E4M3")
+    ours = module.get("weight_packed", "U8"), module.get("weight_global_scale", "F32")
+    theirs = module.get("weight", "U8"), module.get("weight_scale_2", "F32")
+    for label, (codes, factor) in ((NVFP4, ours), (MODELOPT_NVFP4, theirs)):
+        if codes is None or factor is None or scales is None or len(codes.info.shape) != 2:
+            continue
+        rows, columns = _shape(codes)
+        _check(codes, scales, (rows, columns // BLOCK_SIZE), columns % BLOCK_SIZE == 0)
+        if factor.info.shape not in ((), (1,)):
+            raise SourceError(f"{quote(factor.info.name)} is F32 {list(factor.info.shape)}, expected one number")
+        place = (codes, scales, rows, columns, 1, BLOCK_SIZE)
+        given = module.get("input_global_scale" if label == NVFP4 else "input_scale", "F32")
+        if given is not None and given.info.shape not in ((), (1,)):
+            raise SourceError(f"{quote(given.info.name)} is F32 {list(given.info.shape)}, expected one number")
+        encoding = Nvfp4(label, E2M1, *place, factor=factor, divides=label == NVFP4, input_scale=given)
+        yield recognized(module, codes, (rows, columns), (encoding, scales, factor))
+
+
+def _shape(codes: StoredTensor) -> tuple[int, int]:
+    rows, packed = codes.info.shape
+    return rows, 2 * packed
+
+
+def _check(codes: StoredTensor, scales: StoredTensor, expected: tuple[int, int], whole: bool) -> None:  # noqa: FBT001
+    if scales.info.shape != expected or not whole:
+        raise SourceError(
+            f"scale {quote(scales.info.name)} is {scales.info.dtype} {list(scales.info.shape)} for packed values "
+            f"{list(codes.info.shape)}, expected {list(expected)}"
+        )

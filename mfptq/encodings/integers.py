@@ -1,0 +1,66 @@
+"""Integer weights of compressed-tensors: 4 or 8 bits packed into 32-bit words (`pack-quantized`), and plain int8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import SourceError, quote
+from .codes import INT4, INT8, UINT8
+from .modules import Module, Recognized, check_dtype, recognized
+from .scaled import ScaledCodes
+
+_FLOATS = ("BF16", "F16", "F32")
+_CODES = {4: INT4, 8: UINT8}
+
+
+def packed_integers(module: Module) -> Iterable[Recognized]:
+    """Yield the module's weight if it is packed into int32: column 8j+i of 4 bits lies in bits 4i to 4i+3 of word j.
+
+    Codes are unsigned, with 8 (of 8 bits: 128) for zero.
+    """
+    codes, scales = module.get("weight_packed", "I32"), module.get("weight_scale")
+    if codes is None or scales is None or len(codes.info.shape) != 2 or len(scales.info.shape) != 2:
+        return
+    check_dtype(scales.info, _FLOATS)
+    for leaf in ("weight_zero_point", "weight_g_idx"):
+        if leaf in module.tensors:
+            what = "asymmetric" if leaf == "weight_zero_point" else "stored in another order of columns"
+            raise SourceError(f"{quote(codes.info.name)} is {what} ({leaf}), which is not read: convert the original")
+    bits = module.declared.bits
+    if len(bits) != 1 or bits[0] not in _CODES:
+        said = f"num_bits {' and '.join(map(str, bits))}" if bits else "no num_bits"
+        raise SourceError(f"{quote(codes.info.name)} is packed, but the config declares {said}: expected 4 or 8")
+    rows, words = codes.info.shape
+    columns, groups = words * (32 // bits[0]), scales.info.shape[1]
+    group = columns // groups if groups else 0
+    if scales.info.shape[0] != rows or not groups or columns % groups or group not in (columns, *_sizes(module)):
+        raise SourceError(
+            f"scale {quote(scales.info.name)} is {list(scales.info.shape)} for a weight [{rows}, {columns}], expected one "
+            f"for each row, or groups of {', '.join(map(str, _sizes(module))) or 'a size that the config declares'}"
+        )
+    label = f"INT{bits[0]}, {scales.info.dtype} scale per {'row' if groups == 1 else f'{group} columns'}"
+    encoding = ScaledCodes(label, _CODES[bits[0]], codes, scales, rows, columns, 1, group)
+    yield recognized(module, codes, (rows, columns), (encoding, scales))
+
+
+def _sizes(module: Module) -> tuple[int, ...]:
+    return tuple(size for size in module.declared.group_sizes if size > 0)
+
+
+def int8(module: Module) -> Iterable[Recognized]:
+    """Yield the module's weight if it is int8 with a scale for each row, or for all."""
+    codes, scales = module.get("weight", "I8"), module.get("weight_scale", *_FLOATS)
+    if codes is None or scales is None or len(codes.info.shape) != 2:
+        return
+    if "weight_zero_point" in module.tensors:
+        raise SourceError(f"{quote(codes.info.name)} has zero points, which are not read: convert the original")
+    rows, columns = codes.info.shape
+    if scales.info.shape not in ((), (1,), (rows,), (rows, 1)):
+        raise SourceError(
+            f"scale {quote(scales.info.name)} is {list(scales.info.shape)} for an int8 weight [{rows}, {columns}], "
+            f"expected one number, or one for each row"
+        )
+    per_row = scales.info.shape in ((rows,), (rows, 1))
+    label = f"INT8, {scales.info.dtype} scale per {'row' if per_row else 'tensor'}"
+    encoding = ScaledCodes(label, INT8, codes, scales, rows, columns, 1 if per_row else rows, columns)
+    yield recognized(module, codes, (rows, columns), (encoding, scales))

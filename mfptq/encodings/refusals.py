@@ -1,0 +1,69 @@
+"""Quantized checkpoints that are not read, by name: the method, where that was read, and what to convert instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from ..checkpoint.weights import StoredTensor
+from ..errors import SourceError, UnsupportedTensorError, quote
+from .declared import Declared
+
+ORIGINAL = "convert the original, unquantized checkpoint"
+_NOT_A_RELEASE = f"{ORIGINAL}: this is a format for running a model, not for publishing one"
+# Method -> what to do instead. What is not in the table is told by its tensors alone.
+UNREAD_METHODS: Mapping[str, str] = MappingProxyType({
+    "bitsandbytes": _NOT_A_RELEASE,
+    "torchao": _NOT_A_RELEASE,
+    "quark": f"its tensors are not read yet; {ORIGINAL}, or a compressed-tensors release of it",
+    "auto-round": f"its packing is not read; {ORIGINAL}, or a compressed-tensors release of it",
+    **dict.fromkeys(
+        ("gguf", "hqq", "eetq", "aqlm", "vptq", "higgs", "spqr", "bitnet", "quanto", "fp_quant", "sinq", "metal", "nvfp4"),
+        ORIGINAL,
+    ),
+})  # fmt: skip
+# Last part of a tensor's name -> what stores weights so.
+_UNREAD_TENSORS: Mapping[str, str] = MappingProxyType({
+    "absmax": "bitsandbytes 4-bit", "quant_map": "bitsandbytes 4-bit", "SCB": "bitsandbytes 8-bit",
+    "pre_quant_scale": "ModelOpt AWQ, whose inputs are rescaled", "svdquant_lora_a": "ModelOpt SVDQuant",
+    "svdquant_lora_b": "ModelOpt SVDQuant", "bitmask": "compressed-tensors sparse 2:4", "meta": "Marlin 2:4",
+})  # fmt: skip
+_GPT_OSS = (
+    "MXFP4 expert stacks with biases: no engine loads NVFP4 experts with a bias, and every engine serves MXFP4 as it is"
+)
+
+
+def check_methods(declared: Declared, tensors: Iterable[StoredTensor]) -> None:
+    """Raise SourceError for methods and tensors whose weights are known and not read; `tensors` are all of a source."""
+    for each in declared.all:
+        advice = UNREAD_METHODS.get(each.method)
+        if advice is not None:
+            raise SourceError(f"the source is quantized as {quote(each.method)} ({each.place}): {advice}")
+        if each.content.get("transform_config"):
+            raise SourceError(f"the source's weights are rotated (transform_config in {each.place}): {ORIGINAL}")
+    for tensor in tensors:
+        name = tensor.info.name
+        leaf = name.rpartition(".")[2]
+        if leaf in _UNREAD_TENSORS or ".quant_state." in name:
+            how = _UNREAD_TENSORS.get(leaf, "bitsandbytes 4-bit")
+            raise SourceError(f"the source is quantized: {quote(name)} is of {how}: {ORIGINAL}")
+        if leaf.endswith("_proj_blocks") and tensor.info.dtype == "U8":
+            raise SourceError(f"{quote(name)} in {quote(tensor.shard)}: {_GPT_OSS}")
+
+
+def unread(tensor: StoredTensor, declared: Declared) -> UnsupportedTensorError:
+    """Return the error for a tensor of codes that no format explains."""
+    info = tensor.info
+    said = ", ".join(f"{quote(each.method)} in {each.place}" for each in declared.all)
+    return UnsupportedTensorError(
+        f"{quote(info.name)} in {quote(tensor.shard)} is {info.dtype} {list(info.shape)} without the scales that would make "
+        f"it a weight (the config says {said or 'nothing of quantization'}): {ORIGINAL}"
+    )
+
+
+def orphan(tensor: StoredTensor) -> UnsupportedTensorError:
+    """Return the error for a scale whose weight is missing or plain."""
+    return UnsupportedTensorError(
+        f"{quote(tensor.info.name)} in {quote(tensor.shard)} is a scale without a weight of codes beside it: "
+        "the source is incomplete, or only in part decoded"
+    )

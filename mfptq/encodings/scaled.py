@@ -1,0 +1,109 @@
+"""Weights stored as one code for each value and one scale for each block of values: FP8, MXFP8, MXFP4, INT4, INT8, NVFP4.
+
+One layout serves them all: codes `[N, K]`, row by row, and scales `[ceil(N / block_rows), ceil(K / block_columns)]`. A block at
+the edge holds what is there. A stack `[E, N, K]` has scales `[E, ...]`: each matrix has blocks of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.encoding import Bf16Array, CodeScaler, Encoding, Region, ScaleArray
+from ..checkpoint.source import Source
+from ..checkpoint.weights import StoredTensor
+from ..dtypes import DTYPE_BITS
+from .codes import CODE_FORMATS, scale_values
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledCodes(Encoding):
+    """Codes and scales of a matrix of `rows` x `columns`, or of a stack of such; every scale multiplies.
+
+    `factor` is a further scale, one float32 number for the whole matrix, by which `divides` says the others are divided.
+    """
+
+    label: str
+    codes: str
+    weight: StoredTensor
+    scales: StoredTensor
+    rows: int
+    columns: int
+    block_rows: int
+    block_columns: int
+    factor: StoredTensor | None = None
+    divides: bool = False
+    first_row: int = 0
+
+    @property
+    def format(self) -> str:
+        """The format in words."""
+        return self.label
+
+    def from_row(self, row: int) -> ScaledCodes:
+        """Return the encoding of the rows from one on."""
+        return replace(self, first_row=self.first_row + row)
+
+    @property
+    def shards(self) -> frozenset[str]:
+        """The files that its codes and scales lie in."""
+        parts = (self.weight, self.scales, self.factor)
+        return frozenset(part.shard for part in parts if part is not None)
+
+    def ranges(self, region: Region) -> list[tuple[int, int]]:
+        """Return where the codes of a region lie: one range for whole rows, else one for each row."""
+        bits = CODE_FORMATS[self.codes].bits
+        first = (self.first_row + region.row) * self.columns + region.column
+        if region.columns == self.columns:
+            return [(self.weight.offset + first * bits // 8, region.size * bits // 8)]
+        starts = range(first, first + region.rows * self.columns, self.columns)
+        return [(self.weight.offset + start * bits // 8, region.columns * bits // 8) for start in starts]
+
+    def decode(self, source: Source, region: Region, out: Bf16Array, scaler: CodeScaler) -> None:
+        """Read a region and write its values; its codes are read into the end of `out`, and decoded in place."""
+        lead = region.column % self.block_columns
+        if lead:  # a part of a very long row, which begins inside a block
+            wide = Region(region.row, region.rows, region.column - lead, region.columns + lead)
+            whole = np.empty(wide.size, np.uint16)
+            self.decode(source, wide, whole, scaler)
+            out[:] = whole.reshape(wide.rows, wide.columns)[:, lead:].reshape(-1)
+            return
+        scales = self._scales(source, region)
+        size = region.size * CODE_FORMATS[self.codes].bits // 8
+        packed = out.view(np.uint8)[out.nbytes - size :]
+        end = 0
+        for offset, length in self.ranges(region):
+            source.read_into(self.weight.shard, offset, packed[end : end + length].data)
+            end += length
+        scaler(self.codes, packed, scales, out.reshape(region.rows, region.columns), run=self.block_columns)
+
+    def _scales(self, source: Source, region: Region) -> ScaleArray:
+        """Return the float32 scales of a region: one row for each of its rows, one column for each block it touches."""
+        per_row = math.ceil(self.columns / self.block_columns)
+        rows = self._scale_rows(np.arange(region.row, region.row + region.rows))
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        width = per_row * DTYPE_BITS[self.scales.info.dtype] // 8
+        data = np.empty((last - first) * width, np.uint8)
+        source.read_into(self.scales.shard, self.scales.offset + first * width, data.data)
+        begin, end = region.column // self.block_columns, -(-(region.column + region.columns) // self.block_columns)
+        found = scale_values(data, self.scales.info.dtype).reshape(-1, per_row)[:, begin:end]
+        if self.factor is not None:
+            found = self._with_factor(source, found)
+        return np.ascontiguousarray(found[rows - first], np.float32)
+
+    def _scale_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        matrix, row = np.divmod(self.first_row + rows, self.rows)
+        found: npt.NDArray[np.int64] = matrix * math.ceil(self.rows / self.block_rows) + row // self.block_rows
+        return found
+
+    @np.errstate(divide="ignore", over="ignore", invalid="ignore")
+    def _with_factor(self, source: Source, scales: ScaleArray) -> ScaleArray:
+        assert self.factor is not None
+        data = np.empty(4, np.uint8)
+        source.read_into(self.factor.shard, self.factor.offset, data.data)
+        factor = data.view("<f4")[0]
+        found: ScaleArray = scales / factor if self.divides else scales * factor
+        return found

@@ -1,0 +1,50 @@
+"""Codes and scales to bfloat16 values, compiled for this processor where LLVM is installed: the same bytes as `encodings.codes`.
+
+Decoding runs on the CPU, whatever device quantizes: a decoded tile lies where a plain one would.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.encoding import Bf16Array, CodeScaler, ScaleArray
+from ..encodings.codes import scale_codes
+
+if TYPE_CHECKING:
+    from llvmlite import ir
+
+
+@cache
+def load_decoder() -> CodeScaler:
+    """Return the fastest decoder that this installation has."""
+    return CompiledDecoder() if importlib.util.find_spec("llvmlite") is not None else scale_codes
+
+
+def _emit(module: ir.Module, name: str) -> None:
+    from .decode_code import emit
+
+    emit(module, name)
+
+
+class CompiledDecoder:
+    """Decodes on the CPU; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        from .compiling import CpuFunctions
+
+        pointers, sizes = [ctypes.c_void_p] * 3, [ctypes.c_int64] * 3
+        self._functions = CpuFunctions(_emit, [*pointers, *sizes])
+
+    def __call__(
+        self, codes: str, packed: npt.NDArray[np.uint8], scales: ScaleArray, out: Bf16Array, *, run: int
+    ) -> None:
+        """Write raw bfloat16 bits to `out` `[R, K]`; see `CodeScaler`. All arrays are C-contiguous."""
+        rows, columns = out.shape
+        places = [array.__array_interface__["data"][0] for array in (packed, scales, out)]
+        self._functions[f"decode_{codes}"](*places, rows, columns, run)

@@ -1,0 +1,169 @@
+"""Weights that are NVFP4 already: what goes over as it is, and what fused partners need so that they share their scales.
+
+Called by `planning.plan`. Codes are never changed. A scale of ModelOpt multiplies and becomes 1/x; partners with unequal scales
+take the smallest, and their block scales are rounded anew, which engines would otherwise do silently, or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..checkpoint.weights import StoredTensor, Weight
+from ..encodings.fp4 import Nvfp4
+from ..errors import SourceError, quote
+from ..names.fusion import FusedGroup
+from ..nvfp4 import E4M3_MAX_CODE, E4M3_VALUES, e4m3_encode
+from .jobs import CopyTensor, Scalar
+from .output_order import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE
+
+if TYPE_CHECKING:
+    from ..checkpoint.source import Source
+    from ..encodings.contents import Contents
+    from ..scales.assignment import AssignedScales
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedWeight:
+    """An NVFP4 weight of the source, with the scales that it will have; `table` maps the codes of its block scales."""
+
+    encoding: Nvfp4
+    global_scale: float
+    input_scale: float | None
+    table: bytes | None = None
+
+    def work(self, weight: Weight, at: Mapping[str, int]) -> CarriedWork:
+        """Return what is to be done for it; `at` are the places of its output tensors, by suffix."""
+        name, codes, scales = weight.module, self.encoding.weight, self.encoding.scales
+        copies = (
+            CopyTensor(name, codes.offset, at[PACKED], codes.info.nbytes, codes.shard),
+            CopyTensor(name, scales.offset, at[SCALE], scales.info.nbytes, scales.shard, self.table),
+        )
+        scalars = [Scalar(at[GLOBAL_SCALE], self.global_scale)]
+        if self.input_scale is not None:
+            scalars.append(Scalar(at[INPUT_GLOBAL_SCALE], self.input_scale))
+        return CarriedWork(copies, tuple(scalars))
+
+
+class CarriedWork(NamedTuple):
+    """What is copied of a weight, and the numbers that are written."""
+
+    copies: tuple[CopyTensor, ...]
+    scalars: tuple[Scalar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """All weights that go over, by module; `warnings` say what had to be repaired."""
+
+    weights: Mapping[str, CarriedWeight]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def input_scales(self) -> dict[str, float]:
+        """The `input_global_scale` of every module that has one."""
+        return {name: each.input_scale for name, each in self.weights.items() if each.input_scale is not None}
+
+    def with_assigned(self, groups: Iterable[FusedGroup], assigned: AssignedScales | None) -> dict[str, float]:
+        """Return the input scale of every module that has one: its own of the source, or its group's."""
+        found = self.input_scales
+        if assigned is not None:
+            for group in groups:
+                found |= dict.fromkeys(group.members, assigned.global_scales[group.name])
+        return found
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What decides the bytes of what goes over, as a SHA-256, hexadecimal; nothing where there is none."""
+        if not self.weights:
+            return {}
+        lines = [f"{name} {each.global_scale!r} {each.input_scale!r}" for name, each in self.weights.items()]
+        return {"carried": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
+
+
+def has_input_scales(contents: Contents) -> bool:
+    """Return whether any weight that is NVFP4 has an input scale."""
+    found = (tensor.encoding for tensor in contents if isinstance(tensor.encoding, Nvfp4))
+    return any(encoding.input_scale is not None for encoding in found)
+
+
+def carried_weights(
+    source: Source, weights: Iterable[Weight], groups: Sequence[FusedGroup], *, with_input: bool
+) -> Carried:
+    """Return the NVFP4 weights among `weights`, their scales read and made equal in every group.
+
+    `with_input` False leaves out input scales. Raises SourceError for scales that are no positive numbers, and for a group
+    that is NVFP4 in part.
+    """
+    found = {
+        weight.module: _read(source, weight.encoding, with_input=with_input)
+        for weight in weights
+        if isinstance(weight.encoding, Nvfp4)
+    }
+    ratios: dict[str, float] = {}
+    for group in groups if found else ():
+        members = [member for member in group.members if member in found]
+        if members and len(members) < len(group.members):
+            other = next(member for member in group.members if member not in found)
+            raise SourceError(
+                f"fused group {quote(group.name)} is NVFP4 in part: {quote(members[0])} is, {quote(other)} is not: "
+                f"convert the original checkpoint"
+            )
+        if members:
+            ratios[group.name] = _share(found, members)
+    return Carried(found, _warnings(ratios))
+
+
+def _read(source: Source, encoding: Nvfp4, *, with_input: bool) -> CarriedWeight:
+    assert encoding.factor is not None
+    divides = encoding.divides
+    given = encoding.input_scale if with_input else None
+    input_scale = None if given is None else _divisor(source, given, divides=divides)
+    return CarriedWeight(encoding, _divisor(source, encoding.factor, divides=divides), input_scale)
+
+
+def _divisor(source: Source, tensor: StoredTensor, *, divides: bool) -> float:
+    data = bytearray(4)
+    source.read_into(tensor.shard, tensor.offset, memoryview(data))
+    (value,) = struct.unpack("<f", data)
+    if not math.isfinite(value) or value <= 0:
+        raise SourceError(f"{quote(tensor.info.name)} in {quote(tensor.shard)} is {value}, expected a positive number")
+    return float(value) if divides else float(np.float32(1) / np.float32(value))
+
+
+def _share(found: dict[str, CarriedWeight], members: Sequence[str]) -> float:
+    """Give members the smallest scales of them all; return by how much their global scales differed."""
+    scales = [found[member].global_scale for member in members]
+    inputs = [found[member].input_scale for member in members]
+    known = [value for value in inputs if value is not None]
+    least, least_input = min(scales), min(known) if known else None
+    for member in members:
+        own = found[member]
+        table = None if own.global_scale == least else _rescaled(least / own.global_scale)
+        found[member] = replace(own, global_scale=least, input_scale=least_input, table=table)
+    return max(max(scales) / least, max(known) / min(known) if known else 1.0)
+
+
+def _rescaled(ratio: float) -> bytes:
+    """Return what each E4M3 code of a block scale becomes when its value is multiplied by a ratio up to 1."""
+    codes = np.arange(256, dtype=np.uint8)
+    values = E4M3_VALUES[: E4M3_MAX_CODE + 1] * np.float32(ratio)
+    codes[: E4M3_MAX_CODE + 1] = e4m3_encode(values)
+    return codes.tobytes()
+
+
+def _warnings(ratios: Mapping[str, float]) -> tuple[str, ...]:
+    unequal = {name: ratio for name, ratio in ratios.items() if ratio > 1}
+    if not unequal:
+        return ()
+    worst = max(unequal, key=lambda name: unequal[name])
+    return (
+        f"{len(unequal)} fused groups of the source had unequal scales, by up to {unequal[worst]:.3g} times in "
+        f"{quote(worst)}: they are repaired, for engines take one scale for all members",
+    )
