@@ -125,7 +125,7 @@ def test_the_examples_of_the_help_work(block: str, workspace: Path, capsys) -> N
     [words] = shell_lines(block)
     for name in ("qwen", "a", "b"):
         write_calibration(workspace / QWEN, workspace / f"{name}.calibration.safetensors", described(dataset=name))
-    if words[1] in ("verify", "inspect", "calibration"):
+    if words[1] in ("verify", "inspect", "calibration", "repair"):
         run(["mfptq", "convert", QWEN, "Qwen3.5-27B-NVFP4", "--calibration", "qwen.calibration.safetensors"])
     if words[1] in ("calibrate", "calibration") and "--output" in words:
         Path(words[words.index("--output") + 1]).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import mfptq
 from mfptq.checkpoint import header
 from mfptq.conversion import make_plan
 from mfptq.errors import SourceError, UsageError
+from mfptq.planning import jobs
 from mfptq.planning import plan as planning
 from mfptq.planning.jobs import CopyTensor, InputScale, copy_runs
 from mfptq.planning.quantization_config import config_text
@@ -239,9 +240,9 @@ def test_two_tensors_that_would_get_one_name(folder: Path) -> None:
 def test_headers_beyond_the_formats_limit_are_refused(folder: Path, monkeypatch) -> None:
     plan = make_plan(folder)
     longest = max(len(plan.job(shard).head) - 8 for shard in plan.shards)
-    monkeypatch.setattr(planning, "MAX_HEADER_BYTES", longest)
+    monkeypatch.setattr(jobs, "MAX_HEADER_BYTES", longest)
     make_plan(folder)
-    monkeypatch.setattr(planning, "MAX_HEADER_BYTES", longest - 1)
+    monkeypatch.setattr(jobs, "MAX_HEADER_BYTES", longest - 1)
     with pytest.raises(SourceError, match="the format allows 100 MB"):
         make_plan(folder)
 
