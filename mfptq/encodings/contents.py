@@ -20,6 +20,7 @@ from ..checkpoint.header import TensorInfo, tensor_bytes
 from ..checkpoint.source import Source
 from ..checkpoint.weights import StoredTensor
 from ..errors import SourceError, quote
+from ..limits import MAX_SCALES_BYTES
 from ..nvfp4 import BLOCK_SIZE
 from .declared import Declared, read_declared
 from .fp4 import mxfp4, nvfp4
@@ -127,7 +128,7 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     shards = {name: tuple(_logical(tensors, found, gone)) for name, tensors in stored.items()}
     kept = sum(stored_bytes(tensor) for tensors in shards.values() for tensor in tensors)
     formats = Counter(weight.encoding.format for weight in found.weights.values())
-    return Contents(shards, formats, tuple(_notes(formats, declared, unused)), checkpoint.tensor_bytes - kept)
+    return Contents(shards, formats, tuple(_notes(formats, declared, found, unused)), checkpoint.tensor_bytes - kept)
 
 
 def _is_suspect(info: TensorInfo) -> bool:
@@ -172,6 +173,8 @@ def _check_zero_points(checkpoint: Checkpoint, found: _Found, tensors: Iterable[
     """Raise SourceError for FP8 weights whose zero points are not zero: old files hold them, and they must be."""
     for tensor in tensors:
         if tensor.info.name.endswith(".weight_zero_point") and tensor.info.name in found.consumed:
+            if tensor.info.nbytes > MAX_SCALES_BYTES:
+                raise SourceError(f"{quote(tensor.info.name)} has {tensor.info.nbytes} bytes, too many for zero points")
             data = bytearray(tensor.info.nbytes)
             checkpoint.source.read_into(tensor.shard, tensor.offset, memoryview(data))
             if any(byte & 0x7F for byte in data):
@@ -208,13 +211,16 @@ def _dropped(declared: Declared) -> Iterator[str]:
         yield f"{each.place} says {quote(each.method)}, but every tensor is plain: it is dropped"
 
 
-def _notes(formats: Mapping[str, int], declared: Declared, unused: frozenset[str]) -> Iterator[str]:
+def _notes(formats: Mapping[str, int], declared: Declared, found: _Found, unused: frozenset[str]) -> Iterator[str]:
     for name, count in sorted(formats.items(), key=lambda item: -item[1]):
         yield f"{count} {'weight is' if count == 1 else 'weights are'} stored as {name}"
     if not formats:
         yield from _dropped(declared)
     elif not declared.all:
         yield "no config tells of this quantization: the tensors decide"
+    inputs = sum(name.endswith((".input_scale", ".activation_scale", ".act_scale")) for name in found.consumed)
+    if inputs and not any(weight.encoding.is_nvfp4 for weight in found.weights.values()):
+        yield f"it holds {inputs} static input scales: given as input_scales too, it makes the output W4A4"
     if unused:
         first = min(unused)
         yield f"{len(unused)} scales of the key-value cache or of activations are dropped: {quote(first)}, ..."

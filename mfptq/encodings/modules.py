@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..checkpoint.encoding import Encoding
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.weights import StoredTensor
-from ..errors import SourceError, quote
+from ..errors import SourceError, UnsupportedTensorError, quote
 
 if TYPE_CHECKING:
     from .declared import Declared
@@ -58,6 +58,10 @@ class Recognized(NamedTuple):
 
 def recognized(module: Module, codes: StoredTensor, shape: tuple[int, ...], parts: Iterable[object]) -> Recognized:
     """Return what a module's weight is; `parts` are its encoding, then the tensors that it needs, None where there is none."""
+    if 0 in shape:
+        raise UnsupportedTensorError(
+            f"{quote(codes.info.name)} in {quote(codes.shard)} is empty: {list(codes.info.shape)}"
+        )
     encoding, *needed = parts
     assert isinstance(encoding, Encoding)
     own = [tensor.info.name for tensor in needed if isinstance(tensor, StoredTensor)]

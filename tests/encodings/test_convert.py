@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mfptq
 from mfptq.demo import DemoShape, write_demo
-from mfptq.errors import NonFiniteWeightError, SourceChangedError
+from mfptq.errors import NonFiniteWeightError, SourceChangedError, UnsupportedTensorError
 from mfptq.execution import memory_budget
 from mfptq.kernels.calibrated import CALIBRATED_METHODS
 from mfptq.nvfp4 import dequantize
@@ -252,6 +252,29 @@ def test_mxfp4_becomes_nvfp4_without_loss(tmp_path: Path) -> None:
         codes = made[f"{name}.weight_scale"].view(torch.uint8).numpy()
         found = dequantize(made[f"{name}.weight_packed"].numpy(), codes, made[f"{name}.weight_global_scale"].item())
         assert np.array_equal(found, expected)
+
+
+def test_a_static_fp8_release_gives_its_own_input_scales(tmp_path: Path) -> None:
+    tensors: Tensors = {}
+    for number, leaf in enumerate(("q_proj", "k_proj", "v_proj", "o_proj")):
+        made = fp8_block(weight(32, 32, number), (32, 32))
+        name = f"model.layers.0.self_attn.{leaf}"
+        tensors |= {f"{name}.weight": made["weight"], f"{name}.weight_scale": made["scale"][0, 0]}
+        tensors[f"{name}.input_scale"] = torch.tensor(0.0625)
+    source = write(tmp_path / "source", tensors, config={"quantization_config": {"quant_method": "fp8"}})
+    with mfptq.plan(source) as plan:
+        assert plan.scheme == "NVFP4A16"
+        assert "it holds 4 static input scales: given as input_scales too" in plan._planned.contents.notes[1]
+    report = mfptq.convert(source, tmp_path / "out", input_scales=source)
+    assert report.scheme == "NVFP4"
+    assert stored(tmp_path / "out")["model.layers.0.self_attn.o_proj.input_global_scale"].item() == 6 / 0.0625
+    assert mfptq.verify(tmp_path / "out", source).ok
+
+
+def test_empty_codes_are_refused(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.zeros(0, 16).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(1)}
+    with pytest.raises(UnsupportedTensorError, match="is empty"):
+        mfptq.plan(write(tmp_path / "source", tensors))
 
 
 def test_stale_files_are_left_out_and_named(tmp_path: Path) -> None:
