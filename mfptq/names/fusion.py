@@ -62,14 +62,22 @@ def parameters(modules: Iterable[str], siblings: Mapping[str, Collection[str]]) 
     groups: list[FusedGroup] = []
     for parent, present in leaves.items():
         prefix = f"{parent}." if parent else ""
-        beside = frozenset(siblings.get(parent, ())) | frozenset(present)
-        found: dict[str, list[str]] = defaultdict(list)
-        for leaf in sorted(present):
-            for fused, is_one in fused_into(leaf, beside).items():
-                if is_one:
-                    found[fused].append(written.get(prefix + leaf, prefix + leaf))
-        groups += [FusedGroup(prefix + fused, tuple(names)) for fused, names in found.items() if len(names) > 1]
+        for name, members in _parameters(tuple(sorted(present)), frozenset(siblings.get(parent, ()))):
+            groups.append(
+                FusedGroup(prefix + name, tuple([written.get(prefix + leaf, prefix + leaf) for leaf in members]))
+            )
     return sorted(groups, key=attrgetter("name"))
+
+
+@cache
+def _parameters(leaves: tuple[str, ...], siblings: frozenset[str]) -> tuple[FusedGroup, ...]:
+    beside = siblings | frozenset(leaves)
+    found: dict[str, list[str]] = defaultdict(list)
+    for leaf in leaves:
+        for fused, is_one in fused_into(leaf, beside).items():
+            if is_one:
+                found[fused].append(leaf)
+    return tuple(FusedGroup(fused, tuple(names)) for fused, names in found.items() if len(names) > 1)
 
 
 def _by_parent(modules: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -12,13 +12,14 @@ from ..errors import SourceError, quote
 
 _LEADING = ("module.", "base_model.model.")
 _ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
+_WRAPPED = re.compile(r"_orig_mod|_wrapped_module|base_layer|^module\.|^base_model\.")  # most names have none of these
 _ADAPTER = re.compile(r"(?:.*\.)?lora_(?:embedding_)?[AB](?:\.(\w+))?(?:\.weight)?$")
 _LEFTOVERS = frozenset({"base_layer", "modules_to_save", "original_module"})
 
 
 def logical(name: str) -> str:
     """Return a name without what torch.compile, FSDP, DDP, checkpointing and adapters put around a module."""
-    if "_" not in name and "." not in name:
+    if not _WRAPPED.search(name):
         return name
     parts = name.split(".")
     if not _ANYWHERE.isdisjoint(parts):

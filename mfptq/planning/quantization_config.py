@@ -111,7 +111,8 @@ def ignore_list(selection: Selection, rules: Rules) -> list[str]:
 
 def head_targets(modules: Iterable[str]) -> list[str]:
     """Return patterns for those of the quantized modules that engines do not build as linear layers: output heads."""
-    heads = {leaf_of(name) for name in modules if any(line.role == "head" for line in kept_by(logical(name)))}
+    kinds = {name_pattern(logical(name), "0") for name in modules}
+    heads = {leaf_of(kind) for kind in kinds if any(line.role == "head" for line in kept_by(kind))}
     return [rf"re:(.*\.)?{re.escape(leaf)}$" for leaf in sorted(heads)]
 
 
