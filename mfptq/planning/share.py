@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..checkpoint.weights import name_pattern
+from ..errors import quote
 from ..names.engine import built_modules
 from ..names.leaves import kept_by
 from ..names.wrappers import logical
@@ -59,7 +60,7 @@ def share_of(selection: Selection) -> Share:
         if built and not selection.structure.outside(item.candidate.module) and _is_layer(info.name):
             decoder += size
             inside += size * item.decision.quantize
-            kept[f"{name_pattern(item.candidate.module)} ({item.decision.reason})"] += size * (
+            kept[f"{quote(name_pattern(item.candidate.module))} ({item.decision.reason})"] += size * (
                 not item.decision.quantize
             )
     return Share(quantized, inside, decoder, total, kept.most_common(1)[0][0] if kept else "")
