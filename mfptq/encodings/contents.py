@@ -22,7 +22,7 @@ from ..checkpoint.weights import StoredTensor
 from ..errors import SourceError, quote
 from ..limits import MAX_SCALES_BYTES
 from ..nvfp4 import BLOCK_SIZE
-from .declared import Declared, read_declared
+from .declared import Declared, declared_in_config, read_declared
 from .fp4 import mxfp4, nvfp4
 from .fp8 import fp8
 from .integers import int8, packed_integers
@@ -113,11 +113,11 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
 
     Raises SourceError for what is quantized in a way that is not read, or in part only.
     """
-    declared = read_declared(checkpoint)
     stored = {shard.name: tuple(stored_tensors(shard)) for shard in checkpoint.shards}
     suspects = [tensor for tensors in stored.values() for tensor in tensors if _is_suspect(tensor.info)]
     if not suspects:
-        return Contents(stored, {}, tuple(_dropped(declared)))
+        return Contents(stored, {}, tuple(_dropped(declared_in_config(checkpoint))))
+    declared = read_declared(checkpoint)
     everything = [tensor for tensors in stored.values() for tensor in tensors]
     check_methods(declared, everything)
     found = _recognize(everything, declared)

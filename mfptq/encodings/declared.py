@@ -77,9 +77,14 @@ class Declared:
                     yield weights
 
 
+def declared_in_config(checkpoint: Checkpoint) -> Declared:
+    """Return what config.json alone declares: all there is to say where every tensor is plain."""
+    return Declared(tuple(_nested(checkpoint.config, CONFIG)))
+
+
 def read_declared(checkpoint: Checkpoint) -> Declared:
     """Return what config.json, at any depth, and the quantization files beside it declare."""
-    found = list(_nested(checkpoint.config, CONFIG))
+    found = list(declared_in_config(checkpoint).all)
     files = checkpoint.source.files()
     for name in QUANTIZATION_FILES:
         if name in files:
