@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from .calibration.file import Description
     from .calibration.merge import merge_calibrations
     from .calibration.reading import Calibration, load_calibration
+    from .checking import Check, check
     from .conversion import Plan, convert, plan
+    from .engines.findings import Finding
+    from .engines.serving import Serving
     from .errors import (
         DestinationError,
         DestinationExistsError,
@@ -57,7 +60,10 @@ _EXPORTS = {
     "calibration.file": "Description",
     "calibration.merge": "merge_calibrations",
     "calibration.reading": "Calibration load_calibration",
+    "checking": "Check check",
     "conversion": "Plan convert plan",
+    "engines.findings": "Finding",
+    "engines.serving": "Serving",
     "errors": "DestinationError DestinationExistsError DestinationLockedError HeaderError HubError IndexMismatchError "
     "MemoryBudgetError MfptqError NonFiniteWeightError PlanMismatchError RuleError ScaleError SourceChangedError "
     "SourceError StorageError UnsafePathError UnsupportedTensorError UsageError VerificationError",

@@ -13,8 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checking import check_plan
 from .checkpoint.companions import FileChoice
 from .checkpoint.hub import HubOptions, open_checkpoint
+from .engines.findings import Finding
+from .engines.tables import ENGINES, Engine
 from .errors import UsageError, counted
 from .execution.engine import Execution
 from .execution.events import Advanced, Event, OnEvent, ShardFinished
@@ -75,6 +78,10 @@ class Plan:
     def tensors(self) -> tuple[PlannedTensor, ...]:
         """Every source tensor with its action, the rule that decided, and the reason."""
         return self._planned.tensors
+
+    def check(self, *, engines: Sequence[Engine] = ENGINES) -> tuple[Finding, ...]:
+        """Return what inference engines would find wrong with the output, before a byte of it is written."""
+        return check_plan(self._planned, engines)
 
     def run(
         self,

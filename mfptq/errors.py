@@ -121,9 +121,9 @@ class StorageError(DestinationError):
     def __init__(self, action: str, path: object, cause: OSError) -> None:
         self.errno = cause.errno
         code = errno.errorcode.get(cause.errno or 0, "error")
-        super().__init__(
-            f"cannot {action} {quote(path)}: {cause.strerror or cause} ({code}); rerun the same command to resume"
-        )
+        refused = self.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        remedy = "ask for the permission, or name another folder" if refused else "rerun the same command to resume"
+        super().__init__(f"cannot {action} {quote(path)}: {cause.strerror or cause} ({code}); {remedy}")
 
 
 class VerificationError(MfptqError):

@@ -21,7 +21,7 @@ from .checkpoint.source import Source
 from .checkpoint.weights import Candidate, StoredTensor, Weight, candidates, name_pattern
 from .dtypes import NUMPY_DTYPES
 from .encodings.contents import read_contents
-from .errors import MfptqError, SourceError
+from .errors import MfptqError, SourceError, quote
 from .execution.tiles import Tile, tiles
 from .execution.turned import read_turned
 from .kernels import ErrorStats
@@ -81,8 +81,10 @@ def verify(
     """Check a converted checkpoint and return what was found; with `source`, also against what it was made from.
 
     `revision`, `token` and `cache_dir` are for a source on the Hub. Faults are collected, not raised; what is raised, as
-    HubError, is of the source.
+    HubError, is of the source, and SourceError for an output that is no folder.
     """
+    if not expanded(output).is_dir():
+        raise SourceError(f"{quote(output)} is no folder: give the folder that a conversion wrote")
     found = _Findings()
     with ExitStack() as opened:
         try:

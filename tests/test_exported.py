@@ -15,9 +15,9 @@ import mfptq
 from mfptq import errors
 
 EXPECTED = {
-    "Advanced", "Calibration", "CalibrationProgress", "Decisions", "Description", "ErrorStats", "Event", "Fault",
+    "Advanced", "Calibration", "CalibrationProgress", "Check", "Decisions", "Description", "ErrorStats", "Event", "Fault", "Finding",
     "InputScales", "Inspection", "Nvfp4Tensor", "PatternReport", "Plan", "Planned", "PlannedTensor", "Report",
-    "ShardFinished", "TensorSummary", "Verification", "__version__", "calibrate", "convert", "dequantize_nvfp4",
+    "Serving", "ShardFinished", "TensorSummary", "Verification", "__version__", "calibrate", "check", "convert", "dequantize_nvfp4",
     "extract_scales", "inspect", "load_calibration", "merge_calibrations", "plan", "quantization_config", "quantize_nvfp4",
     "quantize_state_dict", "read_input_scales", "verify",
 }  # fmt: skip

@@ -35,7 +35,7 @@ def load_file_names(path: Path) -> list[str]:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_flipped_bit_anywhere_is_found(seed: int, output: Path) -> None:
     rng = np.random.default_rng(seed)
-    files = sorted(path for path in output.iterdir() if path.is_file())
+    files = sorted(path for path in output.iterdir() if path.is_file() and path.name != "README.md")
     path = files[seed % len(files)]
     data = bytearray(path.read_bytes())
     data[rng.integers(len(data))] ^= 1 << rng.integers(8)
@@ -43,6 +43,27 @@ def test_a_flipped_bit_anywhere_is_found(seed: int, output: Path) -> None:
     done = command("verify", output)
     assert done.returncode == 6, (path.name, done.stdout)
     assert "Traceback" not in done.stderr
+
+
+def test_the_card_may_be_edited(output: Path) -> None:
+    (output / "README.md").write_text("my own words")
+    assert mfptq.verify(output).ok
+    (output / "README.md").unlink()
+    assert not mfptq.verify(output).ok
+
+
+def test_what_is_no_folder_is_no_output(tmp_path: Path) -> None:
+    with pytest.raises(mfptq.SourceError, match="is no folder"):
+        mfptq.verify(tmp_path / "nowhere")
+    assert command("verify", tmp_path / "nowhere").returncode == 3
+
+
+def test_a_missing_manifest_is_said(output: Path) -> None:
+    assert "no SHA256SUMS" not in command("verify", output).stdout
+    (output / "SHA256SUMS").unlink()
+    done = command("verify", output)
+    assert done.returncode == 0
+    assert "no SHA256SUMS here" in done.stdout
 
 
 def test_without_the_manifest_a_changed_kept_tensor_is_found_by_the_source(source: Path, output: Path) -> None:
@@ -119,13 +140,13 @@ def test_the_end_of_a_conversion_asks_the_safetensors_library(source, tmp_path, 
 
 
 def test_a_verification_is_frozen_and_one_fault_is_singular(output: Path) -> None:
-    (output / "README.md").write_text("{}")
+    (output / "generation_config.json").write_text("{}")
     done = command("verify", output)
-    assert "'README.md' is not what SHA256SUMS says" in done.stderr
+    assert "'generation_config.json' is not what SHA256SUMS says" in done.stderr
     assert f"{str(output)!r} has 1 fault: " in done.stderr
     assert done.stdout.rstrip().endswith("\n1 fault")
     found = json.loads(command("verify", output, "--json").stdout)
-    assert [fault["file"] for fault in found["faults"]] == ["README.md"]
+    assert [fault["file"] for fault in found["faults"]] == ["generation_config.json"]
     with pytest.raises(AttributeError):
         mfptq.verify(output).tensors = 3  # type: ignore[misc]
 
@@ -134,7 +155,7 @@ def test_a_lost_shard_and_a_foreign_folder(source: Path, output: Path, tmp_path:
     (output / "model-00002-of-00003.safetensors").unlink()
     assert command("verify", output).returncode == 6
     assert command("verify", source).returncode == 6
-    assert command("verify", tmp_path / "nowhere").returncode == 6
+    assert command("verify", tmp_path / "nowhere").returncode == 3
 
 
 def test_config_and_tensors_must_agree(output: Path) -> None:

@@ -217,3 +217,12 @@ def _parts(tensor: StoredTensor, *, turned: bool) -> Iterator[Weight]:
 def name_pattern(module: str, by: str = "*") -> str:
     """Return the kind of a module: its name with every number replaced, so that layers and experts fall together."""
     return ".".join([by if part.isdigit() else part for part in module.split(".")])
+
+
+def layer_pattern(module: str) -> str:
+    """Return a module's name with every number but the first replaced: experts fall together, layers do not."""
+    parts, seen = module.split("."), False
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            parts[index], seen = "*" if seen else part, True
+    return ".".join(parts)

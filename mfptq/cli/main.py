@@ -19,6 +19,8 @@ from .._version import __version__
 from ..errors import MfptqError, UsageError, VerificationError, counted, quote
 from ..execution.memory_budget import memory_errors
 from .calibration import calibration
+from .check import check as check_command
+from .check import engine_option, judges, refuse_unloadable
 from .options import file_options, resource_options, rule_options, source_options
 from .process import (
     LOG_LEVELS,
@@ -30,6 +32,7 @@ from .process import (
     tune_interpreter,
 )
 from .push import publish_options, push
+from .report import compare, report
 
 if TYPE_CHECKING:
     from ..planning.settings import Decisions
@@ -83,7 +86,8 @@ def main(verbose: bool, log_level: str | None) -> None:
     set_up_logging(log_level or ("info" if verbose else "warning"))
 
 
-main.add_command(calibration)
+for command in (calibration, check_command, compare, report):
+    main.add_command(command)
 
 
 def _decisions(options: dict[str, Any]) -> Decisions:
@@ -107,6 +111,7 @@ def _decisions(options: dict[str, Any]) -> Decisions:
 @file_options
 @resource_options
 @publish_options
+@engine_option
 @click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
@@ -117,26 +122,30 @@ def convert(model: str, output: Path, **options: Any) -> None:
 
     Example: mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4 --max-memory 2GB
     """
-    from ..conversion import convert as run_conversion
+    from ..conversion import plan as make_plan
+    from ..output.publish import PushTarget
     from . import text
 
+    engine = options.pop("engine")
     resources = {name: options.pop(name) for name in ("max_memory", "max_workers", "device")}
     publishing = {name: options.pop(name) for name in ("push_to_hub", "private", "discard_output")}
     overwrite, dry_run, timings = (options.pop(name) for name in ("overwrite", "dry_run", "timings"))
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     decisions = _decisions(options)
     if dry_run:
-        _show_plan(model, decisions, resources, as_json=as_json)
+        _show_plan(model, decisions, {**resources, "engine": engine, "as_json": as_json})
         return
-    with text.progress(quiet=quiet) as show, deferred_signals() as check:
-        report = run_conversion(
-            model,
+    with text.progress(quiet=quiet) as show, deferred_signals() as check, make_plan(model, **decisions) as made:
+        if not decisions.get("force"):
+            refuse_unloadable(made, engine)
+        repo, private, discard = publishing.values()
+        report = made.run(
             output,
             overwrite=overwrite,
             on_event=lambda event: (check(), show(event)),
+            push_to=PushTarget(repo, private, token=decisions.get("token")) if repo else None,
+            discard_output=discard,
             **resources,
-            **publishing,
-            **decisions,
         )
     if as_json:
         click.echo(json.dumps(report.as_dict()))
@@ -144,13 +153,19 @@ def convert(model: str, output: Path, **options: Any) -> None:
         click.echo(text.summary(report, timings=timings))
 
 
-def _show_plan(model: str, decisions: Decisions, resources: dict[str, Any], *, as_json: bool) -> None:
+def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
+    """Print a plan; `shown` are the resources and what the options ask of the text."""
+    from ..checking import check_plan
     from ..conversion import make_plan
-    from . import text
+    from . import plan_text, text
 
     with closing(make_plan(model, **decisions)) as made:
-        shown = text.plan_values(made, resources["max_memory"], resources["max_workers"])
-    click.echo(json.dumps(shown) if as_json else text.plan_text(shown))
+        findings = check_plan(made, judges(shown["engine"]))
+        values = text.plan_values(made, shown["max_memory"], shown["max_workers"])
+        if shown["as_json"]:
+            click.echo(json.dumps({**values, "findings": [each.as_dict() for each in findings]}))
+        else:
+            click.echo(plan_text.rendered(made, values["peak_memory"], findings, shown))
 
 
 @main.command()
@@ -159,14 +174,19 @@ def _show_plan(model: str, decisions: Decisions, resources: dict[str, Any], *, a
 @rule_options
 @file_options
 @resource_options
+@engine_option
+@click.option("--explain", metavar="NAME", help="Say why one tensor gets what it gets.")
+@click.option("--all", "every", is_flag=True, help="A line for every tensor.")
+@click.option("--estimate/--no-estimate", default=True, help="Measure for half a second how long it will take.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def plan(model: str, as_json: bool, **options: Any) -> None:
+def plan(model: str, **options: Any) -> None:
     """Show what converting MODEL would do, and write nothing.
 
     Example: mfptq plan Qwen/Qwen3.5-27B --ignore 're:.*linear_attn.*'
     """
-    resources = {name: options.pop(name) for name in ("max_memory", "max_workers", "device")}
-    _show_plan(model, _decisions(options), resources, as_json=as_json)
+    names = ("max_memory", "max_workers", "device", "engine", "explain", "every", "estimate", "as_json")
+    shown = {name: options.pop(name) for name in names}
+    _show_plan(model, _decisions(options), shown)
 
 
 @main.command()
@@ -228,7 +248,7 @@ def demo(output: Path) -> None:
         write_demo(source, shape)
         with text.progress(quiet=False) as show, deferred_signals() as stop:
             report = run_conversion(source, target, on_event=lambda event: (stop(), show(event)))
-        click.echo(text.summary(report, timings=False))
+        click.echo(text.summary(report, timings=False, serve=False))
         found = check(target, source)
         click.echo(text.verification_text(found) + "\n")
         if not found.ok:

@@ -89,8 +89,8 @@ class ProgressLines:
         return f"{size_text(self._done)} of {size_text(self._total)}, {size_text(int(rate))}/s{left}"
 
 
-def summary(report: Report, *, timings: bool) -> str:
-    """Return what a conversion did, with the line that serves its output."""
+def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
+    """Return what a conversion did, with the line that serves its output unless it is none that engines take."""
     if report.already_complete:
         return (
             f"{report.destination} is already complete: {report.source}, {report.scheme}, every file checked by content"
@@ -115,7 +115,7 @@ def summary(report: Report, *, timings: bool) -> str:
         lines += [f"  {phase:>9} {seconds:8.2f} s of worker time" for phase, seconds in sorted(report.timings.items())]
     if report.published:
         lines.append(f"  published: {report.published}")
-    return "\n".join([*lines, f"  vllm serve {shlex.quote(report.destination)}"])
+    return "\n".join([*lines, *([f"  vllm serve {shlex.quote(report.destination)}"] if serve else [])])
 
 
 def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) -> dict[str, Any]:
@@ -148,28 +148,7 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
     }
 
 
-def plan_text(values: Mapping[str, Any]) -> str:
-    """Return a plan as a table and a few sums."""
-    rows = [f"{'':7} {'count':>7} {'source':>10} {'output':>10} {'bits':>6}  tensors: reason (rule)"]
-    rows += [_plan_row(row) for row in values["patterns"]]
-    ratio = values["output_bytes"] / max(values["source_bytes"], 1)
-    return "\n".join([
-        values["share"],
-        *(f"source: {text}" for text in values["notes"]),
-        *(f"warning: {text}" for text in values["warnings"]),
-        "",
-        *rows,
-        "",
-        f"{values['source']}: {values['scheme']}, method {_methods_text(values)}, "
-        f"{counted(values['shards'], 'shard', 'shards')}, {values['output_tensors']} output tensors",
-        f"{size_text(values['source_bytes'])} -> {size_text(values['output_bytes'])} ({ratio:.1%}), "
-        f"{values['bits_per_weight']:.2f} bits per weight, peak memory about {size_text(values['peak_memory'])}",
-        f"disk {size_text(values['disk_bytes'])}" + _fetch_text(values),
-        *left_out_lines(values["left_out"]),
-    ])  # fmt: skip
-
-
-def _fetch_text(values: Mapping[str, Any]) -> str:
+def fetch_text(values: Mapping[str, Any]) -> str:
     """Return what a run fetches from the Hub, and that it is more than the source where memory is too little."""
     if not values["fetch_bytes"]:
         return ""
@@ -190,23 +169,6 @@ def left_out_lines(left_out: Mapping[str, int]) -> list[str]:
     )
 
 
-def _plan_row(row: Mapping[str, Any]) -> str:
-    rule = f" ({printable(row['rule'])})" if row["rule"] else ""
-    method = f"; {row['method']}" if row["method"] else ""
-    return (
-        f"{row['action']:7} {row['count']:7} {size_text(row['source_bytes']):>10} {size_text(row['output_bytes']):>10} "
-        f"{row['bits']:6.2f}  {printable(row['pattern'])}: {row['reason']}{rule}{method}"
-    )
-
-
-def _methods_text(values: Mapping[str, Any]) -> str:
-    """Return the method, with what it comes to where it is not one for all weights."""
-    counts: Mapping[str, int] = values["methods"]
-    if list(counts) == [values["method"]]:
-        return str(values["method"])
-    return f"{values['method']} ({', '.join(f'{name} {count}' for name, count in counts.items())})"
-
-
 def inspection_text(found: Inspection) -> str:
     """Return what a checkpoint holds as a table."""
     config = found.quantization or {}
@@ -223,6 +185,8 @@ def _stored_row(row: TensorSummary) -> str:
 def verification_text(found: Verification) -> str:
     """Return what was checked, and the faults."""
     lines = [f"checked {found.tensors} tensors, {found.quantized} quantized modules, {found.digests} digests"]
+    if not found.digests:
+        lines.append("  no SHA256SUMS here: files were not compared with what the conversion wrote")
     lines += [f"  {error:7.2%}  {printable(pattern)}" for pattern, error in found.errors.items()]
     lines += [f"  {line}" for line in left_out_lines(found.left_out)]
     lines += [f"  fault: {fault}" for fault in found.faults[:SHOWN_FAULTS]]

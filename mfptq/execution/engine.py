@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..checkpoint.reads import ReadAhead
-from ..checkpoint.weights import name_pattern
+from ..checkpoint.weights import layer_pattern
 from ..errors import NonFiniteWeightError
 from ..kernels import QuantizeArgs, WeightBatch
 from ..kernels.calibrated import PreparedStatistics
@@ -189,7 +189,7 @@ class Execution:
         step, tile = work
         data = memory.read(self._source, tile)
         quantized = memory.quantize(data, QuantizeArgs(step.method, scale), self._statistics(step, tile))
-        writer.note(name_pattern(step.weight.module), quantized.stats)
+        writer.note(layer_pattern(step.weight.module), quantized.stats)
         pieces = [
             Piece(step.packed + tile.start // 2, quantized.packed.reshape(-1).data),
             Piece(step.scale + tile.start // BLOCK_SIZE, quantized.scales.reshape(-1).data),

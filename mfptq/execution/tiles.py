@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.encoding import Region
-from ..checkpoint.weights import Weight, name_pattern
+from ..checkpoint.weights import Weight, layer_pattern
 from ..dtypes import DTYPE_BITS
 from ..kernels import ErrorStats, Float64Array, Int64Array
 from ..names.fusion import by_group
@@ -181,10 +181,10 @@ class Batch:
         yield from _joined(np.array(places)[order], np.full(len(places), 4), stored)
 
     def by_pattern(self, stats: Float64Array) -> dict[str, ErrorStats]:
-        """Return the statistics of the weights, `[n, 7]`, those whose names have one pattern together."""
+        """Return the statistics of the weights, `[n, 7]`, those of one layer whose names have one pattern together."""
         rows: dict[str, list[int]] = {}
         for row, step in enumerate(self.steps):
-            rows.setdefault(name_pattern(step.weight.module), []).append(row)
+            rows.setdefault(layer_pattern(step.weight.module), []).append(row)
         sizes = np.diff(self.starts)
         return {pattern: ErrorStats.together(int(sizes[found].sum()), stats[found]) for pattern, found in rows.items()}
 

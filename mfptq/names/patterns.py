@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Sequence
 
-from ..errors import RuleError, quote
+from ..errors import RuleError, printable, quote
 from ..limits import MAX_RULE_SECONDS, MAX_RULES
 
 REGEX_PREFIX = "re:"
@@ -90,6 +90,10 @@ def unmatched_error(pattern: str, option: str, names: Collection[str]) -> RuleEr
             f"{option} {quote(pattern)} is no weight's name but a parent: "
             f"use {quote(REGEX_PREFIX + re.escape(text) + chr(92) + '..*')}"
         )
+    if not pattern.startswith(REGEX_PREFIX) and any(sign in text for sign in "*?"):
+        regex = re.escape(text).replace(r"\*", ".*").replace(r"\?", ".")
+        meant = printable(f"{REGEX_PREFIX}{regex}$")  # as it is typed, backslashes single
+        return RuleError(f"{option} {quote(pattern)} is a file pattern, expected a name or a regex: use '{meant}'")
     tails = {name.rpartition(".")[2]: name for name in sorted(names, reverse=True)}
     near = difflib.get_close_matches(text, sorted(names)[:5000], n=2, cutoff=0.6)
     near += [tails[leaf] for leaf in difflib.get_close_matches(text.rpartition(".")[2], sorted(tails), n=2)]

@@ -20,6 +20,10 @@ from .journal import ShardResult
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
+LAYER_COLUMNS = (
+    "name", "elements", "relative_error", "worst_block", "zeroed", "saturated_blocks", "zero_blocks"
+)  # fmt: skip
+TENSOR_COLUMNS = ("pattern", "action", "count", "source_bytes", "rule", "reason")
 SUSPICIOUS_ERROR = 0.10
 SUSPICIOUS_BLOCK = 0.20
 SUSPICIOUS_CALIBRATED_ERROR = 0.20  # methods that spare the outputs let the weights' own errors grow
@@ -75,12 +79,20 @@ class Report:
 
 
 def gather(results: Iterable[ShardResult]) -> dict[str, ErrorStats]:
-    """Return the statistics of all shards by pattern of module names."""
+    """Return the statistics of all shards by module name, with the layer's number and `*` for all other numbers."""
     statistics: dict[str, ErrorStats] = {}
     for result in sorted(results, key=lambda result: result.name):
         for pattern, values in result.kinds.items():
             statistics.setdefault(pattern, ErrorStats()).add(ErrorStats(**values))  # type: ignore[arg-type]
     return statistics
+
+
+def by_pattern(statistics: Mapping[str, ErrorStats]) -> dict[str, ErrorStats]:
+    """Return the statistics of layers together, by pattern of module names."""
+    merged: dict[str, ErrorStats] = {}
+    for name, stats in statistics.items():
+        merged.setdefault(name_pattern(name), ErrorStats()).add(stats)
+    return merged
 
 
 def pattern_reports(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> tuple[PatternReport, ...]:
@@ -95,7 +107,7 @@ def pattern_reports(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) 
             _rounded(stats.worst_block),
             _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
         )
-        for pattern, stats in sorted(statistics.items())
+        for pattern, stats in sorted(by_pattern(statistics).items())
     )
 
 
@@ -115,6 +127,35 @@ def suspicions(reports: Iterable[PatternReport], *, calibrated: bool = False) ->
         for report in reports
         if report.relative_error > error or report.worst_block > block
     )
+
+
+def layer_rows(statistics: Mapping[str, ErrorStats]) -> list[list[Any]]:
+    """Return a short row for each layer and kind of module, in name order, with the columns of LAYER_COLUMNS."""
+    return [
+        [
+            name,
+            stats.weights,
+            _rounded(stats.relative_error),
+            _rounded(stats.worst_block),
+            _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
+            stats.saturated_blocks,
+            stats.zero_blocks,
+        ]
+        for name, stats in sorted(statistics.items())
+    ]
+
+
+def tensor_rows(plan: ConversionPlan) -> list[list[Any]]:
+    """Return what became of each pattern of source tensors and why, large ones first, with the columns of TENSOR_COLUMNS."""
+    sums: dict[tuple[str, str, str, str], list[int]] = {}
+    for item in plan.selection.tensors:
+        info, decision = item.candidate.tensor.info, item.decision
+        action = "NVFP4" if decision.quantize else "keep"
+        row = sums.setdefault((name_pattern(info.name), action, decision.rule, decision.reason), [0, 0])
+        row[0] += 1
+        row[1] += info.nbytes
+    ordered = sorted(sums.items(), key=lambda each: (-each[1][1], each[0]))
+    return [[pattern, action, *row, rule, reason] for (pattern, action, rule, reason), row in ordered]
 
 
 def _rounded(value: float) -> float:
@@ -138,5 +179,7 @@ def report_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> s
         "input_scales_filled": plan.input_scales.filled if plan.input_scales else None,
         "relative_error": total_error(statistics),
         "patterns": [asdict(report) for report in pattern_reports(plan, statistics)],
+        "layers": layer_rows(statistics),
+        "tensors": tensor_rows(plan),
         "shards": {shard.name: shard.digest for shard in plan.checkpoint.shards},
     })  # fmt: skip

@@ -1,0 +1,217 @@
+"""Check a quantized checkpoint, whoever made it, as inference engines would: from headers, config and small tensors.
+
+The public face of `engines`. It reads no weight, writes nothing, and shares no rule with the code that converts.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.folder import Checkpoint, read_object
+from .checkpoint.hub import HubOptions, open_checkpoint
+from .checkpoint.weights import StoredTensor
+from .engines.files import HF_QUANT_CONFIG, file_faults
+from .engines.findings import Fault, Finding, gathered
+from .engines.judge import QUANTIZATION_CONFIG, Subject, structure_faults, view
+from .engines.modules import contents
+from .engines.scales import INPUT_SCALES, WEIGHT_SCALES, partner_faults, value_faults
+from .engines.schemes import Shape
+from .engines.serving import Serving, serving_faults
+from .engines.tables import ENGINE_TITLES, ENGINES, Engine
+from .errors import UsageError, quote
+from .limits import MAX_CONFIG_BYTES
+from .planning.output_order import output_tensors
+
+if TYPE_CHECKING:
+    from .planning.plan import ConversionPlan
+
+NEAR_BYTES = 64 * 2**10  # small tensors no further apart are read at once
+_FORMATS = {"F32": "<f", "F16": "<e", "F64": "<d"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was found; `tensors` is their number, `seconds` the time it took."""
+
+    findings: tuple[Finding, ...]
+    tensors: int
+    engines: tuple[str, ...]
+    seconds: float
+
+    @property
+    def errors(self) -> int:
+        """Number of findings that are errors."""
+        return sum(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no error was found."""
+        return not self.errors
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return {
+            "ok": self.ok,
+            "errors": self.errors,
+            "warnings": len(self.findings) - self.errors,
+            "tensors": self.tensors,
+            "engines": list(self.engines),
+            "seconds": self.seconds,
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
+
+def check(
+    path: str | Path,
+    *,
+    engines: Sequence[Engine] = ENGINES,
+    serving: Serving | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Check:
+    """Return what engines would find wrong with the checkpoint at `path`, a folder or a Hub repo.
+
+    `serving` says how the model will run: then it is also judged whether it can be split and fits into memory.
+    Raises UsageError for an engine that is not known, SourceError for files that are no checkpoint, and HubError.
+    """
+    start = time.monotonic()
+    checkpoint = open_checkpoint(path, HubOptions(revision, token, cache_dir))
+    try:
+        subject = read_subject(checkpoint)
+        found = judge(subject, engines, serving=serving, more=_index_faults(checkpoint))
+    finally:
+        checkpoint.source.close()
+    return Check(found, len(subject.tensors), tuple(engines), time.monotonic() - start)
+
+
+def judge(
+    subject: Subject,
+    engines: Sequence[Engine] = ENGINES,
+    *,
+    serving: Serving | None = None,
+    more: Iterable[Fault] = (),
+) -> tuple[Finding, ...]:
+    """Return what engines would find wrong with tensors and a config, which need not be written yet.
+
+    A plan is judged with the tensors that it will write and the config.json that it will have. What no engine depends
+    on is found once, with an empty `engine`; `more` are faults that the caller found.
+    """
+    held = contents(subject.tensors)
+    faults: list[Fault] = [*file_faults(subject), *value_faults(held, subject.scalars), *more]
+    if serving is not None:
+        faults += serving_faults(subject, held, serving)
+    for engine in engines:
+        if engine not in ENGINES:
+            raise UsageError(f"engine {quote(engine)} is unknown, expected one of {', '.join(ENGINES)}")
+        seen = view(subject, held, engine)
+        faults += structure_faults(seen)
+        faults += partner_faults(seen)
+    return gathered(faults)
+
+
+def check_plan(plan: ConversionPlan, engines: Sequence[Engine] = ENGINES) -> tuple[Finding, ...]:
+    """Return what engines would find wrong with the output of a plan, before a byte of it is written."""
+    files = ("config.json", *plan.checkpoint.companions)
+    given = plan.input_scales.global_scales if plan.input_scales is not None else {}
+    scalars = {
+        f"{weight.module}.input_global_scale": given[plan.group_of(weight).name] for weight in plan.weights() if given
+    }
+    return judge(Subject(json.loads(plan.config_text), planned_shapes(plan), files, scalars), engines)
+
+
+def planned_shapes(plan: ConversionPlan) -> dict[str, Shape]:
+    """Return dtype and shape of every tensor that a plan will write, by name."""
+    shapes: dict[str, Shape] = {}
+    with_input = plan.input_scales is not None
+    for item in plan.selection.tensors:
+        info = item.candidate.tensor.info
+        if not item.decision.quantize:
+            shapes[info.name] = Shape(info.dtype, info.shape)
+            continue
+        for weight in item.candidate.weights:
+            for made in output_tensors(weight, with_input=with_input):
+                shapes[f"{weight.module}.{made.suffix}"] = Shape(made.dtype, made.shape)
+    return shapes
+
+
+def unloadable(findings: Iterable[Finding], engines: Sequence[Engine]) -> tuple[Finding, ...]:
+    """Return the errors of an engine, the first of `engines`, if every one of them has some; else nothing.
+
+    What no engine depends on is the source's own state, and no reason to stop a conversion; nor is what is said of a class
+    that an engine does not know.
+    """
+    found = list(findings)
+    errors: list[tuple[Finding, ...]] = []
+    for engine in engines:
+        own = [each for each in found if ENGINE_TITLES[engine] in each.engine]
+        known = not any(each.code == "unknown-architecture" for each in own)
+        errors.append(tuple(each for each in own if known and each.severity == "error"))
+    return errors[0] if errors and all(errors) else ()
+
+
+def read_subject(checkpoint: Checkpoint) -> Subject:
+    """Return what engines are given of a checkpoint; reads the values of its global scales and input scales."""
+    stored = {tensor.info.name: tensor for tensor in checkpoint.tensors()}
+    files = tuple(checkpoint.source.files())
+    config = dict(checkpoint.config)
+    if QUANTIZATION_CONFIG not in config and HF_QUANT_CONFIG in files:
+        found = read_object(checkpoint.source, HF_QUANT_CONFIG, MAX_CONFIG_BYTES)
+        config[QUANTIZATION_CONFIG] = {"quant_method": "modelopt", **found}
+    shapes = {name: Shape(tensor.info.dtype, tensor.info.shape) for name, tensor in stored.items()}
+    return Subject(config, shapes, files, _scalars(checkpoint, stored.values()))
+
+
+def _scalars(checkpoint: Checkpoint, tensors: Iterable[StoredTensor]) -> Mapping[str, float]:
+    """Return the values of global scales and input scales by name; neighbours in a file are read together."""
+    wanted = [each for each in tensors if _is_scalar(each)]
+    wanted.sort(key=lambda each: (each.shard, each.offset))
+    values: dict[str, float] = {}
+    for shard, rows in groupby(wanted, key=lambda each: each.shard):
+        for run in _runs(list(rows)):
+            start = run[0].offset
+            data = bytearray(run[-1].offset + run[-1].info.nbytes - start)
+            checkpoint.source.read_into(shard, start, memoryview(data))
+            for each in run:
+                first = each.offset - start
+                values[each.info.name] = _number(each.info.dtype, bytes(data[first : first + each.info.nbytes]))
+    return values
+
+
+def _is_scalar(tensor: StoredTensor) -> bool:
+    suffix = tensor.info.name.rpartition(".")[2]
+    known = suffix in WEIGHT_SCALES or suffix in INPUT_SCALES
+    return known and tensor.info.shape in ((), (1,)) and tensor.info.dtype in (*_FORMATS, "BF16")
+
+
+def _runs(tensors: list[StoredTensor]) -> Iterable[list[StoredTensor]]:
+    run = tensors[:1]
+    for before, each in pairwise(tensors):
+        if each.offset - before.offset > NEAR_BYTES:
+            yield run
+            run = []
+        run.append(each)
+    yield run
+
+
+def _number(dtype: str, data: bytes) -> float:
+    if dtype == "BF16":
+        dtype, data = "F32", bytes(2) + data  # BF16 is the upper half of a float32
+    return float(struct.unpack(_FORMATS[dtype], data)[0])
+
+
+def _index_faults(checkpoint: Checkpoint) -> Iterable[Fault]:
+    """Yield safetensors files that the index does not name: engines leave them out."""
+    for name in checkpoint.left_out:
+        if name.endswith(".safetensors"):
+            yield Fault(
+                "not-in-index", "warning", "", name, "a safetensors file is not named by the index",
+                "engines do not load its tensors", "add them to model.safetensors.index.json",
+            )  # fmt: skip

@@ -1,0 +1,123 @@
+"""The command `check`: what engines would find wrong with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError, VerificationError, counted, printable, quote
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ..checking import Check
+    from ..conversion import Plan
+    from ..engines.findings import Finding
+    from ..engines.tables import Engine
+
+NARROWEST, WIDEST = 40, 110
+SHOWN_PATTERNS = 6
+
+
+engine_option = click.option(
+    "--for",
+    "engine",
+    type=click.Choice(["any", "vllm", "sglang", "transformers"]),
+    default="any",
+    show_default=True,
+    help="What will load it: any asks vLLM and SGLang, transformers neither.",
+)
+
+
+def judges(engine: str) -> list[Engine]:
+    """Return the engines whose judgement `--for` asks for."""
+    from ..engines.tables import ENGINES
+
+    return [name for name in ENGINES if engine in ("any", name)]
+
+
+def refuse_unloadable(plan: Plan, engine: str) -> None:
+    """Raise UsageError for a plan whose output no engine that is asked for would load."""
+    from ..checking import unloadable
+
+    engines = judges(engine)
+    errors = unloadable(plan.check(engines=engines), engines)
+    if errors:
+        raise UsageError(
+            f"{errors[0].engine or 'an engine'} would not load the output: {quote(errors[0].example)} {errors[0].what}; "
+            f"{errors[0].remedy}; see all with plan, or convert with --for transformers"
+        )
+
+
+@click.command()
+@click.argument("checkpoint")
+@engine_option
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="GPUs that the model will be split over.")  # fmt: skip
+@click.option("--gpu-memory", help="Memory of one GPU, such as 24GB: do weights and cache fit?")
+@click.option("--context", type=click.IntRange(0), default=8192, show_default=True, metavar="TOKENS",
+              help="Tokens that the cache must hold, for --gpu-memory.")  # fmt: skip
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
+@click.option("--cache-dir", type=click.Path(), help="Folder of the Hub's cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def check(checkpoint: str, engine: str, as_json: bool, **options: Any) -> None:
+    """Judge CHECKPOINT (folder or Hub repo) as inference engines would, whoever made it; exit code 6 on an error.
+
+    Example: mfptq check ./Qwen3.5-27B-NVFP4 --for vllm --gpu-memory 24GB
+    """
+    from ..checking import check as run_check
+    from ..engines.serving import Serving
+    from ..sizes import parse_size
+
+    memory, parts, context = (options.pop(name) for name in ("gpu_memory", "tensor_parallel", "context"))
+    serving = Serving(parts, parse_size(memory) if memory else 0, context)
+    found = run_check(checkpoint, engines=judges(engine), serving=serving, **options)
+    click.echo(json.dumps(found.as_dict()) if as_json else check_text(found, width()))
+    if not found.ok:
+        first = next(each for each in found.findings if each.severity == "error")
+        raise VerificationError(f"{quote(checkpoint)} has {counted(found.errors, 'error', 'errors')}: {first.what}")
+
+
+def width() -> int:
+    """Return the columns of the terminal, within what can be read."""
+    import shutil
+
+    return max(NARROWEST, min(WIDEST, shutil.get_terminal_size((80, 24)).columns))
+
+
+def check_text(found: Check, columns: int) -> str:
+    """Return findings for people, in at most that many columns, and a last line that sums them up."""
+    warnings = len(found.findings) - found.errors
+    lines = findings_lines(found.findings, columns)
+    said = (
+        "no fault"
+        if not found.findings
+        else f"{counted(found.errors, 'error', 'errors')}, {counted(warnings, 'warning', 'warnings')}"
+    )
+    last = f"checked {found.tensors} tensors for {' and '.join(found.engines) or 'transformers'} in {found.seconds:.1f} s: {said}"
+    return "\n".join([*lines, *textwrap.wrap(last, columns)])
+
+
+def findings_lines(findings: Iterable[Finding], columns: int) -> list[str]:
+    """Return findings as lines of at most that many columns: what and where, then what happens, then the remedy."""
+    lines: list[str] = []
+    for each in findings:
+        places = [printable(pattern) for pattern in each.patterns[:SHOWN_PATTERNS]]
+        more = (
+            f" and {len(each.patterns) - SHOWN_PATTERNS} more patterns" if len(each.patterns) > SHOWN_PATTERNS else ""
+        )
+        paragraphs = (
+            f"{each.severity}{f' ({each.engine})' if each.engine else ''}: {printable(each.what)}",
+            f"  {counted(each.count, 'place', 'places')}: {', '.join(places)}{more}",
+            f"  then: {printable(each.effect)}",
+            f"  mend: {printable(each.remedy)}",
+        )
+        for paragraph in paragraphs:
+            indent = "  " if not paragraph.startswith(" ") else "    "
+            lines += textwrap.wrap(paragraph, columns, subsequent_indent=indent, break_on_hyphens=False)
+        lines.append("")
+    return lines

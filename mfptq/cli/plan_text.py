@@ -1,0 +1,274 @@
+"""Render a plan for people: groups, large ones first, in as many columns as the terminal has.
+
+Called by `plan` and `convert --dry-run`, which print what comes back. Programs take `plan --json` instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..checkpoint.weights import name_pattern
+from ..engines.findings import Finding
+from ..errors import UsageError, counted, printable, quote
+from ..sizes import size_text
+from ..storage.digest import available_cores
+from .check import findings_lines, width
+from .text import left_out_lines
+
+if TYPE_CHECKING:
+    from ..planning.plan import ConversionPlan
+    from ..planning.rules import TensorDecision
+
+FP4, KEPT = "FP4", "kept"
+SMALL_BYTES = 2**20  # kept tensors of a pattern below this are summed into one line
+MEASURED_BYTES = 8 * 2**20
+MEASURED_SECONDS = 0.5
+
+
+@dataclass(slots=True)
+class Group:
+    """Tensors with one pattern, one fate and one reason; `layers` are the numbers in the place of the first `*`."""
+
+    pattern: str
+    why: str
+    count: int = 0
+    source_bytes: int = 0
+    output_bytes: int = 0
+    layers: set[int] = field(default_factory=set)
+
+    def add(self, item: TensorDecision, output_bytes: int) -> None:
+        """Take in one tensor."""
+        info = item.candidate.tensor.info
+        self.count += 1
+        self.source_bytes += info.nbytes
+        self.output_bytes += output_bytes
+        number = next((part for part in info.name.split(".") if part.isdigit()), None)
+        if number is not None:
+            self.layers.add(int(number))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as people write them: `0-5,8`; runs at even steps are cut short: `3,7,...,63`, `0-2,4-6,...,60-62`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    written = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    even = len({len(run) for run in runs}) == 1 and len({after[0] - before[0] for before, after in pairwise(runs)}) == 1
+    return ",".join([*written[:2], "...", written[-1]] if even and len(runs) > 3 else written)
+
+
+def rendered(plan: ConversionPlan, peak_memory: int, findings: Sequence[Finding], shown: Mapping[str, Any]) -> str:
+    """Return what the options in `shown` ask for: one tensor explained, or the plan, with an estimate of its time."""
+    if shown.get("explain"):
+        return explain_text(plan, shown["explain"], findings, width())
+    workers = shown["max_workers"] or available_cores()
+    seconds = expected_seconds(plan, workers) if shown.get("estimate") else None
+    return plan_text(plan, peak_memory, findings, columns=width(), seconds=seconds, every=shown.get("every", False))
+
+
+def plan_text(
+    plan: ConversionPlan,
+    peak_memory: int,
+    findings: Sequence[Finding],
+    *,
+    columns: int,
+    seconds: float | None = None,
+    every: bool = False,
+) -> str:
+    """Return a plan as text of at most that many columns; `every` lists each tensor, `seconds` is an estimate."""
+    groups = _groups(plan, every=every)
+    prefix = _common(groups[FP4].values())
+    lines = _wrapped(_title(plan) + (f"; names without {prefix}" if prefix else ""), columns)
+    lines += _wrapped(str(plan.share), columns)
+    for note in plan.contents.notes:
+        lines += _wrapped(f"source: {note}", columns)
+    for fate in (FP4, KEPT):
+        rows = sorted(groups[fate].values(), key=lambda group: (-group.source_bytes, group.pattern))
+        reasons = Counter(row.why for row in rows)
+        usual = reasons.most_common(1)[0][0] if fate == FP4 and reasons else ""
+        lines += ["", *_section(fate, rows, Shown(columns, prefix, usual), every=every)]
+    for left_out in left_out_lines(plan.checkpoint.left_out):
+        lines += _wrapped(left_out, columns)
+    lines += ["", *(line for text in _sums(plan, peak_memory, seconds) for line in _wrapped(text, columns))]
+    for warning in plan.warnings:
+        lines += _wrapped(f"warning: {warning}", columns)
+    if findings:
+        lines += ["", "what engines would find:", *findings_lines(findings, columns)]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, columns: int, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(text, columns, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _title(plan: ConversionPlan) -> str:
+    what = "W4A4" if plan.scheme == "NVFP4" else "W4A16"
+    counts = ", ".join(f"{name} {count}" for name, count in plan.methods.most_common())
+    method = plan.method if list(plan.methods) == [plan.method] else f"{plan.method} ({counts})"
+    return f"{plan.checkpoint.origin}: {plan.scheme} ({what}), method {method}"
+
+
+def _groups(plan: ConversionPlan, *, every: bool) -> dict[str, dict[tuple[str, str], Group]]:
+    groups: dict[str, dict[tuple[str, str], Group]] = {FP4: {}, KEPT: {}}
+    scalars, mixed = 4 if plan.input_scales is None else 8, len(plan.methods) > 1
+    for item in plan.selection.tensors:
+        info, decision = item.candidate.tensor.info, item.decision
+        name = info.name if every else name_pattern(info.name)
+        why = f"{decision.reason} ({decision.rule})" if decision.rule else decision.reason
+        if decision.quantize and mixed:
+            why += "; " + ", ".join(sorted({plan.method_of(weight) for weight in item.candidate.weights}))
+        elements = math.prod(info.shape)
+        packed = elements // 2 + elements // 16 + scalars * len(item.candidate.weights)
+        fate = FP4 if decision.quantize else KEPT
+        group = groups[fate].setdefault((name, why), Group(name, why))
+        group.add(item, packed if decision.quantize else info.nbytes)
+    return groups
+
+
+class Shown(NamedTuple):
+    """What the rows of a table leave out: the beginning that most names share, and the usual reason."""
+
+    columns: int
+    prefix: str
+    usual: str
+
+
+def _common(rows: Iterable[Group]) -> str:
+    """Return the beginning, up to a dot, that the names of most bytes share: `model.language_model.`."""
+    sizes: Counter[str] = Counter()
+    for row in rows:
+        before, found, _ = row.pattern.partition("layers.")
+        sizes[before if found else ""] += row.source_bytes
+    return sizes.most_common(1)[0][0] if sizes else ""
+
+
+def _section(fate: str, rows: list[Group], shown: Shown, *, every: bool) -> Iterator[str]:
+    before, after = sum(row.source_bytes for row in rows), sum(row.output_bytes for row in rows)
+    count = sum(row.count for row in rows)
+    sizes = f"{size_text(before)} -> {size_text(after)}" if fate == FP4 else size_text(before)
+    usual = f": {printable(shown.usual)}" if shown.usual else ""
+    yield from _wrapped(f"{fate}: {counted(count, 'tensor', 'tensors')}, {sizes}{usual}", shown.columns)
+    listed = [row for row in rows if every or fate == FP4 or row.source_bytes >= SMALL_BYTES]
+    for row in listed:
+        yield from _row(row, fate, shown)
+    small = [row for row in rows if row not in listed]
+    if small:
+        tensors = counted(sum(row.count for row in small), "small tensor", "small tensors")
+        size = size_text(sum(row.source_bytes for row in small))
+        reasons = ", ".join(dict.fromkeys(row.why for row in small))
+        yield from _wrapped(
+            f"  {size:>8}  {tensors} (norms, biases and the like): {printable(reasons)}", shown.columns, " " * 12
+        )
+
+
+def _row(row: Group, fate: str, shown: Shown) -> list[str]:
+    """Return a group's lines: sizes, its name with the layers' numbers, and the reason where it is not the usual one."""
+    sizes = f"{size_text(row.source_bytes):>8}"
+    if fate == FP4:
+        sizes += f" -> {size_text(row.output_bytes):>8}"
+    name = row.pattern.removesuffix(".weight").removeprefix(shown.prefix)
+    if row.layers:
+        name = name.replace("*", ranges(row.layers), 1)
+    why = "" if row.why == shown.usual else f": {printable(row.why)}"
+    text = f"  {sizes}  {printable(name)}{why}"
+    return textwrap.wrap(text, shown.columns, subsequent_indent=" " * 12, break_on_hyphens=False)
+
+
+def _sums(plan: ConversionPlan, peak_memory: int, seconds: float | None) -> Iterator[str]:
+    checkpoint, elements = plan.checkpoint, sum(weight.size for weight in plan.weights())
+    packed = sum(group.output_bytes for group in _groups(plan, every=False)[FP4].values())
+    ratio = plan.tensor_bytes / max(checkpoint.tensor_bytes, 1)
+    yield (
+        f"{size_text(checkpoint.tensor_bytes)} -> {size_text(plan.tensor_bytes)} ({ratio:.0%}), "
+        f"{packed * 8 / elements if elements else 0:.2f} bits per FP4 weight"
+    )
+    yield f"{counted(len(plan.shards), 'file', 'files')}, {size_text(plan.output_bytes)} of disk, peak memory about {size_text(peak_memory)}"
+    read = decode_bytes(plan)
+    if read:
+        yield f"a decode step reads about {size_text(read)} of weights"
+    if seconds is not None:
+        yield f"about {duration(seconds)} of computing here; a slow disk takes longer"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def decode_bytes(plan: ConversionPlan) -> int:
+    """Return how many bytes of weights one token reads: of routed experts only those that a token is sent to."""
+    inner = plan.checkpoint.config.get("text_config")
+    config = inner if isinstance(inner, dict) else plan.checkpoint.config
+    experts = next(
+        (config[key] for key in ("num_experts", "n_routed_experts", "num_local_experts") if key in config), 0
+    )
+    taken = config.get("num_experts_per_tok", 0)
+    share = taken / experts if type(experts) is int and type(taken) is int and experts > 0 else 1.0
+    total = 0.0
+    for groups in _groups(plan, every=False).values():
+        for group in groups.values():
+            if any(part in group.pattern for part in ("embed", "visual", "vision", "audio", "mtp")):
+                continue
+            total += group.output_bytes * (share if ".experts" in group.pattern else 1.0)
+    return int(total)
+
+
+def expected_seconds(plan: ConversionPlan, workers: int) -> float:
+    """Return how long computing will take on these cores, from half a second of quantizing; reading is not counted."""
+    import numpy as np
+
+    from ..kernels import QuantizeArgs, load_kernel
+
+    methods = plan.methods
+    method = methods.most_common(1)[0][0] if methods else "minmax"
+    measured = method if method in ("search", "minmax") else "search"
+    kernel, rows = load_kernel("cpu"), MEASURED_BYTES // 2 // 4096
+    tile = np.full((rows, 4096), 0x3C23, np.uint16)  # BF16 of one value: times do not depend on values
+    packed, scales = np.empty((rows, 2048), np.uint8), np.empty((rows, 256), np.uint8)
+    kernel.quantize(tile, QuantizeArgs(measured, 1.0), packed, scales)
+    begun, done = time.monotonic(), 0
+    while time.monotonic() - begun < MEASURED_SECONDS:
+        kernel.quantize(tile, QuantizeArgs(measured, 1.0), packed, scales)
+        done += tile.size
+    speed = done / (time.monotonic() - begun)
+    return sum(weight.size for weight in plan.weights()) / speed / max(1, workers)
+
+
+def explain_text(plan: ConversionPlan, name: str, findings: Sequence[Finding], columns: int) -> str:
+    """Return why one tensor gets what it gets, or raise UsageError with the nearest names."""
+    items = {item.candidate.tensor.info.name: item for item in plan.selection.tensors}
+    item = items.get(name) or items.get(f"{name}.weight")
+    if item is None:
+        near = ", ".join(quote(each) for each in difflib.get_close_matches(name, items, n=3))
+        raise UsageError(f"{quote(name)} is no tensor of this checkpoint" + (f"; near names: {near}" if near else ""))
+    own = [each for each in findings if name_pattern(item.candidate.module) in each.patterns]
+    told = [line for text in _explained(plan, item) for line in _wrapped(text, columns, "    ")]
+    return "\n".join([*told, *findings_lines(own, columns)])
+
+
+def _explained(plan: ConversionPlan, item: TensorDecision) -> Iterator[str]:
+    info, decision, weights = item.candidate.tensor.info, item.decision, item.candidate.weights
+    yield f"{printable(info.name)}: {info.dtype} {list(info.shape)}, {size_text(info.nbytes)}"
+    yield f"  {'becomes FP4' if decision.quantize else 'kept as it is'}: {printable(decision.reason)}"
+    yield f"  rule: {printable(decision.rule) if decision.rule else 'none named it'}"
+    if item.candidate.obstacle:
+        yield f"  layout: {item.candidate.obstacle}"
+    if decision.quantize:
+        partners = [name for name in plan.group_of(weights[0]).members if name != weights[0].module]
+        yield f"  method: {plan.method_of(weights[0])}"
+        yield f"  one global scale with: {', '.join(map(printable, partners)) or 'no other weight'}"
+        if len(weights) > 1:
+            yield f"  split into {len(weights)} weights, the first is {printable(weights[0].module)}"

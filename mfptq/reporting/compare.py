@@ -1,0 +1,73 @@
+"""Compare two outputs of mfptq: which layers are treated otherwise, and how their errors differ.
+
+Called by the command `compare`. It reads the reports of both, and no weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .data import LayerRow, ReportData
+
+SAME = 0.005  # a relative difference of errors below half a per cent is noise of methods
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One layer and kind in two outputs: the error in each, None where the output keeps it unquantized."""
+
+    name: str
+    elements: int
+    first: float | None
+    second: float | None
+
+    @property
+    def change(self) -> float | None:
+        """The second error over the first, less one; None where one of the two keeps the layer."""
+        if self.first is None or self.second is None or not self.first:
+            return None
+        return self.second / self.first - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two outputs side by side. `treated` are layers that only one quantizes, `changed` those with another error."""
+
+    first_error: float
+    second_error: float
+    first_bytes: int
+    second_bytes: int
+    treated: tuple[Difference, ...]
+    changed: tuple[Difference, ...]
+    equal: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
+        return asdict(self)
+
+
+def compare(first: ReportData, second: ReportData) -> Comparison:
+    """Return how two reports differ, layer by layer; the largest changes first."""
+    one, other = ({row.name: row for row in report.layers} for report in (first, second))
+    rows = [_difference(name, one.get(name), other.get(name)) for name in sorted(one.keys() | other.keys())]
+    treated = tuple(row for row in rows if row.change is None and (row.first is None or row.second is None))
+    changed = [row for row in rows if row.change is not None and abs(row.change) > SAME]
+    changed.sort(key=lambda row: (-abs(row.change or 0), row.name))
+    return Comparison(
+        first.summary["relative_error"],
+        second.summary["relative_error"],
+        first.summary["output_bytes"],
+        second.summary["output_bytes"],
+        treated,
+        tuple(changed),
+        len(rows) - len(treated) - len(changed),
+    )
+
+
+def _difference(name: str, first: LayerRow | None, second: LayerRow | None) -> Difference:
+    known = first or second
+    assert known is not None
+    return Difference(
+        name, known.elements, first.relative_error if first else None, second.relative_error if second else None
+    )

@@ -1,0 +1,134 @@
+"""Read an output's mfptq_report.json as rows: one for each layer and kind of module, one for each pattern of tensors.
+
+Called by `reporting.page`, `reporting.compare` and the command line. Raises SourceError for what is no report.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ..checkpoint.folder import read_object
+from ..checkpoint.source import FolderSource
+from ..checkpoint.weights import name_pattern
+from ..errors import SourceError, quote
+from ..limits import MAX_INDEX_BYTES
+from ..output.leftovers import REPORT
+
+FAR_OFF = 1.25  # times the median error of a kind: a layer to look at
+WORST_BLOCK = 0.25  # relative error of one block of 16
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """The weights of one layer and kind: their number of elements, and the errors that quantizing them made.
+
+    `relative_error` is the Frobenius norm of the difference over that of the weights, `worst_block` that of the worst 16
+    values, `zeroed` the share of values that became zero, `saturated_blocks` and `zero_blocks` counts of blocks.
+    """
+
+    name: str
+    elements: int
+    relative_error: float
+    worst_block: float
+    zeroed: float
+    saturated_blocks: int
+    zero_blocks: int
+
+    @property
+    def layer(self) -> int | None:
+        """The layer's number, None for what is in no numbered layer."""
+        return next((int(part) for part in self.name.split(".") if part.isdigit()), None)
+
+    @property
+    def pattern(self) -> str:
+        """The kind of module: the name with every number as `*`."""
+        return name_pattern(self.name)
+
+    @property
+    def kind(self) -> str:
+        """The kind as people call it: what follows the layer's number."""
+        _, found, rest = self.pattern.partition("*.")
+        return rest if found else self.pattern
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """What became of source tensors whose names have one pattern, and why."""
+
+    pattern: str
+    action: str
+    count: int
+    source_bytes: int
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """A report: `summary` holds the values of the whole output, `flagged` the names of layers to look at, with reasons."""
+
+    summary: Mapping[str, Any]
+    layers: tuple[LayerRow, ...]
+    tensors: tuple[TensorRow, ...]
+    flagged: Mapping[str, str]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration statistics shaped the weights, so that errors of outputs went down, not of weights."""
+        return bool(self.summary.get("calibration"))
+
+
+def read_report(output: str | Path) -> ReportData:
+    """Return the report that a conversion left in its output folder; raises SourceError for none, or one without layers."""
+    source = FolderSource(Path(output))
+    try:
+        content = read_object(source, REPORT, MAX_INDEX_BYTES)
+    finally:
+        source.close()
+    layers, tensors = content.get("layers"), content.get("tensors")
+    if content.get("tool") != "mfptq" or not isinstance(layers, list) or not isinstance(tensors, list):
+        raise SourceError(f"{quote(REPORT)} of {quote(output)} has no errors by layer: convert again with this version")
+    try:
+        rows = tuple(LayerRow(*row) for row in layers)
+        kinds = tuple(TensorRow(*row) for row in tensors)
+        return ReportData(content, rows, kinds, _flagged(rows, calibrated=bool(content.get("calibration"))))
+    except (TypeError, ValueError, AttributeError):
+        raise SourceError(
+            f"{quote(REPORT)} of {quote(output)} is damaged: its rows are not those of a report"
+        ) from None
+
+
+def _flagged(rows: tuple[LayerRow, ...], *, calibrated: bool) -> dict[str, str]:
+    """Return why layers deserve a look: an error far above their kind's median, a bad block, saturation."""
+    kinds: dict[str, list[float]] = {}
+    for row in rows:
+        kinds.setdefault(row.pattern, []).append(row.relative_error)
+    flagged: dict[str, str] = {}
+    for row in rows:
+        middle = median(kinds[row.pattern])
+        reasons = []
+        if middle and row.relative_error > FAR_OFF * middle:
+            reasons.append(f"error {row.relative_error / middle:.2f} times the median of its kind")
+        if row.worst_block > WORST_BLOCK and not calibrated:
+            reasons.append(f"worst block {row.worst_block:.0%}")
+        if row.saturated_blocks:
+            reasons.append(f"{row.saturated_blocks} saturated blocks")
+        if reasons:
+            flagged[row.name] = ", ".join(reasons)
+    return flagged
+
+
+def csv_text(report: ReportData) -> str:
+    """Return the layers as CSV with a line of names first."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "kind", *(each.name for each in fields(LayerRow)), "flagged"])
+    for row in report.layers:
+        writer.writerow([row.layer, row.kind, *astuple(row), report.flagged.get(row.name, "")])
+    return text.getvalue()

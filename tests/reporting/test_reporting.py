@@ -1,0 +1,159 @@
+"""Reports as pages, tables and comparisons; pages are opened in a real browser where there is one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import mfptq
+from mfptq.errors import SourceError
+from mfptq.reporting.compare import compare
+from mfptq.reporting.data import csv_text, read_report
+from tests.conftest import command
+from tests.reporting.samples import report, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def test_a_conversion_leaves_a_row_for_each_layer_and_kind(moe_source: Path, tmp_path: Path) -> None:
+    done = mfptq.convert(moe_source, tmp_path / "out")
+    found = read_report(tmp_path / "out")
+    assert sum(row.elements for row in found.layers) == sum(row.elements for row in done.patterns)
+    experts = [row for row in found.layers if row.kind == "mlp.experts.*.gate_proj"]
+    assert [row.layer for row in experts] == [0, 1, 2, 3]
+    assert len({row.elements for row in experts}) == 1
+    for pattern in done.patterns:
+        errors = [row.relative_error for row in found.layers if row.pattern == pattern.pattern]
+        assert min(errors) <= pattern.relative_error * 1.001
+        assert max(errors) >= pattern.relative_error * 0.999
+    kept = {row.pattern: row for row in found.tensors if row.action == "keep"}
+    assert kept["lm_head.weight"].reason
+    assert found.flagged == {}
+
+
+def test_the_report_is_the_same_however_it_ran(moe_source: Path, tmp_path: Path) -> None:
+    for name, workers in (("one", 1), ("four", 4)):
+        mfptq.convert(moe_source, tmp_path / name, max_workers=workers)
+    one, four = ((tmp_path / name / "mfptq_report.json").read_text() for name in ("one", "four"))
+    assert one == four
+
+
+def test_layers_that_stand_out_come_first(tmp_path: Path) -> None:
+    found = read_report(write_report(tmp_path))
+    assert list(found.flagged) == ["model.language_model.layers.7.mlp.down_proj"]
+    text = command("report", tmp_path).stdout
+    assert "layers.7.mlp.down_proj: error 1.5" in text
+    assert text.rstrip().endswith("1 layer stands out")
+
+
+def test_csv_has_a_line_for_each_row(tmp_path: Path) -> None:
+    found = read_report(write_report(tmp_path, layers=8))
+    rows = list(csv.DictReader(io.StringIO(csv_text(found))))
+    assert len(rows) == len(found.layers)
+    assert [row["layer"] for row in rows if row["flagged"]] == ["7"]
+    assert command("report", tmp_path, "--csv", tmp_path / "t.csv").returncode == 0
+    assert (tmp_path / "t.csv").read_text() == csv_text(found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"tool": "mfptq"},
+        {"tool": "other", "layers": [], "tensors": []},
+        {**report(2), "layers": [[1, 2]]},
+        {**report(2), "layers": [5]},
+    ],
+)
+def test_what_is_no_report_is_an_error(content: object, tmp_path: Path) -> None:
+    (tmp_path / "mfptq_report.json").write_text(json.dumps(content))
+    with pytest.raises(SourceError, match=r"mfptq_report\.json"):
+        read_report(tmp_path)
+    assert command("report", tmp_path / "nowhere").returncode == 3
+
+
+def test_outputs_are_compared_layer_by_layer(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "minmax", method="minmax", ignore=["re:.*o_proj$"])
+    mfptq.convert(source, tmp_path / "search")
+    found = compare(read_report(tmp_path / "minmax"), read_report(tmp_path / "search"))
+    assert [(row.name, row.first is None) for row in found.treated] == [
+        ("model.language_model.layers.3.self_attn.o_proj", True)
+    ]
+    assert all(row.change < 0 for row in found.changed)
+    assert found.changed
+    done = command("compare", tmp_path / "minmax", tmp_path / "search")
+    assert "1 layer is treated otherwise" in done.stdout
+    assert json.loads(command("compare", tmp_path / "search", tmp_path / "search", "--json").stdout)["changed"] == []
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    pytest.importorskip("matplotlib")
+    out = write_report(tmp_path / "A <b>model</b>")
+    done = command("report", out, "--html", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "page.html"
+
+
+def test_a_page_is_small_and_whole(page: Path) -> None:
+    text = page.read_text()
+    assert len(text) < 2 * 10**6
+    assert not re.search(r"(src|href)=['\"]?(https?:)?//", text)
+    assert "<b>model" not in text
+    assert "vision <tower>" not in text
+    assert text.count("<svg") == 2
+
+
+def browse(path: Path, width: int) -> tuple[str, str]:
+    """Return the page as a browser has it after its scripts, and what the browser logged."""
+    assert CHROMIUM is not None
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--window-size={width},900",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *options, f"--user-data-dir={path.parent / 'profile'}", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return done.stdout, done.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [500, 1280])
+def test_a_page_in_a_browser(page: Path, width: int) -> None:
+    """A window is 500 pixels at least; narrower ones are a frame in it."""
+    probe = page.with_name("probe.html")
+    script = (
+        "<script>box.value='layers.7. down';box.dispatchEvent(new Event('input'));"
+        "document.querySelectorAll('#layers th')[3].click();"
+        "document.title='fits '+(document.documentElement.scrollWidth<=innerWidth)</script></body>"
+    )
+    probe.write_text(page.read_text().replace("</body>", script))
+    dom, log = browse(probe, width)
+    assert "CONSOLE" not in log
+    assert "<title>fits true</title>" in dom
+    assert '<span id="shown">1 of 400</span>' in dom
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_page_on_a_phone(page: Path) -> None:
+    frame = page.with_name("frame.html")
+    frame.write_text(
+        f"<iframe id=f srcdoc='' width=360 height=800></iframe><script>const f=document.getElementById('f');"
+        "f.onload=()=>{document.title='phone '+f.contentDocument.documentElement.scrollWidth};"
+        f"f.srcdoc={json.dumps(page.read_text()).replace('</script>', '<' + chr(92) + '/script>')}</script>"
+    )
+    dom, log = browse(frame, 800)
+    assert "CONSOLE" not in log
+    found = re.search(r"<title>phone (\d+)</title>", dom)
+    assert found is not None
+    assert int(found[1]) <= 360
