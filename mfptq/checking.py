@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.folder import Checkpoint, read_object
+from .checkpoint.header import PREFIX_BYTES, parse_header
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.weights import StoredTensor
 from .engines.files import HF_QUANT_CONFIG, file_faults
@@ -27,7 +28,6 @@ from .engines.serving import Serving, serving_faults
 from .engines.tables import ENGINE_TITLES, ENGINES, Engine
 from .errors import UsageError, quote
 from .limits import MAX_CONFIG_BYTES
-from .planning.output_order import output_tensors
 
 if TYPE_CHECKING:
     from .planning.plan import ConversionPlan
@@ -121,25 +121,18 @@ def check_plan(plan: ConversionPlan, engines: Sequence[Engine] = ENGINES) -> tup
     """Return what engines would find wrong with the output of a plan, before a byte of it is written."""
     files = ("config.json", *plan.checkpoint.companions)
     given = plan.input_scales.global_scales if plan.input_scales is not None else {}
-    scalars = {
-        f"{weight.module}.input_global_scale": given[plan.group_of(weight).name] for weight in plan.weights() if given
-    }
+    grouped = ((weight.module, plan.group_of(weight).name) for weight in plan.weights())
+    scalars = {f"{module}.input_global_scale": given[group] for module, group in grouped if group in given}
     return judge(Subject(json.loads(plan.config_text), planned_shapes(plan), files, scalars), engines)
 
 
 def planned_shapes(plan: ConversionPlan) -> dict[str, Shape]:
-    """Return dtype and shape of every tensor that a plan will write, by name."""
-    shapes: dict[str, Shape] = {}
-    with_input = plan.input_scales is not None
-    for item in plan.selection.tensors:
-        info = item.candidate.tensor.info
-        if not item.decision.quantize:
-            shapes[info.name] = Shape(info.dtype, info.shape)
-            continue
-        for weight in item.candidate.weights:
-            for made in output_tensors(weight, with_input=with_input):
-                shapes[f"{weight.module}.{made.suffix}"] = Shape(made.dtype, made.shape)
-    return shapes
+    """Return dtype and shape of every tensor that a plan will write, by name: what its headers say."""
+    return {
+        info.name: Shape(info.dtype, info.shape)
+        for shard in plan.shards
+        for info in parse_header(shard.head[PREFIX_BYTES:], shard.size).tensors
+    }
 
 
 def unloadable(findings: Iterable[Finding], engines: Sequence[Engine]) -> tuple[Finding, ...]:
