@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .inspection import Inspection, TensorSummary, inspect
     from .kernels import ErrorStats
     from .observation.calibrate import CalibrationProgress, calibrate
+    from .observation.comparison import Estimate
+    from .observation.evaluate import Evaluation, EvaluationProgress, evaluate
     from .output.fault import Fault
     from .output.report import PatternReport, Report
     from .planning.plan import PlannedTensor
@@ -71,6 +73,8 @@ _EXPORTS = {
     "inspection": "Inspection TensorSummary inspect",
     "kernels": "ErrorStats",
     "observation.calibrate": "CalibrationProgress calibrate",
+    "observation.comparison": "Estimate",
+    "observation.evaluate": "Evaluation EvaluationProgress evaluate",
     "output.report": "PatternReport Report",
     "planning.plan": "PlannedTensor",
     "planning.quantization_config": "quantization_config",

@@ -128,7 +128,7 @@ def test_the_examples_of_the_help_work(block: str, workspace: Path, capsys) -> N
     if words[1] == "compare":
         for name, method in zip(words[2:], ("minmax", "search"), strict=True):
             run(["mfptq", "convert", QWEN, name, "--method", method])
-    if words[1] in ("verify", "inspect", "calibration", "check", "report", "repair"):
+    if words[1] in ("verify", "inspect", "calibration", "check", "evaluate", "report", "repair"):
         run(["mfptq", "convert", QWEN, "Qwen3.5-27B-NVFP4", "--calibration", "qwen.calibration.safetensors"])
     if words[1] in ("calibrate", "calibration") and "--output" in words:
         Path(words[words.index("--output") + 1]).unlink(missing_ok=True)

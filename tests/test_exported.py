@@ -15,9 +15,10 @@ import mfptq
 from mfptq import errors
 
 EXPECTED = {
-    "Advanced", "Calibration", "CalibrationProgress", "Check", "Decisions", "Description", "ErrorStats", "Event", "Fault", "Finding",
+    "Advanced", "Calibration", "CalibrationProgress", "Check", "Decisions", "Description", "ErrorStats", "Estimate",
+    "Evaluation", "EvaluationProgress", "Event", "Fault", "Finding",
     "InputScales", "Inspection", "Nvfp4Tensor", "PatternReport", "Plan", "Planned", "PlannedTensor", "Report",
-    "Serving", "ShardFinished", "TensorSummary", "Verification", "__version__", "calibrate", "check", "convert", "dequantize_nvfp4",
+    "Serving", "ShardFinished", "TensorSummary", "Verification", "__version__", "calibrate", "check", "convert", "dequantize_nvfp4", "evaluate",
     "extract_scales", "inspect", "load_calibration", "merge_calibrations", "plan", "quantization_config", "quantize_nvfp4",
     "quantize_state_dict", "read_input_scales", "verify",
 }  # fmt: skip

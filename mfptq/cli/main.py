@@ -259,8 +259,10 @@ def demo(output: Path) -> None:
 
 
 from .calibrate import calibrate  # noqa: E402 - imports nothing but click
+from .evaluate import evaluate  # noqa: E402
 from .repair import repair  # noqa: E402
 
 main.add_command(calibrate)
 main.add_command(push)
 main.add_command(repair)
+main.add_command(evaluate)

@@ -24,8 +24,6 @@ from .recording import Recorder
 from .texts import Encoder, Samples, read_samples
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .models import Skeleton
     from .streaming import Runner
 
@@ -189,7 +187,9 @@ class _Making:
 
     def run(self, output: Path, description: Description, samples: Samples) -> Description:
         """Run the samples that are left, batch by batch, and write the file after each."""
-        _check_vocabulary(self.skeleton.model, samples)
+        from . import models
+
+        models.check_vocabulary(self.skeleton.model, samples.highest)
         blocks = find_blocks(self.skeleton.model, self.recorder.inputs)
         count = len(blocks.names)
         self.steps = description.samples * count
@@ -251,10 +251,3 @@ class _Making:
             stack.enter_context(runner.engaged())
             stack.enter_context(self.recorder.attached(runner.model))
             yield runner, residency.batch
-
-
-def _check_vocabulary(model: nn.Module, samples: Samples) -> None:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    rows = embedding.weight.shape[0]
-    if samples.highest >= rows:
-        raise UsageError(f"the dataset has token id {samples.highest}, the model knows {rows} tokens")

@@ -150,7 +150,7 @@ def _experts(
     module: nn.Module, names: tuple[str, str], infos: Sequence[InputInfo], *, all_experts: bool
 ) -> ExpertsInputs:
     home, parent = names
-    _check_stack(module, parent)
+    check_stack(module, parent)
     by_number = sorted(infos, key=lambda info: int(info.modules[0].removeprefix(parent).split(".")[1]))
     gate_up = tuple(info for info in by_number if len(info.modules) > 1)
     down = tuple(info for info in by_number if len(info.modules) == 1)
@@ -163,7 +163,7 @@ def _experts(
     return ExpertsInputs(home, parent, gate_up, down)
 
 
-def _check_stack(module: nn.Module, parent: str) -> None:
+def check_stack(module: nn.Module, parent: str) -> None:
     """Refuse experts that do not compute down(act(gate(x)) * up(x)) from rows stored as [experts, out, in]."""
     unusual = [name for name in ("has_bias", "is_transposed") if getattr(module, name, False)]
     unusual += [f"no {name}" for name in ("has_gate", "is_concatenated") if not getattr(module, name, True)]

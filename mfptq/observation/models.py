@@ -23,11 +23,11 @@ EXTRA = ("torch", "transformers", "accelerate")
 _LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
 
 
-def require_extra() -> None:
-    """Raise UsageError unless the packages that calibration needs are there."""
+def require_extra(command: str = "calibrate") -> None:
+    """Raise UsageError unless the packages that calibration and evaluation need are there."""
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"calibrate needs {' and '.join(missing)}: pip install 'mfptq[calibrate]'")
+        raise UsageError(f"{command} needs {' and '.join(missing)}: pip install 'mfptq[calibrate]'")
 
 
 def check_device(name: str) -> None:
@@ -115,6 +115,13 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
             else:
                 model = factory(config)
     return Skeleton(model, config, factory, folder, dtype)
+
+
+def check_vocabulary(model: nn.Module, highest: int) -> None:
+    """Raise UsageError if a text's highest token id is beyond the model's embedding table."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if highest >= rows:
+        raise UsageError(f"the dataset has token id {highest}, the model knows {rows} tokens")
 
 
 def load_whole(skeleton: Skeleton, device: str) -> nn.Module:

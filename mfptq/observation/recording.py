@@ -97,10 +97,10 @@ class _ExpertsHook:
                 continue
             if not shared:
                 sums[self.target.gate_up[expert].name].add(reached)
-            sums[down.name].add(_gated(module, expert, reached))
+            sums[down.name].add(gated(module, expert, reached))
 
 
-def _gated(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+def gated(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
     """Return what reaches an expert's `down_proj`."""
     from torch.nn.functional import linear
 

@@ -67,25 +67,28 @@ class Runner:
         for ids in samples:
             self.forward(ids)
 
-    def forward(self, ids: TokenIds) -> None:
-        """Run one sample `[length]`, alone: no padding, and no attention mask but the model's own."""
+    def forward(self, ids: TokenIds) -> Any:
+        """Run one sample `[length]`, alone: no padding, and no attention mask but the model's own.
+
+        Returns what the model gives, None unless the pass goes `to_end`.
+        """
         self.order = 0
         try:
             with torch.no_grad():
-                self.model(input_ids=torch.from_numpy(ids)[None].to(self.device))
+                output = self.model(input_ids=torch.from_numpy(ids)[None].to(self.device))
         except _LeftError:
-            return
+            return None
         except torch.cuda.OutOfMemoryError:
             raise MemoryBudgetError(
                 f"a sample of {len(ids)} tokens does not fit into the memory of {self.device}: lower max_seq_length"
             ) from None
         if self.to_end and self.order == len(self.blocks):
-            return
-        raise ScaleError("the model ended before its last block: it cannot be calibrated by reading text")
+            return output
+        raise ScaleError("the model ended before its last block: it cannot be run by reading text")
 
     def _enter(self, place: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if place != self.order:
-            raise ScaleError(f"the model runs block {place} where {self.order} was expected: it cannot be calibrated")
+            raise ScaleError(f"the model runs block {place} where {self.order} was expected: it cannot be run in order")
         self.order += 1
         if self.stage is not None and place < self.stage:
             return self.given if place == self.stage - 1 else _poisoned(self.given)
@@ -235,19 +238,20 @@ class EmbeddingRows:
         return torch.from_numpy(data).view(self.dtype).to(self.meta.dtype)
 
 
-def _floats(values: Any) -> Iterator[torch.Tensor]:
+def floats(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the floating-point tensors in what a block is called with or gives, in their order."""
     if isinstance(values, torch.Tensor):
         if values.is_floating_point():
             yield values
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _floats(value)
+            yield from floats(value)
     elif isinstance(values, dict):
-        yield from _floats(list(values.values()))
+        yield from floats(list(values.values()))
 
 
 def _has_nan(values: Any) -> bool:
-    return any(bool(tensor.isnan().any()) for tensor in _floats(values))
+    return any(bool(tensor.isnan().any()) for tensor in floats(values))
 
 
 def _poisoned(values: Any) -> Any:

@@ -1,0 +1,115 @@
+"""Define `mfptq evaluate`, show how far it is, and show what came of it.
+
+Thin: options become keywords of `mfptq.evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import counted, listed, printable
+from .process import deferred_signals
+
+if TYPE_CHECKING:
+    from ..observation.comparison import Estimate
+    from ..observation.evaluate import Evaluation, EvaluationProgress
+
+FEW_WINDOWS = 16
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--source", required=True, help="What it was made from: folder or Hub repo.")
+@click.option(
+    "--dataset", type=click.Path(path_type=Path), help="JSONL, parquet or text file; by default a short text."
+)
+@click.option("--samples", default=64, show_default=True, help="How many windows of text to run.")
+@click.option("--max-seq-length", default=512, show_default=True, help="Tokens of a window.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="To compute in; float32 is faster on CPUs without bfloat16.",
+)
+@click.option("--max-memory", help="Ceiling for the process; a larger model is read block by block.")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def evaluate(output: Path, source: str, **options: Any) -> None:
+    """Compare the predictions of the converted checkpoint OUTPUT with its source's, on text.
+
+    Example: mfptq evaluate Qwen3.5-27B-NVFP4 --source Qwen/Qwen3.5-27B
+    """
+    from ..observation.evaluate import evaluate as run_evaluation
+
+    as_json, quiet = options.pop("as_json"), options.pop("quiet")
+    with _progress(quiet=quiet) as show, deferred_signals() as check:
+        found = run_evaluation(output, source, on_event=lambda event: (check(), show(event)), **options)
+    click.echo(json.dumps(asdict(found)) if as_json else evaluation_text(found))
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[EvaluationProgress], None]]:
+    """Lend a callback that moves a bar."""
+    import os
+    import sys
+
+    from tqdm import tqdm
+
+    disabled = quiet or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
+    with tqdm(unit="block", disable=disabled, desc="evaluate", leave=False) as bar:
+
+        def show(event: EvaluationProgress) -> None:
+            bar.total = event.total_steps
+            bar.update(event.steps - bar.n)
+
+        yield show
+
+
+def evaluation_text(found: Evaluation) -> str:
+    """Return an evaluation as a few lines, each figure with its standard error."""
+    windows = counted(found.samples, "window", "windows")
+    rows = [
+        ("perplexity, source", found.source_perplexity, 1.0, ""),
+        ("perplexity, output", found.perplexity, 1.0, ""),
+        ("loss difference", found.loss_difference, 1.0, " nats"),
+        ("KL divergence", found.kl_divergence, 1.0, " nats"),
+        ("top-1 agreement", found.top1_agreement, 100.0, " %"),
+    ]
+    few = f"; the standard errors of fewer than {FEW_WINDOWS} windows are rough" if found.samples < FEW_WINDOWS else ""
+    hidden = [
+        f"  {_figure(error, 100.0):>20} %  {printable(name)}"
+        for name, error in _shown(list(found.hidden_errors.items()))
+    ]
+    left_out = counted(len(found.left_out), "quantized module is", "quantized modules are")
+    return "\n".join([
+        f"{printable(found.output)} against {printable(found.source)}",
+        f"  {found.scheme}, computed in {found.dtype}; {printable(found.dataset)} text: {windows}, {found.tokens} predictions{few}",
+        *(f"  {name:19} {_figure(estimate, factor)}{unit}" for name, estimate, factor, unit in rows),
+        "error of the hidden state behind each block",
+        *hidden,
+        *([f"warning: {left_out} not part of reading text: {listed(found.left_out)}"] if found.left_out else []),
+    ])  # fmt: skip
+
+
+def _shown(errors: list[tuple[str, Estimate]]) -> list[tuple[str, Estimate]]:
+    """Return at most twelve blocks, evenly over all of them, the first and the last among them."""
+    last = len(errors) - 1
+    places = range(len(errors)) if last < 12 else sorted({round(last * part / 11) for part in range(12)})
+    return [errors[place] for place in places]
+
+
+def _figure(estimate: Estimate, factor: float) -> str:
+    value = f"{estimate.value * factor:.4g}"
+    return value if estimate.standard_error is None else f"{value} +- {estimate.standard_error * factor:.2g}"

@@ -1,0 +1,158 @@
+"""Give modules of a transformers model the weights, and the rounded inputs, of a quantized output, for a while.
+
+Called by `evaluate`. Inside `lent` the model computes what an engine computes with the output; afterwards it is itself again.
+Nothing here changes a module that holds no quantized weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
+from ..errors import SourceError, quote
+from ..names.fusion import experts_parent
+from .inputs import Names, check_stack, is_stack
+from .nvfp4_inputs import round_inputs
+from .quantized import QuantizedCheckpoint, QuantizedWeight
+from .recording import gated
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+Expert = dict[str, QuantizedWeight]
+
+
+@dataclass(slots=True)
+class Substitution:
+    """Quantized weights by the module that holds them in the model; `left_out` are those that it does not build."""
+
+    output: QuantizedCheckpoint
+    linear: dict[str, QuantizedWeight] = field(default_factory=dict)
+    stacks: dict[str, dict[int, Expert]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def keep_only(self, parents: Sequence[str]) -> None:
+        """Leave out what lies in none of these modules: text does not go through it."""
+
+        def outside(name: str) -> bool:
+            return not any(_lies_in(name, parent) for parent in parents)
+
+        for name in filter(outside, list(self.linear)):
+            self.left_out.append(self.linear.pop(name).module)
+        for name in filter(outside, list(self.stacks)):
+            self.left_out += [part.module for parts in self.stacks.pop(name).values() for part in parts.values()]
+
+    @contextmanager
+    def lent(self, model: nn.Module, parent: str) -> Iterator[None]:
+        """Put the output's weights into `parent`, and its inputs' rounding before them, inside the block."""
+        with ExitStack() as stack:
+            for name, weight in self.linear.items():
+                if _lies_in(name, parent):
+                    self._lend_linear(model.get_submodule(name), weight, stack)
+            for name, experts in self.stacks.items():
+                if _lies_in(name, parent):
+                    self._lend_stack(model.get_submodule(name), experts, stack)
+            yield
+
+    def _lend_linear(self, module: Any, weight: QuantizedWeight, stack: ExitStack) -> None:
+        values = torch.empty_like(module.weight)
+        self.output.decode(weight, values)
+        _swap(module, "weight", values, stack)
+        if weight.input_global_scale is not None:
+            hook = partial(_round_first, weight.input_global_scale)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _lend_stack(self, module: Any, experts: Mapping[int, Expert], stack: ExitStack) -> None:
+        gate_up, down = module.gate_up_proj.detach().clone(), module.down_proj.detach().clone()
+        half = gate_up.shape[1] // 2
+        for number, parts in experts.items():
+            places = {"gate": gate_up[number, :half], "up": gate_up[number, half:], "down": down[number]}
+            for part, weight in parts.items():
+                self.output.decode(weight, places[part])
+        _swap(module, STACKED_GATE_UP, gate_up, stack)
+        _swap(module, STACKED_DOWN, down, stack)
+        if any(weight.input_global_scale is not None for parts in experts.values() for weight in parts.values()):
+            original = module.forward
+            module.forward = _RoundedExperts(module, experts)
+            stack.callback(setattr, module, "forward", original)
+
+
+def find_substitution(model: nn.Module, output: QuantizedCheckpoint) -> Substitution:
+    """Return where a model, as transformers builds it, holds the quantized weights of an output.
+
+    Raises SourceError where two weights claim one module, or experts are of a kind that is not known.
+    """
+    modules = dict(model.named_modules())
+    names, stacks = Names(modules), Names(name for name, module in modules.items() if is_stack(module))
+    unbuilt = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = Substitution(output)
+    for module, weight in output.weights.items():
+        parent = experts_parent(module)
+        home = (stacks.find(parent) or stacks.find_layer(parent)) if parent else ""
+        name = names.find(module)
+        if any(re.search(pattern, module) for pattern in unbuilt) or not (home or name):
+            found.left_out.append(module)
+        elif home:
+            check_stack(modules[home], home)
+            number, leaf = module.removeprefix(f"{parent}.").split(".")
+            found.stacks.setdefault(home, {}).setdefault(int(number), {})[PARTS[leaf]] = weight
+        elif name in found.linear:
+            raise SourceError(
+                f"{quote(module)} and {quote(found.linear[name].module)} are both the model's {quote(name)}"
+            )
+        else:
+            found.linear[name] = weight
+    return found
+
+
+def _lies_in(name: str, parent: str) -> bool:
+    return name == parent or name.startswith(f"{parent}.")
+
+
+def _swap(module: Any, name: str, values: torch.Tensor, stack: ExitStack) -> None:
+    stack.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+
+
+def _round_first(
+    scale: float, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (round_inputs(args[0], scale), *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, {**kwargs, first: round_inputs(kwargs[first], scale)}
+
+
+@dataclass(frozen=True, slots=True)
+class _RoundedExperts:
+    """The forward pass of a layer's experts with their inputs rounded; as transformers' own loop, in the experts' order."""
+
+    module: Any
+    experts: Mapping[int, Expert]
+
+    def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return what the experts give for tokens `[T, H]` sent to `chosen` `[T, k]` with `weights` `[T, k]`."""
+        result = torch.zeros_like(hidden)
+        for number in range(self.module.gate_up_proj.shape[0]):
+            tokens, places = torch.where(chosen == number)
+            if not len(tokens):
+                continue
+            parts = self.experts.get(number, {})
+            inner = gated(self.module, number, _rounded(hidden[tokens], parts.get("gate")))
+            given = torch.nn.functional.linear(_rounded(inner, parts.get("down")), self.module.down_proj[number])
+            given = given * weights[tokens, places, None]
+            result.index_add_(0, tokens, given.to(result.dtype))
+        return result
+
+
+def _rounded(inputs: torch.Tensor, weight: QuantizedWeight | None) -> torch.Tensor:
+    scale = None if weight is None else weight.input_global_scale
+    return inputs if scale is None else round_inputs(inputs, scale)
