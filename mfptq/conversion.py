@@ -33,8 +33,9 @@ from .output.publish import Publisher, PushTarget, push
 from .output.report import Report, gather, pattern_reports, suspicions, total_error
 from .output.uploads import MAX_WAITING, Uploads, published_report, uploading
 from .planning.plan import ConversionPlan, PlannedTensor, build_plan
-from .planning.settings import Decisions, check_decisions
-from .scales.reading import InputScales, read_input_scales
+from .planning.settings import Decisions, check_decisions, input_margin
+from .scales.reading import AUTO, InputScales, read_input_scales
+from .scales.uncalibrated import UncalibratedInputs
 from .sizes import size_text
 from .storage.files import expanded
 
@@ -191,7 +192,8 @@ def make_plan(source: str | Path, **decisions: Unpack[Decisions]) -> ConversionP
     scales, calibration = None, None
     with ExitStack() as opened:
         if (given := decisions.get("input_scales")) is not None:
-            scales = given if isinstance(given, InputScales) else read_input_scales(given)
+            if given != AUTO:
+                scales = given if isinstance(given, InputScales) else read_input_scales(given)
         elif (path := decisions.get("like")) is not None:
             from .scales.sibling import read_sibling
 
@@ -203,12 +205,14 @@ def make_plan(source: str | Path, **decisions: Unpack[Decisions]) -> ConversionP
 
             calibration = load_calibration(path)
             opened.callback(calibration.close)
-            scales = calibration.input_scales()
+            scales = calibration.input_scales(input_margin(settings, calibration.description.origin))
         if settings.scheme == "NVFP4A16" and given is None:
             scales = None  # the rest of what `like` or `calibration` tells is of use without them
         checkpoint = open_checkpoint(source, hub, choice)
         opened.callback(checkpoint.source.close)
-        made = build_plan(checkpoint, settings, scales, calibration)
+        made = build_plan(
+            checkpoint, settings, UncalibratedInputs(checkpoint) if given == AUTO else scales, calibration
+        )
         opened.pop_all()
     return made
 

@@ -46,6 +46,7 @@ from .file import (
 from .methods import choose_method, prepare
 
 KEPT_STATISTICS = 2  # what workers have in hand besides is theirs
+LEAST_WITH_MARGIN = 2.0
 TIED_HEAD = "lm_head"  # a layer that many models build without storing a weight for it
 
 
@@ -75,13 +76,17 @@ class Calibration:
     _recent: OrderedDict[tuple[str, str], _Recent] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def input_scales(self) -> InputScales:
-        """Return `2688 / amax` for every module; 0, which means "never calibrated", where amax is 0."""
+    def input_scales(self, margin: float = 1.0) -> InputScales:
+        """Return `2688 / (margin * amax)` for every module; 0, which means "never calibrated", where amax is 0.
+
+        The margin is less where the scale would fall below 2: block scales of ordinary inputs would be subnormal.
+        """
         found: dict[str, float] = {}
         for info in self.inputs.values():
             value = ScaleConvention("amax").global_scale(info.name, None, self._number(info, AMAX))
-            found.update(dict.fromkeys(info.modules, value if math.isfinite(value) else 0.0))
-        return InputScales(found, str(self.path))
+            found.update(dict.fromkeys(info.modules, _with_margin(value, margin)))
+        about = "taken from a calibration file" + (f", with a margin of {margin:g}" if margin != 1 else "")
+        return InputScales(found, str(self.path), about)
 
     def of_model(self, weights: Mapping[str, int], kept: Collection[str] = ()) -> Calibration:
         """Return the same file as a source names its modules; raises ScaleError unless it is of that model.
@@ -171,6 +176,12 @@ class Calibration:
     def close(self) -> None:
         """Close the file."""
         self._source.close()
+
+
+def _with_margin(global_scale: float, margin: float) -> float:
+    if not math.isfinite(global_scale):
+        return 0.0
+    return max(float(np.float32(global_scale / margin)), min(global_scale, LEAST_WITH_MARGIN))
 
 
 def load_calibration(path: str | Path) -> Calibration:

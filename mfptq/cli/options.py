@@ -32,7 +32,12 @@ def rule_options(function: Function) -> Function:
             type=click.Choice(get_args(ScaleKind)),
             help="What the numbers of --input-scales are.",
         ),
-        click.option("--input-scales", type=click.Path(), help="JSON, safetensors or checkpoint folder: makes W4A4."),
+        click.option("--input-margin", type=float, help="Widens the ranges of --calibration; by default 4, minmax 1."),
+        click.option(
+            "--input-scales",
+            type=click.Path(),
+            help="JSON, safetensors or checkpoint folder, or auto (no calibration): makes W4A4.",
+        ),
         click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
         click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
         click.option("--force", is_flag=True, help="Quantize even what no engine is known to load in FP4."),

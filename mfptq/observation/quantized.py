@@ -15,6 +15,7 @@ import numpy as np
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import StoredTensor, Weight, candidates
 from ..errors import SourceError, counted, listed, quote
+from ..names.config_sizes import read_sizes
 from ..nvfp4 import BLOCK_SIZE, ByteArray, dequantize
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoin
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
     found: dict[str, QuantizedWeight] = {}
     others: list[str] = []
-    for item in candidates(source.tensors()):
+    for item in candidates(source.tensors(), read_sizes(source.config)):
         name = item.tensor.info.name
         kept = stored.pop(name, None)
         if kept is not None and (kept.info.dtype, kept.info.shape) == (item.tensor.info.dtype, item.tensor.info.shape):

@@ -102,15 +102,37 @@ def find_substitution(model: nn.Module, output: QuantizedCheckpoint) -> Substitu
             found.left_out.append(module)
         elif home:
             check_stack(modules[home], home)
-            number, leaf = module.removeprefix(f"{parent}.").split(".")
-            found.stacks.setdefault(home, {}).setdefault(int(number), {})[PARTS[leaf]] = weight
+            found.stacks.setdefault(home, {}).setdefault(_number(module), {})[_part(module)] = weight
         elif name in found.linear:
             raise SourceError(
                 f"{quote(module)} and {quote(found.linear[name].module)} are both the model's {quote(name)}"
             )
         else:
+            _check_shape(modules[name], name, weight)
             found.linear[name] = weight
     return found
+
+
+def _number(module: str) -> int:
+    """Return the number of the expert that a projection belongs to."""
+    return int(module.split(".")[-2])
+
+
+def _part(module: str) -> str:
+    leaf = module.rpartition(".")[2]
+    if leaf not in PARTS:
+        raise SourceError(f"{quote(module)} is no projection of an expert that is known: {', '.join(PARTS)}")
+    return PARTS[leaf]
+
+
+def _check_shape(module: Any, name: str, weight: QuantizedWeight) -> None:
+    """Refuse a module that does not hold the matrix as the output does, such as one that holds it transposed."""
+    shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+    if shape != (weight.rows, weight.columns):
+        raise SourceError(
+            f"{quote(weight.module)} is {weight.rows} x {weight.columns} in the output, {quote(name)} of the model has "
+            f"{list(shape)}: such a model cannot be evaluated"
+        )
 
 
 def _lies_in(name: str, parent: str) -> bool:

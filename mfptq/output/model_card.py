@@ -76,10 +76,11 @@ def _summary(plan: ConversionPlan, name: str) -> str:
     origin = plan.checkpoint.origin
     source = f"`{origin.repo_id}` at commit `{origin.revision}`" if origin.repo_id else "a local checkpoint"
     what = "weights and activations (W4A4)" if plan.scheme == "NVFP4" else "weights only (W4A16)"
+    inputs = f" Input scales are {plan.input_scales.about}." if plan.input_scales is not None else ""
     ratio = plan.tensor_bytes / plan.checkpoint.tensor_bytes
     return (
         f"# {name}-NVFP4\n\nMade from {source} with mfptq {__version__} (`{plan.method_text}`): NVFP4 {what}, "
-        f"{size_text(plan.tensor_bytes)} instead of {size_text(plan.checkpoint.tensor_bytes)} ({ratio:.0%})."
+        f"{size_text(plan.tensor_bytes)} instead of {size_text(plan.checkpoint.tensor_bytes)} ({ratio:.0%}).{inputs}"
     )
 
 

@@ -176,6 +176,7 @@ def report_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> s
         "plan": plan.digest,
         "source_bytes": plan.checkpoint.tensor_bytes,
         "output_bytes": plan.tensor_bytes,
+        "input_scales": plan.input_scales.about if plan.input_scales else None,
         "input_scales_filled": plan.input_scales.filled if plan.input_scales else None,
         "relative_error": total_error(statistics),
         "patterns": [asdict(report) for report in pattern_reports(plan, statistics)],

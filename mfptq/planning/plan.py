@@ -25,6 +25,7 @@ from ..names.fusion import FusedGroup
 from ..names.wrappers import check_merged
 from ..scales.assignment import AssignedScales, assign_input_scales
 from ..scales.reading import InputScales
+from ..scales.uncalibrated import UncalibratedInputs
 from .carried import Carried, carried_weights, has_input_scales
 from .jobs import CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor, plan_shard
 from .output_order import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE, output_specs, output_tensors
@@ -215,10 +216,10 @@ class ConversionPlan:
 def build_plan(
     checkpoint: Checkpoint,
     settings: Settings,
-    scales: InputScales | None = None,
+    scales: InputScales | UncalibratedInputs | None = None,
     calibration: Calibration | None = None,
 ) -> ConversionPlan:
-    """Return the plan of a conversion; reads no weight, nothing but what `checkpoint` and `calibration` already hold.
+    """Return the plan of a conversion; reads nothing but what is held already, and norms for uncalibrated scales.
 
     Raises SourceError, RuleError, ScaleError for whatever would stop the conversion later.
     """
@@ -238,7 +239,8 @@ def build_plan(
     kept = [*_kept_names(selection), *carried.weights]
     if calibration is not None:
         calibration = calibration.of_model({name: weight.columns for name, weight in weights.items()}, kept)
-    assigned = assign_input_scales(scales, groups, kept=kept) if scales is not None and groups else None
+    given = scales.of(groups) if isinstance(scales, UncalibratedInputs) else scales
+    assigned = assign_input_scales(given, groups, kept=kept) if given is not None and groups else None
     inputs = carried.with_assigned(groups, assigned)
     group_of = {member: group for group in selection.groups for member in group.members}
     places: dict[str, str] = {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from ..calibration.file import EXTRACT
 from ..errors import UsageError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS
 from .rules import Rules
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 PLAIN_METHODS = ("search", "minmax")
 METHODS = ("auto", *PLAIN_METHODS, *CALIBRATED_METHODS)
 SCHEMES: Mapping[str, Scheme] = {"NVFP4": "NVFP4", "NVFP4A16": "NVFP4A16", "W4A4": "NVFP4", "W4A16": "NVFP4A16"}
+DEFAULT_MARGIN = 4.0
+MAX_MARGIN = 64  # where block scales of ordinary inputs begin to be subnormal
 INPUT_SOURCES = ("calibration", "input_scales", "like")
 
 
@@ -34,8 +37,10 @@ class Decisions(TypedDict, total=False):
     `default_ignore`: False drops the default exclusions, but for what no engine loads in FP4.
     `force`: True allows that too: embedding tables, norms, routers, heads tied to a table.
     `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
-    checkpoint with input scales, or what `read_input_scales` returned; an NVFP4 checkpoint whose choice of layers is
+    checkpoint with input scales, what `read_input_scales` returned, or "auto", which bounds them without calibration; an NVFP4 checkpoint whose choice of layers is
     taken as well.
+    `input_margin`: by how much the ranges of a calibration file are widened, 4 by default; 1 for `minmax` and ranges
+    that another tool found.
     `revision`, `token`, `cache_dir`: as in huggingface_hub. `keep_source`: a repo goes into its cache whole, and stays there.
     `include_files`, `skip_files`: safetensors files that no index names, to take in or to leave out.
     """
@@ -48,6 +53,7 @@ class Decisions(TypedDict, total=False):
     force: bool
     calibration: str | Path | None
     input_scales: str | Path | InputScales | None
+    input_margin: float | None
     like: str | Path | None
     revision: str | None
     token: str | None
@@ -64,6 +70,7 @@ class Settings:
     rules: Rules = field(default_factory=Rules)
     method: str | None = None
     scheme: Scheme | None = None
+    input_margin: float | None = None
 
     def resolve_method(self, *, calibrated: bool) -> str:
         """Return the method; `auto` remains only where a calibration file is there to decide."""
@@ -100,6 +107,11 @@ def check_decisions(decisions: Decisions) -> Settings:
         raise UsageError(f"method {quote(method)} is unknown, expected one of {', '.join(METHODS)}")
     if scheme is not None and scheme.upper() not in SCHEMES:
         raise UsageError(f"scheme {quote(scheme)} is unknown, expected one of {', '.join(SCHEMES)}")
+    margin = decisions.get("input_margin")
+    if margin is not None and decisions.get("calibration") is None:
+        raise UsageError("input_margin widens the ranges of a calibration file: give one, or leave it out")
+    if margin is not None and not 1 <= margin <= MAX_MARGIN:
+        raise UsageError(f"input_margin is {margin}, expected a number from 1 to {MAX_MARGIN}")
     given = [name for name in INPUT_SOURCES if decisions.get(name) is not None]
     if len(given) > 1:
         number = "both" if len(given) == 2 else "all"
@@ -109,6 +121,7 @@ def check_decisions(decisions: Decisions) -> Settings:
         Rules(ignore, targets, decisions.get("default_ignore", True), force=decisions.get("force", False)),
         method.lower() if method else None,
         SCHEMES[scheme.upper()] if scheme else None,
+        margin,
     )
 
 
@@ -124,3 +137,14 @@ def unreached(method: str, methods: Mapping[str, int]) -> tuple[str, ...]:
     return (
         f"{searched} of {sum(methods.values())} weights use `search`: their experts received no calibration tokens",
     )
+
+
+def input_margin(settings: Settings, origin: str) -> float:
+    """Return by how much the ranges of a calibration file are widened; `origin` is how the file came about.
+
+    Text that was not calibrated on meets larger values, and those would be clipped; a wider range costs nothing. `minmax`
+    and ranges that another tool found keep theirs.
+    """
+    if settings.input_margin is not None:
+        return settings.input_margin
+    return 1.0 if settings.method == "minmax" or origin == EXTRACT else DEFAULT_MARGIN

@@ -14,7 +14,7 @@ from ..errors import counted, listed, quote
 from ..names.bridge import Bridge
 from ..names.fusion import FusedGroup, experts_parent
 from .matching import check_complete, match_names, names_error
-from .reading import InputScales, is_calibrated
+from .reading import AUTO, InputScales, is_calibrated
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,14 @@ class AssignedScales:
     """The `input_global_scale` (float32) of every fused group, by the group's name.
 
     `warnings` are lines for people, `filled` is how many experts took their layer's smallest scale, `digest` is the
-    SHA-256 of the assignment, hexadecimal.
+    SHA-256 of the assignment, hexadecimal, `about` says how the scales came about.
     """
 
     global_scales: Mapping[str, float]
     warnings: tuple[str, ...]
     filled: int
     digest: str
+    about: str = "imported"
 
 
 def assign_input_scales(
@@ -54,12 +55,13 @@ def assign_input_scales(
     filled = _fill(origin, wanted, chosen)
     used = {name for member in members for name in bridge.names(member)}
     warnings = (
+        f"input scales are {scales.about}; compare with `evaluate`" if scales.origin == AUTO else "",
         _disagreements(values),
         _partners(lent or ()),
         _ignored([name for name in scales.global_scales if name not in used]),
     )
     digest = hashlib.sha256("\n".join(f"{name}={chosen[name].hex()}" for name in sorted(chosen)).encode())
-    return AssignedScales(chosen, tuple(line for line in warnings if line), filled, digest.hexdigest())
+    return AssignedScales(chosen, tuple(line for line in warnings if line), filled, digest.hexdigest(), scales.about)
 
 
 def _look_up(scales: InputScales, bridge: Bridge, member: str) -> float | None:

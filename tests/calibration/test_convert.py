@@ -35,13 +35,16 @@ def shards(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests(folder).items() if name.endswith(".safetensors")}
 
 
-def test_input_scales_are_those_that_compressed_tensors_computes_from_amax(source, path, tmp_path):
-    report = mfptq.convert(source, tmp_path / "out", calibration=path)
+@pytest.mark.parametrize(("decisions", "margin"), [({}, 4), ({"input_margin": 1}, 1), ({"method": "minmax"}, 1)])
+def test_input_scales_are_those_that_compressed_tensors_computes_from_amax(decisions, margin, source, path, tmp_path):
+    """By default for a range four times as wide, which is exact: a power of two."""
+    report = mfptq.convert(source, tmp_path / "out", calibration=path, **decisions)
     assert report.scheme == "NVFP4"
     found, calibration = stored(tmp_path / "out"), load_calibration(path)
     for info in calibration.inputs.values():
         amax = calibration.read(info).amax
-        expected = generate_gparam(torch.tensor([-amax / 2]), torch.tensor([amax])).item()
+        expected = generate_gparam(torch.tensor([-amax / 2]), torch.tensor([amax])).item() / margin
+        assert expected > 2
         for module in info.modules:
             assert found[f"{module}.input_global_scale"].item() == expected
     calibration.close()

@@ -1,0 +1,106 @@
+"""Input scales without a calibration pass: a bound where the structure gives one for certain, a safe constant elsewhere.
+
+Called by `planning.plan` for `input_scales="auto"`. Too large a scale clips, which ruins a layer; a small one costs nothing as
+long as block scales stay normal E4M3 numbers, which have 14 octaves. So every scale here is a power of two on the low side.
+Reads the weights of norms, nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.weights import StoredTensor
+from ..dtypes import NUMPY_DTYPES
+from ..names.fusion import FusedGroup
+from ..nvfp4 import INPUT_SCALE_NUMERATOR, as_float32
+from .reading import AUTO, InputScales
+
+CONSTANT = 4.0  # inputs up to 672; on Gemma 3 270M, 4 to 16 for all layers are as good as calibrated scales
+LOWEST = 2.0  # below, blocks of ordinary size would meet subnormal scales; 1 is a mark of no calibration besides
+HIGHEST = 1024.0
+
+# What the weight of an RMSNorm is added to before it multiplies: transformers' model types whose norms are known.
+NORM_OFFSETS: Mapping[str, float] = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), 0.0),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next"), 1.0),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), 1.0),
+}
+_ATTENTION = re.compile(r"(.*\blayers\.\d+)\.(self_attn\.[qkv]_proj|linear_attn\.in_proj_(qkv|z|qkvz|a|b|ba))")
+_MLP = re.compile(
+    r"(.*\blayers\.\d+)\.(mlp\.((experts\.\d+|shared_expert)\.)?(gate|up)_proj|block_sparse_moe\.experts\.\d+\.w[13])"
+)
+_NORM_BEFORE_MLP = {"gemma2": "pre_feedforward_layernorm", "gemma3": "pre_feedforward_layernorm",
+                    "gemma3_text": "pre_feedforward_layernorm"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class UncalibratedInputs:
+    """Stands for input scales until it is known which layers need one."""
+
+    checkpoint: Checkpoint
+
+    def of(self, groups: Iterable[FusedGroup]) -> InputScales:
+        """Return a scale for every module of the groups; the reading order is that of the groups."""
+        model_type = _model_type(self.checkpoint.config)
+        stored = {tensor.info.name: tensor for tensor in self.checkpoint.tensors()}
+        bounds: dict[str, float | None] = {}
+        found: dict[str, float] = {}
+        bounded, wanted = 0, tuple(groups)
+        for group in wanted:
+            norm = _norm_of(group, model_type)
+            if norm not in bounds:
+                bounds[norm] = self._bound(stored.get(f"{norm}.weight"), NORM_OFFSETS.get(model_type, 0.0))
+            bound = bounds[norm]
+            bounded += bound is not None
+            found.update(dict.fromkeys(group.members, CONSTANT if bound is None else _scale(bound)))
+        about = (
+            f"uncalibrated: {bounded} of {len(wanted)} inputs bounded by the norm before them, "
+            f"{CONSTANT:g} for the others"
+        )
+        return InputScales(found, AUTO, about)
+
+    def _bound(self, norm: StoredTensor | None, offset: float) -> float | None:
+        """Return the largest magnitude that a norm can give: |gamma| times the root of its width; None if unknown."""
+        if norm is None or norm.info.dtype not in ("BF16", "F16", "F32") or len(norm.info.shape) != 1:
+            return None
+        data = np.empty(norm.info.nbytes, np.uint8)
+        self.checkpoint.source.read_into(norm.shard, norm.offset, data.data)
+        gamma = np.abs(as_float32(data.view(NUMPY_DTYPES[norm.info.dtype])) + np.float32(offset))
+        bound = float(gamma.max(initial=0.0)) * math.sqrt(norm.info.shape[0])
+        return bound if math.isfinite(bound) else None
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    """Return the model type whose norms are known: that of the text model, or of the whole."""
+    inner = config.get("text_config")
+    types = [str(part.get("model_type", "")) for part in (inner, config) if isinstance(part, dict)]
+    return next((each for each in types if each in NORM_OFFSETS), "")
+
+
+def _norm_of(group: FusedGroup, model_type: str) -> str:
+    """Return the norm whose output all members of a group read; "" where structure does not say so."""
+    if model_type not in NORM_OFFSETS:
+        return ""
+    norms = set()
+    for member in group.members:
+        if match := _ATTENTION.fullmatch(member):
+            norms.add(f"{match[1]}.input_layernorm")
+        elif match := _MLP.fullmatch(member):
+            norms.add(f"{match[1]}.{_NORM_BEFORE_MLP.get(model_type, 'post_attention_layernorm')}")
+        else:
+            norms.add("")
+    return norms.pop() if len(norms) == 1 else ""
+
+
+def _scale(bound: float) -> float:
+    """Return the largest power of two that clips nothing up to a bound, within LOWEST and HIGHEST."""
+    if bound <= INPUT_SCALE_NUMERATOR / HIGHEST:
+        return HIGHEST
+    return max(LOWEST, 2.0 ** math.floor(math.log2(INPUT_SCALE_NUMERATOR / bound)))
