@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.companions import FileChoice
 from ..checkpoint.folder import Origin, read_checkpoint
 from ..checkpoint.hub import HubOptions, open_checkpoint
-from ..errors import UsageError, quote
+from ..errors import SourceError, UsageError, quote
 from ..sizes import parse_size
 from ..storage.files import expanded
 from .texts import Encoder, Samples, TokenIds, read_samples
@@ -139,6 +139,8 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
         choice = FileChoice(output=frozenset(shard.name for shard in made.shards))
         checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir, keep_source=True), choice)
         opened.callback(checkpoint.source.close)
+        if "quantization_config" in checkpoint.config:
+            raise SourceError(f"the source {quote(checkpoint.origin)} is quantized: give the model it was made from")
         quantized = read_quantized(made, checkpoint)
         opened.enter_context(models.quiet_transformers())
         skeleton = models.build_skeleton(checkpoint, dtype)
