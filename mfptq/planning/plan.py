@@ -25,7 +25,7 @@ from ..names.fusion import FusedGroup
 from ..names.wrappers import check_merged
 from ..scales.assignment import AssignedScales, assign_input_scales
 from ..scales.reading import InputScales
-from ..scales.uncalibrated import UncalibratedInputs
+from ..scales.uncalibrated import UncalibratedInputs, resolved
 from .carried import Carried, carried_weights, has_input_scales
 from .jobs import CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor, plan_shard
 from .output_order import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE, output_specs, output_tensors
@@ -229,8 +229,7 @@ def build_plan(
     method = settings.resolve_method(calibrated=calibration is not None)
     sizes = read_sizes(checkpoint.config)
     check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
-    found = list(candidates(contents, sizes))
-    selection = select(found, settings.rules, checkpoint.config, activations=scheme == "NVFP4")
+    selection = select([*candidates(contents, sizes)], settings.rules, checkpoint.config, activations=scheme == "NVFP4")
     decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
     chosen = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
     carried = carried_weights(checkpoint.source, chosen.values(), selection.groups, with_input=carries_inputs)
@@ -239,8 +238,8 @@ def build_plan(
     kept = [*_kept_names(selection), *carried.weights]
     if calibration is not None:
         calibration = calibration.of_model({name: weight.columns for name, weight in weights.items()}, kept)
-    given = scales.of(groups) if isinstance(scales, UncalibratedInputs) else scales
-    assigned = assign_input_scales(given, groups, kept=kept) if given is not None and groups else None
+    given = resolved(scales, groups) if groups else None
+    assigned = assign_input_scales(given, groups, kept=kept) if given is not None else None
     inputs = carried.with_assigned(groups, assigned)
     group_of = {member: group for group in selection.groups for member in group.members}
     places: dict[str, str] = {}

@@ -77,6 +77,11 @@ class UncalibratedInputs:
         return bound if math.isfinite(bound) else None
 
 
+def resolved(scales: InputScales | UncalibratedInputs | None, groups: Iterable[FusedGroup]) -> InputScales | None:
+    """Return scales as they are, or, where they stand for what the groups need, those for the groups."""
+    return scales.of(groups) if isinstance(scales, UncalibratedInputs) else scales
+
+
 def _model_type(config: Mapping[str, Any]) -> str:
     """Return the model type whose norms are known: that of the text model, or of the whole."""
     inner = config.get("text_config")

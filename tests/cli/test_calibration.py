@@ -123,7 +123,7 @@ def test_what_was_extracted_gives_the_same_scales(source, path, tmp_path):
 
 
 def test_modelopt_scales_are_extracted_by_their_kind(source, path, tmp_path):
-    mfptq.convert(source, tmp_path / "first", calibration=path)
+    mfptq.convert(source, tmp_path / "first", calibration=path, input_margin=1)
     theirs = checkpoint(tmp_path / "modelopt", as_modelopt(stored(tmp_path / "first")), MODELOPT)
     extract_scales(theirs, tmp_path / "taken.safetensors")
     taken, original = load_calibration(tmp_path / "taken.safetensors"), load_calibration(path)
