@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .calibration.merge import merge_calibrations
     from .calibration.reading import Calibration, load_calibration
     from .checking import Check, check
+    from .cluster.ray_executor import RayExecutor
     from .conversion import Plan, convert, plan
     from .engines.findings import Finding
     from .engines.serving import Serving
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
         VerificationError,
     )  # fmt: skip
     from .execution.events import Advanced, Event, Planned, ShardFinished
+    from .execution.executors import Executed, Executor, Order, ThreadExecutor
+    from .execution.partial_run import PartReport
     from .inspection import Inspection, TensorSummary, inspect
     from .kernels import ErrorStats
     from .observation.calibrate import CalibrationProgress, calibrate
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from .observation.evaluate import Evaluation, EvaluationProgress, evaluate
     from .output.fault import Fault
     from .output.report import PatternReport, Report
+    from .planning.parts import Part
     from .planning.plan import PlannedTensor
     from .planning.quantization_config import quantization_config
     from .planning.settings import Decisions
@@ -63,6 +67,7 @@ _EXPORTS = {
     "calibration.merge": "merge_calibrations",
     "calibration.reading": "Calibration load_calibration",
     "checking": "Check check",
+    "cluster.ray_executor": "RayExecutor",
     "conversion": "Plan convert plan",
     "engines.findings": "Finding",
     "engines.serving": "Serving",
@@ -70,12 +75,15 @@ _EXPORTS = {
     "MemoryBudgetError MfptqError NonFiniteWeightError PlanMismatchError RuleError ScaleError SourceChangedError "
     "SourceError StorageError UnsafePathError UnsupportedTensorError UsageError VerificationError",
     "execution.events": "Advanced Event Planned ShardFinished",
+    "execution.executors": "Executed Executor Order ThreadExecutor",
+    "execution.partial_run": "PartReport",
     "inspection": "Inspection TensorSummary inspect",
     "kernels": "ErrorStats",
     "observation.calibrate": "CalibrationProgress calibrate",
     "observation.comparison": "Estimate",
     "observation.evaluate": "Evaluation EvaluationProgress evaluate",
     "output.report": "PatternReport Report",
+    "planning.parts": "Part",
     "planning.plan": "PlannedTensor",
     "planning.quantization_config": "quantization_config",
     "planning.settings": "Decisions",

@@ -5,13 +5,11 @@ The two public functions, `plan` and `convert`, and the object between them. Not
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .checking import check_plan
 from .checkpoint.companions import FileChoice
@@ -19,19 +17,15 @@ from .checkpoint.hub import HubOptions, open_checkpoint
 from .engines.findings import Finding
 from .engines.tables import ENGINES, Engine
 from .errors import UsageError, counted
-from .execution.engine import Execution
-from .execution.events import Advanced, Event, OnEvent, ShardFinished
+from .execution.events import Advanced, Event, OnEvent
+from .execution.executors import Executor, Order, Request, ThreadExecutor
 from .execution.memory_budget import INTERPRETER, memory_errors, peak_bytes, resident_bytes
-from .execution.prepare import Resources, Run, prepare
-from .execution.worker_memory import WorkerMemory
-from .output.destination import Destination, open_destination
-from .output.finish import finish, source_card
+from .execution.prepare import Resources, prepare
 from .output.finished import finished_by, finished_report
-from .output.leftovers import OutputClaim, abandon
-from .output.model_card import card_metadata, card_text
 from .output.publish import Publisher, PushTarget, push
-from .output.report import Report, gather, pattern_reports, suspicions, total_error
-from .output.uploads import MAX_WAITING, Uploads, published_report, uploading
+from .output.report import Report
+from .output.uploads import Uploads, published_report
+from .planning.parts import Part
 from .planning.plan import ConversionPlan, PlannedTensor, build_plan
 from .planning.settings import Decisions, check_decisions, input_margin
 from .scales.reading import AUTO, InputScales, read_input_scales
@@ -42,6 +36,8 @@ from .storage.files import expanded
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .execution.partial_run import PartReport
+
 
 class Plan:
     """What a conversion will do; `run` does it. For one thread.
@@ -49,8 +45,9 @@ class Plan:
     It holds the source's files open: use it in a `with` block, or call `close`.
     """
 
-    def __init__(self, planned: ConversionPlan, held: int = 0) -> None:
+    def __init__(self, planned: ConversionPlan, held: int = 0, request: Request | None = None) -> None:
         self._planned = planned
+        self._request = request or Request.of(planned, {})
         self._held = held  # bytes that the process held before: the caller's own
         self.source_bytes = planned.checkpoint.tensor_bytes
         self.output_bytes = planned.tensor_bytes
@@ -84,7 +81,7 @@ class Plan:
         """Return what inference engines would find wrong with the output, before a byte of it is written."""
         return check_plan(self._planned, engines)
 
-    def run(
+    def run(  # noqa: PLR0913 - one keyword for each option of the command
         self,
         destination: str | Path,
         *,
@@ -95,11 +92,17 @@ class Plan:
         on_event: OnEvent | None = None,
         push_to: PushTarget | None = None,
         discard_output: bool = False,
+        executor: Executor | None = None,
     ) -> Report:
         """Carry the plan out into a folder, and return what was done; see `convert`. `push_to` says where it is published."""
+        from .execution.carrying_out import carry_out
+
         root, tell, planned = expanded(destination), on_event or _ignore, self._planned
         if discard_output and push_to is None:
             raise UsageError("discard_output is true, but nothing is pushed to a repo: the output would be lost")
+        doing, resources = executor or ThreadExecutor(), Resources(max_memory, max_workers, device)
+        if discard_output and doing.remote:
+            raise UsageError("discard_output is true, but other machines do the work: they do not wait for uploads")
         with memory_errors():
             finished = None if overwrite else finished_by(planned, root, lambda: tell(Advanced(0)))
             if finished is not None:
@@ -114,8 +117,47 @@ class Plan:
                     return finished_report(planned, root, published, peak_memory=peak_bytes())
                 publisher.refuse_foreign()
                 uploads = Uploads(publisher, discard=discard_output)
-            run = prepare(planned, Resources(max_memory, max_workers, device), self._held)
-            return _carry_out(run, root, overwrite=overwrite, on_event=tell, uploads=uploads)
+            run = prepare(planned, Resources(max_memory) if doing.remote else resources, self._held)
+            order = Order(run, self._request, resources)
+            return carry_out(order, root, doing, overwrite=overwrite, on_event=tell, uploads=uploads)
+
+    def run_part(
+        self,
+        destination: str | Path,
+        part: Part | str,
+        *,
+        max_memory: str | int = "1GiB",
+        max_workers: int | None = None,
+        device: str = "cpu",
+        on_event: OnEvent | None = None,
+    ) -> PartReport:
+        """Make one part of the output's shards, such as "2/16", into a folder that all machines share; see `convert`.
+
+        Parts need not know of each other, and may be repeated, even at once. `finish` completes the output.
+        """
+        from .execution.partial_run import run_shards
+
+        chosen = part if isinstance(part, Part) else Part.parse(part)
+        with memory_errors():
+            run = prepare(self._planned, Resources(max_memory, max_workers, device), self._held)
+            return run_shards(run, expanded(destination), chosen.of(self._planned), on_event or _ignore)
+
+    def finish(
+        self, destination: str | Path, *, max_memory: str | int = "1GiB", on_event: OnEvent | None = None
+    ) -> Report:
+        """Complete an output whose parts are done: check each shard by its digest, write the other files, config.json last.
+
+        Raises DestinationError for shards that are missing or damaged, PlanMismatchError for parts of another plan.
+        """
+        from .execution.carrying_out import carry_out
+
+        root, tell, resources = expanded(destination), on_event or _ignore, Resources(max_memory)
+        with memory_errors():
+            finished = finished_by(self._planned, root, lambda: tell(Advanced(0)))
+            if finished is not None:
+                return finished_report(self._planned, root, finished, peak_memory=peak_bytes())
+            order = Order(prepare(self._planned, resources, self._held), self._request, resources)
+            return carry_out(order, root, ThreadExecutor(), complete=True, on_event=tell)
 
     def close(self) -> None:
         """Close the source's files and the calibration file."""
@@ -134,8 +176,10 @@ def plan(source: str | Path, **decisions: Unpack[Decisions]) -> Plan:
     The decisions are the keywords that `Decisions` describes. Close the plan, or use it in a `with` block.
     """
     held = max(0, resident_bytes() - INTERPRETER)
+    given = cast("Decisions", {name: tuple(v) if isinstance(v, Iterator) else v for name, v in decisions.items()})
     with memory_errors():
-        return Plan(make_plan(source, **decisions), held)
+        planned = make_plan(source, **given)
+        return Plan(planned, held, Request.of(planned, given))
 
 
 def convert(  # noqa: PLR0913 - one keyword for each option of the command
@@ -150,6 +194,7 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     push_to_hub: str | None = None,
     private: bool = False,
     discard_output: bool = False,
+    executor: Executor | None = None,
     **decisions: Unpack[Decisions],
 ) -> Report:
     """Convert a checkpoint to NVFP4 and return what was done.
@@ -159,7 +204,8 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     describes. `max_memory` is a ceiling for the whole process, in bytes or as "2GB"; what a calling program already holds
     does not count. `max_workers` are threads, one for each core by default. `device` is `cpu`, `cuda[:N]` or `auto`.
     `overwrite` discards an existing output of mfptq. `on_event` is called in this thread with `Planned`, `Advanced`, and
-    `ShardFinished`.
+    `ShardFinished`. `executor` says what does the work: by default threads of this process; `RayExecutor` a cluster, where
+    memory and threads are those of each task.
 
     With `push_to_hub`, finished shards go to that repo, made `private` if asked for, while later ones are made, and one commit
     at the end makes all visible; with `discard_output` each is removed here once it is uploaded, and the rest in the end.
@@ -176,6 +222,7 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
             on_event=on_event,
             push_to=PushTarget(push_to_hub, private, token=decisions.get("token")) if push_to_hub else None,
             discard_output=discard_output,
+            executor=executor,
         )
 
 
@@ -215,83 +262,3 @@ def make_plan(source: str | Path, **decisions: Unpack[Decisions]) -> ConversionP
         )
         opened.pop_all()
     return made
-
-
-def _carry_out(
-    run: Run, destination: Path, *, overwrite: bool, on_event: OnEvent, uploads: Uploads | None = None
-) -> Report:
-    """Do the work of a run and return its report."""
-    plan, memory = run.plan, run.memory
-    sizes = {shard.name: shard.size for shard in plan.shards}
-    claim = OutputClaim(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
-    if uploads is not None:
-        uploaded = {file.name: file.sha256 for file in uploads.uploaded.values()}
-        claim = replace(claim, uploaded=uploaded, at_once=MAX_WAITING + 1 if uploads.discard else None)
-    buffers = [WorkerMemory(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
-    old_card = source_card(plan.checkpoint.source)
-    with open_destination(destination, claim, overwrite=overwrite, poll=lambda: on_event(Advanced(0))) as out:
-        resumed = len(out.done)
-        with uploading(uploads):
-            tell = on_event if uploads is None else _feeding(uploads, out, on_event)
-            Execution(plan, out, buffers).run(tell, held_bytes=memory.spare)
-            if uploads is not None:
-                uploads.finish(lambda: on_event(Advanced(0)))
-        statistics = gather(out.done.values())
-        card = card_text(plan, statistics, card_metadata(plan, old_card), old_card)
-        sums = finish(plan, out, statistics, card, gone=uploads.gone if uploads is not None else ())
-        report = _report(run, out, buffers, resumed)
-        if uploads is not None:
-            report = replace(report, published=uploads.commit(out.done.values(), sums).url)
-    if uploads is not None and uploads.discard:
-        abandon(destination, claim, existed=False)
-    return report
-
-
-def _feeding(uploads: Uploads, out: Destination, on_event: OnEvent) -> OnEvent:
-    """Start uploading, and return what is to be called with the run's events: it hands on every finished shard."""
-    out.before_shard = uploads.wait_for_room
-    uploads.begin()
-
-    def feed(event: Event) -> None:
-        if isinstance(event, ShardFinished):
-            uploads.add(out.done[event.name])
-        try:
-            on_event(event)
-        except BaseException:
-            uploads.stop()
-            raise
-
-    return feed
-
-
-def _report(run: Run, out: Destination, buffers: Sequence[WorkerMemory], resumed: int) -> Report:
-    plan, statistics = run.plan, gather(out.done.values())
-    seconds = time.monotonic() - run.begun
-    timings: defaultdict[str, float] = defaultdict(float)
-    for buffer in buffers:
-        for phase, spent in buffer.seconds.items():
-            timings[phase] += spent
-    timings["wait"] = max(0.0, seconds * len(buffers) - sum(timings.values()))
-    reports = pattern_reports(plan, statistics)
-    return Report(
-        source=str(plan.checkpoint.origin),
-        destination=str(out.root),
-        scheme=plan.scheme,
-        method=plan.method_text,
-        kernel=run.kernel.name,
-        device_reason=run.device_reason,
-        source_bytes=plan.checkpoint.tensor_bytes,
-        output_bytes=plan.tensor_bytes,
-        tensors=sum(shard.tensors for shard in plan.shards),
-        quantized=sum(1 for _ in plan.weights()) + len(plan.carried.weights),
-        kept=sum(not item.decision.quantize for item in plan.selection.tensors),
-        relative_error=total_error(statistics),
-        patterns=reports,
-        warnings=plan.warnings + suspicions(reports, calibrated=run.calibrated is not None),
-        resumed_shards=resumed,
-        seconds=seconds,
-        peak_memory=peak_bytes(),
-        timings=dict(timings),
-        left_out=plan.checkpoint.left_out,
-        fetched_bytes=plan.checkpoint.source.fetched_bytes,
-    )

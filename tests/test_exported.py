@@ -19,6 +19,9 @@ EXPECTED = {
     "Evaluation", "EvaluationProgress", "Event", "Fault", "Finding",
     "InputScales", "Inspection", "Nvfp4Tensor", "PatternReport", "Plan", "Planned", "PlannedTensor", "Report",
     "Serving", "ShardFinished", "TensorSummary", "Verification", "__version__", "calibrate", "check", "convert", "dequantize_nvfp4", "evaluate",
+    "Advanced", "Calibration", "CalibrationProgress", "Check", "Decisions", "Description", "ErrorStats", "Event", "Executed", "Executor", "Fault", "Finding",
+    "InputScales", "Inspection", "Nvfp4Tensor", "Order", "Part", "PartReport", "PatternReport", "Plan", "Planned", "PlannedTensor", "RayExecutor", "Report",
+    "Serving", "ShardFinished", "TensorSummary", "ThreadExecutor", "Verification", "__version__", "calibrate", "check", "convert", "dequantize_nvfp4",
     "extract_scales", "inspect", "load_calibration", "merge_calibrations", "plan", "quantization_config", "quantize_nvfp4",
     "quantize_state_dict", "read_input_scales", "verify",
 }  # fmt: skip

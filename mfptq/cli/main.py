@@ -11,7 +11,7 @@ import os
 import sys
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +21,8 @@ from ..execution.memory_budget import memory_errors
 from .calibration import calibration
 from .check import check as check_command
 from .check import engine_option, judges, refuse_unloadable
-from .options import file_options, resource_options, rule_options, source_options
+from .cluster import carry_out, check_part_options, cluster_options, executor_of, finish, summary
+from .options import decisions_of, file_options, resource_options, rule_options, source_options
 from .process import (
     LOG_LEVELS,
     STOPPED,
@@ -86,21 +87,8 @@ def main(verbose: bool, log_level: str | None) -> None:
     set_up_logging(log_level or ("info" if verbose else "warning"))
 
 
-for command in (calibration, check_command, compare, report):
+for command in (calibration, check_command, compare, finish, report):
     main.add_command(command)
-
-
-def _decisions(options: dict[str, Any]) -> Decisions:
-    """Return what the options decide, as the library takes it."""
-    kind = options.pop("input_scales_kind")
-    options["default_ignore"] = not options.pop("no_default_ignore")
-    if kind is not None:
-        from ..scales.reading import read_input_scales
-
-        if options["input_scales"] is None:
-            raise UsageError("--input-scales-kind says nothing without --input-scales")
-        options["input_scales"] = read_input_scales(options["input_scales"], kind)
-    return cast("Decisions", options)
 
 
 @main.command()
@@ -112,6 +100,7 @@ def _decisions(options: dict[str, Any]) -> Decisions:
 @resource_options
 @publish_options
 @engine_option
+@cluster_options
 @click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
@@ -131,7 +120,8 @@ def convert(model: str, output: Path, **options: Any) -> None:
     publishing = {name: options.pop(name) for name in ("push_to_hub", "private", "discard_output")}
     overwrite, dry_run, timings = (options.pop(name) for name in ("overwrite", "dry_run", "timings"))
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
-    decisions = _decisions(options)
+    part = check_part_options(options.pop("shards"), overwrite=overwrite, dry_run=dry_run, **publishing)
+    executor, decisions = executor_of(options), decisions_of(options)
     if dry_run:
         _show_plan(model, decisions, {**resources, "engine": engine, "as_json": as_json})
         return
@@ -139,18 +129,18 @@ def convert(model: str, output: Path, **options: Any) -> None:
         if not decisions.get("force"):
             refuse_unloadable(made, engine)
         repo, private, discard = publishing.values()
-        report = made.run(
-            output,
-            overwrite=overwrite,
-            on_event=lambda event: (check(), show(event)),
-            push_to=PushTarget(repo, private, token=decisions.get("token")) if repo else None,
-            discard_output=discard,
-            **resources,
-        )
+        keywords = {
+            "overwrite": overwrite,
+            "push_to": PushTarget(repo, private, token=decisions.get("token")) if repo else None,
+            "discard_output": discard,
+            "executor": executor,
+        }
+        resources["on_event"] = lambda event: (check(), show(event))
+        report = carry_out(made, output, part, {**resources, **(keywords if part is None else {})})
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     elif not quiet:
-        click.echo(text.summary(report, timings=timings))
+        click.echo(summary(report, timings=timings))
 
 
 def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
@@ -186,7 +176,7 @@ def plan(model: str, **options: Any) -> None:
     """
     names = ("max_memory", "max_workers", "device", "engine", "explain", "every", "estimate", "as_json")
     shown = {name: options.pop(name) for name in names}
-    _show_plan(model, _decisions(options), shown)
+    _show_plan(model, decisions_of(options), shown)
 
 
 @main.command()

@@ -1,14 +1,18 @@
-"""Options that several commands share, as decorators. Called by `main` alone; imports nothing heavy."""
+"""Options that several commands share, as decorators, and what they decide. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import click
 
+from ..errors import UsageError
 from ..names.bridge import ScaleKind
+
+if TYPE_CHECKING:
+    from ..planning.settings import Decisions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -96,3 +100,16 @@ def resource_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def decisions_of(options: dict[str, Any]) -> Decisions:
+    """Return what the options decide, as the library takes it."""
+    kind = options.pop("input_scales_kind")
+    options["default_ignore"] = not options.pop("no_default_ignore")
+    if kind is not None:
+        from ..scales.reading import read_input_scales
+
+        if options["input_scales"] is None:
+            raise UsageError("--input-scales-kind says nothing without --input-scales")
+        options["input_scales"] = read_input_scales(options["input_scales"], kind)
+    return cast("Decisions", options)

@@ -62,7 +62,8 @@ class Execution:
 
         `held_bytes` is how much a remote source may hold in memory.
         """
-        on_event(Planned(self._plan.checkpoint.tensor_bytes))
+        shards = [self._plan.checkpoint.shard(shard.name) for shard in self._plan.shards]
+        on_event(Planned(sum(shard.header.data_bytes for shard in shards)))
         self._source.read_ahead(ReadAhead(reading_order(self._plan, set(self._destination.done)), held_bytes))
 
         def watched(event: Event) -> None:

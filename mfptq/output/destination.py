@@ -25,12 +25,15 @@ from ..errors import (
     NonFiniteWeightError,
     PlanMismatchError,
     SourceChangedError,
+    counted,
+    listed,
     quote,
 )
 from ..storage.files import beneath, storage_errors, sync_folder
 from ..storage.partial_file import PartialFile, partial_path
-from .journal import Journal, JournalState, ShardResult, read_journal
+from .journal import Journal, JournalState, Recorder, ShardResult, read_journal
 from .leftovers import JOURNAL, MANIFEST, REPORT, WORK, OutputClaim, abandon, take_over
+from .parts import joined, read_parts
 
 SPACE_MARGIN = 16 * 2**20
 
@@ -38,17 +41,20 @@ SPACE_MARGIN = 16 * 2**20
 class Destination:
     """A claimed output folder: `done` holds the shards that an earlier run finished, checked by content."""
 
-    def __init__(self, root: Path, journal: Journal, done: Mapping[str, ShardResult]) -> None:
+    def __init__(
+        self, root: Path, journal: Recorder, done: Mapping[str, ShardResult], temporaries: Path | None = None
+    ) -> None:
         self.root = root
         self.done = dict(done)
         self._journal = journal
+        self._temporaries = temporaries or root / WORK
         self.before_shard: Callable[[], None] = lambda: None  # may wait until there is room for another
 
     def create(self, name: str, size: int) -> PartialFile:
         """Return a new temporary of `size` bytes that will become `name`."""
         if "/" in name:
             self._make_folder(name)
-        return PartialFile(partial_path(self.root / WORK, name), self.root / name, size)
+        return PartialFile(partial_path(self._temporaries, name), self.root / name, size)
 
     def _make_folder(self, name: str) -> None:
         """Make the sub-folder of a file, durably, and nowhere else."""
@@ -93,22 +99,33 @@ class Destination:
 
 @contextmanager
 def open_destination(
-    root: Path, claim: OutputClaim, *, overwrite: bool = False, poll: Callable[[], object] | None = None
+    root: Path,
+    claim: OutputClaim,
+    *,
+    overwrite: bool = False,
+    complete: bool = False,
+    poll: Callable[[], object] | None = None,
 ) -> Iterator[Destination]:
     """Claim the output folder, resume what is unfinished in it, and keep every other run out until the end.
 
-    `poll` is called now and then while finished shards are checked; what it raises stops that.
+    `complete`: every shard must be there and intact. `poll` is called now and then while finished shards are checked; what
+    it raises stops that.
 
-    Raises DestinationExistsError, DestinationLockedError, PlanMismatchError or StorageError, before touching anything.
+    Raises DestinationExistsError, DestinationLockedError, PlanMismatchError or StorageError, before touching anything;
+    DestinationError for shards that are missing.
     """
     with storage_errors("read folder", root):
-        if claim.source is not None:
-            _check_apart(root, claim.source)
+        check_apart(root, claim.source)
         existed = root.is_dir()
-        _check_space(root, claim, _inspect(root, claim, overwrite=overwrite).done)
-    _create(root)
+        found = inspect_output(root, claim, overwrite=overwrite)
+        if complete:
+            _check_complete(root, claim, found.done)
+        check_space(root, claim, found.done)
+    create_folders(root)
     with _locked(root):
-        done = take_over(root, claim, _inspect(root, claim, overwrite=overwrite), poll)
+        done = take_over(root, claim, inspect_output(root, claim, overwrite=overwrite), poll)
+        if complete:
+            _check_complete(root, claim, done)
         journal = Journal(root / WORK / JOURNAL, JournalState(claim.digests, done, claim.files))
         try:
             yield Destination(root, journal, done)
@@ -123,7 +140,7 @@ def open_destination(
         shutil.rmtree(root / WORK, ignore_errors=True)
 
 
-def _create(root: Path) -> None:
+def create_folders(root: Path) -> None:
     """Make the folders, durably: what is renamed into them later must not lose its way after a power cut."""
     with storage_errors("create", root):
         new = [folder for folder in (root / WORK).absolute().parents if not folder.exists()]
@@ -132,7 +149,10 @@ def _create(root: Path) -> None:
             sync_folder(folder)
 
 
-def _check_apart(root: Path, source: Path) -> None:
+def check_apart(root: Path, source: Path | None) -> None:
+    """Raise if the output is the source's folder, lies in it, or holds it."""
+    if source is None:
+        return
     real, origin = Path(os.path.realpath(root)), Path(os.path.realpath(source))
     for inner, outer, text in ((real, origin, "inside the source"), (origin, real, "a folder that holds the source")):
         for folder in (inner, *inner.parents):
@@ -141,7 +161,7 @@ def _check_apart(root: Path, source: Path) -> None:
                 raise DestinationError(f"output {quote(root)} is {what}: choose another folder")
 
 
-def _inspect(root: Path, claim: OutputClaim, *, overwrite: bool) -> JournalState:
+def inspect_output(root: Path, claim: OutputClaim, *, overwrite: bool) -> JournalState:
     """Return what may be resumed in `root`, or raise; touches nothing."""
     if not root.is_dir():
         if root.exists() or root.is_symlink():
@@ -150,10 +170,11 @@ def _inspect(root: Path, claim: OutputClaim, *, overwrite: bool) -> JournalState
     with storage_errors("read folder", root):
         names = set(os.listdir(root))  # noqa: PTH208 - names are data here
         has_journal = (root / WORK / JOURNAL).exists()
-    if not has_journal:
+    written = read_journal(root / WORK / JOURNAL) if has_journal else JournalState()
+    state = joined(written, read_parts(root / WORK, claim.shards))
+    if not has_journal and state.digests is None:
         _check_finished(root, names, overwrite=overwrite)
         return JournalState()
-    state = read_journal(root / WORK / JOURNAL)
     if state.digests is None or overwrite:
         return JournalState(files=state.files)
     changed = [part for part, digest in claim.digests.items() if state.digests.get(part) != digest]
@@ -174,7 +195,8 @@ def _check_finished(root: Path, names: set[str], *, overwrite: bool) -> None:
         raise DestinationExistsError(f"output {quote(root)} holds a finished conversion: overwrite it to redo it")
 
 
-def _check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]) -> None:
+def check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]) -> None:
+    """Raise if there is not enough room for the shards that are not done."""
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     with storage_errors("read free space of", existing):
         status = os.statvfs(existing)
@@ -184,6 +206,15 @@ def _check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]
     if free < needed:
         raise DestinationError(
             f"output {quote(root)} needs {needed} bytes, {free} are free: make room or choose another disk"
+        )
+
+
+def _check_complete(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]) -> None:
+    missing = [name for name in claim.shards if name not in done]
+    if missing:
+        raise DestinationError(
+            f"output {quote(root)} lacks {len(missing)} of {counted(len(claim.shards), 'shard', 'shards')}, or they are not "
+            f"what was written: {listed(missing)}: run the parts that make them again, or convert without parts"
         )
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..storage.files import open_regular, storage_errors, sync_folder, write_all
@@ -90,6 +90,16 @@ def _result(value: Any) -> ShardResult | None:
     if not isinstance(shard, dict) or shard.keys() != _TYPES.keys():
         return None
     return ShardResult(**shard) if all(type(shard[key]) is kind for key, kind in _TYPES.items()) else None
+
+
+class Recorder(Protocol):
+    """Notes finished shards durably, for several threads."""
+
+    def record(self, result: ShardResult) -> None:
+        """Write that a shard is finished."""
+
+    def close(self) -> None:
+        """Close what is open."""
 
 
 class Journal:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.folder import CONFIG, INDEX
 from ..errors import SourceError, UnsafePathError
@@ -20,6 +21,10 @@ from ..storage.digest import Stopped, file_sha256, in_parallel
 from ..storage.files import beneath, open_regular, read_small, storage_errors, sync_folder
 from ..storage.partial_file import PARTIAL_SUFFIX
 from .journal import JournalState, ShardResult
+from .parts import PARTS
+
+if TYPE_CHECKING:
+    from ..planning.plan import ConversionPlan
 
 WORK = ".mfptq"
 JOURNAL = "journal"
@@ -43,6 +48,12 @@ class OutputClaim:
     uploaded: Mapping[str, str] = field(default_factory=dict)
     at_once: int | None = None
 
+    @classmethod
+    def of(cls, plan: ConversionPlan) -> OutputClaim:
+        """Return what a plan is going to write."""
+        sizes = {shard.name: shard.size for shard in plan.shards}
+        return cls(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
+
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
@@ -53,21 +64,31 @@ def take_over(
     root: Path, claim: OutputClaim, state: JournalState, poll: Callable[[], object] | None
 ) -> dict[str, ShardResult]:
     """Remove what earlier runs left and is not to be kept; return the finished shards that are what they should be."""
-    _remove_stale(root / WORK)
+    remove_stale(root / WORK)
     _remove_files(root, [CONFIG])
     if state.digests is None:
         names = [*state.files, *_listed(root), *claim.files]
         _remove_files(root, [name for name in names if name != MANIFEST])
         _remove_files(root, [MANIFEST])  # last: it says that the other files are ours
+        shutil.rmtree(root / WORK / PARTS, ignore_errors=True)
         return {}
-    intact = in_parallel(partial(_is_intact, root, claim), state.done.values(), poll)
-    return {name: result for (name, result), whole in zip(state.done.items(), intact, strict=True) if whole}
+    return intact(root, claim, state.done, poll)
 
 
-def _remove_stale(work: Path) -> None:
-    for path in work.glob(f"*{PARTIAL_SUFFIX}"):
+def intact(
+    root: Path, claim: OutputClaim, done: Mapping[str, ShardResult], poll: Callable[[], object] | None
+) -> dict[str, ShardResult]:
+    """Return those of the finished shards that still have the content that was noted."""
+    whole = in_parallel(partial(_is_intact, root, claim), done.values(), poll)
+    return {name: result for (name, result), kept in zip(done.items(), whole, strict=True) if kept}
+
+
+def remove_stale(folder: Path, *, alone: bool = True) -> None:
+    """Remove temporaries of processes that have ended; `alone`: no other run of this process may be writing any."""
+    for path in folder.glob(f"*{PARTIAL_SUFFIX}"):
         pid = path.name.split(".")[-3]
-        if not pid.isdigit() or int(pid) == os.getpid() or not _is_alive(int(pid)):
+        own = pid == str(os.getpid())
+        if (own and alone) or not pid.isdigit() or not _is_alive(int(pid)):
             with suppress(OSError):
                 path.unlink()
 

@@ -1,0 +1,116 @@
+"""What a node of a cluster does: look whether it can take part, and make shards.
+
+Called by `cluster.ray_executor` through the cluster, in a process of the node. Takes and returns plain values: what another
+process raises does not always survive the way back. The node plans by itself, from headers, and compares digests.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from ..errors import DestinationError, MfptqError, PlanMismatchError, quote
+from ..execution.events import Event
+from ..execution.executors import Request
+from ..execution.memory_budget import INTERPRETER, memory_errors, resident_bytes
+from ..execution.prepare import Resources, prepare
+
+if TYPE_CHECKING:
+    from ..output.journal import ShardResult
+    from ..planning.plan import ConversionPlan
+
+Answer = dict[str, Any]
+_HELD = max(0, resident_bytes() - INTERPRETER)  # by the cluster's own libraries, before anything of ours
+
+
+@lru_cache(maxsize=1)
+def _plan(request: bytes) -> ConversionPlan:
+    """Return the plan; a process keeps it, since it makes many shards of one plan."""
+    from ..conversion import make_plan
+
+    asked: Request = pickle.loads(request)  # noqa: S301 - written by our own driver, through the cluster
+    return make_plan(asked.source, **asked.decisions)
+
+
+def checked_plan(request: bytes, digests: Mapping[str, str]) -> ConversionPlan:
+    """Return the plan as this node reads it, or raise PlanMismatchError if it is not the driver's."""
+    plan = _plan(request)
+    changed = [name for name in {**plan.digests, **digests} if plan.digests.get(name) != digests.get(name)]
+    if changed:
+        _forget(plan)
+        raise PlanMismatchError(
+            f"{' and '.join(changed)} as read there differ: give all nodes the same files and versions of mfptq"
+        )
+    return plan
+
+
+def _forget(plan: ConversionPlan) -> None:
+    """Close a plan, so that the next task makes it anew."""
+    _plan.cache_clear()
+    plan.close()
+
+
+def _answer(found: Mapping[str, Any]) -> Answer:
+    return {"ok": True, "node": platform.node(), **found}
+
+
+def _failure(error: MfptqError) -> Answer:
+    return {"ok": False, "node": platform.node(), "error": type(error).__name__, "message": str(error)}
+
+
+def probe(request: bytes, digests: Mapping[str, str], destination: str, token: str) -> Answer:
+    """Return whether this node has our version, reads the same plan, and shares the destination's folder of the driver.
+
+    `token` names a file that the driver has written into `destination`; this node writes another for the driver to see.
+    """
+    try:
+        with memory_errors():
+            checked_plan(request, digests)
+        seen = Path(destination) / token
+        if not seen.exists():
+            raise DestinationError(f"output {quote(destination)} is not the driver's folder: it must be shared")
+        try:
+            seen.with_name(f"{token}.{os.getpid()}").touch()
+        except OSError as error:
+            raise DestinationError(f"cannot write into {quote(destination)}: {error.strerror}") from None
+    except MfptqError as error:
+        return _failure(error)
+    return _answer({"version": __version__, "seen": f"{token}.{os.getpid()}"})
+
+
+def make(request: bytes, digests: Mapping[str, str], destination: str, order: Mapping[str, Any]) -> Answer:
+    """Make the shards that `order["shards"]` names, with `order["resources"]`, and return what became of each."""
+    from ..execution.partial_run import run_shards
+
+    done: dict[str, ShardResult] = {}
+    begun = time.monotonic()
+    try:
+        with memory_errors():
+            plan = checked_plan(request, digests)
+            run = prepare(plan, Resources(**order["resources"]), _HELD)
+            shards = tuple(shard for shard in plan.shards if shard.name in order["shards"])
+            try:
+                report = run_shards(run, Path(destination), shards, _ignore, on_done=done.update)
+            except BaseException:
+                _forget(plan)  # its source may have been told to stop reading
+                raise
+    except MfptqError as error:
+        return _failure(error)
+    return _answer({
+        "results": [asdict(result) for result in done.values()],
+        "kernel": report.kernel,
+        "seconds": time.monotonic() - begun,
+        "peak_memory": report.peak_memory,
+    })  # fmt: skip
+
+
+def _ignore(_event: Event) -> None:
+    """Take no notice: the driver hears of whole shards."""

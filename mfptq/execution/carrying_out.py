@@ -1,0 +1,102 @@
+"""Carry out a plan: claim the output, let an executor make the shards, finish with config.json, and report.
+
+Called by `conversion`, and by nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ..output.destination import Destination, open_destination
+from ..output.finish import finish, source_card
+from ..output.leftovers import OutputClaim, abandon
+from ..output.model_card import card_metadata, card_text
+from ..output.report import Report, gather, pattern_reports, suspicions, total_error
+from ..output.uploads import MAX_WAITING, Uploads, uploading
+from .events import Advanced, Event, OnEvent, ShardFinished
+from .executors import Executed, Executor, Order
+from .memory_budget import peak_bytes
+from .prepare import Run
+
+
+def carry_out(
+    order: Order,
+    destination: Path,
+    executor: Executor,
+    *,
+    on_event: OnEvent,
+    overwrite: bool = False,
+    complete: bool = False,
+    uploads: Uploads | None = None,
+) -> Report:
+    """Do the work of a run and return its report; `complete`: no shard may be left to make."""
+    plan, claim, poll = order.run.plan, OutputClaim.of(order.run.plan), partial(on_event, Advanced(0))
+    if uploads is not None:
+        uploaded = {file.name: file.sha256 for file in uploads.uploaded.values()}
+        claim = replace(claim, uploaded=uploaded, at_once=MAX_WAITING + 1 if uploads.discard else None)
+    old_card = source_card(plan.checkpoint.source)
+    with open_destination(destination, claim, overwrite=overwrite, complete=complete, poll=poll) as out:
+        resumed = len(out.done)
+        with uploading(uploads):
+            tell = on_event if uploads is None else _feeding(uploads, out, on_event)
+            executed = executor.execute(order, out, tell)
+            if uploads is not None:
+                uploads.finish(poll)
+        statistics = gather(out.done.values())
+        card = card_text(plan, statistics, card_metadata(plan, old_card), old_card)
+        sums = finish(plan, out, statistics, card, gone=uploads.gone if uploads is not None else ())
+        report = _report(order.run, out, executed, resumed)
+        if uploads is not None:
+            report = replace(report, published=uploads.commit(out.done.values(), sums).url)
+    if uploads is not None and uploads.discard:
+        abandon(destination, claim, existed=False)
+    return report
+
+
+def _feeding(uploads: Uploads, out: Destination, on_event: OnEvent) -> OnEvent:
+    """Start uploading, and return what is to be called with the run's events: it hands on every finished shard."""
+    out.before_shard = uploads.wait_for_room
+    uploads.begin()
+
+    def feed(event: Event) -> None:
+        if isinstance(event, ShardFinished):
+            uploads.add(out.done[event.name])
+        try:
+            on_event(event)
+        except BaseException:
+            uploads.stop()
+            raise
+
+    return feed
+
+
+def _report(run: Run, out: Destination, executed: Executed, resumed: int) -> Report:
+    plan, statistics = run.plan, gather(out.done.values())
+    seconds = time.monotonic() - run.begun
+    wait = max(0.0, seconds * executed.workers - sum(executed.timings.values()))
+    reports = pattern_reports(plan, statistics)
+    return Report(
+        source=str(plan.checkpoint.origin),
+        destination=str(out.root),
+        scheme=plan.scheme,
+        method=plan.method_text,
+        kernel=executed.kernel,
+        device_reason=executed.reason,
+        source_bytes=plan.checkpoint.tensor_bytes,
+        output_bytes=plan.tensor_bytes,
+        tensors=sum(shard.tensors for shard in plan.shards),
+        quantized=sum(1 for _ in plan.weights()) + len(plan.carried.weights),
+        kept=sum(not item.decision.quantize for item in plan.selection.tensors),
+        relative_error=total_error(statistics),
+        patterns=reports,
+        warnings=plan.warnings + suspicions(reports, calibrated=run.calibrated is not None),
+        resumed_shards=resumed,
+        seconds=seconds,
+        peak_memory=peak_bytes(),
+        timings={**executed.timings, "wait": wait},
+        left_out=plan.checkpoint.left_out,
+        fetched_bytes=plan.checkpoint.source.fetched_bytes,
+    )
