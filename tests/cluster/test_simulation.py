@@ -1,0 +1,31 @@
+"""The table of expected times is what the script prints, and no time is less than the rates allow."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def test_the_page_shows_what_the_script_prints() -> None:
+    script = BENCHMARKS / "cluster_simulation.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout in (ROOT / "docs" / "cluster.md").read_text()
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 16, 64])
+def test_no_time_is_less_than_storage_and_network_allow(nodes: int, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from cluster_simulation import MODELS, PLACES, simulate
+
+    for shards in MODELS.values():
+        for rates in PLACES.values():
+            least = sum(shards) / min(rates.storage_read, nodes * rates.network)
+            found = simulate(shards, nodes, rates)
+            assert found >= least
+            assert found >= simulate(shards, 2 * nodes, rates) - 1e-6
