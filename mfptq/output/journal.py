@@ -105,12 +105,15 @@ class Recorder(Protocol):
 class Journal:
     """An open journal, for several threads; every line is durable when the call that wrote it returns."""
 
-    def __init__(self, path: Path, state: JournalState) -> None:
-        """Replace the journal at `path`, whole or not at all, by one that says `state`."""
+    def __init__(self, path: Path, state: JournalState, temporaries: Path | None = None) -> None:
+        """Replace the journal at `path`, whole or not at all, by one that says `state`.
+
+        `temporaries` is the folder, by default its own, where it lies until it is whole.
+        """
         self._path = path
         first = {"plan": dict(state.digests or {}), "files": list(state.files)}
         lines = [_line(first), *(_line({"shard": asdict(result)}) for result in state.done.values())]
-        fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+        fresh = (temporaries or path.parent) / f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
         self._end = 0
         self._lock = Lock()
         with storage_errors("write", path):

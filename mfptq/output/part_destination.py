@@ -33,7 +33,7 @@ def open_part(
         found = inspect_output(root, own, overwrite=False)
         if found.digests is None and root.is_dir() and set(os.listdir(root)) - {WORK}:  # noqa: PTH208 - names are data
             raise DestinationExistsError(
-                f"output {quote(root)} is not empty and no part of this: choose another folder"
+                f"output {quote(root)} holds what another run has left: choose another folder, or convert without parts"
             )
         check_space(root, own, found.done)
     create_folders(root)

@@ -49,14 +49,14 @@ class PartRecords:
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self._folder.parent)
         if _read(self._folder / "plan").digests is None:
-            Journal(self._folder / "plan", JournalState(self._digests, {}, self._files)).close()
+            Journal(self._folder / "plan", JournalState(self._digests, {}, self._files), self.temporaries).close()
         with storage_errors("sync", self._folder):
             sync_folder(self._folder)
 
     def record(self, result: ShardResult) -> None:
         """Note a shard, which is durable under its name, as finished."""
         path = self._folder / "done" / _file_name(result.name)
-        Journal(path, JournalState(self._digests, {result.name: result})).close()
+        Journal(path, JournalState(self._digests, {result.name: result}), self.temporaries).close()
 
     def close(self) -> None:
         """Do nothing: no file stays open."""

@@ -18,6 +18,7 @@ from mfptq.output.parts import machine
 from mfptq.planning.parts import Part
 from tests.calibration.files import calibrate as write_calibration
 from tests.conftest import command, digests
+from tests.encodings.test_convert import SMALL, twins
 
 RUN_PART = """
 import os, signal, sys
@@ -64,6 +65,16 @@ def test_calibrated_parts_give_the_bytes_of_one_run(source: Path, tmp_path: Path
     with mfptq.plan(source, calibration=calibration) as plan:
         for number in (1, 2):
             plan.run_part(tmp_path / "out", f"{number}/2")
+        plan.finish(tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_parts_of_a_quantized_source_whose_scales_lie_in_other_shards(tmp_path: Path) -> None:
+    source, _cast = twins(tmp_path, SMALL, "blocks, F32")
+    mfptq.convert(source, tmp_path / "whole")
+    with mfptq.plan(source) as plan:
+        for part in ("2/3", "1/3", "3/3"):
+            plan.run_part(tmp_path / "out", part)
         plan.finish(tmp_path / "out")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 

@@ -89,7 +89,9 @@ def kill_points(layouts: Iterable[Layout], choose: Spread, between: Spread) -> T
         with workplace(layout) as work:
             fresh = len(_count(work, (work.new() / "out",)))
             resumed = [("resumed", number) for number in between(fresh)]
-            phases = [("fresh", 0), *resumed, ("overwriting", 0), ("replacing", fresh - 20)]
+            phases = [("fresh", 0), *resumed]
+            if "in_parts" not in layout.options:  # parts leave alone what a run that was overwriting has left
+                phases += [("overwriting", 0), ("replacing", fresh - 20)]
             for phase, first in phases:
                 _kill_phase(tally, work, (phase, first), choose)
             work.check_source(tally)

@@ -36,7 +36,7 @@ from tests.faults.campaigns import (
 from tests.faults.conversions import flipped_outputs, malformed_checkpoints, random_conversions
 from tests.faults.malformed import fuzz, malformed_headers
 from tests.faults.traced import strace_faults
-from tests.faults.warm import LAYOUTS, Tally, say
+from tests.faults.warm import IN_PARTS, LAYOUTS, Tally, say
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "reliability-figures.md"
@@ -76,6 +76,8 @@ def parts() -> dict[str, Part]:
         found[f"errors lasting {number}"] = lambda layout=layout: storage_errors([layout], spread(4), lasting=True)
         found[f"power {number}"] = lambda layout=layout: power_cuts([layout], spread(40), 3)
         found[f"conversions {number}"] = lambda number=number: random_conversions(500, number)
+    found["kill in parts"] = lambda: kill_points([IN_PARTS], every, middle)
+    found["power in parts"] = lambda: power_cuts([IN_PARTS], spread(40), 3)
     found["strace"] = lambda: strace_faults(2)
     found["malformed"] = malformed_checkpoints
     found["headers"] = malformed_headers
@@ -88,6 +90,8 @@ def parts() -> dict[str, Part]:
 # Small choices of the same, for every run of the tests.
 SAMPLES: Mapping[str, Part] = {
     "kills": lambda: kill_points(LAYOUTS[:3:2], spread(5), lambda total: (total // 2,)),
+    "parts": lambda: kill_points([IN_PARTS], spread(10), middle),
+    "parts power": lambda: power_cuts([IN_PARTS], spread(6), 3),
     "errors": lambda: storage_errors(LAYOUTS[:1], spread(2), lasting=False),
     "lasting": lambda: storage_errors(LAYOUTS[1:2], middle, lasting=True),
     "power": lambda: power_cuts((LAYOUTS[0], LAYOUTS[-1]), spread(6), 3),

@@ -24,6 +24,13 @@ def test_killed_at_any_call_fresh_resuming_overwriting() -> None:
     assert sum(tried.values()) > 30
 
 
+def test_parts_killed_at_any_call_and_after_power_cuts() -> None:
+    for name, least in (("parts", 20), ("parts power", 50)):
+        tried, broken = sample(name)
+        assert not broken
+        assert sum(tried.values()) > least
+
+
 @pytest.mark.case(83, 84, 85, 86, 87, 90, 91, 92)
 def test_any_call_fails_once() -> None:
     tried, broken = sample("errors")

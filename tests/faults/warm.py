@@ -77,12 +77,21 @@ LAYOUTS = (
     Layout("larger tensors, three workers", LARGER, 2, {"max_workers": 3}),
 )
 
+IN_PARTS = Layout("three shards in two parts", TINY, 3, {"in_parts": 2})
 OTHER = Layout("another checkpoint", TINY, 4, {}, 3)
 
 
 def run(source: Path, out: Path, **options: Any) -> None:
-    """Convert with one worker unless told otherwise."""
-    mfptq.convert(source, out, **{"max_workers": 1, **options})
+    """Convert with one worker unless told otherwise; with `in_parts` as so many parts, and finish."""
+    count, overwrite = options.pop("in_parts", 0), options.get("overwrite", False)
+    if not count or overwrite:
+        mfptq.convert(source, out, **{"max_workers": 1, **options})
+        return
+    options.pop("overwrite", None)
+    with mfptq.plan(source, **options) as plan:
+        for number in range(1, count + 1):
+            plan.run_part(out, f"{number}/{count}", max_workers=1)
+        plan.finish(out)
 
 
 @dataclass(frozen=True)
