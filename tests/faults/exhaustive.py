@@ -185,6 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", help="run one part, or one sample as sample:NAME, and print JSON")
     parser.add_argument("--only", default="", help="run only the parts whose name begins so, and write no table")
+    parser.add_argument("--jobs", type=int, default=2, help="parts that run at once")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "faults", help="where results are kept")
     options = parser.parse_args()
     if options.part:
@@ -196,7 +197,7 @@ def main() -> int:
     os.nice(5)
 
     names = [name for name in parts() if name.startswith(options.only)]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda name: _kept_part(name, options.results), names))
     if options.only:
         return int(any(part["broken"] for part in found))
