@@ -6,7 +6,7 @@ Called by `conversion`. An executor makes every shard that the destination does 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,8 @@ from .prepare import Resources, Run
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
+
+PATHS = {"calibration", "input_scales", "like", "cache_dir", "recipe"}  # decisions that may name files
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class Request:
         """Return the request for a plan that these decisions have led to; the token stays here, each machine has its own."""
         origin = plan.checkpoint.origin
         source = f"hf://{origin.repo_id}@{origin.revision}" if origin.repo_id else str(origin.local.absolute())
-        kept = {name: _absolute(value) for name, value in decisions.items() if name not in ("token", "revision")}
+        kept = {name: value for name, value in decisions.items() if name not in ("token", "revision")}
+        kept |= {name: _absolute(kept[name]) for name in PATHS & kept.keys()}
         return cls(source, kept)
 
 
@@ -40,7 +43,7 @@ def _absolute(value: Any) -> Any:
     """Return what names a file that is there as an absolute path: other machines have another current folder."""
     if isinstance(value, str | Path) and (path := expanded(value)).exists():
         return str(path.absolute())
-    return tuple(value) if isinstance(value, Iterator) else value
+    return value
 
 
 @dataclass(frozen=True, slots=True)
