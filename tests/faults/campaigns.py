@@ -89,13 +89,15 @@ def kill_points(layouts: Iterable[Layout], choose: Spread, between: Spread) -> T
         with workplace(layout) as work:
             fresh = len(_count(work, (work.new() / "out",)))
             resumed = [("resumed", number) for number in between(fresh)]
-            phases = [("fresh", 0), *resumed]
-            if "in_parts" not in layout.options:  # parts leave alone what a run that was overwriting has left
-                phases += [("overwriting", 0), ("replacing", fresh - 20)]
-            for phase, first in phases:
+            for phase, first in (("fresh", 0), *resumed, *_overwriting(layout, fresh)):
                 _kill_phase(tally, work, (phase, first), choose)
             work.check_source(tally)
     return tally
+
+
+def _overwriting(layout: Layout, calls: int) -> list[tuple[str, int]]:
+    """Return the phases that overwrite; none in parts, which leave alone what a run that was overwriting has left."""
+    return [] if "in_parts" in layout.options else [("overwriting", 0), ("replacing", calls - 20)]
 
 
 def _kill_phase(tally: Tally, work: Workplace, start: tuple[str, int], choose: Spread) -> None:
@@ -205,7 +207,7 @@ def power_cuts(layouts: Iterable[Layout], choose: Spread, seeds: int, *, unsynce
     for layout in layouts:
         with workplace(layout) as work:
             fresh = len(_count(work, (work.new() / "out",)))
-            for phase, first in (("fresh", 0), ("resumed", fresh // 2), ("overwriting", 0), ("replacing", fresh - 20)):
+            for phase, first in (("fresh", 0), ("resumed", fresh // 2), *_overwriting(layout, fresh)):
                 place = _prepared(work, phase, first)
                 before = snapshot(place)
                 events = _traced(work, place, overwrite=phase in OVERWRITING)

@@ -25,7 +25,7 @@ def test_killed_at_any_call_fresh_resuming_overwriting() -> None:
 
 
 def test_parts_killed_at_any_call_and_after_power_cuts() -> None:
-    for name, least in (("parts", 20), ("parts power", 50)):
+    for name, least in (("parts", 20), ("parts power", 30)):
         tried, broken = sample(name)
         assert not broken
         assert sum(tried.values()) > least
