@@ -18,7 +18,7 @@ from .checkpoint.weights import Weight, name_pattern
 from .encodings.contents import read_contents, stored_bytes
 from .encodings.fp4 import MXFP4
 from .errors import SourceError
-from .nvfp4 import BLOCK_SIZE
+from .planning.formats import FORMATS
 from .planning.quantization_config import QUANTIZATION_CONFIG
 from .planning.rules import TensorDecision
 
@@ -117,12 +117,11 @@ def _planned(item: TensorDecision, plan: ConversionPlan) -> TensorSummary:
     if not decision.quantize:
         widened = f", widened from {tensor.encoding.format}" if tensor.encoding is not None else ""
         return replace(stored, action="keep", reason=decision.reason + widened)
-    scalars = sum(8 if plan.has_input_scale(weight.module) else 4 for weight in item.candidate.weights)
     new = [weight for weight in item.candidate.weights if weight.module not in plan.carried.weights]
     return replace(
         stored,
-        output_bytes=stored.elements // 2 + stored.elements // BLOCK_SIZE + scalars,
-        action="NVFP4",
+        output_bytes=sum(plan.output_bytes_of(weight) for weight in item.candidate.weights),
+        action=FORMATS[decision.format].label,
         reason=decision.reason + _decoding(plan, new),
         method=", ".join(sorted({plan.method_of(weight) for weight in new})),
     )
@@ -133,7 +132,7 @@ def _decoding(plan: ConversionPlan, new: Sequence[Weight]) -> str:
     encoding = new[0].encoding if new else None
     if encoding is None:
         return ""
-    fits = encoding.format == MXFP4 and plan.method_of(new[0]) != "minmax"
+    fits = encoding.format == MXFP4 and plan.format_of(new[0]).family == "nvfp4" and plan.method_of(new[0]) != "minmax"
     return f", decoded from {encoding.format}" + (" (lossless where exponents span at most 14)" if fits else "")
 
 

@@ -5,33 +5,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from . import fp8, nvfp4
 from .checkpoint.companions import FileChoice
 from .checkpoint.folder import Checkpoint, Origin, read_checkpoint
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.source import Source
-from .checkpoint.weights import Candidate, StoredTensor, Weight, candidates, name_pattern
+from .checkpoint.weights import StoredTensor, Weight, candidates, name_pattern
 from .dtypes import NUMPY_DTYPES
 from .encodings.contents import read_contents
 from .errors import MfptqError, SourceError, quote
+from .execution.strips import Strip
 from .execution.tiles import Tile, tiles
 from .execution.turned import read_turned
 from .kernels import ErrorStats
 from .kernels.decode import load_decoder
 from .names.config_sizes import read_sizes
-from .nvfp4 import BLOCK_SIZE, as_float32, dequantize
+from .nvfp4 import BLOCK_SIZE, Float32Array, as_float32
 from .output.fault import Fault
 from .output.leftovers import MANIFEST
 from .output.manifest import manifest_faults
-from .output.structure import PACKED, read_bytes, read_scalar, structure_faults
+from .output.stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups
+from .output.structure import read_bytes, read_scalar, structure_faults
+from .planning.formats import GLOBAL_SCALE, PACKED, SCALE, WEIGHT, TargetFormat
 from .storage.files import expanded
 
 TILE_BYTES = 4 * 2**20
@@ -90,8 +95,9 @@ def verify(
         try:
             checkpoint = read_checkpoint(Origin(expanded(output)))
             opened.callback(checkpoint.source.close)
-            names = [info.name for shard in checkpoint.shards for info in shard.header.tensors]
-            found.tensors, found.quantized = len(names), sum(name.endswith(PACKED) for name in names)
+            stored = {tensor.info.name: tensor for tensor in checkpoint.tensors()}
+            found.tensors = len(stored)
+            found.quantized = len(quantized_modules(stored))
             found.faults += structure_faults(checkpoint)
             _check_manifest(checkpoint.origin.local, found)
             if source is not None:
@@ -117,23 +123,41 @@ def _check_manifest(folder: Path, found: _Findings) -> None:
 
 def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) -> None:
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
+    quantized = frozenset(quantized_modules(stored))
+    try:
+        groups = read_groups(config_of(output))
+    except ValueError:
+        groups = []
     patterns: dict[str, ErrorStats] = {}
     for item in candidates(read_contents(original), read_sizes(original.config)):
         name = item.tensor.info.name
-        kept = stored.pop(name, None)
-        if kept is not None:
-            if not _is_equal(original.source, item.tensor, output.source, kept):
-                found.faults.append(Fault(name, kept.shard, "differs from the source, which it should be equal to"))
-        elif not item.weights or any(weight.module + PACKED not in stored for weight in item.weights):
+        if item.weights and all(weight.module in quantized for weight in item.weights):
+            for weight in item.weights:
+                if (taken := _take(weight, groups, stored, output.source)) is not None:
+                    stats = patterns.setdefault(name_pattern(weight.module), ErrorStats())
+                    stats.add(taken.error(original.source))
+        elif (kept := stored.pop(name, None)) is None:
             found.faults.append(Fault(name, "", "is in the source, but missing here"))
-        else:
-            _compare_weights(item, stored, (original.source, output.source), patterns)
+        elif not _is_equal(original.source, item.tensor, output.source, kept):
+            found.faults.append(Fault(name, kept.shard, "differs from the source, which it should be equal to"))
     found.faults += [Fault(name, stored[name].shard, "has no origin in the source") for name in sorted(stored)]
     found.errors = {pattern: stats.relative_error for pattern, stats in sorted(patterns.items())}
     for pattern, error in found.errors.items():
         if not error <= MAX_RELATIVE_ERROR:
             what = f"has relative error {error:.1%}, expected at most {MAX_RELATIVE_ERROR:.0%}"
             found.faults.append(Fault(pattern, "", what))
+
+
+def _take(
+    weight: Weight, groups: Sequence[ConfigGroup], stored: dict[str, StoredTensor], source: Source
+) -> StoredWeight | None:
+    """Take a weight's tensors out of those that are left; None, with a fault already found, where some are missing."""
+    group = group_of(weight.module, groups)
+    if group is None:
+        return None
+    names = {each.suffix: f"{weight.module}.{each.suffix}" for each in group.format.tensors(weight, "search")}
+    parts = {suffix: stored.pop(name) for suffix, name in names.items() if name in stored}
+    return StoredWeight(weight, group.format, parts, source) if parts.keys() == names.keys() else None
 
 
 def _is_equal(one: Source, first: StoredTensor, other: Source, second: StoredTensor) -> bool:
@@ -165,30 +189,51 @@ def _values(source: Source, tile: Tile) -> npt.NDArray[Any]:
     return values
 
 
-def _compare_weights(
-    item: Candidate,
-    stored: dict[str, StoredTensor],
-    sources: tuple[Source, Source],
-    patterns: dict[str, ErrorStats],
-) -> None:
-    original, output = sources
-    for weight in item.weights:
-        parts = {
-            suffix: stored.pop(weight.module + suffix) for suffix in (PACKED, ".weight_scale", ".weight_global_scale")
-        }
-        stored.pop(weight.module + ".input_global_scale", None)
-        stats = patterns.setdefault(name_pattern(weight.module), ErrorStats())
-        stats.add(_error(weight, parts, original, output))
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantized weight as an output holds it: its tensors by suffix."""
+
+    weight: Weight
+    format: TargetFormat
+    parts: Mapping[str, StoredTensor]
+    source: Source
+
+    @cached_property
+    def scales(self) -> Float32Array:
+        """The scales of FP8, `[rows, columns]` of segments; one for a whole tensor."""
+        tensor = self.parts[SCALE]
+        data = read_bytes(self.source, tensor, 0, tensor.info.nbytes)
+        return as_float32(data.view(NUMPY_DTYPES[tensor.info.dtype])).reshape(self.format.grid(self.weight))
+
+    def decode(self, tile: Tile) -> Float32Array:
+        """Return the float32 values of a tile, `[rows, columns]`."""
+        return _DECODERS[self.format.family](self, tile)
+
+    def error(self, original: Source) -> ErrorStats:
+        """Return the squared error, and the squared norm of what the weight was made from."""
+        stats = ErrorStats(self.weight.size)
+        for tile in tiles(self.weight, TILE_BYTES):
+            exact = as_float32(_values(original, tile)).reshape(tile.rows, tile.columns)
+            found = self.decode(tile)
+            stats.squared_error += float(np.square(found - exact, dtype=np.float64).sum())
+            stats.squared_weight += float(np.square(exact, dtype=np.float64).sum())
+        return stats
 
 
-def _error(weight: Weight, parts: Mapping[str, StoredTensor], original: Source, output: Source) -> ErrorStats:
-    stats = ErrorStats(weight.size)
-    scale = read_scalar(output, parts[".weight_global_scale"])
-    for tile in tiles(weight, TILE_BYTES):
-        exact = as_float32(_values(original, tile)).reshape(tile.rows, tile.columns)
-        packed = read_bytes(output, parts[PACKED], tile.start // 2, tile.size // 2).reshape(tile.rows, -1)
-        codes = read_bytes(output, parts[".weight_scale"], tile.start // BLOCK_SIZE, tile.size // BLOCK_SIZE)
-        found = dequantize(packed, codes.reshape(tile.rows, -1), scale)
-        stats.squared_error += float(np.square(found - exact, dtype=np.float64).sum())
-        stats.squared_weight += float(np.square(exact, dtype=np.float64).sum())
-    return stats
+def _nvfp4(stored: StoredWeight, tile: Tile) -> Float32Array:
+    source, parts = stored.source, stored.parts
+    packed = read_bytes(source, parts[PACKED], tile.start // 2, tile.size // 2).reshape(tile.rows, -1)
+    codes = read_bytes(source, parts[SCALE], tile.start // BLOCK_SIZE, tile.size // BLOCK_SIZE)
+    return nvfp4.dequantize(packed, codes.reshape(tile.rows, -1), read_scalar(source, parts[GLOBAL_SCALE]))
+
+
+def _fp8(stored: StoredWeight, tile: Tile) -> Float32Array:
+    codes = read_bytes(stored.source, stored.parts[WEIGHT], tile.start, tile.size).reshape(tile.rows, -1)
+    weight, (height, width) = stored.weight, stored.format.segment
+    places = Strip(weight, (height or weight.rows, width or weight.columns), 0, weight.rows, ()).parts(tile)
+    widths = np.diff(places.starts[: len(places.columns) + 1])
+    scales = np.repeat(stored.scales[np.ix_(places.rows, places.columns)], widths, axis=1)
+    return fp8.dequantize(codes, scales)
+
+
+_DECODERS: Mapping[str, Callable[[StoredWeight, Tile], Float32Array]] = {"nvfp4": _nvfp4, "fp8": _fp8}

@@ -18,7 +18,7 @@ import mfptq
 PACKAGE = Path(mfptq.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
 BEGIN, END = "<!-- imports: begin -->\n", "<!-- imports: end -->\n"
-BASE = "errors limits nvfp4 dtypes sizes _version"  # imported by anything; import nothing but each other
+BASE = "errors limits nvfp4 fp8 dtypes sizes _version"  # imported by anything; import nothing but each other
 ALLOWED = {
     "storage": "",
     "names": "",

@@ -22,7 +22,7 @@ from .calibration import calibration
 from .check import check as check_command
 from .check import engine_option, judges, refuse_unloadable
 from .cluster import carry_out, check_part_options, cluster_options, executor_of, finish, summary
-from .options import decisions_of, file_options, resource_options, rule_options, source_options
+from .options import decisions_of, file_options, format_options, resource_options, rule_options, source_options
 from .process import (
     LOG_LEVELS,
     STOPPED,
@@ -33,6 +33,7 @@ from .process import (
     tune_interpreter,
 )
 from .push import publish_options, push
+from .recipe import recipe
 from .report import compare, report
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def main(verbose: bool, log_level: str | None) -> None:
     set_up_logging(log_level or ("info" if verbose else "warning"))
 
 
-for command in (calibration, check_command, compare, finish, report):
+for command in (calibration, check_command, compare, finish, recipe, report):
     main.add_command(command)
 
 
@@ -96,6 +97,7 @@ for command in (calibration, check_command, compare, finish, report):
 @click.argument("output", type=click.Path(path_type=Path))
 @source_options
 @rule_options
+@format_options
 @file_options
 @resource_options
 @publish_options
@@ -162,6 +164,7 @@ def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
 @click.argument("model")
 @source_options
 @rule_options
+@format_options
 @file_options
 @resource_options
 @engine_option

@@ -86,6 +86,32 @@ def file_options(function: Function) -> Function:
     return function
 
 
+def format_options(function: Function) -> Function:
+    """Add the options of formats and recipes."""
+    for option in (
+        click.option(
+            "--save-recipe",
+            type=click.Path(path_type=Path),
+            help="Write what these options decide of layers and formats to a recipe.",
+        ),
+        click.option(
+            "--recipe", help="A TOML file with such options, or the name of a shipped one: mfptq recipe list."
+        ),
+        click.option("--kv-cache", help="fp8: tell engines to keep keys and values in FP8."),
+        click.option("--fp8", multiple=True, metavar="PATTERN", help="Short for --format fp8-dynamic=PATTERN."),
+        click.option(
+            "--format",
+            "formats",
+            multiple=True,
+            metavar="FORMAT=PATTERN",
+            help="Another format for the layers named; the first that matches one decides. FORMAT is nvfp4, nvfp4a16, "
+            "fp8-dynamic, fp8-block, fp8-static, or bf16 to keep.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def resource_options(function: Function) -> Function:
     """Add what a run may use."""
     for option in (
@@ -106,10 +132,16 @@ def decisions_of(options: dict[str, Any]) -> Decisions:
     """Return what the options decide, as the library takes it."""
     kind = options.pop("input_scales_kind")
     options["default_ignore"] = not options.pop("no_default_ignore")
+    save = options.pop("save_recipe", None)
+    options["formats"] = (*options.get("formats", ()), *(f"fp8-dynamic={each}" for each in options.pop("fp8", ())))
     if kind is not None:
         from ..scales.reading import read_input_scales
 
         if options["input_scales"] is None:
             raise UsageError("--input-scales-kind says nothing without --input-scales")
         options["input_scales"] = read_input_scales(options["input_scales"], kind)
+    if save is not None:
+        from .recipe import save_recipe
+
+        save_recipe(save, options)
     return cast("Decisions", options)

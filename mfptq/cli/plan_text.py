@@ -6,7 +6,6 @@ Called by `plan` and `convert --dry-run`, which print what comes back. Programs 
 from __future__ import annotations
 
 import difflib
-import math
 import textwrap
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from ..errors import UsageError, counted, printable, quote
 from ..sizes import size_text
 from ..storage.digest import available_cores
 from .check import findings_lines, width
-from .text import left_out_lines
+from .text import formats_text, left_out_lines
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
@@ -97,7 +96,7 @@ def plan_text(
         rows = sorted(groups[fate].values(), key=lambda group: (-group.source_bytes, group.pattern))
         reasons = Counter(row.why for row in rows)
         usual = reasons.most_common(1)[0][0] if fate == FP4 and reasons else ""
-        lines += ["", *_section(fate, rows, Shown(columns, prefix, usual), every=every)]
+        lines += ["", *_section(fate, rows, Shown(columns, prefix, usual, plan.share.into), every=every)]
     for left_out in left_out_lines(plan.checkpoint.left_out):
         lines += _wrapped(left_out, columns)
     lines += ["", *(line for text in _sums(plan, peak_memory, seconds) for line in _wrapped(text, columns))]
@@ -116,23 +115,25 @@ def _title(plan: ConversionPlan) -> str:
     what = "W4A4" if plan.scheme == "NVFP4" else "W4A16"
     counts = ", ".join(f"{name} {count}" for name, count in plan.methods.most_common())
     method = plan.method if list(plan.methods) == [plan.method] else f"{plan.method} ({counts})"
-    return f"{plan.checkpoint.origin}: {plan.scheme} ({what}), method {method}"
+    scheme = f"{plan.scheme} ({what})" if len(plan.formats) == 1 else formats_text(dict(plan.formats.most_common()))
+    return f"{plan.checkpoint.origin}: {scheme}, method {method}"
 
 
 def _groups(plan: ConversionPlan, *, every: bool) -> dict[str, dict[tuple[str, str], Group]]:
     groups: dict[str, dict[tuple[str, str], Group]] = {FP4: {}, KEPT: {}}
-    scalars, mixed = 4 if plan.input_scales is None else 8, len(plan.methods) > 1
+    several, mixed = len(plan.formats) > 1, len(plan.methods) > 1
     for item in plan.selection.tensors:
         info, decision = item.candidate.tensor.info, item.decision
         name = info.name if every else name_pattern(info.name)
         why = f"{decision.reason} ({decision.rule})" if decision.rule else decision.reason
-        if decision.quantize and mixed:
-            why += "; " + ", ".join(sorted({plan.method_of(weight) for weight in item.candidate.weights}))
-        elements = math.prod(info.shape)
-        packed = elements // 2 + elements // 16 + scalars * len(item.candidate.weights)
+        weights = item.candidate.weights if decision.quantize else ()
+        if weights and several:
+            why = ", ".join(sorted({plan.format_of(weight).name for weight in weights})) + "; " + why
+        if weights and mixed:
+            why += "; " + ", ".join(sorted({plan.method_of(weight) for weight in weights}))
         fate = FP4 if decision.quantize else KEPT
         group = groups[fate].setdefault((name, why), Group(name, why))
-        group.add(item, packed if decision.quantize else info.nbytes)
+        group.add(item, sum(plan.output_bytes_of(weight) for weight in weights) if weights else info.nbytes)
     return groups
 
 
@@ -142,6 +143,7 @@ class Shown(NamedTuple):
     columns: int
     prefix: str
     usual: str
+    into: str
 
 
 def _common(rows: Iterable[Group]) -> str:
@@ -158,7 +160,8 @@ def _section(fate: str, rows: list[Group], shown: Shown, *, every: bool) -> Iter
     count = sum(row.count for row in rows)
     sizes = f"{size_text(before)} -> {size_text(after)}" if fate == FP4 else size_text(before)
     usual = f": {printable(shown.usual)}" if shown.usual else ""
-    yield from _wrapped(f"{fate}: {counted(count, 'tensor', 'tensors')}, {sizes}{usual}", shown.columns)
+    title = shown.into if fate == FP4 else fate
+    yield from _wrapped(f"{title}: {counted(count, 'tensor', 'tensors')}, {sizes}{usual}", shown.columns)
     listed = [row for row in rows if every or fate == FP4 or row.source_bytes >= SMALL_BYTES]
     for row in listed:
         yield from _row(row, fate, shown)
@@ -191,7 +194,7 @@ def _sums(plan: ConversionPlan, peak_memory: int, seconds: float | None) -> Iter
     ratio = plan.tensor_bytes / max(checkpoint.tensor_bytes, 1)
     yield (
         f"{size_text(checkpoint.tensor_bytes)} -> {size_text(plan.tensor_bytes)} ({ratio:.0%}), "
-        f"{packed * 8 / elements if elements else 0:.2f} bits per FP4 weight"
+        f"{packed * 8 / elements if elements else 0:.2f} bits per {plan.share.into} weight"
     )
     yield f"{counted(len(plan.shards), 'file', 'files')}, {size_text(plan.output_bytes)} of disk, peak memory about {size_text(peak_memory)}"
     read = decode_bytes(plan)
@@ -259,16 +262,22 @@ def explain_text(plan: ConversionPlan, name: str, findings: Sequence[Finding], c
     return "\n".join([*told, *findings_lines(own, columns)])
 
 
+def _label(plan: ConversionPlan, item: TensorDecision) -> str:
+    """Return what a tensor becomes: FP4, or the exact format where there are others."""
+    return "FP4" if plan.share.into == "FP4" else plan.format_of(item.candidate.weights[0]).name
+
+
 def _explained(plan: ConversionPlan, item: TensorDecision) -> Iterator[str]:
     info, decision, weights = item.candidate.tensor.info, item.decision, item.candidate.weights
     yield f"{printable(info.name)}: {info.dtype} {list(info.shape)}, {size_text(info.nbytes)}"
-    yield f"  {'becomes FP4' if decision.quantize else 'kept as it is'}: {printable(decision.reason)}"
+    yield f"  {f'becomes {_label(plan, item)}' if decision.quantize else 'kept as it is'}: {printable(decision.reason)}"
     yield f"  rule: {printable(decision.rule) if decision.rule else 'none named it'}"
     if item.candidate.obstacle:
         yield f"  layout: {item.candidate.obstacle}"
     if decision.quantize:
         partners = [name for name in plan.group_of(weights[0]).members if name != weights[0].module]
         yield f"  method: {plan.method_of(weights[0])}"
-        yield f"  one global scale with: {', '.join(map(printable, partners)) or 'no other weight'}"
+        if plan.format_of(weights[0]).by_group:
+            yield f"  one global scale with: {', '.join(map(printable, partners)) or 'no other weight'}"
         if len(weights) > 1:
             yield f"  split into {len(weights)} weights, the first is {printable(weights[0].module)}"

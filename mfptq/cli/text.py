@@ -97,7 +97,7 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
         )
     lines = [
         f"{report.source} -> {report.destination}",
-        f"  {report.scheme}, method {report.method}, kernel {report.kernel} ({report.device_reason}): "
+        f"  {formats_text(report.formats)}, method {report.method}, kernel {report.kernel} ({report.device_reason}): "
         f"{counted(report.quantized, 'weight', 'weights')} quantized, {counted(report.kept, 'tensor', 'tensors')} kept",
         f"  {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} "
         f"({report.output_bytes / report.source_bytes:.1%}), relative error {report.relative_error:.2%}",
@@ -130,6 +130,8 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
     return {
         "source": str(plan.checkpoint.origin),
         "scheme": plan.scheme,
+        "formats": dict(plan.formats.most_common()),
+        "kv_cache": plan.settings.kv_cache,
         "method": plan.method,
         "methods": dict(plan.methods.most_common()),
         "shards": len(plan.shards),
@@ -167,6 +169,13 @@ def left_out_lines(left_out: Mapping[str, int]) -> list[str]:
         if rest
         else []
     )
+
+
+def formats_text(formats: Mapping[str, int]) -> str:
+    """Return the formats in use, with how many weights each has where there are several."""
+    if len(formats) == 1:
+        return next(iter(formats)).upper()
+    return ", ".join(f"{name} {count}" for name, count in formats.items())
 
 
 def inspection_text(found: Inspection) -> str:

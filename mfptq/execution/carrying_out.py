@@ -82,6 +82,7 @@ def _report(run: Run, out: Destination, executed: Executed, resumed: int) -> Rep
         source=str(plan.checkpoint.origin),
         destination=str(out.root),
         scheme=plan.scheme,
+        formats=dict(plan.formats),
         method=plan.method_text,
         kernel=executed.kernel,
         device_reason=executed.reason,

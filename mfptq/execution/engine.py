@@ -7,7 +7,7 @@ a tile is read twice: its largest magnitude first, then its bytes, the second ti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..checkpoint.reads import ReadAhead
-from ..checkpoint.weights import layer_pattern
 from ..errors import NonFiniteWeightError
-from ..kernels import QuantizeArgs, WeightBatch
+from ..fp8 import stored_scales
+from ..kernels import WeightBatch
 from ..kernels.calibrated import PreparedStatistics
-from ..nvfp4 import BLOCK_SIZE
 from ..output.destination import Destination
 from ..output.shard_writer import Piece, ShardWriter
-from ..planning.jobs import CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first
+from ..planning.jobs import CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first, stats_key
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished
+from .families import FAMILIES, TileWork
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
 from .reading_order import reading_order
+from .strips import Strip, segments, strips
 from .tiles import Batch, GroupStep, Tile, batches, group_steps, tiles
 from .turned import amax_tiles
 from .worker_memory import WorkerMemory
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 MemoryTask = Task[WorkerMemory]
 Ranges = Iterable[tuple[int, int]]
 WeightTile = tuple[QuantizeWeight, Tile]
+Way = Callable[[ShardWriter, Iterable[GroupStep]], Iterator[MemoryTask]]
 
 
 class Execution:
@@ -51,7 +53,7 @@ class Execution:
         self._source = plan.checkpoint.source
         self._destination = destination
         self._tile_bytes = memories[0].tile_bytes
-        self._scales = GlobalScales(plan.method)
+        self._scales = GlobalScales()
         self._open: dict[str, ShardWriter] = {}
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._drop = self._forget or self._source.is_remote
@@ -119,13 +121,28 @@ class Execution:
             yield partial(self._write_scalars, writer)
         for kept in writer.job.widened:
             yield from (partial(self._widen, writer, kept, tile) for tile in tiles(kept.weight, self._tile_bytes))
-        for small, steps in groupby(group_steps(writer.job.weights), self._is_small):
-            if small:
-                for batch in batches(steps, self._tile_bytes):
-                    yield partial(self._convert_batch, writer, batch)
-            else:
-                for step in steps:
-                    yield partial(self._find_scale, writer, step)
+        for way, steps in groupby(group_steps(writer.job.weights), self._way):
+            yield from way(writer, steps)
+
+    def _way(self, step: GroupStep) -> Way:
+        """Return how a group is converted: in strips, in a batch with others, or after its largest magnitude is known."""
+        target = step.weights[0].format
+        if not target.by_group:
+            return self._strips
+        return self._batches if FAMILIES[target.family].batched and self._is_small(step) else self._groups
+
+    def _batches(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
+        for batch in batches(steps, self._tile_bytes):
+            yield partial(self._convert_batch, writer, batch)
+
+    def _groups(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
+        for step in steps:
+            yield partial(self._find_scale, writer, step)
+
+    def _strips(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
+        for step in (each for group in steps for each in group.weights):
+            for strip in strips(step.weight, step.format.segment, self._tile_bytes):
+                yield partial(self._convert_strip, writer, (step, strip))
 
     def _is_small(self, step: GroupStep) -> bool:
         """Return whether a group is read once, with others: it fits into a tile, has one dtype, and lies in one shard."""
@@ -169,7 +186,8 @@ class Execution:
         work = [(each, tile) for each in step.weights for tile in tiles(each.weight, self._tile_bytes)]
         writer.expect(len(work))
         waiter = partial(self._quantize_group, writer, work)
-        if self._scales.begin(step.name, AmaxSearch(members, len(found)), waiter):
+        rule = partial(FAMILIES[step.weights[0].format.family].scale, self._plan.method)
+        if self._scales.begin(step.name, AmaxSearch(members, len(found), rule), waiter):
             self._pool.add(partial(self._find_amax, step, tile) for tile in found)
 
     def _find_amax(self, step: GroupStep, tile: Tile, memory: WorkerMemory) -> None:
@@ -189,14 +207,30 @@ class Execution:
     def _quantize_tile(self, writer: ShardWriter, work: WeightTile, scale: float, memory: WorkerMemory) -> None:
         step, tile = work
         data = memory.read(self._source, tile)
-        quantized = memory.quantize(data, QuantizeArgs(step.method, scale), self._statistics(step, tile))
-        writer.note(layer_pattern(step.weight.module), quantized.stats)
-        pieces = [
-            Piece(step.packed + tile.start // 2, quantized.packed.reshape(-1).data),
-            Piece(step.scale + tile.start // BLOCK_SIZE, quantized.scales.reshape(-1).data),
-            *(_scalars(step, scale) if tile.start == 0 else ()),
-        ]
+        found = TileWork(step, tile, data, scale, self._statistics(step, tile))
+        pieces, stats = FAMILIES[step.format.family].convert(memory, found)
+        writer.note(stats_key(step), stats)
         self._write(writer, pieces, tile.ranges, memory, keep=tile.weight.pitch > 0)
+
+    def _convert_strip(self, writer: ShardWriter, work: tuple[QuantizeWeight, Strip], memory: WorkerMemory) -> None:
+        """Convert rows that share no scale with others: one that fits into the memory is read once, else twice."""
+        step, strip = work
+        amax, data = np.zeros(strip.shape, np.float32), None
+        for tile in strip.tiles:
+            data, parts = memory.read(self._source, tile), strip.parts(tile)
+            parts.merge(amax, memory.amax_segments(data, parts.starts, tile))
+        chosen = np.empty(strip.shape, np.float32)
+        for tile in strip.tiles:
+            data = memory.read(self._source, tile) if data is None or len(strip.tiles) > 1 else data
+            parts = strip.parts(tile)
+            done = memory.quantize_segments(data, segments(step, parts, amax))
+            parts.put(chosen, done.scales)
+            writer.note(stats_key(step), done.stats)
+            piece = Piece(step.values + tile.start, done.codes.data)
+            self._write(writer, [piece], tile.ranges, memory, keep=tile.weight.pitch > 0)
+        stored = stored_scales(chosen, step.format.scale_dtype(step.weight, step.method))
+        size = len(stored) // chosen.size
+        self._write(writer, [Piece(step.scale + strip.scale_index * size, stored)], (), memory)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> PreparedStatistics | None:
         found = self._plan.statistics(step)
@@ -219,10 +253,3 @@ class Execution:
 
 def _nothing(_memory: WorkerMemory) -> None:
     """Do nothing: the task that stands for a shard while its tasks are handed out."""
-
-
-def _scalars(step: QuantizeWeight, scale: float) -> Iterator[Piece]:
-    """Yield a weight's scalars and where they belong."""
-    yield Piece(step.global_scale, scalar(scale))
-    if step.input_scale is not None:
-        yield Piece(step.input_scale.offset, scalar(step.input_scale.input_global_scale))

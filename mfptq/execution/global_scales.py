@@ -14,14 +14,19 @@ from ..checkpoint.weights import Weight
 from ..nvfp4 import minmax_global_scale, search_global_scale
 
 ScaleWaiter = Callable[[float], None]
+ScaleRule = Callable[[float, str], float]
 
 
 @dataclass(slots=True)
 class AmaxSearch:
-    """A group whose largest magnitude is being found: `left` tiles are still to be read."""
+    """A group whose largest magnitude is being found: `left` tiles are still to be read.
+
+    `scale_of` gives the scale for a largest magnitude and the group's dtype.
+    """
 
     members: Sequence[Weight]
     left: int
+    scale_of: ScaleRule
     amax: float = 0.0
     scale: float | None = None
     waiting: list[ScaleWaiter] = field(default_factory=list)
@@ -46,8 +51,7 @@ def scalar(value: float) -> bytes:
 class GlobalScales:
     """The state of every group that was begun; safe to use from several threads."""
 
-    def __init__(self, method: str) -> None:
-        self._method = method
+    def __init__(self) -> None:
         self._groups: dict[str, AmaxSearch] = {}
         self._lock = threading.Lock()
 
@@ -69,7 +73,7 @@ class GlobalScales:
             group.left -= 1
             if group.left:
                 return
-            group.scale = global_scale(self._method, group.amax, common_dtype(weight.dtype for weight in group.members))
+            group.scale = group.scale_of(group.amax, common_dtype(weight.dtype for weight in group.members))
             waiting, group.waiting = group.waiting, []
         for waiter in waiting:
             waiter(group.scale)

@@ -14,13 +14,14 @@ import numpy as np
 
 from ..dtypes import NUMPY_DTYPES
 from ..errors import UsageError
-from ..kernels import Kernel, QuantizeArgs, has_compiler, is_cuda, load_kernel
-from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics, load_calibrated_kernel
+from ..kernels import Kernel, has_compiler, is_cuda, load_kernel
+from ..kernels.calibrated import CalibratedKernel, load_calibrated_kernel
 from ..kernels.choice import choose_device
 from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.digest import available_cores
+from .families import FAMILIES
 from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_bytes
 
 if TYPE_CHECKING:
@@ -76,18 +77,15 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
 
 def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
     """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
-    packed, scales = np.empty((1, BLOCK_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
     plan.contents.try_out(plan.checkpoint.source, load_decoder())
-    for (dtype, plain), weight in {(each.dtype, each.encoding is None): each for each in plan.weights()}.items():
+    needed = {
+        (each.dtype, each.encoding is None, plan.format_of(each).family, plan.method_of(each)): each
+        for each in plan.weights()
+    }
+    for (dtype, plain, family, method), weight in needed.items():
         block = np.zeros((1, BLOCK_SIZE), NUMPY_DTYPES[dtype])
         with plan.checkpoint.source.reading(weight.shard, weight.offset, block.nbytes if plain else 0) as fd:
             if fd is not None and plain:
                 kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
         kernel.amax(block)
-        for method in plan.methods:
-            recipe = QuantizeArgs(method, 1.0)
-            if method in CALIBRATED_METHODS and calibrated is not None:
-                known = PreparedStatistics.neutral(method, BLOCK_SIZE)
-                calibrated.quantize(block, recipe, known, packed=packed, scales=scales)
-            else:
-                kernel.quantize(block, recipe, packed, scales)
+        FAMILIES[family].try_out(method, block, kernel, calibrated)

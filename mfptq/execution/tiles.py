@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.encoding import Region
-from ..checkpoint.weights import Weight, layer_pattern
+from ..checkpoint.weights import Weight
 from ..dtypes import DTYPE_BITS
 from ..kernels import ErrorStats, Float64Array, Int64Array
 from ..names.fusion import by_group
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from ..output.shard_writer import Piece
-from ..planning.jobs import QuantizeWeight
+from ..planning.jobs import QuantizeWeight, stats_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +71,17 @@ def stored_end(weight: Weight) -> int:
     return weight.offset + int(((weight.columns - 1) * weight.pitch + weight.rows) * width)
 
 
-def tiles(weight: Weight, tile_bytes: int) -> Iterator[Tile]:
-    """Yield the weight in tiles of at most `tile_bytes`, which must hold one block of 16."""
+def tiles(weight: Weight, tile_bytes: int, rows: range | None = None) -> Iterator[Tile]:
+    """Yield the weight, or some of its rows, in tiles of at most `tile_bytes`, which must hold one block of 16."""
+    rows = range(weight.rows) if rows is None else rows
     elements = tile_bytes * 8 // DTYPE_BITS[weight.dtype]
     step = elements // weight.columns
     if step:
-        for row in range(0, weight.rows, step):
-            yield Tile(weight, row * weight.columns, min(step, weight.rows - row), weight.columns)
+        for row in rows[::step]:
+            yield Tile(weight, row * weight.columns, min(step, rows.stop - row), weight.columns)
         return
     width = elements // BLOCK_SIZE * BLOCK_SIZE
-    for row in range(weight.rows):
+    for row in rows:
         for column in range(0, weight.columns, width):
             yield Tile(weight, row * weight.columns + column, 1, min(width, weight.columns - column))
 
@@ -169,13 +170,13 @@ class Batch:
     def pieces(self, packed: ByteArray, scales: ByteArray, global_scales: Float32Array) -> Iterator[Piece]:
         """Yield what is to be written, neighbours together."""
         sizes = np.diff(self.starts)
-        yield from _joined(np.array([step.packed for step in self.steps]), sizes // 2, packed)
+        yield from _joined(np.array([step.values for step in self.steps]), sizes // 2, packed)
         yield from _joined(np.array([step.scale for step in self.steps]), sizes // BLOCK_SIZE, scales)
         places, values = [step.global_scale for step in self.steps], global_scales
         inputs = [step.input_scale for step in self.steps if step.input_scale is not None]
         if inputs:
             places = [*places, *(each.offset for each in inputs)]
-            values = np.concatenate([values, np.array([each.input_global_scale for each in inputs], np.float32)])
+            values = np.concatenate([values, np.array([each.value for each in inputs], np.float32)])
         order = np.argsort(places)
         stored = np.ascontiguousarray(values[order].astype("<f4")).view(np.uint8)
         yield from _joined(np.array(places)[order], np.full(len(places), 4), stored)
@@ -184,7 +185,7 @@ class Batch:
         """Return the statistics of the weights, `[n, 7]`, those of one layer whose names have one pattern together."""
         rows: dict[str, list[int]] = {}
         for row, step in enumerate(self.steps):
-            rows.setdefault(layer_pattern(step.weight.module), []).append(row)
+            rows.setdefault(stats_key(step), []).append(row)
         sizes = np.diff(self.starts)
         return {pattern: ErrorStats.together(int(sizes[found].sum()), stats[found]) for pattern, found in rows.items()}
 

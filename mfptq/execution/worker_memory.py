@@ -17,9 +17,11 @@ from ..checkpoint.source import Source
 from ..checkpoint.weights import Weight
 from ..dtypes import NUMPY_DTYPES
 from ..errors import NonFiniteWeightError, quote
-from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
+from ..fp8 import Segments
+from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..kernels.calibrated import CalibratedKernel, PreparedStatistics
 from ..kernels.decode import load_decoder
+from ..kernels.fp8 import quantize_fp8
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array, as_float32
 from ..planning.jobs import QuantizeWeight
 from .tiles import Batch, Tile, whole
@@ -155,6 +157,20 @@ class WorkerMemory:
             stats = self.calibrated.quantize(data, args, statistics, packed=packed, scales=scales)
             return Quantized(packed, scales, stats)
 
+    def amax_segments(self, data: TileArray, starts: Int64Array, tile: Tile) -> Float32Array:
+        """Return the largest magnitude of each segment of a tile; raises NonFiniteWeightError for NaN or infinity."""
+        with self.timed("amax"):
+            found = self.kernel.amax_each(data.reshape(-1), starts)
+        if not np.isfinite(found).all():
+            raise _not_finite(data.reshape(-1), tile.weight, tile.start)
+        return found
+
+    def quantize_segments(self, data: TileArray, segments: Segments) -> QuantizedSegments:
+        """Return what the segments of a tile become; their codes take the place of the tile's values."""
+        codes = self._source[: data.size]
+        with self.timed("quantize"):
+            return QuantizedSegments(codes, *quantize_fp8(data.reshape(-1), segments, codes))
+
     def quantize_each(self, data: TileArray, many: WeightBatch) -> QuantizedMany:
         """Return what many weights become."""
         packed, scales = self._packed[: data.size // 2], self._scales[: data.size // BLOCK_SIZE]
@@ -209,6 +225,15 @@ class Quantized:
 
     packed: ByteArray
     scales: ByteArray
+    stats: ErrorStats
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedSegments:
+    """Quantized segments: E4M3 codes, flat, the scale that each was given, and what it cost."""
+
+    codes: ByteArray
+    scales: Float32Array
     stats: ErrorStats
 
 

@@ -27,7 +27,7 @@ def origin() -> bytes:
     """Return what decides about every kernel beside its name: the generating sources, llvmlite's and LLVM's versions."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(f"llvmlite {llvmlite.__version__}, LLVM {binding.llvm_version_info}".encode())
-    beside = [folder.parent / name for name in ("nvfp4.py", "dtypes.py", "encodings/codes.py")]
+    beside = [folder.parent / name for name in ("nvfp4.py", "fp8.py", "dtypes.py", "encodings/codes.py")]
     for path in [*sorted(folder.glob("*.py")), *beside]:
         digest.update(path.read_bytes())
     return digest.digest()

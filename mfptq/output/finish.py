@@ -15,7 +15,7 @@ from ..errors import SourceError, VerificationError, quote
 from ..kernels import ErrorStats
 from ..limits import MAX_CONFIG_BYTES
 from .destination import Destination
-from .leftovers import CARD, MANIFEST, REPORT
+from .leftovers import CARD, MANIFEST, RECIPE, REPORT
 from .report import report_text
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def finish(
     for name in plan.checkpoint.companions:
         sums[name] = out.copy(name, source)
     texts = {REPORT: report_text(plan, patterns), CARD: card}
+    if plan.settings.recipe is not None:
+        texts[RECIPE] = plan.settings.recipe.text
     if plan.index_text is not None:
         texts[INDEX] = plan.index_text
     for name, text in texts.items():

@@ -31,6 +31,7 @@ JOURNAL = "journal"
 MANIFEST = "SHA256SUMS"
 REPORT = "mfptq_report.json"
 CARD = "README.md"
+RECIPE = "mfptq_recipe.toml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class OutputClaim:
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
-        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, MANIFEST)
+        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, RECIPE, MANIFEST)
 
 
 def take_over(

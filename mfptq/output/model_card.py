@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checkpoint.weights import name_pattern
+from ..errors import counted
 from ..kernels import ErrorStats
+from ..planning.formats import FORMATS
 from ..sizes import size_text
 from .report import pattern_reports, total_error
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 _KEPT_FIELDS = ("base_model", "license", "license_name", "license_link", "pipeline_tag", "language")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_TAGS = ("compressed-tensors", "quantized", "vllm")
 _FRONT_MATTER = re.compile(r"\A---\r?\n.*?^---\r?\n", re.DOTALL | re.MULTILINE)
 
 
@@ -44,7 +47,7 @@ def card_metadata(plan: ConversionPlan, source_card: str) -> str:
         base_model=base,
         base_model_relation="quantized" if base else None,
         library_name="transformers",
-        tags=["nvfp4", "compressed-tensors", "quantized", "vllm"],
+        tags=[*dict.fromkeys(FORMATS[name].family for name in sorted(plan.formats, reverse=True)), *_TAGS],
         **known,
     )
     return str(data.to_yaml())
@@ -75,19 +78,26 @@ def _model_name(plan: ConversionPlan, known: Mapping[str, Any]) -> str:
 def _summary(plan: ConversionPlan, name: str) -> str:
     origin = plan.checkpoint.origin
     source = f"`{origin.repo_id}` at commit `{origin.revision}`" if origin.repo_id else "a local checkpoint"
-    what = "weights and activations (W4A4)" if plan.scheme == "NVFP4" else "weights only (W4A16)"
     inputs = f" Input scales are {plan.input_scales.about}." if plan.input_scales is not None else ""
     ratio = plan.tensor_bytes / plan.checkpoint.tensor_bytes
+    recipe = f", recipe `{plan.settings.recipe.name}`" if plan.settings.recipe is not None else ""
     return (
-        f"# {name}-NVFP4\n\nMade from {source} with mfptq {__version__} (`{plan.method_text}`): NVFP4 {what}, "
+        f"# {name}-NVFP4\n\nMade from {source} with mfptq {__version__} (`{plan.method_text}`{recipe}): {_formats_text(plan)}, "
         f"{size_text(plan.tensor_bytes)} instead of {size_text(plan.checkpoint.tensor_bytes)} ({ratio:.0%}).{inputs}"
     )
 
 
+def _formats_text(plan: ConversionPlan) -> str:
+    """Return what the weights became: one format in words, several with how many weights each has."""
+    if plan.formats.keys() == {plan.scheme.lower()}:
+        return "NVFP4 weights and activations (W4A4)" if plan.scheme == "NVFP4" else "NVFP4 weights only (W4A16)"
+    return ", ".join(f"{counted(count, 'weight', 'weights')} in {name}" for name, count in plan.formats.most_common())
+
+
 def _table(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> str:
-    rows = ["| modules | weights | relative error | worst block |", "|---|---|---|---|"]
+    rows = ["| modules | format | weights | relative error | worst block |", "|---|---|---|---|---|"]
     rows += [
-        f"| `{each.pattern}` | {each.weights} | {each.relative_error:.2%} | {each.worst_block:.1%} |"
+        f"| `{each.pattern}` | {each.format} | {each.weights} | {each.relative_error:.2%} | {each.worst_block:.1%} |"
         for each in pattern_reports(plan, statistics)
     ]
     return "\n".join([*rows, f"\nRelative error over all quantized weights: {total_error(statistics):.2%}."])
@@ -104,6 +114,8 @@ def _origin(plan: ConversionPlan, name: str) -> str:
     options = ["--scheme", plan.scheme, "--method", plan.method]
     options += [part for pattern in rules.ignore for part in ("--ignore", pattern)]
     options += [part for pattern in rules.targets for part in ("--target", pattern)]
+    options += [part for rule in plan.settings.formats for part in ("--format", "=".join(rule))]
+    options += ["--kv-cache", plan.settings.kv_cache] if plan.settings.kv_cache else []
     options += [] if rules.use_defaults else ["--no-default-ignore"]
     given = "  # and the input scales or calibration file" if plan.input_scales is not None or plan.calibration else ""
     kept = Counter(

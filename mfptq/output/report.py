@@ -34,6 +34,7 @@ class PatternReport:
     """Modules whose names differ in numbers only, written with "*": how many weights, and the error they took."""
 
     pattern: str
+    format: str
     weights: int
     elements: int
     relative_error: float
@@ -53,6 +54,7 @@ class Report:
     source: str
     destination: str
     scheme: str
+    formats: Mapping[str, int]
     method: str
     kernel: str
     device_reason: str
@@ -79,7 +81,7 @@ class Report:
 
 
 def gather(results: Iterable[ShardResult]) -> dict[str, ErrorStats]:
-    """Return the statistics of all shards by module name, with the layer's number and `*` for all other numbers."""
+    """Return the statistics of all shards by format and layer, as `stats_key` writes them."""
     statistics: dict[str, ErrorStats] = {}
     for result in sorted(results, key=lambda result: result.name):
         for pattern, values in result.kinds.items():
@@ -87,27 +89,29 @@ def gather(results: Iterable[ShardResult]) -> dict[str, ErrorStats]:
     return statistics
 
 
-def by_pattern(statistics: Mapping[str, ErrorStats]) -> dict[str, ErrorStats]:
-    """Return the statistics of layers together, by pattern of module names."""
-    merged: dict[str, ErrorStats] = {}
-    for name, stats in statistics.items():
-        merged.setdefault(name_pattern(name), ErrorStats()).add(stats)
+def by_pattern(statistics: Mapping[str, ErrorStats]) -> dict[tuple[str, str], ErrorStats]:
+    """Return the statistics of layers together, by pattern of module names and format."""
+    merged: dict[tuple[str, str], ErrorStats] = {}
+    for key, stats in statistics.items():
+        target, _, name = key.partition(" ")
+        merged.setdefault((name_pattern(name), target), ErrorStats()).add(stats)
     return merged
 
 
 def pattern_reports(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> tuple[PatternReport, ...]:
     """Return a line for each pattern of module names, in their order."""
-    counts = Counter(name_pattern(weight.module) for weight in plan.weights())
+    counts = Counter((plan.format_of(weight).name, name_pattern(weight.module)) for weight in plan.weights())
     return tuple(
         PatternReport(
             pattern,
-            counts[pattern],
+            target,
+            counts[target, pattern],
             stats.weights,
             _rounded(stats.relative_error),
             _rounded(stats.worst_block),
             _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
         )
-        for pattern, stats in sorted(by_pattern(statistics).items())
+        for (pattern, target), stats in sorted(by_pattern(statistics).items())
     )
 
 
@@ -131,6 +135,9 @@ def suspicions(reports: Iterable[PatternReport], *, calibrated: bool = False) ->
 
 def layer_rows(statistics: Mapping[str, ErrorStats]) -> list[list[Any]]:
     """Return a short row for each layer and kind of module, in name order, with the columns of LAYER_COLUMNS."""
+    layers: dict[str, ErrorStats] = {}
+    for key, found in statistics.items():
+        layers.setdefault(key.partition(" ")[2], ErrorStats()).add(found)
     return [
         [
             name,
@@ -141,7 +148,7 @@ def layer_rows(statistics: Mapping[str, ErrorStats]) -> list[list[Any]]:
             stats.saturated_blocks,
             stats.zero_blocks,
         ]
-        for name, stats in sorted(statistics.items())
+        for name, stats in sorted(layers.items())
     ]
 
 
@@ -170,6 +177,7 @@ def report_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> s
         "version": __version__,
         "source": {"repo_id": origin.repo_id, "revision": origin.revision},
         "scheme": plan.scheme,
+        "formats": dict(sorted(plan.formats.items())),
         "method": plan.method,
         "methods": dict(sorted(plan.methods.items())),
         "calibration": plan.calibration.digest if plan.calibration else None,

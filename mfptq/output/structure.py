@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +15,19 @@ import numpy.typing as npt
 from ..checkpoint.acceptance import refusal
 from ..checkpoint.folder import CONFIG, INDEX, Checkpoint, read_object
 from ..checkpoint.source import Source
-from ..checkpoint.weights import WEIGHT_SUFFIX, StoredTensor
+from ..checkpoint.weights import StoredTensor, Weight
 from ..errors import listed, quote
 from ..limits import MAX_INDEX_BYTES
 from ..names.engine import built_modules, experts_module
 from ..names.fusion import fused_groups, parameters
 from ..names.patterns import REGEX_PREFIX
-from ..nvfp4 import BLOCK_SIZE
 from ..planning.defaults import siblings_of
-from ..planning.quantization_config import FORMAT, QUANTIZATION_CONFIG, head_targets
+from ..planning.formats import SCALAR, TargetFormat
+from ..planning.quantization_config import QUANTIZATION_CONFIG, head_targets
 from .fault import Fault
+from .stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups, tensor_faults
 
-PACKED = ".weight_packed"
+_ANY = Weight("", "", "BF16", 0, 16, 16)  # of which only the names of its tensors are asked
 
 
 def structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
@@ -35,51 +36,31 @@ def structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         if problem := refusal(checkpoint.origin.local / shard.name, len(shard.header.tensors)):
             yield Fault("", shard.name, problem)
     stored = {tensor.info.name: tensor for tensor in checkpoint.tensors()}
-    modules = sorted(name.removesuffix(PACKED) for name in stored if name.endswith(PACKED))
-    config = checkpoint.config.get(QUANTIZATION_CONFIG)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        yield Fault("", CONFIG, f"has no {QUANTIZATION_CONFIG} of format {FORMAT}")
+    modules, config = quantized_modules(stored), config_of(checkpoint)
+    try:
+        groups = read_groups(config)
+    except ValueError as error:
+        yield Fault("", CONFIG, f"{error}: it has no {QUANTIZATION_CONFIG} that mfptq writes")
         return
-    groups = config.get("config_groups")
-    first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
-    known = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    with_input = any(group.get("input_activations") is not None for group in known)
-    alone = {name for group in known if group.get("input_activations") is None for name in group.get("targets", ())}
-    linear = [name for name, tensor in stored.items() for name in _first_built(name, tensor.info.shape)]
-    found = [
-        fault
-        for module in modules
-        for fault in _shape_faults(module, stored, with_input=with_input and module not in alone)
+    formats = {module: group.format for module in modules if (group := group_of(module, groups)) is not None}
+    quantized = frozenset(modules)
+    linear = [
+        module
+        for name, tensor in stored.items()
+        for module in _first_built(name, tensor.info.shape)
+        if module not in quantized
     ]
+    found = [Fault(name, "", "is quantized, but no config group is for it") for name in modules if name not in formats]
+    for module, target in formats.items():
+        found += [Fault(name, "", what) for name, what in tensor_faults(module, target, stored)]
     found += _ignore_faults(config.get("ignore"), modules, linear)
-    found += _target_faults(first.get("targets") if isinstance(first, dict) else None, modules)
-    yield from found or _fusion_faults(checkpoint.source, stored, modules, linear)
+    found += _head_faults(groups, modules)
+    yield from found or _fusion_faults(checkpoint.source, stored, formats, linear)
     if checkpoint.has_index:
         metadata = read_object(checkpoint.source, INDEX, MAX_INDEX_BYTES).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != checkpoint.tensor_bytes:
             yield Fault("", INDEX, f"says total_size {total}, the tensors have {checkpoint.tensor_bytes}")
-
-
-def _shape_faults(module: str, stored: Mapping[str, StoredTensor], *, with_input: bool) -> Iterator[Fault]:
-    packed = stored[module + PACKED].info
-    if packed.dtype != "U8" or len(packed.shape) != 2 or packed.shape[1] % (BLOCK_SIZE // 2):
-        yield Fault(packed.name, "", f"is {packed.dtype} {list(packed.shape)}, expected U8 [N, K/2]")
-        return
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        ".weight_scale": ("F8_E4M3", (packed.shape[0], packed.shape[1] * 2 // BLOCK_SIZE)),
-        ".weight_global_scale": ("F32", (1,)),
-    }
-    if with_input:
-        expected[".input_global_scale"] = ("F32", (1,))
-    for suffix, (dtype, shape) in expected.items():
-        found = stored.get(module + suffix)
-        if found is None or (found.info.dtype, found.info.shape) != (dtype, shape):
-            got = "missing" if found is None else f"{found.info.dtype} {list(found.info.shape)}"
-            yield Fault(module + suffix, "", f"is {got}, expected {dtype} {list(shape)}")
-    for suffix in (WEIGHT_SUFFIX, *(() if with_input else (".input_global_scale",))):
-        if module + suffix in stored:
-            yield Fault(module + suffix, "", "does not belong to a quantized module of this scheme")
 
 
 def _ignore_faults(ignore: object, modules: Iterable[str], linear: Iterable[str]) -> Iterator[Fault]:
@@ -98,9 +79,10 @@ def _ignore_faults(ignore: object, modules: Iterable[str], linear: Iterable[str]
             yield Fault(module, "", "is not quantized, but config.json does not ignore it")
 
 
-def _target_faults(targets: object, modules: Iterable[str]) -> Iterator[Fault]:
-    for pattern in head_targets(modules):
-        if not isinstance(targets, list) or pattern not in targets:
+def _head_faults(groups: Sequence[ConfigGroup], modules: Iterable[str]) -> Iterator[Fault]:
+    heads = {pattern: module for module in modules for pattern in head_targets([module])}
+    for pattern, module in heads.items():
+        if not any(regex.match(module) for group in groups for regex in group.regexes):
             yield Fault("", CONFIG, f"lacks the target {quote(pattern)}, without which engines find no quantized head")
 
 
@@ -111,19 +93,25 @@ def _first_built(name: str, shape: tuple[int, ...]) -> Iterator[str]:
 
 
 def _fusion_faults(
-    source: Source, stored: Mapping[str, StoredTensor], modules: list[str], linear: list[str]
+    source: Source, stored: Mapping[str, StoredTensor], formats: Mapping[str, TargetFormat], linear: Iterable[str]
 ) -> Iterator[Fault]:
-    quantized = set(modules)
-    for group in parameters([*modules, *linear], siblings_of([*stored, *modules])):
-        inside = [member for member in group.members if member in quantized]
-        if inside and len(inside) != len(group.members):
-            yield Fault(group.name, "", f"is a fused group that is quantized in part: {listed(inside)}")
-    for group in fused_groups(modules):
-        for suffix in (".weight_global_scale", ".input_global_scale"):
-            values = {read_scalar(source, stored[m + suffix]) for m in group.members if m + suffix in stored}
+    for group in parameters([*formats, *linear], siblings_of([*stored, *formats])):
+        inside = [member for member in group.members if member in formats]
+        if inside and (len(inside) != len(group.members) or len({formats[member].name for member in inside}) > 1):
+            what = "is a fused group that is quantized in part"
+            yield Fault(group.name, "", f"{what}: {listed(inside)}")
+    for group in fused_groups(formats):
+        for suffix in _shared(formats[group.members[0]]):
+            names = [f"{member}.{suffix}" for member in group.members]
+            values = {read_scalar(source, stored[name]) for name in names if name in stored}
             if len(values) > 1 or any(not math.isfinite(value) or value <= 0 for value in values):
-                what = f"is a fused group with {suffix[1:]} {sorted(values)}, expected one positive value"
+                what = f"is a fused group with {suffix} {sorted(values)}, expected one positive value"
                 yield Fault(group.name, "", what)
+
+
+def _shared(target: TargetFormat) -> list[str]:
+    """Return the suffixes of the tensors that must be equal throughout a fused group."""
+    return [each.suffix for each in target.tensors(_ANY, "search") if each.part == SCALAR]
 
 
 def read_scalar(source: Source, tensor: StoredTensor) -> float:

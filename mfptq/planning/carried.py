@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,13 +20,12 @@ from ..encodings.fp4 import Nvfp4
 from ..errors import SourceError, quote
 from ..names.fusion import FusedGroup
 from ..nvfp4 import E4M3_MAX_CODE, E4M3_VALUES, e4m3_encode
+from .formats import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE
 from .jobs import CopyTensor, Scalar
-from .output_order import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE
 
 if TYPE_CHECKING:
     from ..checkpoint.source import Source
     from ..encodings.contents import Contents
-    from ..scales.assignment import AssignedScales
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +65,6 @@ class Carried:
     warnings: tuple[str, ...] = ()
 
     @property
-    def input_scales(self) -> dict[str, float]:
-        """The `input_global_scale` of every module that has one."""
-        return {name: each.input_scale for name, each in self.weights.items() if each.input_scale is not None}
-
-    def with_assigned(self, groups: Iterable[FusedGroup], assigned: AssignedScales | None) -> dict[str, float]:
-        """Return the input scale of every module that has one: its own of the source, or its group's."""
-        found = self.input_scales
-        if assigned is not None:
-            for group in groups:
-                found |= dict.fromkeys(group.members, assigned.global_scales[group.name])
-        return found
-
-    @property
     def digests(self) -> dict[str, str]:
         """What decides the bytes of what goes over, as a SHA-256, hexadecimal; nothing where there is none."""
         if not self.weights:
@@ -94,15 +80,15 @@ def has_input_scales(contents: Contents) -> bool:
 
 
 def carried_weights(
-    source: Source, weights: Iterable[Weight], groups: Sequence[FusedGroup], *, with_input: bool
+    source: Source, weights: Iterable[Weight], groups: Sequence[FusedGroup], *, with_input: Collection[str]
 ) -> Carried:
     """Return the NVFP4 weights among `weights`, their scales read and made equal in every group.
 
-    `with_input` False leaves out input scales. Raises SourceError for scales that are no positive numbers, and for a group
+    `with_input` names the modules that keep their input scales. Raises SourceError for scales that are no positive numbers, and for a group
     that is NVFP4 in part.
     """
     found = {
-        weight.module: _read(source, weight.encoding, with_input=with_input)
+        weight.module: _read(source, weight.encoding, with_input=weight.module in with_input)
         for weight in weights
         if isinstance(weight.encoding, Nvfp4)
     }

@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.header import PREFIX_BYTES, TensorSpec, lay_out
-from ..checkpoint.weights import Weight
+from ..checkpoint.weights import Weight, layer_pattern
 from ..errors import SourceError, quote
 from ..limits import MAX_HEADER_BYTES
+
+if TYPE_CHECKING:
+    from .formats import TargetFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +89,31 @@ def copy_runs(copies: Iterable[CopyTensor], limit: int) -> Iterator[CopyRun]:
 
 @dataclass(frozen=True, slots=True)
 class InputScale:
-    """A group's `input_global_scale` and its place in the output file."""
+    """What a format stores for a group's inputs, and its place in the output file."""
 
     offset: int
-    input_global_scale: float
+    value: float
 
 
 class QuantizeWeight(NamedTuple):
-    """A weight, its method, and the places of what it becomes, in bytes from the beginning of the output file."""
+    """A weight, its format and method, and the places of what it becomes, in bytes from the beginning of the output file.
+
+    `values` is where its values begin, `scale` its scale or scales; `global_scale` is -1 where a format has none.
+    """
 
     weight: Weight
     group: str
+    format: TargetFormat
     method: str
-    packed: int
+    values: int
     scale: int
     global_scale: int
     input_scale: InputScale | None
+
+
+def stats_key(step: QuantizeWeight) -> str:
+    """Return the key of a weight's statistics: its format, then its name with the layer's number and `*` for all others."""
+    return f"{step.format.name} {layer_pattern(step.weight.module)}"
 
 
 @dataclass(frozen=True, slots=True)

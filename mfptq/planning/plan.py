@@ -2,8 +2,7 @@
 
 Called by `conversion.make_plan`; read by everything that comes after. Reads no weight and writes nothing.
 
-A weight `[N, K]` becomes `weight_packed U8 [N, K/2]`, `weight_scale F8_E4M3 [N, K/16]`, `weight_global_scale F32 [1]`
-and, with input scales, `input_global_scale F32 [1]`. Output shards are one to one with the source's and keep their
+`formats` says which tensors a weight becomes. Output shards are one to one with the source's and keep their
 names; a tensor never moves between shards.
 """
 
@@ -17,44 +16,44 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.header import tensor_bytes
 from ..checkpoint.weights import Weight, candidates
 from ..encodings.contents import Contents, read_contents
 from ..kernels.calibrated import PreparedStatistics
 from ..names.config_sizes import read_sizes
 from ..names.fusion import FusedGroup
 from ..names.wrappers import check_merged
-from ..scales.assignment import AssignedScales, assign_input_scales
+from ..scales.assignment import AssignedScales
 from ..scales.reading import InputScales
-from ..scales.uncalibrated import UncalibratedInputs, resolved
-from .carried import Carried, carried_weights, has_input_scales
+from ..scales.uncalibrated import UncalibratedInputs
+from .carried import Carried, has_input_scales
+from .format_choice import Source, select_formats
+from .formats import FORMATS, GLOBAL_SCALE, SCALE, OutputTensor, TargetFormat
 from .jobs import CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor, plan_shard
-from .output_order import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE, output_specs, output_tensors
-from .quantization_config import (
-    Scheme,
-    config_text,
-    head_targets,
-    ignore_list,
-    index_text,
-    quantization_config,
-    weight_only_names,
-)
-from .rules import Selection, TensorDecision, select
+from .output_order import output_specs
+from .quantization_config import Scheme, config_text, index_text, quantization
+from .rules import Selection, TensorDecision
 from .settings import Settings, unreached
 from .share import Share, share_of
+from .weight_targets import ChosenTargets, WeightTarget, choose_targets, weight_target
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
 
-PLAN_FORMAT = 5
+PLAN_FORMAT = 6
 
 
 class PlannedTensor(NamedTuple):
-    """What becomes of a source tensor: `action` is NVFP4 or keep, `rule` the pattern that decided, "" where none did."""
+    """What becomes of a source tensor: `action` is NVFP4, FP8 or keep, `rule` the pattern that decided, "" where none did.
+
+    `format` is the exact name of its format, "" for what is kept.
+    """
 
     name: str
     action: str
     rule: str
     reason: str
+    format: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class ConversionPlan:
     _weights: Mapping[str, Weight] = field(repr=False)
     _group_of: Mapping[str, FusedGroup] = field(repr=False)
     _decisions: Mapping[str, TensorDecision] = field(repr=False)
-    _inputs: Mapping[str, float] = field(repr=False)
+    _formats: Mapping[str, TargetFormat] = field(repr=False)
 
     @property
     def digest(self) -> str:
@@ -101,8 +100,10 @@ class ConversionPlan:
     def warnings(self) -> tuple[str, ...]:
         """What deserves a second look, one line each."""
         scales = self.input_scales.warnings if self.input_scales is not None else ()
-        share = filter(None, [self.share.warning])
-        return (*share, *self.carried.warnings, *scales, *unreached(self.method, self.methods))
+        chosen = Counter(
+            self.method_of(each) for each in self._weights.values() if self.format_of(each).takes_statistics
+        )
+        return (*filter(None, [self.share.warning]), *self.carried.warnings, *scales, *unreached(self.method, chosen))
 
     @property
     def share(self) -> Share:
@@ -115,9 +116,10 @@ class ConversionPlan:
         return tuple(
             PlannedTensor(
                 item.candidate.tensor.info.name,
-                "NVFP4" if item.decision.quantize else "keep",
+                FORMATS[item.decision.format].label if item.decision.quantize else "keep",
                 item.decision.rule,
                 item.decision.reason,
+                self.format_of(item.candidate.weights[0]).name if item.decision.quantize else "",
             )
             for item in self.selection.tensors
         )
@@ -132,9 +134,25 @@ class ConversionPlan:
         """The methods in use, the commonest first."""
         return ", ".join(name for name, _ in self.methods.most_common())
 
+    @property
+    def formats(self) -> Counter[str]:
+        """How many weights are given each format, by its name."""
+        return Counter(found.name for found in self._formats.values())
+
+    def format_of(self, weight: Weight) -> TargetFormat:
+        """Return what a weight becomes."""
+        return self._formats[weight.module]
+
+    def _tensors_of(self, weight: Weight) -> Iterator[OutputTensor]:
+        return self.format_of(weight).tensors(weight, self.method_of(weight))
+
+    def output_bytes_of(self, weight: Weight) -> int:
+        """Return the size of all tensors that a weight becomes, in bytes."""
+        return sum(tensor_bytes(each.dtype, each.shape) or 0 for each in self._tensors_of(weight))
+
     def method_of(self, weight: Weight) -> str:
-        """Return what a weight is quantized by: the method asked for, or what the calibration file allows."""
-        return self.method if self.calibration is None else self.calibration.method(weight.module, self.method)
+        """Return what a weight is quantized by: the method asked for, or what its format and the calibration file allow."""
+        return weight_target(weight, self._formats[weight.module], self.method, self.calibration).method
 
     def statistics(self, step: QuantizeWeight) -> PreparedStatistics | None:
         """Return what the kernels need to know of a weight's input; None where its method needs nothing."""
@@ -185,7 +203,7 @@ class ConversionPlan:
             item = self._decisions[tensor.info.name]
             if item.decision.quantize:
                 for weight in item.candidate.weights:
-                    at = self._places(weight, places)
+                    at = {each.suffix: next(places) for each in self._tensors_of(weight)}
                     if weight.module in self.carried.weights:
                         work = self.carried.weights[weight.module].work(weight, at)
                         copies += work.copies
@@ -199,18 +217,16 @@ class ConversionPlan:
         parts = (tuple(copies), tuple(weights), tuple(widened), tuple(scalars))
         return ShardJob(shard.name, shard.head, shard.size, *parts)
 
-    def has_input_scale(self, module: str) -> bool:
-        """Return whether a module that is NVFP4 has an input scale in the output."""
-        return module in self._inputs
-
-    def _places(self, weight: Weight, places: Iterator[int]) -> dict[str, int]:
-        outputs = output_tensors(weight, with_input=weight.module in self._inputs)
-        return {each.suffix: next(places) for each in outputs}
-
     def _step(self, weight: Weight, at: Mapping[str, int]) -> QuantizeWeight:
-        group, value = self._group_of[weight.module].name, self._inputs.get(weight.module)
-        given = InputScale(at[INPUT_GLOBAL_SCALE], value) if value is not None else None
-        return QuantizeWeight(weight, group, self.method_of(weight), at[PACKED], at[SCALE], at[GLOBAL_SCALE], given)
+        group, target, method = self._group_of[weight.module].name, self.format_of(weight), self.method_of(weight)
+        given = None
+        if target.input_suffix:
+            assert self.input_scales is not None
+            value = target.input_value(self.input_scales.global_scales[group])
+            given = InputScale(at[target.input_suffix], value)
+        return QuantizeWeight(
+            weight, group, target, method, at[target.data_suffix], at[SCALE], at.get(GLOBAL_SCALE, -1), given
+        )
 
 
 def build_plan(
@@ -229,61 +245,47 @@ def build_plan(
     method = settings.resolve_method(calibrated=calibration is not None)
     sizes = read_sizes(checkpoint.config)
     check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
-    selection = select([*candidates(contents, sizes)], settings.rules, checkpoint.config, activations=scheme == "NVFP4")
+    source = Source(tuple(candidates(contents, sizes)), checkpoint.config)
+    selection = select_formats(source, settings.rules, settings.formats, FORMATS[scheme.lower()])
     decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
-    chosen = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
-    carried = carried_weights(checkpoint.source, chosen.values(), selection.groups, with_input=carries_inputs)
-    groups = [group for group in selection.groups if group.members[0] not in carried.weights]
-    weights = {module: weight for module, weight in chosen.items() if module not in carried.weights}
-    kept = [*_kept_names(selection), *carried.weights]
-    if calibration is not None:
-        calibration = calibration.of_model({name: weight.columns for name, weight in weights.items()}, kept)
-    given = resolved(scales, groups) if groups else None
-    assigned = assign_input_scales(given, groups, kept=kept) if given is not None else None
-    inputs = carried.with_assigned(groups, assigned)
+    found = choose_targets(checkpoint.source, selection, scales, calibration)
     group_of = {member: group for group in selection.groups for member in group.members}
     places: dict[str, str] = {}
+
+    def target_of(weight: Weight) -> WeightTarget:
+        return weight_target(weight, found.formats[weight.module], method, found.calibration)
+
     shards = tuple(
-        plan_shard(name, [*output_specs(contents.shards[name], decisions, group_of, with_input=inputs)], places)
+        plan_shard(name, [*output_specs(contents.shards[name], decisions, group_of, target_of)], places)
         for name in contents.kept_shards
     )
-    ignored, alone = ignore_list(selection, settings.rules), weight_only_names(selection.groups, inputs)
-    config = config_text(checkpoint.config, quantization_config(scheme, ignored, head_targets(chosen), alone))
+    config = config_text(checkpoint.config, quantization(selection, settings.rules, found.formats, settings.kv_cache))
     index = index_text(sum(shard.tensor_bytes for shard in shards), places) if checkpoint.has_index else None
     return ConversionPlan(
-        *(checkpoint, contents, settings, scheme, selection, method, calibration),
-        input_scales=assigned,
-        carried=carried,
+        *(checkpoint, contents, settings, scheme, selection, method, found.calibration),
+        input_scales=found.input_scales,
+        carried=found.carried,
         shards=shards,
         config_text=config,
         index_text=index,
-        digests=_digests(checkpoint, (method, config), assigned, calibration) | contents.digests | carried.digests,
-        _weights=weights,
+        digests=_digests(checkpoint, (method, config), found) | contents.digests,
+        _weights=found.weights,
         _group_of=group_of,
         _decisions=decisions,
-        _inputs=inputs,
+        _formats=found.formats,
     )
 
 
-def _kept_names(selection: Selection) -> Iterator[str]:
-    """Yield the modules that stay as they are, the parts of kept stacks included."""
-    for item in selection.tensors:
-        if not item.decision.quantize:
-            yield item.candidate.module
-            yield from (weight.module for weight in item.candidate.weights)
-
-
-def _digests(
-    checkpoint: Checkpoint, decided: tuple[str, str], scales: AssignedScales | None, calibration: Calibration | None
-) -> dict[str, str]:
+def _digests(checkpoint: Checkpoint, decided: tuple[str, str], found: ChosenTargets) -> dict[str, str]:
     """Name what the output depends on, so that a resumed run can say what changed; `decided`: method and config."""
-    source = [(each.name, each.size, each.digest) for each in checkpoint.shards]
+    source, scales = [(each.name, each.size, each.digest) for each in checkpoint.shards], found.input_scales
     return {
         "format": str(PLAN_FORMAT),
         "source": _sha256(json.dumps(source)),
         "settings": _sha256(json.dumps(decided)),
         "input scales": scales.digest if scales is not None else "",
-        **({} if calibration is None else {"calibration": calibration.digest}),
+        **({} if found.calibration is None else {"calibration": found.calibration.digest}),
+        **found.carried.digests,
     }
 
 

@@ -15,16 +15,17 @@ from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import Candidate, name_pattern
 from ..encodings.declared import MAX_CONFIG_DEPTH, QUANTIZATION_KEYS
 from ..names.engine import built_modules, experts_module
-from ..names.fusion import FusedGroup
+from ..names.fusion import fused_groups
 from ..names.leaves import KEPT, TURNED, Leaf, kept_by, leaf_of
 from ..names.patterns import REGEX_PREFIX, match_names
 from ..names.structure import Structure, block_of
 from ..names.wrappers import logical
-from ..nvfp4 import BLOCK_SIZE
+from .config_groups import LINEAR, config_group, config_groups, quantized_layers, top_level_format
 from .defaults import is_kept_stack
+from .format_choice import WITHOUT_INPUTS
+from .formats import FORMATS, KV_CACHE_SCHEMES, TargetFormat
 from .rules import Rules, Selection
 
-FORMAT = "nvfp4-pack-quantized"
 COMPRESSED_TENSORS = "0.20.0"
 QUANTIZATION_CONFIG = "quantization_config"
 _ALL_EXPERTS = r".*\.experts(\..*)?$"
@@ -34,33 +35,25 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 Scheme = Literal["NVFP4", "NVFP4A16"]
 
-_ARGUMENTS = {
-    "num_bits": 4,
-    "type": "float",
-    "symmetric": True,
-    "group_size": BLOCK_SIZE,
-    "strategy": "tensor_group",
-    "scale_dtype": "torch.float8_e4m3fn",
-}
 
+def quantization_config(scheme: Scheme, ignore: Iterable[str]) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint whose every linear layer is NVFP4, but for those ignored.
 
-def quantization_config(
-    scheme: Scheme, ignore: Iterable[str], targets: Iterable[str] = (), weight_only: Collection[str] = ()
-) -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint; `NVFP4A16` leaves activations as they are.
-
-    `targets` are patterns of quantized layers that engines do not count as linear. `weight_only` names layers of an `NVFP4`
-    checkpoint whose activations stay as they are too. They have a group of their own: engines ask for names before classes.
+    `NVFP4A16` leaves activations as they are.
     """
-    groups = [_group(["Linear", *targets], with_input=scheme == "NVFP4")]
-    if weight_only:
-        groups.append(_group(list(weight_only), with_input=False))
+    target = FORMATS[scheme.lower()]
+    return _config({"group_0": config_group(target, [LINEAR])}, target.stored_as, ignore)
+
+
+def _config(
+    groups: Mapping[str, Any], top_level: str, ignore: Iterable[str], kv_cache: str | None = None
+) -> dict[str, Any]:
     return {
-        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-        "format": FORMAT,
+        "config_groups": dict(groups),
+        "format": top_level,
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": dict(KV_CACHE_SCHEMES[kv_cache]) if kv_cache is not None else None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "transform_config": {},
@@ -68,45 +61,65 @@ def quantization_config(
     }
 
 
-def _group(targets: list[str], *, with_input: bool) -> dict[str, Any]:
-    activations = {**_ARGUMENTS, "dynamic": "local", "observer": "static_minmax"}
-    return {
-        "format": FORMAT,
-        "input_activations": activations if with_input else None,
-        "output_activations": None,
-        "targets": targets,
-        "weights": {**_ARGUMENTS, "dynamic": False},
-    }
+def quantization(
+    selection: Selection, rules: Rules, formats: Mapping[str, TargetFormat], kv_cache: str | None = None
+) -> dict[str, Any]:
+    """Return the `quantization_config` of what was selected; `formats` are those of the quantized modules.
 
-
-def weight_only_names(groups: Iterable[FusedGroup], with_input: Collection[str]) -> list[str]:
-    """Return the names of quantized modules without an input scale, and of the layers that engines fuse them into.
-
-    None where no module has one: all are alike then.
+    Where there is one format, all layers that are not ignored have it; so it is where some only lack the input scale of the
+    others, which are named: engines ask for names before classes. Where there are several, all layers are named.
     """
-    if not with_input:
-        return []
-    alone = [group for group in groups if not any(member in with_input for member in group.members)]
-    return sorted({name for group in alone for name in (group.name, *group.members)})
+    found = list(dict.fromkeys(formats.values()))
+    lacking = _lacking(selection, formats)
+    others = list(dict.fromkeys(target for module, target in formats.items() if module not in lacking)) or found
+    single = len(others) == 1 and all(WITHOUT_INPUTS.get(others[0].name) == formats[name].name for name in lacking)
+    if len(found) == 1 or single:
+        groups = {"group_0": config_group(others[0], [LINEAR, *head_targets(formats)])}
+        if len(found) > 1:
+            alone = [group for group in selection.groups if group.members[0] in lacking]
+            names = sorted({name for group in alone for name in (group.name, *group.members)})
+            groups["group_1"] = config_group(formats[alone[0].members[0]], names)
+    else:
+        groups = config_groups(quantized_layers(selection.groups, formats))
+    return _config(
+        groups,
+        top_level_format(found),
+        ignore_list(selection, rules, fused="group_0" in groups and not (len(found) == 1 or single)),
+        kv_cache,
+    )
 
 
-def ignore_list(selection: Selection, rules: Rules) -> list[str]:
+def _lacking(selection: Selection, formats: Mapping[str, TargetFormat]) -> frozenset[str]:
+    """Return the modules that were to have the format of the others, and lack the input scale that it needs."""
+    return frozenset(
+        weight.module
+        for item in selection.tensors
+        if item.decision.quantize
+        for weight in item.candidate.weights
+        if formats[weight.module].name != item.decision.format
+    )
+
+
+def ignore_list(selection: Selection, rules: Rules, *, fused: bool = False) -> list[str]:
     """Return the regexes, then the explicit names, of what is kept: some readers know only one of the two.
+
+    `fused` adds the names of the layers that engines fuse from what is kept, which a config without `Linear` needs.
 
     A regex is listed if something kept matches it and nothing quantized does, so that config and tensors always agree.
     Heads' are listed even where tied embeddings leave no tensor: models still build the layer.
     """
     kept = sorted({name for item in selection.tensors if not item.decision.quantize for name in _built(item.candidate)})
-    fused = sorted({group.name for group in selection.groups if len(group.members) > 1})
-    quantized = [*fused, *(member for group in selection.groups for member in group.members)]
-    asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], fused)
+    joined = sorted({group.name for group in selection.groups if len(group.members) > 1})
+    quantized = [*joined, *(member for group in selection.groups for member in group.members)]
+    asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], joined)
     listed = [pattern for pattern, swallowed in asked.items() if not swallowed]
     if rules.use_defaults:
         listed += _default_patterns(kept, {name_pattern(logical(name), "0") for name in quantized})
     stacks = [item.candidate for item in selection.tensors if is_kept_stack(item.candidate)]
     listed += _experts_patterns(selection.structure, stacks, quantized)
     listed += _draft_patterns(selection.structure, quantized)
-    return [*dict.fromkeys(listed), *kept]
+    layers = [group.name for group in fused_groups(kept) if len(group.members) > 1] if fused else []
+    return [*dict.fromkeys(listed), *kept, *layers]
 
 
 def head_targets(modules: Iterable[str]) -> list[str]:

@@ -42,11 +42,20 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to a tensor: `rule` is the pattern that decided, or "" where shape or default behaviour did."""
+    """What happens to a tensor: `rule` is the pattern that decided, or "" where shape or default behaviour did.
+
+    `format` is the name of what a quantized one becomes, once `format_choice` has chosen it.
+    """
 
     quantize: bool
     reason: str
     rule: str = ""
+    format: str = ""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a rule of the user's gave it this very format."""
+        return self.reason == f"{self.format} as asked"
 
 
 _LINEAR = Decision(True, "linear weight")

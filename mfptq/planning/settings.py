@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from ..calibration.file import EXTRACT
 from ..errors import UsageError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS
+from .format_choice import FormatRule, parse_format_rule
+from .formats import KV_CACHE_SCHEMES
+from .recipes import Recipe, load_recipe, with_recipe
 from .rules import Rules
 
 if TYPE_CHECKING:
@@ -36,6 +39,11 @@ class Decisions(TypedDict, total=False):
     `ignore`, `targets`: modules to keep, and to quantize although a default keeps them: names, or `re:` and a regex.
     `default_ignore`: False drops the default exclusions, but for what no engine loads in FP4.
     `force`: True allows that too: embedding tables, norms, routers, heads tied to a table.
+    `formats`: rules FORMAT=PATTERN for layers that get another format than the scheme's, as "fp8-dynamic=re:.*o_proj$"; of
+    several that match a layer the first one decides. Formats: nvfp4, nvfp4a16, fp8-dynamic, fp8-block, fp8-static, bf16.
+    `kv_cache`: `fp8` tells engines to keep keys and values in FP8.
+    `recipe`: a TOML file with decisions of the kinds above, or the name of a shipped one; patterns given beside it decide
+    before its own, and other decisions take the place of its own.
     `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
     checkpoint with input scales, what `read_input_scales` returned, or "auto", which bounds them without calibration; an NVFP4 checkpoint whose choice of layers is
     taken as well.
@@ -51,6 +59,9 @@ class Decisions(TypedDict, total=False):
     targets: Iterable[str]
     default_ignore: bool
     force: bool
+    formats: Iterable[str]
+    kv_cache: str | None
+    recipe: str | Path | None
     calibration: str | Path | None
     input_scales: str | Path | InputScales | None
     input_margin: float | None
@@ -71,6 +82,9 @@ class Settings:
     method: str | None = None
     scheme: Scheme | None = None
     input_margin: float | None = None
+    formats: tuple[FormatRule, ...] = ()
+    kv_cache: str | None = None
+    recipe: Recipe | None = None
 
     def resolve_method(self, *, calibrated: bool) -> str:
         """Return the method; `auto` remains only where a calibration file is there to decide."""
@@ -102,6 +116,9 @@ def check_decisions(decisions: Decisions) -> Settings:
             raise TypeError(
                 f"unexpected keyword argument {name!r}, expected one of {', '.join(Decisions.__annotations__)}"
             )
+    recipe = load_recipe(named) if (named := decisions.get("recipe")) is not None else None
+    if recipe is not None:
+        decisions = cast("Decisions", with_recipe(decisions, recipe))
     method, scheme = decisions.get("method"), decisions.get("scheme")
     if method is not None and method.lower() not in METHODS:
         raise UsageError(f"method {quote(method)} is unknown, expected one of {', '.join(METHODS)}")
@@ -122,7 +139,16 @@ def check_decisions(decisions: Decisions) -> Settings:
         method.lower() if method else None,
         SCHEMES[scheme.upper()] if scheme else None,
         margin,
+        tuple(parse_format_rule(text) for text in _patterns(decisions.get("formats", ()))),
+        _kv_cache(decisions.get("kv_cache")),
+        recipe,
     )
+
+
+def _kv_cache(name: str | None) -> str | None:
+    if name is not None and name not in KV_CACHE_SCHEMES:
+        raise UsageError(f"KV cache {quote(name)} is unknown, expected one of {', '.join(KV_CACHE_SCHEMES)}")
+    return name
 
 
 def _patterns(given: Iterable[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""How much of a model becomes FP4: said first of every plan, since a model may be kept for the most part without a fault.
+"""How much of a model is quantized: said first of every plan, since a model may be kept for the most part without a fault.
 
 Made from a selection, read by the plan and what shows it.
 """
@@ -15,6 +15,7 @@ from ..errors import quote
 from ..names.engine import built_modules
 from ..names.leaves import kept_by
 from ..names.wrappers import logical
+from .formats import FORMATS
 from .rules import Selection
 
 ENOUGH = 0.5
@@ -22,9 +23,10 @@ ENOUGH = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Numbers of weights: those that become FP4, those in the decoder's blocks, all; `kept` says why most of these stay.
+    """Numbers of weights: quantized ones, those in the decoder's blocks, all; `kept` says why most of these stay.
 
-    `decoder` counts matrices only, without embedding tables and norms; `inside` those of them that become FP4.
+    `decoder` counts matrices only, without embedding tables and norms; `inside` those of them that are quantized; `into` says
+    in which formats.
     """
 
     quantized: int
@@ -32,9 +34,10 @@ class Share:
     decoder: int
     total: int
     kept: str = ""
+    into: str = "FP4"
 
     def __str__(self) -> str:
-        part = f"{self.quantized / max(1, self.total):.1%} of the model's weights become FP4"
+        part = f"{self.quantized / max(1, self.total):.1%} of the model's weights become {self.into}"
         return f"{part}, {self.inside / self.decoder:.1%} of those in the decoder's blocks" if self.decoder else part
 
     @property
@@ -42,13 +45,11 @@ class Share:
         """A line for people if the decoder stays as it is for the most part, else ""."""
         if not self.decoder or self.inside >= ENOUGH * self.decoder:
             return ""
-        return (
-            f"only {self.inside / self.decoder:.1%} of the decoder's weights become FP4; most of the rest: {self.kept}"
-        )
+        return f"only {self.inside / self.decoder:.1%} of the decoder's weights become {self.into}; most of the rest: {self.kept}"
 
 
 def share_of(selection: Selection) -> Share:
-    """Return how much of a model becomes FP4."""
+    """Return how much of a model is quantized."""
     quantized = inside = decoder = total = 0
     kept: Counter[str] = Counter()
     for item in selection.tensors:
@@ -63,7 +64,13 @@ def share_of(selection: Selection) -> Share:
             kept[f"{quote(name_pattern(item.candidate.module))} ({item.decision.reason})"] += size * (
                 not item.decision.quantize
             )
-    return Share(quantized, inside, decoder, total, kept.most_common(1)[0][0] if kept else "")
+    return Share(quantized, inside, decoder, total, kept.most_common(1)[0][0] if kept else "", formats_label(selection))
+
+
+def formats_label(selection: Selection) -> str:
+    """Return what quantized weights become, in a word or two: FP4, FP8, or both."""
+    found = {FORMATS[item.decision.format].family for item in selection.tensors if item.decision.format}
+    return " or ".join(word for family, word in (("nvfp4", "FP4"), ("fp8", "FP8")) if family in found) or "FP4"
 
 
 def _is_layer(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A second opinion on NVFP4: reads safetensors and dequantizes with numpy alone, sharing no code with mfptq."""
+"""A second opinion on NVFP4 and FP8: reads safetensors and dequantizes with numpy alone, sharing no code with mfptq."""
 
 from __future__ import annotations
 
@@ -70,8 +70,27 @@ def dequantized(packed: np.ndarray, scale: np.ndarray, global_scale: np.ndarray)
     return values * np.repeat(scales, 16, axis=1)
 
 
+def dequantized_fp8(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return the float32 weight `[N, K]` of E4M3 codes and scales: one, one for each row, or one for each 128x128 block."""
+    values = np.concatenate([e4m3_values(), -e4m3_values()])[codes]
+    if (scale.ndim == 2 and scale.shape[1] > 1) or (scale.ndim == 2 and scale.shape[0] not in (1, len(codes))):
+        scale = scale.repeat(128, axis=0)[: codes.shape[0]].repeat(128, axis=1)[:, : codes.shape[1]]
+    return values * scale
+
+
 def dequantize_weights(stored: dict[str, Stored]) -> dict[str, np.ndarray]:
     """Return each quantized weight under its original name, as float32."""
+    return dequantize_fp8_weights(stored) | dequantize_nvfp4_weights(stored)
+
+
+def dequantize_fp8_weights(stored: dict[str, Stored]) -> dict[str, np.ndarray]:
+    """Return each FP8 weight under its original name, as float32."""
+    names = [name for name, each in stored.items() if name.endswith(".weight") and each.dtype == "F8_E4M3"]
+    return {name: dequantized_fp8(stored[name].values, to_float32(stored[f"{name}_scale"])) for name in names}
+
+
+def dequantize_nvfp4_weights(stored: dict[str, Stored]) -> dict[str, np.ndarray]:
+    """Return each NVFP4 weight under its original name, as float32."""
     modules = [name.removesuffix("_packed") for name in stored if name.endswith(".weight_packed")]
     parts = ("packed", "scale", "global_scale")
     return {name: dequantized(*(stored[f"{name}_{part}"].values for part in parts)) for name in modules}
@@ -99,8 +118,11 @@ def dequantize_checkpoint(folder: Path) -> Tensors:
     stored = read_tensors(folder)
     weights = stack_experts(dequantize_weights(stored))
     result = {name: torch.from_numpy(to_bf16(weight).copy()).view(torch.bfloat16) for name, weight in weights.items()}
+    fp8 = dequantize_fp8_weights(stored)
     for name, tensor in stored.items():
-        if not re.search(r"\.(weight_packed|weight_scale|weight_global_scale|input_global_scale)$", name):
+        if name not in fp8 and not re.search(
+            r"\.(weight_packed|weight_scale|weight_global_scale|input_global_scale|input_scale)$", name
+        ):
             values = torch.from_numpy(tensor.values.copy())
             result[name] = values.view(torch.bfloat16) if tensor.dtype == "BF16" else values
     return result

@@ -65,7 +65,7 @@ def test_a_job_says_where_every_byte_comes_from_and_goes(folder: Path, tmp_path:
     assert steps.keys() == {"m.k_proj", "m.o_proj"}
     step = steps["m.k_proj"]
     assert (step.group, step.weight.offset) == ("m.qkv_proj", origin["m.k_proj.weight"])
-    assert (step.packed, step.scale, step.global_scale) == tuple(
+    assert (step.values, step.scale, step.global_scale) == tuple(
         places[f"m.k_proj.weight_{part}"] for part in ("packed", "scale", "global_scale")
     )
     assert step.input_scale == InputScale(places["m.k_proj.input_global_scale"], 2688 / 2)

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 import mfptq
 from mfptq.checkpoint.folder import Origin, read_checkpoint, read_shard
+from mfptq.checkpoint.header import tensor_bytes
 from mfptq.checkpoint.source import FolderSource
 from mfptq.errors import MfptqError
 from mfptq.execution.tiles import batches, group_steps, tiles
+from mfptq.planning.format_choice import FormatRule
 from mfptq.planning.jobs import ShardJob, copy_runs
 from mfptq.planning.plan import build_plan
 from mfptq.planning.settings import Settings
@@ -41,10 +43,12 @@ def checkpoint(example: Example, place: Path) -> Path:
     return place / "source"
 
 
-def planned(source: Path, scales: Path | None):
+def planned(source: Path, scales: Path | None, rules: tuple[FormatRule, ...] = ()):
     """Return the plan of a conversion; examples that cannot be converted are passed over."""
     try:
-        return build_plan(read_checkpoint(Origin(source)), Settings(), read_input_scales(scales) if scales else None)
+        return build_plan(
+            read_checkpoint(Origin(source)), Settings(formats=rules), read_input_scales(scales) if scales else None
+        )
     except MfptqError:
         assume(condition=False)
 
@@ -63,9 +67,14 @@ def of_job(job: ShardJob) -> Iterator[Range]:
     yield 0, len(job.head)
     yield from ((copy.offset, copy.offset + copy.size) for copy in job.copies)
     for step in job.weights:
-        yield step.packed, step.packed + step.weight.size // 2
-        yield step.scale, step.scale + step.weight.size // 16
-        yield step.global_scale, step.global_scale + 4
+        places = {
+            step.format.data_suffix: step.values,
+            "weight_scale": step.scale,
+            "weight_global_scale": step.global_scale,
+        }
+        for each in step.format.tensors(step.weight, step.method):
+            if each.suffix in places:
+                yield places[each.suffix], places[each.suffix] + tensor_bytes(each.dtype, each.shape)
         if step.input_scale is not None:
             yield step.input_scale.offset, step.input_scale.offset + 4
 
@@ -91,15 +100,16 @@ def joined(ranges: Iterator[Range]) -> list[Range]:
 
 
 @FEW
-@given(examples(), st.booleans())
-def test_every_place_is_planned_once_and_written_once(place: Path, example: Example, scaled: bool) -> None:
+@given(examples(), st.booleans(), st.sampled_from(["", "fp8-dynamic", "fp8-block", "fp8-static"]))
+def test_every_place_is_planned_once_and_written_once(place: Path, example: Example, scaled: bool, target: str) -> None:
     source = checkpoint(example, place)
     scales = with_scales(source, place) if scaled else None
-    plan = planned(source, scales)
+    rules = (FormatRule(target, "re:.*"),) if target else ()
+    plan = planned(source, scales, rules)
     jobs = {shard.name: plan.job(shard) for shard in plan.shards}
     plan.close()
     with FaultyFiles((place / "out",), tracing=True) as files:
-        mfptq.convert(source, place / "out", input_scales=scales)
+        mfptq.convert(source, place / "out", input_scales=scales, formats=["=".join(rule) for rule in rules])
     files_of = {event.node: Path(event.other).name for event in files.events if event.kind == "rename"}
     for name, job in jobs.items():
         ranges = joined(of_job(job))

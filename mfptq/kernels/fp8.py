@@ -1,0 +1,57 @@
+"""FP8 on the CPU, for every device: compiled where llvmlite is installed, the numpy reference elsewhere, the same bytes.
+
+Called by `execution.worker_memory`. A GPU gains nothing here: FP8 is one pass over values that the CPU has just read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..fp8 import NUMPY_CODES, Segments, dequantize, quantize
+from ..nvfp4 import ByteArray, Float32Array, as_float32
+from . import TileArray, has_compiler
+from .stats import ERROR_FIELDS, ErrorStats
+
+
+@cache
+def _functions() -> Any:
+    """Return the compiled functions by name; None where there is no compiler."""
+    if not has_compiler():
+        return None
+    from .compiling import CpuFunctions
+    from .fp8_code import emit
+
+    return CpuFunctions(emit, [*[ctypes.c_void_p] * 6, ctypes.c_int64])
+
+
+def quantize_fp8(data: TileArray, segments: Segments, codes: ByteArray) -> tuple[Float32Array, ErrorStats]:
+    """Write E4M3 codes of flat finite values; return the scales that were taken, `[n]`, and what it cost.
+
+    `codes` may be the first bytes of `data` itself. Source: compressed-tensors `float-quantized`.
+    """
+    functions = _functions()
+    if functions is None:
+        return _plain(data, segments, codes)
+    run = functions[f"fp8_{'exact_' if segments.exact else ''}{NUMPY_CODES[data.dtype.char]}"]
+    stats, scales = np.zeros(ERROR_FIELDS), segments.scales.astype(np.float32)
+    arrays = (data, codes, stats, segments.starts, scales, segments.others)
+    run(*(each.__array_interface__["data"][0] for each in arrays), len(scales))
+    return scales, ErrorStats.from_array(data.size, stats)
+
+
+def _plain(data: TileArray, segments: Segments, codes: ByteArray) -> tuple[Float32Array, ErrorStats]:
+    """Do the same by the reference."""
+    exact = as_float32(data).copy()
+    found, scales = quantize(data, segments)
+    error = dequantize(found, np.repeat(scales, np.diff(segments.starts))) - exact
+    squares = [np.square(each, dtype=np.float64) for each in (error, exact)]
+    errors, norms = (np.add.reduceat(each, segments.starts[:-1]) for each in squares)
+    worst = np.sqrt(np.divide(errors, norms, out=np.zeros_like(errors), where=norms > 0)).max()
+    zeroed = int(((exact != 0) & (found & 127 == 0)).sum())
+    codes[...] = found
+    stats = np.array([errors.sum(), norms.sum(), errors.sum(), worst, zeroed, 0, int((norms == 0).sum())])
+    return scales, ErrorStats.from_array(data.size, stats)
