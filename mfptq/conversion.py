@@ -59,7 +59,11 @@ class Plan:
     def __repr__(self) -> str:
         weights = counted(sum(self.methods.values()), "weight", "weights")
         formats = self._planned.formats
-        what = f"NVFP4 ({'W4A4' if self.scheme == 'NVFP4' else 'W4A16'})" if len(formats) == 1 else ", ".join(formats)
+        what = (
+            f"NVFP4 ({'W4A4' if self.scheme == 'NVFP4' else 'W4A16'})"
+            if formats.keys() == {self.scheme.lower()}
+            else ", ".join(formats)
+        )
         sizes = f"{size_text(self.source_bytes)} -> {size_text(self.output_bytes)}"
         return f"Plan: {weights} to {what}, {sizes}, {counted(len(self._planned.shards), 'shard', 'shards')}"
 

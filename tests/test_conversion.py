@@ -53,11 +53,11 @@ def test_tensors_say_what_becomes_of_each_by_which_rule_and_why(source: Path) ->
         rows = {row.name: row for row in plan.tensors}
     names = [name for path in sorted(source.glob("*.safetensors")) for name in header_names(path)]
     assert sorted(rows) == sorted(names)
-    assert rows["lm_head.weight"] == ("lm_head.weight", "keep", r"re:.*lm_head$", "output head")
+    assert rows["lm_head.weight"] == ("lm_head.weight", "keep", r"re:.*lm_head$", "output head", "")
     ignored = rows["model.language_model.layers.0.mlp.up_proj.weight"]
     assert (ignored.action, ignored.rule, ignored.reason) == ("keep", "re:.*layers.0.mlp.*", "ignored as asked")
     plain = rows["model.language_model.layers.1.mlp.up_proj.weight"]
-    assert (plain.action, plain.rule, plain.reason) == ("NVFP4", "", "linear weight")
+    assert (plain.action, plain.rule, plain.reason, plain.format) == ("NVFP4", "", "linear weight", "nvfp4a16")
     assert rows["mtp.fc.weight"].rule == "mtp.fc"
 
 

@@ -115,7 +115,11 @@ def _title(plan: ConversionPlan) -> str:
     what = "W4A4" if plan.scheme == "NVFP4" else "W4A16"
     counts = ", ".join(f"{name} {count}" for name, count in plan.methods.most_common())
     method = plan.method if list(plan.methods) == [plan.method] else f"{plan.method} ({counts})"
-    scheme = f"{plan.scheme} ({what})" if len(plan.formats) == 1 else formats_text(dict(plan.formats.most_common()))
+    scheme = (
+        f"{plan.scheme} ({what})"
+        if plan.formats.keys() == {plan.scheme.lower()}
+        else formats_text(dict(plan.formats.most_common()))
+    )
     return f"{plan.checkpoint.origin}: {scheme}, method {method}"
 
 
