@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..dtypes import DTYPE_BITS
 from ..names.config_sizes import ConfigSizes
 from ..names.engine import STACKED, experts_module
 from ..names.leaves import turned_patterns
 from ..names.wrappers import logical
-from .encoding import Encoding
 from .header import TensorInfo
+
+if TYPE_CHECKING:
+    from .encoding import Encoding
 
 WEIGHT_SUFFIX = ".weight"
 STACKED_GATE_UP = "gate_up_proj"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from ..checkpoint.weights import StoredTensor
 from ..errors import SourceError, UnsupportedTensorError, quote
-from .declared import Declared
+
+if TYPE_CHECKING:
+    from ..checkpoint.weights import StoredTensor
+    from .declared import Declared
 
 ORIGINAL = "convert the original, unquantized checkpoint"
 _NOT_A_RELEASE = f"{ORIGINAL}: this is a format for running a model, not for publishing one"

@@ -20,8 +20,9 @@ from ..fp8 import stored_scales
 from ..kernels import WeightBatch
 from ..kernels.calibrated import PreparedStatistics
 from ..output.destination import Destination
-from ..output.shard_writer import Piece, ShardWriter
+from ..output.shard_writer import ShardWriter
 from ..planning.jobs import CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first, stats_key
+from ..storage.partial_file import Piece
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished
 from .families import FAMILIES, TileWork
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar

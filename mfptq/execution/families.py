@@ -15,8 +15,8 @@ from ..kernels import ErrorStats, Kernel, QuantizeArgs, TileArray
 from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics
 from ..kernels.fp8 import quantize_fp8
 from ..nvfp4 import BLOCK_SIZE
-from ..output.shard_writer import Piece
 from ..planning.jobs import QuantizeWeight
+from ..storage.partial_file import Piece
 from .global_scales import global_scale, scalar
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from ..dtypes import DTYPE_BITS
 from ..kernels import ErrorStats, Float64Array, Int64Array
 from ..names.fusion import by_group
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
-from ..output.shard_writer import Piece
 from ..planning.jobs import QuantizeWeight, stats_key
+from ..storage.partial_file import Piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from .fusion import EXPERTS, experts_parent
 from .wrappers import logical
 
 WEIGHT_SUFFIX = ".weight"
+EXPERTS = "experts"
 GATE_UP = ("gate_proj", "up_proj")
 DOWN = ("down_proj",)
 
@@ -64,3 +64,13 @@ def stack_names(module: str) -> tuple[str, ...]:
     leaves = dict.fromkeys((leaf, *(name for name, held in STACKED.items() if projection in held)))
     parents = (experts, experts.removesuffix(f".{EXPERTS}"))
     return tuple(f"{parent}.{name}" for parent in parents for name in leaves)
+
+
+def experts_parent(module: str) -> str | None:
+    """Return the routed-experts module that owns this projection (`...mlp.experts` for `...mlp.experts.3.up_proj`).
+
+    An engine gives all projections of a layer's routed experts one scheme, so they are quantized or kept together.
+    """
+    parent, _, _ = module.rpartition(".")
+    experts, _, number = parent.rpartition(".")
+    return experts if number.isdigit() and experts.rpartition(".")[2] == EXPERTS else None

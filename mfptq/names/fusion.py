@@ -16,7 +16,6 @@ from .leaves import FUSED_LAYERS, fused_into
 from .wrappers import logical
 
 Item = TypeVar("Item")
-EXPERTS = "experts"
 
 
 class FusedGroup(NamedTuple):
@@ -112,13 +111,3 @@ def _joined(leaves: tuple[str, ...]) -> tuple[FusedGroup, ...]:
     fused_leaves = {leaf for _, found in joined for leaf in found}
     alone = [(leaf, {leaf}) for leaf in leaves if leaf not in fused_leaves]
     return tuple(FusedGroup(name, tuple(sorted(found))) for name, found in joined + alone)
-
-
-def experts_parent(module: str) -> str | None:
-    """Return the routed-experts module that owns this projection (`...mlp.experts` for `...mlp.experts.3.up_proj`).
-
-    An engine gives all projections of a layer's routed experts one scheme, so they are quantized or kept together.
-    """
-    parent, _, _ = module.rpartition(".")
-    experts, _, number = parent.rpartition(".")
-    return experts if number.isdigit() and experts.rpartition(".")[2] == EXPERTS else None

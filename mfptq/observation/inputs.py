@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..calibration.file import InputInfo
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
 from ..errors import ScaleError, counted, listed, quote
-from ..names.fusion import experts_parent
+from ..names.engine import experts_parent
 
 if TYPE_CHECKING:
     from torch import nn

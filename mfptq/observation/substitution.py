@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
 from ..errors import SourceError, quote
-from ..names.fusion import experts_parent
+from ..names.engine import experts_parent
 from .inputs import Names, check_stack, is_stack
 from .nvfp4_inputs import round_inputs
 from .quantized import QuantizedCheckpoint, QuantizedWeight

@@ -8,19 +8,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import NamedTuple
 
 from ..kernels import ErrorStats
 from ..planning.jobs import ShardJob
-from ..storage.partial_file import PartialFile
+from ..storage.partial_file import PartialFile, Piece
 from .journal import ShardResult
-
-
-class Piece(NamedTuple):
-    """Some bytes of a file, and where they belong."""
-
-    offset: int
-    data: memoryview | bytes
 
 
 class ShardWriter:

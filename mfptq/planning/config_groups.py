@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import RuleError, quote
-from ..names.fusion import FusedGroup, experts_parent
+from ..names.engine import experts_parent
+from ..names.fusion import FusedGroup
 from ..names.leaves import FUSED_LAYERS
 from ..names.patterns import REGEX_PREFIX
 from .formats import TargetFormat

@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..checkpoint.weights import Candidate
-from ..errors import RuleError, UnsupportedTensorError, UsageError, quote
+from ..errors import RuleError, UnsupportedTensorError, quote
 from ..fp8 import TILE_SIDE
-from ..names.fusion import FusedGroup, experts_parent
+from ..names.engine import experts_parent
+from ..names.fusion import FusedGroup
 from ..names.patterns import match_names, unmatched_error
-from .formats import FORMATS, KEEP, TargetFormat, format_named
+from .formats import FORMATS, KEEP, FormatRule, TargetFormat
 from .rules import Decision, Rules, Selection, TensorDecision, select
 
 WITHOUT_INPUTS = {
@@ -24,13 +25,6 @@ WITHOUT_INPUTS = {
 }  # what a format becomes where a layer's inputs cannot be quantized by a fixed scale
 LATENT = "kv_b_proj"
 LATENT_REASON = "engines multiply this matrix by an identity, which a fixed input scale would distort"
-
-
-class FormatRule(NamedTuple):
-    """A format, or `bf16` for none, and the pattern of the modules that get it; of several rules the first one decides."""
-
-    format: str
-    pattern: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +39,6 @@ class _Matches:
         if item.is_stack:
             names += [item.module.rpartition(".")[0], *(weight.module for weight in item.weights)]
         return next((self.rules[name] for name in names if name in self.rules), None)
-
-
-def parse_format_rule(text: str) -> FormatRule:
-    """Return the rule that FORMAT=PATTERN says; raises UsageError for an unknown format or a text without a pattern."""
-    name, sign, pattern = text.partition("=")
-    if not sign or not pattern:
-        raise UsageError(
-            f"format rule {quote(text)} is not understood: write FORMAT=PATTERN, as fp8-dynamic=re:.*o_proj$"
-        )
-    if name != KEEP:
-        format_named(name)
-    return FormatRule(name, pattern)
 
 
 class Source(NamedTuple):

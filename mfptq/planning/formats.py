@@ -168,3 +168,22 @@ def format_named(name: str) -> TargetFormat:
 def data_suffixes(formats: Iterable[TargetFormat] = tuple(FORMATS.values())) -> tuple[str, ...]:
     """Return the suffixes under which formats keep values, each once."""
     return tuple(dict.fromkeys(each.data_suffix for each in formats))
+
+
+class FormatRule(NamedTuple):
+    """A format, or `bf16` for none, and the pattern of the modules that get it; of several rules the first one decides."""
+
+    format: str
+    pattern: str
+
+
+def parse_format_rule(text: str) -> FormatRule:
+    """Return the rule that FORMAT=PATTERN says; raises UsageError for an unknown format or a text without a pattern."""
+    name, sign, pattern = text.partition("=")
+    if not sign or not pattern:
+        raise UsageError(
+            f"format rule {quote(text)} is not understood: write FORMAT=PATTERN, as fp8-dynamic=re:.*o_proj$"
+        )
+    if name != KEEP:
+        format_named(name)
+    return FormatRule(name, pattern)

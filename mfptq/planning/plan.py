@@ -20,9 +20,9 @@ from ..checkpoint.header import tensor_bytes
 from ..checkpoint.weights import Weight, candidates
 from ..encodings.contents import Contents, read_contents
 from ..kernels.calibrated import PreparedStatistics
+from ..names.adapters import check_merged
 from ..names.config_sizes import read_sizes
 from ..names.fusion import FusedGroup
-from ..names.wrappers import check_merged
 from ..scales.assignment import AssignedScales
 from ..scales.reading import InputScales
 from ..scales.uncalibrated import UncalibratedInputs

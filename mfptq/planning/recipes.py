@@ -15,8 +15,7 @@ from typing import Any, Final
 
 from ..errors import UsageError, quote
 from ..names.patterns import check_pattern
-from .format_choice import parse_format_rule
-from .formats import KV_CACHE_SCHEMES
+from .formats import KV_CACHE_SCHEMES, parse_format_rule
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.weights import Candidate
 from ..errors import RuleError, UnsupportedTensorError, quote
-from ..names.fusion import FusedGroup, experts_parent, fused_groups, parameters
+from ..names.engine import experts_parent
+from ..names.fusion import FusedGroup, fused_groups, parameters
 from ..names.patterns import match_names, unmatched_error
 from ..names.structure import Structure
 from ..nvfp4 import BLOCK_SIZE

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from ..calibration.file import EXTRACT
 from ..errors import UsageError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS
-from .format_choice import FormatRule, parse_format_rule
-from .formats import KV_CACHE_SCHEMES
+from .formats import KV_CACHE_SCHEMES, FormatRule, parse_format_rule
 from .recipes import Recipe, load_recipe, with_recipe
 from .rules import Rules
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from ..errors import counted, listed, quote
 from ..names.bridge import Bridge
-from ..names.fusion import FusedGroup, experts_parent
+from ..names.engine import experts_parent
+from ..names.fusion import FusedGroup
 from .matching import check_complete, match_names, names_error
 from .reading import AUTO, InputScales, is_calibrated
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 
 from ..errors import ScaleError, counted, listed
 from ..names.bridge import Bridge, bridge_names
-from ..names.fusion import experts_parent
+from ..names.engine import experts_parent
 
 CALIBRATE = "calibrate these modules too, or ignore them"
 

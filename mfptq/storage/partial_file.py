@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from .digest import HASH_CHUNK, HASH_STEP, Digest, hash_buffer
 from .files import advise, storage_errors, sync_folder, write_all
@@ -26,6 +27,13 @@ _NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 def partial_path(folder: Path, name: str) -> Path:
     """Return a name for a temporary that no other run uses."""
     return folder / f"{name.replace('/', '.')}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
+
+
+class Piece(NamedTuple):
+    """Some bytes of a file, and where they belong."""
+
+    offset: int
+    data: memoryview | bytes
 
 
 class PartialFile:

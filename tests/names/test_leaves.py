@@ -3,10 +3,11 @@
 import pytest
 
 from mfptq.errors import SourceError
+from mfptq.names.adapters import check_merged
 from mfptq.names.engine import built_modules, experts_module, stack_names
 from mfptq.names.fusion import fused_groups, parameters
 from mfptq.names.leaves import FUSED_LAYERS, KEPT, LEAVES, LINEAR_LEAVES, leaf_of
-from mfptq.names.wrappers import check_merged, logical
+from mfptq.names.wrappers import logical
 
 
 def test_the_table_is_whole() -> None:

@@ -22,7 +22,7 @@ import mfptq.observation.residency as residency_module
 from mfptq.calibration.reading import Calibration, load_calibration
 from mfptq.conversion import make_plan
 from mfptq.errors import MemoryBudgetError, ScaleError, SourceError, UsageError
-from mfptq.names.fusion import experts_parent
+from mfptq.names.engine import experts_parent
 from mfptq.observation import models
 from mfptq.observation.calibrate import CalibrationProgress, calibrate
 from mfptq.observation.residency import Residency

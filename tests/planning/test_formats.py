@@ -13,8 +13,7 @@ import mfptq
 from mfptq.checkpoint.weights import Weight
 from mfptq.errors import RuleError, UnsupportedTensorError, UsageError
 from mfptq.planning.config_groups import Layer, config_groups
-from mfptq.planning.format_choice import parse_format_rule
-from mfptq.planning.formats import FORMATS
+from mfptq.planning.formats import FORMATS, parse_format_rule
 
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": 16, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}  # fmt: skip
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}

@@ -18,7 +18,7 @@ from mfptq.checkpoint.header import tensor_bytes
 from mfptq.checkpoint.source import FolderSource
 from mfptq.errors import MfptqError
 from mfptq.execution.tiles import batches, group_steps, tiles
-from mfptq.planning.format_choice import FormatRule
+from mfptq.planning.formats import FormatRule
 from mfptq.planning.jobs import ShardJob, copy_runs
 from mfptq.planning.plan import build_plan
 from mfptq.planning.settings import Settings

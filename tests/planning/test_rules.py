@@ -9,7 +9,8 @@ from mfptq.checkpoint.header import TensorInfo, tensor_bytes
 from mfptq.checkpoint.weights import StoredTensor, candidates
 from mfptq.errors import RuleError, UnsupportedTensorError
 from mfptq.names.config_sizes import read_sizes
-from mfptq.names.fusion import experts_parent, fused_groups
+from mfptq.names.engine import experts_parent
+from mfptq.names.fusion import fused_groups
 from mfptq.names.patterns import match_names
 from mfptq.planning.quantization_config import head_targets, ignore_list
 from mfptq.planning.rules import DEFAULT_RULES, Decision, Rules, Selection, select
