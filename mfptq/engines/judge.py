@@ -109,6 +109,8 @@ def _layer_faults(layer: Layer, reader: Resolver, seen: View) -> Iterator[Fault]
         told = Text(f"quantized, but the engine builds this layer {how}", NOT_LOADED, "keep it, and name it in ignore")
         yield from (_fault("built-plain", model, each, told) for each in layer.members if each.scheme is not None)
         return
+    if layer.kind == "unknown" and not any(each.rows or each.scheme is not None for each in layer.members):
+        return  # a norm or the like: engines ask for linear layers only
     try:
         built = reader.scheme(layer.name, layer.kind)
     except CannotLoadError as error:
