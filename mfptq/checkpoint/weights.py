@@ -17,10 +17,10 @@ from ..names.config_sizes import ConfigSizes
 from ..names.engine import STACKED, experts_module
 from ..names.leaves import turned_patterns
 from ..names.wrappers import logical
-from .header import TensorInfo
 
 if TYPE_CHECKING:
     from .encoding import Encoding
+    from .header import TensorInfo
 
 WEIGHT_SUFFIX = ".weight"
 STACKED_GATE_UP = "gate_up_proj"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..names.patterns import REGEX_PREFIX, match_names
+from ..names import REGEX_PREFIX
+from ..names.patterns import match_names
 
 
 class Patterns:

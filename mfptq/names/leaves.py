@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from .patterns import REGEX_PREFIX
+from . import REGEX_PREFIX
 
 LINEAR = "linear"
 TURNED = "turned"

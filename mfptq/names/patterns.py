@@ -16,8 +16,8 @@ from collections.abc import Collection, Sequence
 
 from ..errors import RuleError, printable, quote
 from ..limits import MAX_RULE_SECONDS, MAX_RULES
+from . import REGEX_PREFIX
 
-REGEX_PREFIX = "re:"
 START_SECONDS = 30.0  # what a busy machine may take to start an interpreter
 _WORKER = """
 import json, re, signal, sys

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import WEIGHT_SUFFIX, StoredTensor, Weight
-from ..names.patterns import REGEX_PREFIX
+from ..names import REGEX_PREFIX
 from ..planning.config_groups import LINEAR, config_group
 from ..planning.formats import FORMATS, PACKED, SCALE, WEIGHT, TargetFormat
 from ..planning.quantization_config import QUANTIZATION_CONFIG

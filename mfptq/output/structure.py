@@ -18,9 +18,9 @@ from ..checkpoint.source import Source
 from ..checkpoint.weights import StoredTensor, Weight
 from ..errors import listed, quote
 from ..limits import MAX_INDEX_BYTES
+from ..names import REGEX_PREFIX
 from ..names.engine import built_modules, experts_module
 from ..names.fusion import fused_groups, parameters
-from ..names.patterns import REGEX_PREFIX
 from ..planning.defaults import siblings_of
 from ..planning.formats import SCALAR, TargetFormat
 from ..planning.quantization_config import QUANTIZATION_CONFIG, head_targets

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import RuleError, quote
+from ..names import REGEX_PREFIX
 from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
 from ..names.leaves import FUSED_LAYERS
-from ..names.patterns import REGEX_PREFIX
 from .formats import TargetFormat
 
 LINEAR = "Linear"

@@ -14,10 +14,11 @@ from typing import Any, Literal
 from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import Candidate, name_pattern
 from ..encodings.declared import MAX_CONFIG_DEPTH, QUANTIZATION_KEYS
+from ..names import REGEX_PREFIX
 from ..names.engine import built_modules, experts_module
 from ..names.fusion import fused_groups
 from ..names.leaves import KEPT, TURNED, Leaf, kept_by, leaf_of
-from ..names.patterns import REGEX_PREFIX, match_names
+from ..names.patterns import match_names
 from ..names.structure import Structure, block_of
 from ..names.wrappers import logical
 from .config_groups import LINEAR, config_group, config_groups, quantized_layers, top_level_format
