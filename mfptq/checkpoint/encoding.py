@@ -8,12 +8,14 @@ that knows of formats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .source import Source
+if TYPE_CHECKING:
+    from .source import Source
+
 
 DECODED_DTYPE = "BF16"  # every encoding decodes to it: value = round_bf16(float32(code) * float32(scale))
 Bf16Array = npt.NDArray[np.uint16]
