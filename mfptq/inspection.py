@@ -108,10 +108,11 @@ def _stored(info: TensorInfo) -> TensorSummary:
 
 def plan_patterns(plan: ConversionPlan) -> tuple[TensorSummary, ...]:
     """Return what becomes of each pattern of tensor names, and why."""
-    return tuple(_merged(_planned(item, plan) for item in plan.selection.tensors))
+    return tuple(_merged(planned_summary(item, plan) for item in plan.selection.tensors))
 
 
-def _planned(item: TensorDecision, plan: ConversionPlan) -> TensorSummary:
+def planned_summary(item: TensorDecision, plan: ConversionPlan) -> TensorSummary:
+    """Return what becomes of one tensor, how it is stored, and why."""
     decision, stored, tensor = item.decision, _stored(item.candidate.tensor.info), item.candidate.tensor
     stored = replace(stored, source_bytes=stored_bytes(tensor), reason=decision.reason, rule=decision.rule)
     if not decision.quantize:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..checkpoint.weights import name_pattern
 from ..engines.findings import Finding
 from ..errors import UsageError, counted, printable, quote
+from ..inspection import TensorSummary, planned_summary
 from ..sizes import size_text
 from ..storage.digest import available_cores
 from .check import findings_lines, width
@@ -43,13 +44,12 @@ class Group:
     output_bytes: int = 0
     layers: set[int] = field(default_factory=set)
 
-    def add(self, item: TensorDecision, output_bytes: int) -> None:
+    def add(self, name: str, planned: TensorSummary) -> None:
         """Take in one tensor."""
-        info = item.candidate.tensor.info
         self.count += 1
-        self.source_bytes += info.nbytes
-        self.output_bytes += output_bytes
-        number = next((part for part in info.name.split(".") if part.isdigit()), None)
+        self.source_bytes += planned.source_bytes
+        self.output_bytes += planned.output_bytes
+        number = next((part for part in name.split(".") if part.isdigit()), None)
         if number is not None:
             self.layers.add(int(number))
 
@@ -127,17 +127,15 @@ def _groups(plan: ConversionPlan, *, every: bool) -> dict[str, dict[tuple[str, s
     groups: dict[str, dict[tuple[str, str], Group]] = {FP4: {}, KEPT: {}}
     several, mixed = len(plan.formats) > 1, len(plan.methods) > 1
     for item in plan.selection.tensors:
-        info, decision = item.candidate.tensor.info, item.decision
-        name = info.name if every else name_pattern(info.name)
-        why = f"{decision.reason} ({decision.rule})" if decision.rule else decision.reason
-        weights = item.candidate.weights if decision.quantize else ()
-        if weights and several:
-            why = ", ".join(sorted({plan.format_of(weight).name for weight in weights})) + "; " + why
-        if weights and mixed:
-            why += "; " + ", ".join(sorted({plan.method_of(weight) for weight in weights}))
-        fate = FP4 if decision.quantize else KEPT
-        group = groups[fate].setdefault((name, why), Group(name, why))
-        group.add(item, sum(plan.output_bytes_of(weight) for weight in weights) if weights else info.nbytes)
+        name, planned = item.candidate.tensor.info.name, planned_summary(item, plan)
+        why = f"{planned.reason} ({planned.rule})" if planned.rule else planned.reason
+        if item.decision.quantize and several:
+            why = f"{planned.action}; {why}"
+        if planned.method and mixed:
+            why += f"; {planned.method}"
+        shown = name if every else name_pattern(name)
+        group = groups[FP4 if item.decision.quantize else KEPT].setdefault((shown, why), Group(shown, why))
+        group.add(name, planned)
     return groups
 
 

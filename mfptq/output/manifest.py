@@ -21,9 +21,10 @@ from .leftovers import CARD, MANIFEST
 def manifest_entries(root: Path) -> dict[str, str] | None:
     """Return the SHA-256 of every file by name, hexadecimal, as the manifest has it; None for a malformed manifest."""
     *lines, rest = read_small(root / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").split("\n")
-    if rest or any(line[64:66] != "  " for line in lines):
+    entries = {line[66:]: line[:64] for line in lines}
+    if rest or any(line[64:66] != "  " for line in lines) or len(entries) < len(lines):
         return None
-    return {line[66:]: line[:64] for line in lines}
+    return entries
 
 
 def manifest_faults(root: Path, poll: Callable[[], object] | None = None) -> tuple[int, list[Fault]]:
@@ -33,7 +34,7 @@ def manifest_faults(root: Path, poll: Callable[[], object] | None = None) -> tup
     """
     entries = manifest_entries(root)
     if entries is None:
-        return 0, [Fault("", MANIFEST, "has a line that is no digest, two spaces and a name")]
+        return 0, [Fault("", MANIFEST, "has a line that is no digest, two spaces and a name, or a name twice")]
     found = in_parallel(partial(_digest_fault, root), entries.items(), poll)
     return len(entries), [fault for fault in found if fault is not None]
 

@@ -28,7 +28,11 @@ class ShardWriter:
         self._pending = 0
         self._stats: dict[str, ErrorStats] = {}
         self._lock = threading.Lock()
-        file.write(job.head, 0)
+        try:
+            file.write(job.head, 0)
+        except BaseException:
+            file.discard()
+            raise
 
     def expect(self, tasks: int) -> None:
         """Count tasks that will have to be finished before the shard is complete."""

@@ -219,11 +219,12 @@ def test_scales_that_change_while_they_are_read_are_noticed(tmp_path: Path) -> N
 
 def test_plan_and_inspect_say_what_is_stored_how(tmp_path: Path) -> None:
     release, _ = twins(tmp_path, DENSE, "MXFP4")
-    done = command("plan", release)
+    done = command("plan", release, "--all")
     assert done.returncode == 0, done.stderr
-    assert "source: 33 weights are stored as MXFP4, E8M0 scale per 32 columns" in done.stdout
-    assert "decoded from MXFP4, E8M0 scale per 32 columns (lossless where exponents span at most 14)" in done.stdout
-    assert "multi-token prediction head, widened from MXFP4, E8M0 scale per 32 columns" in done.stdout
+    shown = " ".join(done.stdout.split())  # lines are as wide as the terminal
+    assert "source: 33 weights are stored as MXFP4, E8M0 scale per 32 columns" in shown
+    assert "decoded from MXFP4, E8M0 scale per 32 columns (lossless where exponents span at most 14)" in shown
+    assert "multi-token prediction head, widened from MXFP4, E8M0 scale per 32 columns" in shown
     assert "lossless" not in command("plan", release, "--method", "minmax").stdout
     found = mfptq.inspect(release)
     assert found.notes == ("33 weights are stored as MXFP4, E8M0 scale per 32 columns",)
