@@ -150,15 +150,6 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
     }
 
 
-def fetch_text(values: Mapping[str, Any]) -> str:
-    """Return what a run fetches from the Hub, and that it is more than the source where memory is too little."""
-    if not values["fetch_bytes"]:
-        return ""
-    twice = values["fetch_bytes"] - values["source_bytes"]
-    more = f", {size_text(twice)} of it a second time: with more memory not" if twice > 0 else ""
-    return f", {size_text(values['fetch_bytes'])} to fetch from the Hub{more}"
-
-
 def left_out_lines(left_out: Mapping[str, int]) -> list[str]:
     """Return a line for each file that is not taken over, the largest first, and a last one for the rest."""
     largest = sorted(left_out.items(), key=lambda item: -item[1])
