@@ -1,23 +1,28 @@
 """Patterns over module names, with compressed-tensors' meaning: a literal name, or `re:` and a regex matched from the start.
 
-A user's regex may explode (`(a+)+$`). Python cannot stop a match from another thread, so user regexes run in a process of
-their own that is ended when its time is up.
+A user's regex may explode (`(a+)+$`). Python cannot stop a match from another thread, so a regex that may take long runs in
+a process of its own that is ended when its time is up.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Sequence
 
 from ..errors import RuleError, printable, quote
 from ..limits import MAX_RULE_SECONDS, MAX_RULES
 from . import REGEX_PREFIX
 
+TAME_STEPS = 10**8  # of one match at the very most: about a second
+_REPETITION = re.compile(r"[*+?{|]")  # alternatives multiply the ways to match as well
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 START_SECONDS = 30.0  # what a busy machine may take to start an interpreter
 _WORKER = """
 import json, re, signal, sys
@@ -56,30 +61,57 @@ def match_names(patterns: Sequence[str], names: Sequence[str]) -> dict[str, froz
     known = set(names)
     found = {pattern: frozenset({pattern} & known) for pattern in patterns if pattern not in regexes}
     if regexes:
-        hits = _match_apart([pattern.removeprefix(REGEX_PREFIX) for pattern in regexes], names)
+        bare = [pattern.removeprefix(REGEX_PREFIX) for pattern in regexes]
+        hits = _match_here(bare, names) if _are_tame(bare, names) else _match_apart(bare, names)
         found |= {pattern: frozenset(names[i] for i in rows) for pattern, rows in zip(regexes, hits, strict=True)}
     return found
+
+
+def _are_tame(regexes: Sequence[str], names: Sequence[str]) -> bool:
+    """Return whether no match can take long: no group is repeated, so that repetitions only share a name out among them."""
+    longest = max(map(len, names), default=0)
+    repetitions = max(len(_REPETITION.findall(regex)) for regex in regexes)
+    repeated = any(_REPEATED_GROUP.search(regex) for regex in regexes)
+    return not repeated and math.comb(longest + repetitions, repetitions) <= TAME_STEPS
+
+
+def _match_here(regexes: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+    """Match in this process, which saves the start of another; the clock is read between names."""
+    end = time.monotonic() + MAX_RULE_SECONDS
+    hits: list[list[int]] = []
+    for match in (re.compile(regex).match for regex in regexes):
+        rows: list[int] = []
+        for i, name in enumerate(names):
+            if match(name):
+                rows.append(i)
+            if time.monotonic() > end:
+                raise _too_slow(regexes)
+        hits.append(rows)
+    return hits
 
 
 def _match_apart(regexes: list[str], names: Sequence[str]) -> list[list[int]]:
     """Match in another process: safe from any thread, and ended by its own alarm, which no match can delay."""
     call = json.dumps([MAX_RULE_SECONDS, regexes, list(names)]).encode()
-    named = ", ".join(quote(REGEX_PREFIX + regex) for regex in regexes[:3])
     command = [sys.executable, "-I", "-S", "-c", _WORKER]
     try:
         worker = subprocess.run(command, input=call, capture_output=True, timeout=START_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise _too_slow(named) from None
+        raise _too_slow(regexes) from None
     if worker.returncode == -getattr(signal, "SIGALRM", 0):
-        raise _too_slow(named)
+        raise _too_slow(regexes)
     if worker.returncode:
-        raise RuleError(f"matching {named} failed: the process that matched ended with {worker.returncode}")
+        raise RuleError(f"matching {_named(regexes)} failed: the process that matched ended with {worker.returncode}")
     hits: list[list[int]] = json.loads(worker.stdout)
     return hits
 
 
-def _too_slow(named: str) -> RuleError:
-    return RuleError(f"matching {named} took longer than {MAX_RULE_SECONDS:g} s: avoid nested repetition")
+def _named(regexes: Sequence[str]) -> str:
+    return ", ".join(quote(REGEX_PREFIX + regex) for regex in regexes[:3])
+
+
+def _too_slow(regexes: Sequence[str]) -> RuleError:
+    return RuleError(f"matching {_named(regexes)} took longer than {MAX_RULE_SECONDS:g} s: avoid nested repetition")
 
 
 def unmatched_error(pattern: str, option: str, names: Collection[str]) -> RuleError:

@@ -275,7 +275,22 @@ def test_a_matcher_that_does_not_answer(ended: str, monkeypatch) -> None:
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuleError, match="ended with 1" if ended == "crash" else "longer than 2 s"):
-        match_names(["re:a", "re:b"], ["a"])
+        match_names(["re:(a)*", "re:b"], ["a"])
+
+
+def test_a_harmless_regex_is_matched_without_another_process(monkeypatch) -> None:
+    from mfptq.names import patterns
+
+    names = ["a.b.q_proj", "a.lm_head", "mtp.c", "a.visual.d"]
+    regexes = ["re:.*lm_head$", "re:.*visual.*", r"re:(.*\.)?(q_proj|k_proj)$", "re:^mtp.*", "re:[ab]+"]
+    monkeypatch.setattr(patterns, "TAME_STEPS", 0)
+    apart = match_names(regexes, names)
+    monkeypatch.undo()
+    monkeypatch.setattr(patterns, "_match_apart", None)
+    assert match_names(regexes, names) == apart
+    monkeypatch.setattr(patterns, "MAX_RULE_SECONDS", -1)
+    with pytest.raises(RuleError, match="took longer"):
+        match_names(regexes, names)
 
 
 KEPT = [
