@@ -69,7 +69,7 @@ class CompressedTensors:
     def prepare(self, layers: Iterable[tuple[str, LayerKind]]) -> None:
         """Match all patterns against the names of these layers; raises RuleError for a bad regex."""
         names = {name for layer, kind in layers for name in self._asked(layer, kind)}
-        self._patterns = Patterns([*self.targets, *self.ignore], names)
+        self._patterns = Patterns(self.targets, self.ignore, names)
 
     def _asked(self, layer: str, kind: LayerKind) -> Iterator[str]:
         fused = self._architecture.packed
@@ -119,8 +119,7 @@ class CompressedTensors:
 
     def _matches(self, name: str) -> bool:
         assert self._patterns is not None
-        match = self._patterns.equal_or_regex if self._vllm else self._patterns.or_ends_with
-        return any(match(name, entry) for entry in self.ignore)
+        return self._patterns.ignores(name, by_ending=not self._vllm)
 
     def _target(self, layer: str, class_name: str) -> str | None:
         by_name = self._first(layer)

@@ -18,9 +18,18 @@ class Patterns:
     Raises RuleError for a regex that is invalid or too slow.
     """
 
-    def __init__(self, patterns: Iterable[str], names: Iterable[str]) -> None:
-        regexes = sorted({pattern for pattern in patterns if pattern.startswith(REGEX_PREFIX)})
+    def __init__(self, targets: Iterable[str], ignore: Iterable[str], names: Iterable[str]) -> None:
+        ignored = set(ignore)
+        regexes = sorted(pattern for pattern in {*targets, *ignored} if pattern.startswith(REGEX_PREFIX))
         self._hits = match_names(regexes, sorted(set(names))) if regexes else {}
+        self._ending = ignored - self._hits.keys()
+        self._ignored = self._ending.union(*(self._hits[regex] for regex in ignored & self._hits.keys()))
+
+    def ignores(self, name: str, *, by_ending: bool = False) -> bool:
+        """Return whether `ignore` lists the name (with `by_ending`, its last parts), or a regex that matches its beginning."""
+        if name in self._ignored:
+            return True
+        return by_ending and any(name[dot + 1 :] in self._ending for dot, sign in enumerate(name) if sign == ".")
 
     def equal_or_regex(self, name: str, pattern: str, *, contains: bool = False) -> bool:
         """Return whether a pattern is the name, a regex that matches its beginning, or, if asked, a part of it."""
