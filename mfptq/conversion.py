@@ -240,7 +240,11 @@ def make_plan(source: str | Path, **decisions: Unpack[Decisions]) -> ConversionP
     settings = check_decisions(decisions)
     keep = decisions.get("keep_source", False)
     hub = HubOptions(decisions.get("revision"), decisions.get("token"), decisions.get("cache_dir"), keep)
-    choice = FileChoice(tuple(decisions.get("include_files", ())), tuple(decisions.get("skip_files", ())))
+    choice = FileChoice(
+        tuple(decisions.get("include_files", ())),
+        tuple(decisions.get("skip_files", ())),
+        follow_links=decisions.get("follow_links", False),
+    )
     scales, calibration = None, None
     with ExitStack() as opened:
         if (given := decisions.get("input_scales")) is not None:

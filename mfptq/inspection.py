@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint.companions import FileChoice
 from .checkpoint.folder import Checkpoint
 from .checkpoint.header import TensorInfo
 from .checkpoint.hub import HubOptions, open_checkpoint
@@ -68,13 +69,20 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path, *, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    follow_links: bool = False,
 ) -> Inspection:
     """Return what a checkpoint, a folder or a Hub repo, holds; reads headers, index and config only.
 
+    `follow_links`: the files of a folder may be links that lead out of it.
+
     Raises SourceError or HubError.
     """
-    checkpoint = open_checkpoint(path, HubOptions(revision, token, cache_dir))
+    checkpoint = open_checkpoint(path, HubOptions(revision, token, cache_dir), FileChoice(follow_links=follow_links))
     try:
         return _inspection(checkpoint)
     finally:

@@ -82,10 +82,11 @@ def verify(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    follow_links: bool = False,
 ) -> Verification:
     """Check a converted checkpoint and return what was found; with `source`, also against what it was made from.
 
-    `revision`, `token` and `cache_dir` are for a source on the Hub. Faults are collected, not raised; what is raised, as
+    `revision`, `token` and `cache_dir` are for a source on the Hub, `follow_links` for one whose files are links out of its folder. Faults are collected, not raised; what is raised, as
     HubError, is of the source, and SourceError for an output that is no folder.
     """
     if not expanded(output).is_dir():
@@ -101,7 +102,8 @@ def verify(
             found.faults += structure_faults(checkpoint)
             _check_manifest(checkpoint.origin.local, found)
             if source is not None:
-                choice = FileChoice(output=frozenset(shard.name for shard in checkpoint.shards))
+                shards = frozenset(shard.name for shard in checkpoint.shards)
+                choice = FileChoice(output=shards, follow_links=follow_links)
                 original = open_checkpoint(source, HubOptions(revision, token, cache_dir), choice)
                 opened.callback(original.source.close)
                 found.left_out = original.left_out

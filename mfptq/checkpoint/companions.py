@@ -39,12 +39,14 @@ _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 class FileChoice:
     """What the user said of safetensors files that no index names: take their tensors in, or leave them out.
 
-    With `output`, the shards of what was made of the source, it is what was said then.
+    With `output`, the shards of what was made of the source, it is what was said then. `follow_links`: files of a folder
+    may be links that lead out of it.
     """
 
     include: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     output: frozenset[str] | None = None
+    follow_links: bool = False
 
     def includes(self, name: str) -> bool:
         """Return whether a file is to be taken in."""

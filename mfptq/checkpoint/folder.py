@@ -120,11 +120,12 @@ def read_checkpoint(origin: Origin, source: Source | None = None, choice: FileCh
 
     Raises SourceError and its subclasses for whatever is missing, inconsistent or unsafe.
     """
+    choice = choice or FileChoice()
     if source is None:
         assert origin.folder is not None
-        source = FolderSource(origin.folder)
+        source = FolderSource(origin.folder, follow_links=choice.follow_links)
     try:
-        return _read_checkpoint(origin, source, choice or FileChoice())
+        return _read_checkpoint(origin, source, choice)
     except BaseException:
         source.close()
         raise

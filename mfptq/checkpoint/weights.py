@@ -117,7 +117,7 @@ def candidates(tensors: Iterable[StoredTensor], sizes: ConfigSizes = _NO_SIZES) 
     `sizes` are those of config.json: where a stack's shape fits both orientations, its widths decide.
     """
     stored = {tensor.info.name: tensor for tensor in tensors}
-    turned = turned_patterns(sizes.model_type)
+    turned = turned_patterns(sizes.model_types)
     for name, tensor in stored.items():
         layouts = _layouts(name) if len(tensor.info.shape) == 3 else []
         if layouts:

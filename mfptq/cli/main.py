@@ -22,7 +22,15 @@ from .calibration import calibration
 from .check import check as check_command
 from .check import engine_option, judges, refuse_unloadable
 from .cluster import carry_out, check_part_options, cluster_options, executor_of, finish, summary
-from .options import decisions_of, file_options, format_options, resource_options, rule_options, source_options
+from .options import (
+    decisions_of,
+    file_options,
+    format_options,
+    links_option,
+    resource_options,
+    rule_options,
+    source_options,
+)
 from .process import (
     LOG_LEVELS,
     STOPPED,
@@ -185,6 +193,7 @@ def plan(model: str, **options: Any) -> None:
 @main.command()
 @click.argument("path")
 @source_options
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def inspect(path: str, as_json: bool, **options: Any) -> None:
     """Show what the checkpoint PATH (folder or Hub repo) holds, from headers alone.
@@ -204,6 +213,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--source", help="What it was made from: folder or Hub repo.")
 @source_options
+@links_option
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def verify(output: Path, source: str | None, as_json: bool, **options: Any) -> None:
     """Check a converted checkpoint; exit code 6 if anything is wrong.

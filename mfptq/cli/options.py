@@ -61,9 +61,17 @@ def rule_options(function: Function) -> Function:
     return function
 
 
+links_option = click.option(
+    "--follow-links",
+    is_flag=True,
+    help="Read files that are links out of the source's folder; only where you trust it.",
+)
+
+
 def file_options(function: Function) -> Function:
     """Add what says which files of the source are read, and how."""
     for option in (
+        links_option,
         click.option(
             "--keep-source", is_flag=True, help="Download a Hub repo whole into its cache, and keep it there."
         ),

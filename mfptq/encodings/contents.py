@@ -43,6 +43,16 @@ _SCALE_LEAVES = frozenset({
 _CACHE_LEAVES = frozenset({
     "k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "kv_scale",
 })  # fmt: skip
+# Method of a config -> how the names of its formats begin, where it has one kind of them.
+_SAID = {
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "mxfp8": "FP8",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "modelopt fp8": "FP8",
+    "modelopt nvfp4": "NVFP4",
+}
 _INPUT_LEAVES = frozenset({"qscale_act", "input_scale", "activation_scale", "act_scale", "input_global_scale"})
 
 
@@ -156,13 +166,12 @@ def _recognize(tensors: Iterable[StoredTensor], declared: Declared) -> _Found:
 
 def _check_rest(tensors: Iterable[StoredTensor], found: _Found, declared: Declared) -> None:
     """Raise SourceError for codes and scales that belong to nothing that was recognized."""
-    quantized = bool(declared.all or found.weights)
     for tensor in tensors:
         info, leaf = tensor.info, tensor.info.name.rpartition(".")[2]
-        if info.name in found.consumed or leaf in _SCALE_LEAVES or len(info.shape) < 2:
+        if info.name in found.consumed or leaf in _SCALE_LEAVES:
             continue
-        of_weight = leaf in _WEIGHT_LEAVES and info.dtype in _CODE_DTYPES | _INTEGER_DTYPES
-        if of_weight or (quantized and info.dtype in _CODE_DTYPES):
+        of_weight = leaf in _WEIGHT_LEAVES and info.dtype in _INTEGER_DTYPES and len(info.shape) > 1
+        if of_weight or (info.dtype in _CODE_DTYPES and leaf not in _CACHE_LEAVES | _INPUT_LEAVES):
             raise unread(tensor, declared)
     for tensor in tensors:
         if tensor.info.name.rpartition(".")[2] in _SCALE_LEAVES and tensor.info.name not in found.consumed:
@@ -218,6 +227,10 @@ def _notes(formats: Mapping[str, int], declared: Declared, found: _Found, unused
         yield from _dropped(declared)
     elif not declared.all:
         yield "no config tells of this quantization: the tensors decide"
+    for each in declared.all if formats else ():
+        begins = _SAID.get(each.method.lower(), "")
+        if not any(name.startswith(begins) for name in formats):
+            yield f"{each.place} says {quote(each.method)}, but no weight is stored so: the tensors decide"
     inputs = sum(name.endswith((".input_scale", ".activation_scale", ".act_scale")) for name in found.consumed)
     if inputs and not any(weight.encoding.is_nvfp4 for weight in found.weights.values()):
         yield f"it holds {inputs} static input scales: given as input_scales too, it makes the output W4A4"

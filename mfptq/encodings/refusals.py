@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -29,8 +30,15 @@ UNREAD_METHODS: Mapping[str, str] = MappingProxyType({
 _UNREAD_TENSORS: Mapping[str, str] = MappingProxyType({
     "absmax": "bitsandbytes 4-bit", "quant_map": "bitsandbytes 4-bit", "SCB": "bitsandbytes 8-bit",
     "pre_quant_scale": "ModelOpt AWQ, whose inputs are rescaled", "svdquant_lora_a": "ModelOpt SVDQuant",
-    "svdquant_lora_b": "ModelOpt SVDQuant", "bitmask": "compressed-tensors sparse 2:4", "meta": "Marlin 2:4",
+    "svdquant_lora_b": "ModelOpt SVDQuant", "W_q": "HQQ", "codebooks": "AQLM", "_data": "Quanto",
+    "bitmask": "compressed-tensors sparse 2:4", "meta": "Marlin 2:4",
 })  # fmt: skip
+# The same where more than the last part tells.
+_UNREAD_NAMES = (
+    (re.compile(r".*\.quant_state\."), "bitsandbytes 4-bit"),
+    (re.compile(r".*(:\w+|[._]qdata)$"), "torchao"),
+    (re.compile(r".*\.centroids\.weight$"), "VPTQ"),
+)
 _GPT_OSS = (
     "MXFP4 expert stacks with biases: no engine loads NVFP4 experts with a bias, and every engine serves MXFP4 as it is"
 )
@@ -47,8 +55,8 @@ def check_methods(declared: Declared, tensors: Iterable[StoredTensor]) -> None:
     for tensor in tensors:
         name = tensor.info.name
         leaf = name.rpartition(".")[2]
-        if leaf in _UNREAD_TENSORS or ".quant_state." in name:
-            how = _UNREAD_TENSORS.get(leaf, "bitsandbytes 4-bit")
+        how = _UNREAD_TENSORS.get(leaf) or next((how for regex, how in _UNREAD_NAMES if regex.match(name)), "")
+        if how:
             raise SourceError(f"the source is quantized: {quote(name)} is of {how}: {ORIGINAL}")
         if leaf.endswith("_proj_blocks") and tensor.info.dtype == "U8":
             raise SourceError(f"{quote(name)} in {quote(tensor.shard)}: {_GPT_OSS}")

@@ -12,6 +12,10 @@ from ..errors import SourceError, quote
 
 _ADAPTER = re.compile(r"(?:.*\.)?lora_(?:embedding_)?[AB](?:\.(\w+))?(?:\.weight)?$")
 _LEFTOVERS = frozenset({"base_layer", "modules_to_save", "original_module"})
+# Of DoRA, IA3, LoHa, LoKr, OFT, VeRA and LoRA-FA, as peft names them.
+_OTHER_KINDS = re.compile(
+    r"(lora_magnitude_vector|ia3_l|hada_[wt]\d|lokr_[wt]\d|oft_[rR]|vera_(lambda|[AB])|randlora_)"
+)
 
 
 def check_merged(names: Collection[str], needed: Collection[str]) -> None:
@@ -24,5 +28,9 @@ def check_merged(names: Collection[str], needed: Collection[str]) -> None:
         parts = set(name.split("."))
         if "parametrizations" in parts:  # adapters that are part of the model (jina-embeddings-v3)
             continue
-        if (found and found.group(1) not in needed) or (not needed and not _LEFTOVERS.isdisjoint(parts)):
+        if (
+            any(_OTHER_KINDS.match(part) for part in parts)
+            or (found and found.group(1) not in needed)
+            or (not needed and not _LEFTOVERS.isdisjoint(parts))
+        ):
             raise SourceError(f"{quote(name)} belongs to an adapter that is not merged: merge the adapter first")

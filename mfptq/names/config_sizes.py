@@ -29,14 +29,15 @@ _DRAFTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_
 class ConfigSizes:
     """What config.json says of the text model; empty where it says nothing.
 
-    `towers` are the parts whose sizes are those of images or sound; `is_nested`: the text model has a dictionary of its own, so that the model has other parts too.
+    `model_types` are those of the model and of its parts; `towers` are the parts whose sizes are those of images or sound; `is_nested`: the text model has a dictionary of its own, so that the model has other parts too.
     """
 
     depths: frozenset[int] = frozenset()
     hidden: frozenset[int] = frozenset()
     heads: frozenset[int] = frozenset()
     drafts: int = 0
-    model_type: str = ""
+    vocabulary: frozenset[int] = frozenset()
+    model_types: frozenset[str] = frozenset()
     towers: frozenset[str] = frozenset()
     is_nested: bool = False
     is_tied: bool = False
@@ -54,7 +55,8 @@ def read_sizes(config: Mapping[str, Any]) -> ConfigSizes:
         drafts=max(
             (part.get(key, 0) for part in (config, *parts) for key in _DRAFTS if _is_count(part.get(key))), default=0
         ),
-        model_type=str(config.get("model_type", "")),
+        vocabulary=frozenset(number for part in parts for number in _numbers(part, "vocab_size".__eq__)),
+        model_types=frozenset(_model_types(config)),
         towers=frozenset(key.removesuffix("_config") for key, part in config.items() if _is_tower(part)),
         is_nested=bool(nested),
         is_tied=any(part.get("tie_word_embeddings") is True for part in (config, *nested)),
@@ -92,6 +94,14 @@ def _is_depth(key: str) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the types of a model and of its parts: a GPT-2 that decodes for an image encoder is stored as GPT-2 is."""
+    yield str(config.get("model_type", ""))
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _model_types(value)
 
 
 def _heads(config: Mapping[str, Any]) -> Iterator[int]:

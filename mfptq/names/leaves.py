@@ -30,7 +30,7 @@ class Beside(NamedTuple):
     siblings: Collection[str] = ()
     rows: int = 0
     heads: Collection[int] = ()
-    model_type: str = ""
+    model_types: Collection[str] = ()
     activations: bool = False
 
 
@@ -77,7 +77,7 @@ def _holds(condition: str, beside: Beside) -> bool:
     if kind == "without":
         return value not in beside.siblings
     if kind == "model":
-        return beside.model_type in value.split(",")
+        return not set(value.split(",")).isdisjoint(beside.model_types)
     if condition == "rows=heads":
         return beside.rows in beside.heads
     return condition == "unlisted" or kind == "also" or (condition == "activations" and beside.activations)
@@ -145,7 +145,7 @@ def kept_by(module: str) -> tuple[Leaf, ...]:
     return tuple([leaf for leaf, regex in _COMPILED if regex.match(module)])
 
 
-def turned_patterns(model_type: str) -> list[re.Pattern[str]]:
-    """Return what the names of a model's matrices match that are stored as [in, out], by its type in config.json."""
-    beside = Beside(model_type=model_type)
+def turned_patterns(model_types: Collection[str]) -> list[re.Pattern[str]]:
+    """Return what the names of a model's matrices match that are stored as [in, out], by the types in config.json."""
+    beside = Beside(model_types=model_types)
     return [regex for leaf, regex in _COMPILED if leaf.role == TURNED and leaf.holds(beside)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .config_sizes import ConfigSizes, read_sizes
+from .leaves import kept_by
 from .wrappers import logical
 
 OUTSIDE = "outside of the decoder's blocks"
@@ -20,11 +21,12 @@ DRAFTER = "draft layer (multi-token prediction)"
 _TOWER = "other modality"
 _OTHER = "a stack of blocks that is not the decoder"
 _DRAFT_MARKS = frozenset({"eh_proj", "enorm", "hnorm"})
+_TOWER_MARKS = frozenset({"linear_fc1", "linear_fc2"})  # of Qwen's vision blocks, which may lie beside the text model's
 _TEXT_WORDS = frozenset({"language", "text", "llm", "lm", "thinker", "decoder", "llama", "qwen2", "gpt"})
 _TOWER_WORDS = frozenset({
     "vision", "visual", "image", "img", "video", "pixel", "vit", "sam", "siglip", "clip", "dinov2", "aimv2",
     "vpm", "apm", "audio", "speech", "sound", "acoustic", "perception", "whisper", "wav", "token2wav", "codec", "vocoder", "tts", "talker",
-    "speaker", "mimi", "encodec", "dac", "conformer", "perceiver", "qformer", "resampler", "projector", "projection",
+    "speaker", "mimi", "encodec", "dac", "conformer", "code2wav", "token2mel", "perceiver", "qformer", "resampler", "projector", "projection",
     "connector", "merger", "aligner", "adapter", "tower", "predictor", "depth", "ctc",
 })  # fmt: skip
 
@@ -50,11 +52,12 @@ def block_of(name: str) -> Block | None:
 
 @dataclass(slots=True)
 class _Stack:
-    """What is seen of a stack: the numbers of its blocks, the sizes of its matrices, the blocks marked as drafts."""
+    """What is seen of a stack: the numbers of its blocks, the sizes of its matrices, the blocks marked as drafts, and whether it is a tower's."""
 
     numbers: set[int] = field(default_factory=set)
     sizes: set[int] = field(default_factory=set)
     drafts: set[int] = field(default_factory=set)
+    is_tower: bool = False
 
     @property
     def length(self) -> int:
@@ -67,12 +70,14 @@ class Structure:
     def __init__(self, tensors: Iterable[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> None:
         self.sizes: ConfigSizes = read_sizes(config)
         stacks: dict[str, _Stack] = {}
-        self._loose_drafts: set[str] = set()
+        homes: set[str] = set()
         for name, shape in tensors:
             block = block_of(logical(name))
             if block is not None:
                 _note(stacks.setdefault(block.stack, _Stack()), block, shape)
-        self._stacks = stacks
+            elif len(shape) == 2 and shape[0] in self.sizes.vocabulary:
+                homes |= _home_of_table(logical(name))
+        self._stacks, self._homes = stacks, homes
         self._lengths = self._decoders()
 
     @property
@@ -108,6 +113,18 @@ class Structure:
                 found |= {length + number for number in seen.numbers}
         return tuple(sorted(found))
 
+    def tower_tails(self) -> tuple[str, ...]:
+        """Return the stacks of towers without the towers' own names, `encoder.layers`: some engines build them so.
+
+        What is left must have two parts: `layers` alone would say nothing.
+        """
+        found: set[tuple[str, ...]] = set()
+        for stack in self._stacks:
+            if stack not in self._lengths and self._is_tower(stack):
+                named = [place for place, words in enumerate(_words(stack)) if _names_tower(words)]
+                found.update(tuple(stack.split(".")[place + 1 :]) for place in named[-1:])
+        return tuple(sorted(".".join(parts) for parts in found if len(parts) > 1))
+
     def _decoders(self) -> dict[str, int]:
         """Return the decoders' stacks with their lengths, without draft layers."""
         whole = [stack for stack in self._stacks if not _is_drafter(stack)]
@@ -118,8 +135,15 @@ class Structure:
             fitting = {name: length for name, stack in seen.items() if (length := self._shorter(stack))}
         if not fitting:
             fitting = {name: stack.length for name, stack in seen.items()}
-        wide = {stack: fitting[stack] for stack in fitting if self._stacks[stack].sizes & self.sizes.hidden}
-        return wide or fitting
+        wide = {stack: fitting[stack] for stack in fitting if self._stacks[stack].sizes & self.sizes.hidden} or fitting
+        roots = {stack.partition(".")[0] for stack in wide if self._is_of_text(stack)}
+        return {stack: wide[stack] for stack in wide if stack.partition(".")[0] in roots} or wide
+
+    def _is_of_text(self, stack: str) -> bool:
+        """Return whether a stack is named for it, or lies where an embedding table of the vocabulary lies."""
+        return any(_starts_with(stack, home) for home in self._homes) or any(
+            not (_TEXT_WORDS | {"encoder"}).isdisjoint(words) for words in _words(stack)
+        )
 
     def _length(self, stack: _Stack) -> int:
         """Return how many blocks the decoder has if this is its stack, or 0."""
@@ -133,10 +157,10 @@ class Structure:
         return max((depth for depth in self.sizes.depths if depth < stack.length), default=0)
 
     def _is_tower(self, stack: str) -> bool:
-        if not self.sizes.towers.isdisjoint(stack.split(".")):
+        words = _words(stack)
+        if self._stacks[stack].is_tower:
             return True
-        words = [set(re.split(r"[^a-z0-9]+", part.lower())) for part in stack.split(".")]
-        if any(not _TOWER_WORDS.isdisjoint(part) for part in words):
+        if not self.sizes.towers.isdisjoint(stack.split(".")) or any(_names_tower(part) for part in words):
             return True
         has_text = any(not _TEXT_WORDS.isdisjoint(part) for part in words)
         return self.sizes.is_nested and not has_text and any("encoder" in part for part in words)
@@ -148,6 +172,30 @@ def _note(stack: _Stack, block: Block, shape: tuple[int, ...]) -> None:
         stack.sizes.update(shape)
     if not _DRAFT_MARKS.isdisjoint(block.rest.split(".")):
         stack.drafts.add(block.number)
+    stack.is_tower = stack.is_tower or not _TOWER_MARKS.isdisjoint(block.rest.split("."))
+
+
+def _home_of_table(name: str) -> set[str]:
+    """Return the module that an embedding table belongs to; nothing if the tensor is none."""
+    module = name.removesuffix(".weight")
+    if not any(line.role == "table" for line in kept_by(module)):
+        return set()
+    parents = module.split(".")[:-1]
+    while parents and "embed" in parents[-1]:
+        parents.pop()
+    return {".".join(parents)}
+
+
+def _starts_with(name: str, parent: str) -> bool:
+    return not parent or name == parent or name.startswith(f"{parent}.")
+
+
+def _words(stack: str) -> list[set[str]]:
+    return [set(re.split(r"[^a-z0-9]+", part.lower())) for part in stack.split(".")]
+
+
+def _names_tower(words: set[str]) -> bool:
+    return not _TOWER_WORDS.isdisjoint(words)
 
 
 def _is_drafter(name: str) -> bool:

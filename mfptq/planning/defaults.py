@@ -77,7 +77,7 @@ class Defaults:
         sizes = self.structure.sizes
         siblings = self._siblings.get(logical(item.module).rpartition(".")[0], ())
         rows = item.weights[0].rows if item.weights else 0
-        return Beside(siblings, rows, sizes.heads, sizes.model_type, self._activations)
+        return Beside(siblings, rows, sizes.heads, sizes.model_types, self._activations)
 
 
 def siblings_of(names: Iterable[str]) -> dict[str, set[str]]:

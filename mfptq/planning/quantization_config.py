@@ -119,6 +119,7 @@ def ignore_list(selection: Selection, rules: Rules, *, fused: bool = False) -> l
     stacks = [item.candidate for item in selection.tensors if is_kept_stack(item.candidate)]
     listed += _experts_patterns(selection.structure, stacks, quantized)
     listed += _draft_patterns(selection.structure, quantized)
+    listed += _tower_patterns(selection.structure, kept, quantized)
     layers = [group.name for group in fused_groups(kept) if len(group.members) > 1] if fused else []
     return [*dict.fromkeys(listed), *kept, *layers]
 
@@ -172,6 +173,14 @@ def _draft_patterns(structure: Structure, quantized: Iterable[str]) -> Iterator[
     for number in numbers:
         if not any(re.match(rf".*layers\.{number}\..*", name) for name in blocks):
             yield rf"re:.*layers\.{number}\..*"
+
+
+def _tower_patterns(structure: Structure, kept: Sequence[str], quantized: Collection[str]) -> Iterator[str]:
+    """Yield patterns for towers' blocks as engines name them that leave out the tower's own name."""
+    for tail in structure.tower_tails():
+        pattern = rf"re:(.*\.)?{re.escape(tail)}\.\d+\..*"
+        if _matches_any(pattern, kept) and not _matches_any(pattern, quantized):
+            yield pattern
 
 
 def _matches_any(pattern: str, names: Iterable[str]) -> bool:

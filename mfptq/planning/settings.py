@@ -50,6 +50,7 @@ class Decisions(TypedDict, total=False):
     that another tool found.
     `revision`, `token`, `cache_dir`: as in huggingface_hub. `keep_source`: a repo goes into its cache whole, and stays there.
     `include_files`, `skip_files`: safetensors files that no index names, to take in or to leave out.
+    `follow_links`: files of the source may be links that lead out of its folder.
     """
 
     scheme: str | None
@@ -71,6 +72,7 @@ class Decisions(TypedDict, total=False):
     keep_source: bool
     include_files: Iterable[str]
     skip_files: Iterable[str]
+    follow_links: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,14 @@ def relative_name(name: str) -> str:
     return name
 
 
+def followed(root: Path, name: str) -> Path:
+    """Return the real path of `root/name`, wherever its links lead."""
+    return Path(os.path.realpath(root / relative_name(name)))
+
+
 def confined(root: Path, name: str) -> Path:
     """Return the real path of `root/name`, which may be a symlink inside `root` or into its Hub cache's blobs only."""
-    real = Path(os.path.realpath(root / relative_name(name)))
+    real = followed(root, name)
     base = Path(os.path.realpath(root))
     allowed = [base]
     if base.parent.name == "snapshots":

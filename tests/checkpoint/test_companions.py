@@ -156,6 +156,21 @@ def test_a_link_that_leads_nowhere_is_refused_before_anything_is_written(source:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_links_is_read_where_that_is_asked_for(source: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in source.iterdir():
+        (links / path.name).symlink_to(path)
+    with pytest.raises(UnsafePathError, match="follow_links"):
+        mfptq.convert(links, tmp_path / "out")
+    mfptq.convert(links, tmp_path / "out", follow_links=True)
+    mfptq.convert(source, tmp_path / "whole")
+    assert (tmp_path / "out" / "SHA256SUMS").read_text() == (tmp_path / "whole" / "SHA256SUMS").read_text()
+    assert mfptq.verify(tmp_path / "out", links, follow_links=True).ok
+    assert not mfptq.verify(tmp_path / "out", links).ok
+    assert mfptq.inspect(links, follow_links=True).tensors == mfptq.inspect(source).tensors
+
+
 def test_an_output_does_not_follow_a_link_of_its_sub_folder(source: Path, tmp_path: Path) -> None:
     put(source / "1_Pooling/config.json", "{}")
     (tmp_path / "elsewhere").mkdir()

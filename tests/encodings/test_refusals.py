@@ -30,6 +30,13 @@ REFUSED: dict[str, tuple[Tensors, dict, str]] = {
     "torchao": ({f"{M}.weight_qdata": I8}, said("torchao"), "for running a model, not for publishing"),
     "quark": ({f"{M}.weight": U8, f"{M}.weight_scale": U8.clone()}, said("quark"), "compressed-tensors release"),
     "quark, unnamed": ({f"{M}.weight": U8, f"{M}.weight_scale": U8.clone()}, {}, "without the scales"),
+    "torchao, unnamed": ({f"{M}.weight:_weight_qdata": I8}, {}, "torchao"),
+    "hqq, unnamed": ({f"{M}.W_q": U8}, {}, "HQQ"),
+    "aqlm, unnamed": ({f"{M}.codebooks": weight(16, 16), f"{M}.codes": I8}, {}, "AQLM"),
+    "vptq, unnamed": ({f"{M}.centroids.weight": weight(16, 16), f"{M}.indices": I8}, {}, "VPTQ"),
+    "quanto, unnamed": ({f"{M}.weight._data": I8}, {}, "Quanto"),
+    "FP8 under another name": ({"connector.proj": torch.zeros(16, 16, dtype=torch.float8_e4m3fn)}, {}, "without the scales"),
+    "FP8 norm": ({"model.norm.weight": torch.zeros(16, dtype=torch.float8_e4m3fn)}, {}, "without the scales"),
     "hqq": ({f"{M}.W_q": U8}, said("hqq"), "'hqq'"),
     "auto-round": ({f"{M}.qweight": U8}, {"llm_config": said("auto-round")}, "'auto-round' .*llm_config: quantization_config"),
     "pre_quant_scale": ({f"{M}.weight": U8, f"{M}.pre_quant_scale": torch.ones(16)}, {}, "whose inputs are rescaled"),
@@ -104,3 +111,11 @@ def test_integers_that_are_no_weights_are_copied(tmp_path: Path) -> None:
     source = write(tmp_path / "source", PLAIN | extra)
     mfptq.convert(source, tmp_path / "out")
     assert mfptq.verify(tmp_path / "out", source).ok
+
+
+def test_a_config_that_says_otherwise_than_the_tensors_is_said(tmp_path: Path) -> None:
+    codes = {f"{M}.weight": torch.ones(16, 32).to(torch.float8_e4m3fn), f"{M}.weight_scale_inv": torch.ones(1, 1)}
+    source = write(tmp_path / "source", PLAIN | codes, config=said("fp8"))
+    (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    [note] = [line for line in mfptq.inspect(source).notes if "the tensors decide" in line]
+    assert note.startswith("hf_quant_config.json says 'modelopt NVFP4'")

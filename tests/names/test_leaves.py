@@ -81,6 +81,9 @@ def test_names_of_training_tools() -> None:
         "l.q_proj.lora_A.default.weight",
         "lm_head.original_module.weight",
         "q.lora_B.weight",
+        "l.q_proj.lora_magnitude_vector.default.weight",
+        "l.q_proj.ia3_l.default",
+        "l.q_proj.hada_w1_a.default",
     ],
 )
 def test_unmerged_adapters_are_refused(name: str) -> None:

@@ -50,6 +50,35 @@ def test_an_encoder_beside_a_nested_text_model_is_another_modality() -> None:
     assert not both.outside("decoder.block.0.attn.q_proj")
 
 
+def test_a_stack_that_lies_apart_from_the_embedding_table_is_not_the_decoder() -> None:
+    config = {**CONFIG, "vocab_size": 160}
+    shapes = stack("model.layers", 3) | stack("flow.layers", 3) | {"model.embed_tokens.weight": (160, HIDDEN)}
+    assert structure(shapes, config).outside("flow.layers.0.attn.q_proj")
+    assert not structure(shapes, config).outside("model.layers.0.attn.q_proj")
+    inner = stack("bert.encoder.layer", 3) | {"bert.embeddings.word_embeddings.weight": (160, HIDDEN)}
+    assert not structure(inner, config).outside("bert.encoder.layer.0.attn.q_proj")
+    beside = stack("h", 3) | stack("blocks", 3) | {"wte.weight": (160, HIDDEN)}
+    assert not structure(beside, config).outside("blocks.0.attn.q_proj")  # the table tells nothing apart here
+
+
+def test_vision_blocks_beside_a_text_model_at_the_root_are_told_by_their_layers() -> None:
+    vision = {f"blocks.{n}.mlp.linear_fc1.weight": (128, HIDDEN) for n in range(3)}
+    shapes = stack("layers", 3) | stack("blocks", 3) | vision | {"embed_tokens.weight": (160, HIDDEN)}
+    found = structure(shapes, {**CONFIG, "vocab_size": 160})
+    assert found.outside("blocks.0.attn.q_proj") == "other modality"
+    assert not found.outside("layers.0.attn.q_proj")
+
+
+def test_towers_as_engines_name_them_that_leave_out_their_own_name() -> None:
+    towers = [
+        "vision_model.encoder.layers", "visual.blocks", "model.vision_tower.vision_model.encoder.layers", "vision.a.b",
+    ]  # fmt: skip
+    shapes = stack("model.layers", 3)
+    for tower in towers:
+        shapes |= stack(tower, 3)
+    assert structure(shapes, CONFIG).tower_tails() == ("a.b", "encoder.layers")
+
+
 def test_encoder_and_decoder_may_differ_in_length() -> None:
     config = {"encoder_layers": 2, "decoder_layers": 4, "d_model": HIDDEN}
     found = structure(stack("model.encoder.layers", 2) | stack("model.decoder.layers", 4), config)
@@ -115,4 +144,6 @@ def test_sizes_of_nested_configs() -> None:
         "talker_config": {"text_config": {"num_hidden_layers": 2, "hidden_size": 16}}, "tie_word_embeddings": True,
     })  # fmt: skip
     assert (sizes.depths, sizes.hidden, sizes.is_nested, sizes.is_tied) == ({7}, {32}, True, True)
+    types = read_sizes({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}).model_types
+    assert types == {"vision-encoder-decoder", "gpt2"}
     assert read_sizes({"num_hidden_layers": True, "hidden_size": "x"}).depths == frozenset()

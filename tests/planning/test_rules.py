@@ -530,6 +530,16 @@ def test_heads_without_a_tensor_are_ignored(head: str) -> None:
     assert is_ignored(listed({}), head)
 
 
+def test_towers_that_engines_build_without_their_name_are_ignored() -> None:
+    tower = {"vision_model.encoder.layers.0.mlp.fc1.weight": (32, 32)}
+    names = listed(tower)
+    assert is_ignored(names, ".encoder.layers.0.mlp.fc1")  # BLIP-2 in vLLM
+    assert is_ignored(names, "encoder.layers.0.mlp.fc1")
+    assert not is_ignored(names, "model.layers.0.self_attn.qkv_proj")
+    text = {"language_model.encoder.layers.0.self_attn.q_proj.weight": (32, 32)}
+    assert not is_ignored(listed(tower | text), "language_model.encoder.layers.0.self_attn.q_proj")
+
+
 def test_routers_that_transformers_renames_are_ignored() -> None:
     experts = {P + f"block_sparse_moe.experts.0.w{n}.weight": (32, 32) for n in (1, 2, 3)}
     assert is_ignored(listed({P + "block_sparse_moe.gate.weight": (4, 32), **experts}), "model.layers.0.mlp.router")
