@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .options import forward_options, source_options
 from .process import deferred_signals
 
 if TYPE_CHECKING:
@@ -32,22 +33,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="What to record; each includes the ones before.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="To compute in; float32 is faster on CPUs without bfloat16.",
-)
-@click.option("--max-memory", help="Ceiling for the process; a larger model is read block by block.")
+@forward_options
 @click.option("--all-experts/--routed-experts", default=True, show_default=True, help="Which tokens an expert sees.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out: a module name, or re:REGEX.")
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Include what a default keeps.")
 @click.option("--overwrite", is_flag=True, help="Discard an existing output and start over.")
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache.")
+@source_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     """Run MODEL (folder or Hub repo) over text and record what reaches its linear layers; rerun to resume.

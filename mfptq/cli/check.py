@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError, VerificationError, counted, printable, quote
+from .options import source_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,9 +61,7 @@ def refuse_unloadable(plan: Plan, engine: str) -> None:
 @click.option("--gpu-memory", help="Memory of one GPU, such as 24GB: do weights and cache fit?")
 @click.option("--context", type=click.IntRange(0), default=8192, show_default=True, metavar="TOKENS",
               help="Tokens that the cache must hold, for --gpu-memory.")  # fmt: skip
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
-@click.option("--cache-dir", type=click.Path(), help="Folder of the Hub's cache.")
+@source_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def check(checkpoint: str, engine: str, as_json: bool, **options: Any) -> None:
     """Judge CHECKPOINT (folder or Hub repo) as inference engines would, whoever made it; exit code 6 on an error.

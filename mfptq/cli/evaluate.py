@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import counted, listed, printable
+from .options import forward_options, source_options
 from .process import deferred_signals
 
 if TYPE_CHECKING:
@@ -32,18 +33,8 @@ FEW_WINDOWS = 16
 )
 @click.option("--samples", default=64, show_default=True, help="How many windows of text to run.")
 @click.option("--max-seq-length", default=512, show_default=True, help="Tokens of a window.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="To compute in; float32 is faster on CPUs without bfloat16.",
-)
-@click.option("--max-memory", help="Ceiling for the process; a larger model is read block by block.")
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of the Hub's cache.")
+@forward_options
+@source_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def evaluate(output: Path, source: str, **options: Any) -> None:

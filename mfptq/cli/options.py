@@ -28,6 +28,23 @@ def source_options(function: Function) -> Function:
     return function
 
 
+def forward_options(function: Function) -> Function:
+    """Add what says how a model is run over text."""
+    for option in (
+        click.option("--max-memory", help="Ceiling for the process; a larger model is read block by block."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "bfloat16", "float32"]),
+            default="auto",
+            show_default=True,
+            help="To compute in; float32 is faster on CPUs without bfloat16.",
+        ),
+        click.option("--device", default="cpu", show_default=True, help="cpu, or a torch device such as cuda:0."),
+    ):
+        function = option(function)
+    return function
+
+
 def rule_options(function: Function) -> Function:
     """Add what decides the output's content."""
     for option in (
