@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from tests.faults.warm import LAYOUTS, Tally, Workplace, workplace
 
-# Calls that nothing but the writing of an output makes.
-_ERRORS = {"pwrite64": "ENOSPC", "fsync": "EIO", "rename": "EIO", "preadv": "EIO",
+_READ = "preadv,preadv2"  # which of the two an interpreter calls depends on its build
+# Calls that nothing but a conversion's reading and writing makes.
+_ERRORS = {"pwrite64": "ENOSPC", "fsync": "EIO", "rename": "EIO", _READ: "EIO",
            "fallocate": "ENOSPC", "ftruncate": "EFBIG", "unlinkat": "EACCES"}  # fmt: skip
-_INTERRUPTIBLE = ("pwrite64", "fsync", "ftruncate", "preadv")
+_INTERRUPTIBLE = ("pwrite64", "fsync", "ftruncate", _READ)
 _COMMAND = [sys.executable, "-c", "from mfptq.cli.main import run; run()", "convert", "--max-workers", "1", "-q"]
 
 
@@ -42,6 +43,8 @@ def strace_faults(numbers: int) -> Tally:
     with workplace(LAYOUTS[1]) as work:
         for what, options in _injections(numbers):
             _inject(tally, work, (what, options))
+        for what in (what for what, _ in _injections(numbers) if "KILL" not in what):
+            tally.check(tally.tried[f"strace, {what}"] > 0, f"{what}: no such call was made")
     return tally
 
 
