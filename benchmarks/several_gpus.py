@@ -29,7 +29,7 @@ def seconds(*commands: list[str]) -> float:
     """Run commands at the same time, each to its end; return the wall time of all."""
     begin = time.monotonic()
     running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
-    if any([process.wait() for process in running]):
+    if sum(process.wait() != 0 for process in running):
         raise SystemExit("a run failed")
     return time.monotonic() - begin
 
@@ -68,12 +68,8 @@ def main() -> None:
     if any(other != found[0] for other in found):
         raise SystemExit("the bytes differ")
     medians = {name: statistics.median(measured[1:]) for name, measured in rows.items()}
-    print(
-        table(
-            ("what", "s", "relative"),
-            [(name, f"{took:.2f}", f"{took / medians['one GPU']:.2f}") for name, took in medians.items()],
-        )
-    )
+    shown = [(name, f"{took:.2f}", f"{took / medians['one GPU']:.2f}") for name, took in medians.items()]
+    table(("what", "s", "relative"), shown)
 
 
 if __name__ == "__main__":
