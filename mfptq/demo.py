@@ -1,9 +1,11 @@
-"""A small synthetic checkpoint in the layout of Qwen3.5, made with numpy alone: what `mfptq demo` converts."""
+"""Make a small synthetic checkpoint in the layout of Qwen3.5 with numpy alone, random but complete: engines load it.
+
+Called by `mfptq demo`, by tests and benchmarks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +13,21 @@ import numpy as np
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.header import TensorSpec, encode_header
 from .checkpoint.strict_json import dump_json
+from .demo_config import (
+    HEAD,
+    MERGED,
+    VISION_HIDDEN,
+    VISION_INNER,
+    VISION_POSITIONS,
+    DemoShape,
+    demo_config,
+    heads,
+    write_companions,
+)
 from .nvfp4 import round_bf16
 from .planning.quantization_config import index_text
 
 _TEXT = "model.language_model."
-
-
-@dataclass(frozen=True, slots=True)
-class DemoShape:
-    """The sizes of a synthetic model; every fourth layer has full attention, the others DeltaNet."""
-
-    hidden: int = 256
-    intermediate: int = 512
-    layers: int = 4
-    experts: int = 0
-    vocabulary: int = 512
 
 
 def demo_tensors(shape: DemoShape) -> Iterator[TensorSpec]:
@@ -40,9 +42,10 @@ def demo_tensors(shape: DemoShape) -> Iterator[TensorSpec]:
             _attention(prefix + "self_attn.", hidden) if layer % 4 == 3 else _delta(prefix + "linear_attn.", hidden)
         )
         yield from _mlp(prefix, shape)
-    yield TensorSpec("model.visual.blocks.0.attn.qkv.weight", "BF16", (3 * 64, 64))
-    yield TensorSpec("model.visual.patch_embed.proj.weight", "BF16", (64, 3, 2, 4, 4))
+    yield from _vision("model.visual.", hidden)
     yield TensorSpec("mtp.fc.weight", "BF16", (hidden, 2 * hidden))
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield TensorSpec(f"mtp.{name}.weight", "BF16", (hidden,))
     yield from _attention("mtp.layers.0.self_attn.", hidden)
     yield from _mlp("mtp.layers.0.", shape)
 
@@ -51,17 +54,18 @@ def _attention(prefix: str, hidden: int) -> Iterator[TensorSpec]:
     for name, rows in (("q_proj", 2 * hidden), ("k_proj", hidden // 4), ("v_proj", hidden // 4), ("o_proj", hidden)):
         yield TensorSpec(f"{prefix}{name}.weight", "BF16", (rows, hidden))
     for name in ("q_norm", "k_norm"):
-        yield TensorSpec(f"{prefix}{name}.weight", "BF16", (64,))
+        yield TensorSpec(f"{prefix}{name}.weight", "BF16", (HEAD,))
 
 
 def _delta(prefix: str, hidden: int) -> Iterator[TensorSpec]:
-    rows = {"in_proj_qkv": 2 * hidden, "in_proj_z": hidden, "out_proj": hidden, "in_proj_a": 16, "in_proj_b": 16}
+    gates = heads(hidden)
+    rows = {"in_proj_qkv": 2 * hidden, "in_proj_z": hidden, "out_proj": hidden, "in_proj_a": gates, "in_proj_b": gates}
     for name, count in rows.items():
         yield TensorSpec(f"{prefix}{name}.weight", "BF16", (count, hidden))
     yield TensorSpec(f"{prefix}conv1d.weight", "BF16", (2 * hidden, 1, 4))
-    yield TensorSpec(f"{prefix}A_log", "F32", (16,))
-    yield TensorSpec(f"{prefix}dt_bias", "BF16", (16,))
-    yield TensorSpec(f"{prefix}norm.weight", "F32", (64,))
+    yield TensorSpec(f"{prefix}A_log", "F32", (gates,))
+    yield TensorSpec(f"{prefix}dt_bias", "BF16", (gates,))
+    yield TensorSpec(f"{prefix}norm.weight", "F32", (HEAD,))
 
 
 def _mlp(prefix: str, shape: DemoShape) -> Iterator[TensorSpec]:
@@ -78,6 +82,25 @@ def _mlp(prefix: str, shape: DemoShape) -> Iterator[TensorSpec]:
     for name in ("gate_proj", "up_proj"):
         yield TensorSpec(f"{dense}{name}.weight", "BF16", (inner, hidden))
     yield TensorSpec(f"{dense}down_proj.weight", "BF16", (hidden, inner))
+
+
+def _vision(prefix: str, hidden: int) -> Iterator[TensorSpec]:
+    """Yield a vision tower with one block, which turns patches into vectors as wide as the text model."""
+    wide, merged = VISION_HIDDEN, MERGED * VISION_HIDDEN
+    linears = {
+        "blocks.0.attn.qkv": (3 * wide, wide),
+        "blocks.0.attn.proj": (wide, wide),
+        "blocks.0.mlp.linear_fc1": (VISION_INNER, wide),
+        "blocks.0.mlp.linear_fc2": (wide, VISION_INNER),
+        "merger.linear_fc1": (merged, merged),
+        "merger.linear_fc2": (hidden, merged),
+        "patch_embed.proj": (wide, 3, 2, 4, 4),
+    }
+    norms = dict.fromkeys(("blocks.0.norm1", "blocks.0.norm2", "merger.norm"), (wide,))
+    for name, shape in {**linears, **norms}.items():
+        yield TensorSpec(f"{prefix}{name}.weight", "BF16", shape)
+        yield TensorSpec(f"{prefix}{name}.bias", "BF16", shape[:1])
+    yield TensorSpec(f"{prefix}pos_embed.weight", "BF16", (VISION_POSITIONS, wide))
 
 
 def write_demo(folder: Path, shape: DemoShape, shards: int = 3, seed: int = 0) -> None:
@@ -97,8 +120,8 @@ def write_demo(folder: Path, shape: DemoShape, shards: int = 3, seed: int = 0) -
         total += header.data_bytes
     (folder / INDEX).write_text(index_text(total, places))
     (folder / "generation_config.json").write_text(dump_json({"do_sample": True, "temperature": 0.7}))
-    config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "dtype": "bfloat16"}
-    (folder / CONFIG).write_text(dump_json(config))
+    (folder / CONFIG).write_text(dump_json(demo_config(shape)))
+    write_companions(folder)
 
 
 def _values(spec: TensorSpec, rng: np.random.Generator) -> bytes:

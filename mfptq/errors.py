@@ -15,8 +15,9 @@ The number is the exit code of the command line. Messages are one line: what, wh
 
 from __future__ import annotations
 
+import difflib
 import errno
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import ClassVar
 
@@ -43,6 +44,12 @@ def listed(names: Collection[object]) -> str:
 def counted(number: int, one: str, many: str) -> str:
     """Return a number with the words that agree with it: "1 module is", "2 modules are"."""
     return f"{number} {one if number == 1 else many}"
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """Return "; did you mean search?" with the name that is nearest to what was given, or "" where none is near."""
+    near = difflib.get_close_matches(given, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class MfptqError(Exception):
@@ -123,6 +130,8 @@ class StorageError(DestinationError):
         code = errno.errorcode.get(cause.errno or 0, "error")
         refused = self.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         remedy = "ask for the permission, or name another folder" if refused else "rerun the same command to resume"
+        if self.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            remedy = "name a file in a folder that exists"
         super().__init__(f"cannot {action} {quote(path)}: {cause.strerror or cause} ({code}); {remedy}")
 
 

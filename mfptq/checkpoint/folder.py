@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ..errors import HeaderError, IndexMismatchError, SourceError, quote
+from ..errors import HeaderError, IndexMismatchError, SourceError, listed, quote
 from ..limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_TENSORS
 from ..storage.files import plain_name, relative_name
 from .companions import (
@@ -131,9 +131,18 @@ def read_checkpoint(origin: Origin, source: Source | None = None, choice: FileCh
         raise
 
 
+def _no_config(origin: Origin, files: Iterable[str]) -> str:
+    """Return what to say of a place without config.json: it names the folders inside that have one."""
+    inner = [name.removesuffix(f"/{CONFIG}") for name in files if name.endswith(f"/{CONFIG}")]
+    hint = f"; these folders in it have one: {listed(inner)}" if inner else ""
+    return f"{quote(origin)} is no checkpoint in Hugging Face layout: it holds no {CONFIG}{hint}"
+
+
 def _read_checkpoint(origin: Origin, source: Source, choice: FileChoice) -> Checkpoint:
     files = source.files()
     choice.check(files)
+    if CONFIG not in files:
+        raise SourceError(_no_config(origin, files))
     config = read_object(source, CONFIG, MAX_CONFIG_BYTES)
     weight_map = _weight_map(source, files)
     indexed = unindexed_shards(files, choice) if weight_map is None else sorted(set(weight_map.values()))

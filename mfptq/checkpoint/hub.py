@@ -111,7 +111,8 @@ def _patiently(ask: Callable[[], Answer]) -> Answer | None:
             why, wanted = reason(error), requested_wait(error.response.headers)
         except errors.HTTPError as error:  # type: ignore[attr-defined]  # no connection, no answer in time
             why, wanted = reason(error), None
-        logger.warning("the Hub cannot be reached: %s", why)
+        if wait is None or wait == _WAITS[0]:
+            logger.warning("the Hub cannot be reached%s: %s", "" if wait is None else ", trying again", why)
         if wait is not None:
             time.sleep(min(LONGEST_REQUESTED_WAIT, wait if wanted is None else wanted))
     return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import counted
 from .options import forward_options, source_options
 from .process import deferred_signals
 
@@ -54,7 +55,7 @@ def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     with _progress(output, quiet=quiet) as show, deferred_signals() as check:
         done = run_calibration(model, dataset, output, on_event=lambda event: (check(), show(event)), **options)
     if not quiet:
-        click.echo(f"{output}: {done.statistics} over {done.samples} samples of {done.model}")
+        click.echo(f"{output}: {done.statistics} over {counted(done.samples, 'sample', 'samples')} of {done.model}")
 
 
 @contextmanager

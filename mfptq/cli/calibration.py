@@ -13,12 +13,13 @@ from typing import get_args
 import click
 
 from ..names.bridge import ScaleKind
+from .groups import Commands
 
 _OUTPUT = click.option("--output", type=click.Path(path_type=Path), required=True, help="The file to write.")
 _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 
 
-@click.group()
+@click.group(cls=Commands)
 def calibration() -> None:
     """Show, merge and extract calibration files.
 

@@ -41,16 +41,21 @@ def judges(engine: str) -> list[Engine]:
 
 
 def refuse_unloadable(plan: Plan, engine: str) -> None:
-    """Raise UsageError for a plan whose output no engine that is asked for would load."""
+    """Raise UsageError for a plan whose output no engine that is asked for would load; log what else they would find."""
+    import logging
+
     from ..checking import unloadable
 
     engines = judges(engine)
-    errors = unloadable(plan.check(engines=engines), engines)
+    findings = plan.check(engines=engines)
+    errors = unloadable(findings, engines)
     if errors:
         raise UsageError(
             f"{errors[0].engine or 'an engine'} would not load the output: {quote(errors[0].example)} {errors[0].what}; "
             f"{errors[0].remedy}; see all with plan, or convert with --for transformers"
         )
+    for each in findings:
+        logging.getLogger("mfptq").warning("%s", each)
 
 
 @click.command()

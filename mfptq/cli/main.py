@@ -22,6 +22,7 @@ from .calibration import calibration
 from .check import check as check_command
 from .check import engine_option, judges, refuse_unloadable
 from .cluster import carry_out, check_part_options, cluster_options, executor_of, finish, summary
+from .groups import Commands
 from .options import (
     decisions_of,
     file_options,
@@ -82,7 +83,7 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mfptq")
 @click.option("-v", "--verbose", is_flag=True, help="Say what is being done: the same as --log-level info.")
 @click.option(
@@ -240,7 +241,8 @@ def demo(output: Path) -> None:
     Example: mfptq demo ./mfptq-demo
     """
     from ..conversion import convert as run_conversion
-    from ..demo import DemoShape, write_demo
+    from ..demo import write_demo
+    from ..demo_config import DemoShape
     from ..verification import verify as check
     from . import text
 
@@ -256,9 +258,7 @@ def demo(output: Path) -> None:
         click.echo(text.verification_text(found) + "\n")
         if not found.ok:
             raise VerificationError(str(found.faults[0]))
-    click.echo(
-        "Next, with a model of your own:\n  mfptq plan Qwen/Qwen3.5-27B\n  mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4"
-    )
+    click.echo(text.after_demo(output))
 
 
 from .calibrate import calibrate  # noqa: E402 - imports nothing but click

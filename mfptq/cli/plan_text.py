@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from ..planning.rules import TensorDecision
 
 FP4, KEPT = "FP4", "kept"
-SMALL_BYTES = 2**20  # kept tensors of a pattern below this are summed into one line
+SMALL_BYTES, SMALL_SHARE = (
+    2**20,
+    0.02,
+)  # kept tensors of a pattern below both, the second of all that is kept, share a line
 MEASURED_BYTES = 8 * 2**20
 MEASURED_SECONDS = 0.5
 
@@ -164,14 +167,15 @@ def _section(fate: str, rows: list[Group], shown: Shown, *, every: bool) -> Iter
     usual = f": {printable(shown.usual)}" if shown.usual else ""
     title = shown.into if fate == FP4 else fate
     yield from _wrapped(f"{title}: {counted(count, 'tensor', 'tensors')}, {sizes}{usual}", shown.columns)
-    listed = [row for row in rows if every or fate == FP4 or row.source_bytes >= SMALL_BYTES]
+    least = min(SMALL_BYTES, SMALL_SHARE * before)
+    listed = [row for row in rows if every or fate == FP4 or row.source_bytes >= least]
     for row in listed:
         yield from _row(row, fate, shown)
     small = [row for row in rows if row not in listed]
     if small:
         tensors = counted(sum(row.count for row in small), "small tensor", "small tensors")
         size = size_text(sum(row.source_bytes for row in small))
-        reasons = ", ".join(dict.fromkeys(row.why for row in small))
+        reasons = "; ".join(dict.fromkeys(row.why for row in small))
         yield from _wrapped(
             f"  {size:>8}  {tensors} (norms, biases and the like): {printable(reasons)}", shown.columns, " " * 12
         )
@@ -257,7 +261,8 @@ def explain_text(plan: ConversionPlan, name: str, findings: Sequence[Finding], c
     items = {item.candidate.tensor.info.name: item for item in plan.selection.tensors}
     item = items.get(name) or items.get(f"{name}.weight")
     if item is None:
-        near = ", ".join(quote(each) for each in difflib.get_close_matches(name, items, n=3))
+        alike = difflib.get_close_matches(name, items, n=3) or [each for each in items if name in each][:3]
+        near = ", ".join(map(quote, alike))
         raise UsageError(f"{quote(name)} is no tensor of this checkpoint" + (f"; near names: {near}" if near else ""))
     own = [each for each in findings if name_pattern(item.candidate.module) in each.patterns]
     told = [line for text in _explained(plan, item) for line in _wrapped(text, columns, "    ")]

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from .groups import Commands
+
 
 def save_recipe(path: Path, options: Mapping[str, Any]) -> None:
     """Write what options decide of layers and formats, with those of the recipe that they name, to a new file or over one."""
@@ -23,7 +25,7 @@ def save_recipe(path: Path, options: Mapping[str, Any]) -> None:
         target.write_text(recipe_text(decisions))
 
 
-@click.group()
+@click.group(cls=Commands)
 def recipe() -> None:
     """Show and check recipes: the decisions of a conversion as a small TOML file.
 

@@ -10,6 +10,7 @@ import click
 
 from ..errors import StorageError, counted, printable
 from ..sizes import size_text
+from ..storage.files import expanded
 
 if TYPE_CHECKING:
     from ..reporting.compare import Comparison, Difference
@@ -43,7 +44,7 @@ def report(output: Path, html: Path | None, table: Path | None) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        expanded(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError("write", path, error) from None
 

@@ -23,6 +23,8 @@ from ..sizes import parse_size, size_text
 from ..storage.digest import available_cores
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..calibration.overview import InputOverview, Overview
     from ..inspection import Inspection, TensorSummary
     from ..planning.plan import ConversionPlan
@@ -84,9 +86,12 @@ class ProgressLines:
                 self._stream.flush()
 
     def _state(self, seconds: float) -> str:
+        done = min(
+            self._done, self._total
+        )  # scales of a quantized source are read beside its codes, some of them twice
         rate = self._done / max(seconds, 1e-9)
-        left = f", about {(self._total - self._done) / rate:.0f} s left" if 0 < self._done < self._total else ""
-        return f"{size_text(self._done)} of {size_text(self._total)}, {size_text(int(rate))}/s{left}"
+        left = f", about {(self._total - self._done) / rate:.0f} s left" if 0 < done < self._total else ""
+        return f"{size_text(done)} of {size_text(self._total)}, {size_text(int(rate))}/s{left}"
 
 
 def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
@@ -95,9 +100,10 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
         return (
             f"{report.destination} is already complete: {report.source}, {report.scheme}, every file checked by content"
         )
+    how = f"method {report.method}" if report.method else "nothing quantized anew"
     lines = [
         f"{report.source} -> {report.destination}",
-        f"  {formats_text(report.formats)}, method {report.method}, kernel {report.kernel} ({report.device_reason}): "
+        f"  {formats_text(report.formats)}, {how}, kernel {report.kernel} ({report.device_reason}): "
         f"{counted(report.quantized, 'weight', 'weights')} quantized, {counted(report.kept, 'tensor', 'tensors')} kept",
         f"  {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} "
         f"({report.output_bytes / report.source_bytes:.1%}), relative error {report.relative_error:.2%}",
@@ -116,6 +122,18 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
     if report.published:
         lines.append(f"  published: {report.published}")
     return "\n".join([*lines, *([f"  vllm serve {shlex.quote(report.destination)}"] if serve else [])])
+
+
+def after_demo(folder: Path) -> str:
+    """Return what to try next: on the demo's small models, then on one of the user's own."""
+    dense = shlex.quote(str(folder / "dense"))
+    commands = {
+        "Look closer at the small model:": (
+            f"plan {dense}", f"check {dense}-NVFP4", f"report {dense}-NVFP4",
+        ),
+        "Next, with a model of your own:": ("plan Qwen/Qwen3.5-27B", "convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4"),
+    }  # fmt: skip
+    return "\n".join(f"{title}\n" + "\n".join(f"  mfptq {each}" for each in rows) for title, rows in commands.items())
 
 
 def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) -> dict[str, Any]:

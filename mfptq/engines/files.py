@@ -29,10 +29,11 @@ def file_faults(subject: Subject) -> Iterator[Fault]:
         return
     if not any(name in _TOKENIZERS or name.endswith(".tiktoken") for name in subject.files):
         yield _fault("no-tokenizer", "no tokenizer file", "engines serve token ids only, or do not start",
-                     "copy tokenizer files from the source")  # fmt: skip
+                     "copy tokenizer files from the source", place="tokenizer.json")  # fmt: skip
     if "vision_config" in subject.config and not any(name in subject.files for name in _PROCESSORS):
         yield _fault("no-processor", "a vision model without preprocessor_config.json or processor_config.json",
-                     "engines do not start, or take no images", "copy it from the source")  # fmt: skip
+                     "engines do not start, or take no images", "copy it from the source",
+                     place=_PROCESSORS[0])  # fmt: skip
 
 
 def _fault(

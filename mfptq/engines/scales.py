@@ -44,11 +44,17 @@ def partner_faults(seen: View) -> Iterator[Fault]:
     """Yield scales that differ between modules for which an engine keeps one scale."""
     if not seen.subject.scalars:
         return
+    unequal: dict[tuple[str, bool], dict[str, float]] = {}
     for layer in seen.layers.served.values():
-        groups = _expert_pairs(layer) if layer.kind == "experts" else [layer.members]
-        for members in groups:
-            if len(members) > 1:
-                yield from _partner_faults(members, seen, is_experts=layer.kind == "experts")
+        is_experts = layer.kind == "experts"
+        for members in _expert_pairs(layer) if is_experts else [layer.members]:
+            for suffix, ratio in _ratios(members, seen.subject.scalars):
+                place = members[0].name.rpartition(".")[0]
+                unequal.setdefault((suffix, is_experts), {})[place] = ratio
+    for (suffix, is_experts), places in unequal.items():
+        code, severity, told = _unequal(suffix, max(places.values()), is_experts=is_experts)
+        for place in places:
+            yield Fault(code, severity, seen.architecture.title, place, *told)
 
 
 def _value_faults(module: Module, values: Mapping[str, float]) -> Iterator[Fault]:
@@ -75,49 +81,32 @@ def _expert_pairs(layer: Layer) -> Iterator[list[Module]]:
     yield from experts.values()
 
 
-def _partner_faults(members: list[Module], seen: View, *, is_experts: bool) -> Iterator[Fault]:
+def _ratios(members: list[Module], values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """Yield the kinds of scale that differ between fused partners, with the largest over the smallest."""
     for suffix in (*WEIGHT_SCALES, *INPUT_SCALES):
-        found = {
-            module.name: value
-            for module in members
-            if (value := seen.subject.scalars.get(f"{module.name}.{suffix}")) is not None and math.isfinite(value)
-        }
-        if len(set(found.values())) < 2 or any(value <= 0 for value in found.values()):
-            continue
-        place = members[0].name.rpartition(".")[0]
-        ratio = max(found.values()) / min(found.values())
-        yield _unequal(suffix, place, (seen, ratio), is_experts=is_experts)
+        known = (values.get(f"{module.name}.{suffix}") for module in members)
+        found = [value for value in known if value is not None and math.isfinite(value)]
+        if len(set(found)) > 1 and min(found) > 0:
+            yield suffix, max(found) / min(found)
 
 
-def _unequal(suffix: str, place: str, measured: tuple[View, float], *, is_experts: bool) -> Fault:
-    seen, ratio = measured
-    engine = seen.architecture.engine
-    bound = f"up to {_percent(ratio)}"
-    if suffix in INPUT_SCALES:
-        told = Text(
-            f"fused partners have unequal {suffix}",
-            f"the engine takes one for all: activations of the others are clipped or coarser ({bound})",
-            "give all the one of the largest amax; unequal ones mean that a calibration mixed up names",
-        )
-        return Fault("unequal-input-scales", "warning", seen.architecture.title, place, *told)
+def _unequal(suffix: str, ratio: float, *, is_experts: bool) -> tuple[str, Severity, Text]:
+    """Return code, severity and text for scales that differ by up to a ratio: one finding for all places."""
+    bound = f"by up to {max(1 - 1 / ratio, 0.001):.1%}"
     partners = "gate and up of an expert" if is_experts else "fused partners"
+    what = f"{partners} have unequal {suffix}"
     kept = "the first's" if is_experts else "the largest"
-    effect = f"the engine takes {kept} for all: the others' weights are wrong by a factor ({bound})"
-    if engine == "sglang":
-        effect += "; weight-only, it refuses the layer"
-    told = Text(
-        f"{partners} have unequal {suffix}", effect, "unify them: quantize the partners again with one global scale"
+    if suffix in INPUT_SCALES:
+        effect = f"the engine takes one for all: activations of the others are clipped or coarser ({bound})"
+        remedy = (
+            "mfptq repair gives all the one of the largest amax; unequal ones mean that a calibration mixed up names"
+        )
+        return "unequal-input-scales", "warning", Text(what, effect, remedy)
+    effect = (
+        f"the engine takes {kept} for all: the others' weights are wrong {bound}; SGLang refuses them if weight-only"
     )
-    return Fault("unequal-weight-scales", "error", seen.architecture.title, place, *told)
-
-
-def _percent(ratio: float) -> str:
-    """Return by how much a value is off in the worst place, in coarse steps so that like places fall together."""
-    error = 1 - 1 / ratio
-    for step in (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
-        if error <= step:
-            return f"{step:.0%}"
-    return "100%"
+    remedy = "mfptq repair gives them one scale; or quantize the partners again with one"
+    return "unequal-weight-scales", "error", Text(what, effect, remedy)
 
 
 def _spread_faults(held: Contents, values: Mapping[str, float]) -> Iterator[Fault]:

@@ -120,12 +120,20 @@ def unmatched_error(pattern: str, option: str, names: Collection[str]) -> RuleEr
     if not pattern.startswith(REGEX_PREFIX) and any(name.startswith(text + ".") for name in names):
         return RuleError(
             f"{option} {quote(pattern)} is no weight's name but a parent: "
-            f"use {quote(REGEX_PREFIX + re.escape(text) + chr(92) + '..*')}"
+            f"use '{printable(REGEX_PREFIX + re.escape(text))}\\..*'"
         )
     if not pattern.startswith(REGEX_PREFIX) and any(sign in text for sign in "*?"):
         regex = re.escape(text).replace(r"\*", ".*").replace(r"\?", ".")
         meant = printable(f"{REGEX_PREFIX}{regex}$")  # as it is typed, backslashes single
         return RuleError(f"{option} {quote(pattern)} is a file pattern, expected a name or a regex: use '{meant}'")
+    inner = [name for name in names if f".{text}." in f".{name}."]
+    if inner and not pattern.startswith(REGEX_PREFIX):
+        tail = "$" if any(name.endswith("." + text) for name in inner) else r"\..*"
+        meant = printable(f"{REGEX_PREFIX}.*\\.{re.escape(text)}{tail}")
+        return RuleError(
+            f"{option} {quote(pattern)} is a part of names, such as {quote(inner[0])}, expected a whole one or a regex: "
+            f"use '{meant}'"
+        )
     tails = {name.rpartition(".")[2]: name for name in sorted(names, reverse=True)}
     near = difflib.get_close_matches(text, sorted(names)[:5000], n=2, cutoff=0.6)
     near += [tails[leaf] for leaf in difflib.get_close_matches(text.rpartition(".")[2], sorted(tails), n=2)]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.strict_json import StrictJsonError, parse_json
-from ..errors import UsageError, quote
+from ..errors import SourceError, UsageError, quote
 
 TokenIds: TypeAlias = npt.NDArray[np.int64]
 Encoder: TypeAlias = Any  # a tokenizer or a processor of transformers
@@ -54,6 +54,8 @@ def read_samples(path: Path, encoder: Encoder, *, samples: int, max_seq_length: 
     except UnicodeDecodeError as error:
         raise UsageError(f"dataset {quote(path)}: not UTF-8 near byte {error.start}") from None
     if not found:
+        if not flat_ids(encoder(text="a")["input_ids"]):  # transformers makes an empty one where its files are missing
+            raise SourceError("the model has no tokenizer: copy its files to the model, or give rows of token ids")
         raise UsageError(f"dataset {quote(path)} holds no text")
     return Samples(found, _digest(found))
 

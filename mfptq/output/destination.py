@@ -29,6 +29,7 @@ from ..errors import (
     listed,
     quote,
 )
+from ..sizes import size_text
 from ..storage.files import beneath, storage_errors, sync_folder
 from ..storage.partial_file import PartialFile, partial_path
 from .journal import Journal, JournalState, Recorder, ShardResult, read_journal
@@ -205,7 +206,7 @@ def check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult])
     needed = sum(sizes[: claim.at_once]) + SPACE_MARGIN
     if free < needed:
         raise DestinationError(
-            f"output {quote(root)} needs {needed} bytes, {free} are free: make room or choose another disk"
+            f"output {quote(root)} needs {size_text(needed)}, {size_text(free)} are free: make room or choose another disk"
         )
 
 

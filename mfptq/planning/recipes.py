@@ -5,7 +5,6 @@ Called by `settings` and the command line. Strict: a key, value or pattern that 
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import UsageError, quote
+from ..errors import UsageError, did_you_mean, quote
 from ..names.patterns import check_pattern
 from .formats import KV_CACHE_SCHEMES, parse_format_rule
 
@@ -56,8 +55,7 @@ def load_recipe(given: str | Path) -> Recipe:
             raise UsageError(f"recipe {quote(path)} has {len(data)} bytes, expected at most {MAX_BYTES}")
         return parse_recipe(data.decode(errors="replace"), path.name.removesuffix(SUFFIX))
     if str(given) not in shipped():
-        near = difflib.get_close_matches(str(given), shipped(), n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(str(given), shipped())
         raise UsageError(f"there is no recipe {quote(given)}: neither a file nor one of {', '.join(shipped())}{hint}")
     file = resources.files("mfptq").joinpath("recipes").joinpath(f"{given}{SUFFIX}")
     return parse_recipe(file.read_text(), str(given))
@@ -77,8 +75,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 def _check(name: str, key: str, value: Any) -> None:
     if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(key, KEYS)
         raise UsageError(f"recipe {quote(name)}: key {quote(key)} is unknown, expected one of {', '.join(KEYS)}{hint}")
     wanted = KEYS[key]
     if type(value) is not wanted or (wanted is list and not all(isinstance(each, str) for each in value)):

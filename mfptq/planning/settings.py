@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from ..calibration.file import EXTRACT
-from ..errors import UsageError, quote
+from ..errors import UsageError, did_you_mean, quote
 from ..kernels.calibrated import CALIBRATED_METHODS
 from .formats import KV_CACHE_SCHEMES, FormatRule, parse_format_rule
 from .recipes import Recipe, load_recipe, with_recipe
@@ -122,9 +122,13 @@ def check_decisions(decisions: Decisions) -> Settings:
         decisions = cast("Decisions", with_recipe(decisions, recipe))
     method, scheme = decisions.get("method"), decisions.get("scheme")
     if method is not None and method.lower() not in METHODS:
-        raise UsageError(f"method {quote(method)} is unknown, expected one of {', '.join(METHODS)}")
+        raise UsageError(
+            f"method {quote(method)} is unknown, expected one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}"
+        )
     if scheme is not None and scheme.upper() not in SCHEMES:
-        raise UsageError(f"scheme {quote(scheme)} is unknown, expected one of {', '.join(SCHEMES)}")
+        raise UsageError(
+            f"scheme {quote(scheme)} is unknown, expected one of {', '.join(SCHEMES)}{did_you_mean(scheme.upper(), SCHEMES)}"
+        )
     margin = decisions.get("input_margin")
     if margin is not None and decisions.get("calibration") is None:
         raise UsageError("input_margin widens the ranges of a calibration file: give one, or leave it out")

@@ -19,6 +19,7 @@ from ..checkpoint.weights import name_pattern
 from ..errors import SourceError, quote
 from ..limits import MAX_INDEX_BYTES
 from ..output.leftovers import REPORT
+from ..storage.files import expanded
 
 FAR_OFF = 1.25  # times the median error of a kind: a layer to look at
 WORST_BLOCK = 0.25  # relative error of one block of 16
@@ -86,7 +87,10 @@ class ReportData:
 
 def read_report(output: str | Path) -> ReportData:
     """Return the report that a conversion left in its output folder; raises SourceError for none, or one without layers."""
-    source = FolderSource(Path(output))
+    folder = expanded(output)
+    if not (folder / REPORT).is_file():
+        raise SourceError(f"{quote(output)} is no finished output of mfptq: it holds no {REPORT}")
+    source = FolderSource(folder)
     try:
         content = read_object(source, REPORT, MAX_INDEX_BYTES)
     finally:

@@ -205,3 +205,19 @@ def test_ignore_list_means_to_vllm_what_the_tensors_say(kind: str, entries: str,
         fused += [f"{layers}0.mlp.shared_expert.gate_up_proj", f"{layers}0.mlp.experts.0.gate_proj"]
     assert [name for name in kept if not ignored(name)] == []
     assert [name for name in fused if ignored(name)] == []
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_the_demo_is_served_with_its_own_tokenizer(kind: str, tmp_path: Path, kernels: type) -> None:
+    from vllm import LLM, SamplingParams
+
+    result = command("demo", tmp_path / "demo")
+    assert result.returncode == 0, result.stderr
+    model = LLM(
+        str(tmp_path / "demo" / f"{kind}-NVFP4"), max_model_len=128, enforce_eager=True, seed=0, max_num_seqs=4,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    [answer] = model.generate(["Hello"], SamplingParams(max_tokens=4, temperature=0))
+    assert len(answer.prompt_token_ids) == len("Hello")
+    assert len(answer.outputs[0].token_ids) == 4
+    assert LinearKernel.layers == 4 * 4

@@ -119,7 +119,7 @@ def twins(folder: Path, shape: DemoShape, name: str) -> tuple[Path, Path]:
                 release[-1 if away else number][full.removesuffix(".weight") + suffix] = part.contiguous()
             cast[number][full] = values
     config = json.loads((folder / "demo" / "config.json").read_text())
-    nested = config | {"text_config": {"quantization_config": quantization}}
+    nested = config | {"text_config": {**config["text_config"], "quantization_config": quantization}}
     return write(folder / "release", *release, config=nested), write(folder / "cast", *cast, config=config)
 
 
@@ -150,7 +150,6 @@ def test_a_release_converts_to_what_its_cast_converts_to(name: str, shape: DemoS
     assert fc.dtype == torch.bfloat16
     assert torch.equal(fc, stored(cast)["mtp.fc.weight"])
     made, expected = (json.loads((folder / "config.json").read_text()) for folder in (out, tmp_path / "cast-search"))
-    assert made.pop("text_config") == {}
     assert made == expected
 
 

@@ -151,7 +151,7 @@ def test_partners_with_unequal_scales_are_repaired(ours: Path, ratio: float, tmp
     assert torch.equal(before[module + PACKED], after[module + PACKED])
     one, other = values(before, module), values(after, module)
     error = np.linalg.norm(one - other) / np.linalg.norm(one)
-    assert error == 0 if ratio == 2 else 0 < error < 0.035
+    assert error == 0 if ratio == 2 else 0 < error < 1 / 16  # half a step of E4M3
     assert after[f"{module}.input_global_scale"] == after[f"{module.replace('k_proj', 'q_proj')}.input_global_scale"]
 
 

@@ -225,7 +225,7 @@ def test_unequal_scales_of_fused_partners() -> None:
     assert codes(subject(llama(), scalars=scales(o_proj=50.0, down_proj=3.0))) == set()
     finding = found(subject(llama(), scalars=scales(up_proj=80.0)), "unequal-weight-scales")
     assert (finding.severity, finding.example, finding.count) == ("error", f"{LAYER}mlp", 1)
-    assert "up to 25%" in finding.effect
+    assert "up to 20.0%" in finding.effect
 
 
 def test_unequal_scales_of_gate_and_up_of_an_expert() -> None:

@@ -300,6 +300,7 @@ def test_code_is_neither_imported_nor_run(source: Path, tmp_path: Path) -> None:
 def test_folders_where_files_are_expected(source: Path, tmp_path: Path) -> None:
     (source / ".mfptq").mkdir()
     (source / ".mfptq" / "journal").write_text("hostile")
+    (source / "tokenizer.json").unlink()
     (source / "tokenizer.json").mkdir()
     mfptq.convert(source, tmp_path / "out")
     assert not (tmp_path / "out" / ".mfptq").exists()

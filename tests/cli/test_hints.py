@@ -1,0 +1,102 @@
+"""What a new user mistypes or misplaces is answered with what was meant."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click.testing
+import pytest
+
+import mfptq
+from mfptq.cli.main import main
+from mfptq.errors import StorageError
+from tests.conftest import command
+
+
+def said(*words: object) -> str:
+    """Return the one line that a failing command leaves on stderr."""
+    done = command(*words)
+    assert done.returncode, done.stdout
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_help_is_whole_sentences() -> None:
+    text = click.testing.CliRunner().invoke(main, ["--help"]).output
+    assert "..." not in text.split("Commands:")[1]
+    assert "exit code 6 on an error." in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("--method", "serach"), "did you mean search?"),
+        (("--scheme", "nvfp4a61"), "did you mean NVFP4A16?"),
+        (("--ignore", "mlp"), r"use 're:.*\.mlp\..*'"),
+        (("--ignore", "down_proj"), r"use 're:.*\.down_proj$'"),
+        (("--ignore", "model.language_model.layers.0.mlp"), r"use 're:model\.language_model\.layers\.0\.mlp\..*'"),
+    ],
+)
+def test_near_names(words: tuple[str, str], hint: str, source: Path) -> None:
+    error = said("plan", source, *words)
+    assert hint in error
+    if "use '" in error:  # and what is advised works
+        advised = error.split("use '")[1].split("'")[0]
+        assert command("plan", source, "--no-estimate", words[0], advised).returncode == 0
+
+
+def test_a_name_that_explain_does_not_know(source: Path) -> None:
+    assert "near names: 'lm_head.weight'" in said("plan", source, "--explain", "lm_head.wieght")
+    assert "near names: 'model.language_model.layers.0.mlp.down_proj.weight'" in said(
+        "plan", source, "--explain", "down_proj"
+    )
+
+
+def test_a_folder_that_holds_checkpoints_names_them(source: Path) -> None:
+    assert "these folders in it have one: 'source'" in said("check", source.parent)
+
+
+def test_a_folder_that_is_no_output(source: Path) -> None:
+    assert f"'{source}' is no finished output of mfptq: it holds no mfptq_report.json" in said("report", source)
+
+
+def test_tables_go_where_home_is(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "out")
+    assert command("report", tmp_path / "out", "--csv", "~/table.csv", HOME=str(tmp_path)).returncode == 0
+    assert (tmp_path / "table.csv").read_text().startswith("layer,kind,")
+    error = said("report", tmp_path / "out", "--csv", tmp_path / "nowhere" / "table.csv")
+    assert "name a file in a folder that exists" in error
+    assert "rerun" not in error
+    assert "rerun" in str(StorageError("write", "x", OSError(28, "No space left on device")))
+
+
+def test_warnings_of_the_judge_are_told_by_convert(source: Path, tmp_path: Path) -> None:
+    assert command("convert", source, tmp_path / "sound", "-q").stderr == ""
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    assert "warning: no tokenizer file" in command("convert", source, tmp_path / "out", "-q").stderr
+
+
+def test_a_repair_says_that_nothing_was_quantized_anew(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "out")
+    done = command("repair", tmp_path / "out", tmp_path / "again")
+    assert "NVFP4A16, nothing quantized anew, kernel" in done.stdout
+    shares = [float(line.split(" MB of ")[0].split()[-1]) for line in done.stderr.splitlines() if " MB of " in line]
+    assert all(share <= float(done.stdout.split(" MB -> ")[0].split()[-1]) for share in shares)
+
+
+def test_a_model_without_a_tokenizer_says_so(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from tests.models import DENSE, write_checkpoint
+
+    model = write_checkpoint(tmp_path / "model", DENSE)
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    (tmp_path / "text.jsonl").write_text('{"text": "hello"}\n')
+    shutil.rmtree(source)
+    done = command(
+        "calibrate", model, "--dataset", tmp_path / "text.jsonl", "--output", tmp_path / "x.calibration.safetensors"
+    )
+    assert done.returncode == 3
+    assert "the model has no tokenizer" in done.stderr
