@@ -34,7 +34,7 @@ ALLOWED = {
     "checking": "checkpoint engines planning",
     "reporting": "checkpoint output",
     "observation": "storage names checkpoint calibration planning execution",
-    "conversion verification inspection tensors demo": "storage names checkpoint encodings kernels scales calibration planning output execution engines checking",
+    "conversion verification inspection tensors demo demo_config": "storage names checkpoint encodings kernels scales calibration planning output execution engines checking",
     "cluster": "storage checkpoint planning output execution conversion",
     "cli": "everything",
     "__init__ __main__": "everything",
