@@ -241,8 +241,7 @@ def demo(output: Path) -> None:
     Example: mfptq demo ./mfptq-demo
     """
     from ..conversion import convert as run_conversion
-    from ..demo import write_demo
-    from ..demo_config import DemoShape
+    from ..demo import DemoShape, write_demo
     from ..verification import verify as check
     from . import text
 

@@ -1,6 +1,6 @@
 """Write what belongs to the demo's checkpoint beside its weights, so that inference engines load it: config and tokenizer.
 
-Called by `demo`. The sizes are those of the tensors that `demo.demo_tensors` yields; the tokenizer has a token for each byte.
+Called by `demo.weights`. The sizes are those of the tensors that `demo_tensors` yields; the tokenizer has a token for each byte.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.strict_json import dump_json
+from ..checkpoint.strict_json import dump_json
 
 HEAD = 64  # columns of an attention head
 VISION_HIDDEN, VISION_INNER, VISION_POSITIONS, MERGED = 64, 128, 16, 4

@@ -1,6 +1,6 @@
-"""Make a small synthetic checkpoint in the layout of Qwen3.5 with numpy alone, random but complete: engines load it.
+"""Yield and write the tensors of the demo's model: Qwen3.5 as published, three DeltaNet layers to one with attention.
 
-Called by `mfptq demo`, by tests and benchmarks.
+Called through `demo`. Values are random with a few outliers, the same for the same seed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint.folder import CONFIG, INDEX
-from .checkpoint.header import TensorSpec, encode_header
-from .checkpoint.strict_json import dump_json
-from .demo_config import (
+from ..checkpoint.folder import CONFIG, INDEX
+from ..checkpoint.header import TensorSpec, encode_header
+from ..checkpoint.strict_json import dump_json
+from ..nvfp4 import round_bf16
+from ..planning.quantization_config import index_text
+from .companions import (
     HEAD,
     MERGED,
     VISION_HIDDEN,
@@ -24,8 +26,6 @@ from .demo_config import (
     heads,
     write_companions,
 )
-from .nvfp4 import round_bf16
-from .planning.quantization_config import index_text
 
 _TEXT = "model.language_model."
 
