@@ -3,7 +3,7 @@
     MfptqError
     |- UsageError 2            RuleError
     |- SourceError 3           HeaderError, IndexMismatchError, UnsafePathError,
-    |                          UnsupportedTensorError, NonFiniteWeightError, SourceChangedError
+    |                          UnsupportedTensorError, NonFiniteWeightError, SmoothingError, SourceChangedError
     |- ScaleError 4
     |- DestinationError 5      DestinationExistsError, DestinationLockedError, PlanMismatchError, StorageError
     |- VerificationError 6
@@ -92,6 +92,10 @@ class UnsupportedTensorError(SourceError):
 
 class NonFiniteWeightError(SourceError):
     """A weight that is to be quantized holds NaN or infinity."""
+
+
+class SmoothingError(SourceError):
+    """A value times its smoothing factor is none that its dtype holds."""
 
 
 class SourceChangedError(SourceError):

@@ -44,6 +44,7 @@ from .file import (
     parse_inputs,
 )
 from .methods import choose_method, prepare
+from .smoothed import Exponents, bound, smoothed
 
 KEPT_STATISTICS = 2  # what workers have in hand besides is theirs
 LEAST_WITH_MARGIN = 2.0
@@ -75,6 +76,15 @@ class Calibration:
     _input_of: Mapping[str, InputInfo] = field(default_factory=dict)
     _recent: OrderedDict[tuple[str, str], _Recent] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _exponents: Mapping[str, Exponents] = field(default_factory=dict)
+
+    def smoothed(self, exponents: Mapping[str, Exponents]) -> Calibration:
+        """Return the same file for inputs, by name, whose channel k is divided by `2^exponents[k]`: int8 `[K]`."""
+        return replace(self, _exponents=exponents)
+
+    def input_of(self, module: str) -> InputInfo | None:
+        """Return a module's input; None for one that the file knows nothing of, as an expert that no text reached."""
+        return self._input_of.get(module)
 
     def input_scales(self, margin: float = 1.0) -> InputScales:
         """Return `2688 / (margin * amax)` for every module; 0, which means "never calibrated", where amax is 0.
@@ -83,7 +93,9 @@ class Calibration:
         """
         found: dict[str, float] = {}
         for info in self.inputs.values():
-            value = ScaleConvention("amax").global_scale(info.name, None, self._number(info, AMAX))
+            exponents = self._exponents.get(info.name)
+            amax = self._number(info, AMAX) if exponents is None else bound(self.read(info), exponents)
+            value = ScaleConvention("amax").global_scale(info.name, None, amax)
             found.update(dict.fromkeys(info.modules, _with_margin(value, margin)))
         about = "taken from a calibration file" + (f", with a margin of {margin:g}" if margin != 1 else "")
         return InputScales(found, str(self.path), about)
@@ -134,7 +146,8 @@ class Calibration:
                 self._recent.popitem(last=False)
         with recent.lock:
             if recent.made is None:
-                recent.made = prepare(self.read(info), method)
+                found, exponents = self.read(info), self._exponents.get(info.name)
+                recent.made = prepare(found if exponents is None else smoothed(found, exponents), method)
             return recent.made
 
     def read(self, info: InputInfo) -> InputStatistics:
@@ -150,7 +163,7 @@ class Calibration:
 
     def tokens(self, module: str) -> int | None:
         """Return how many tokens a module's statistics are taken over; None where the file does not say."""
-        info = self._input_of.get(module)
+        info = self.input_of(module)
         if info is None or f"{info.name}.{TOKENS}" not in self._places:
             return None
         return int(self._array(f"{info.name}.{TOKENS}", "<i8")[0])

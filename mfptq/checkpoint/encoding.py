@@ -1,7 +1,7 @@
 """The interface of a stored encoding: how a weight's values lie in a file where they are not plain numbers.
 
 A tensor or weight without an encoding is plain: its bytes are its values. `mfptq.encodings` finds encodings in a
-checkpoint's headers and implements them; whoever reads a weight asks its encoding for bfloat16 values, and nothing behind
+checkpoint's headers and implements them; whoever reads a weight asks its encoding for values, and nothing behind
 that knows of formats.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .source import Source
 
 
-DECODED_DTYPE = "BF16"  # every encoding decodes to it: value = round_bf16(float32(code) * float32(scale))
+DECODED_DTYPE = "BF16"  # codes are decoded to it: value = round_bf16(float32(code) * float32(scale))
 Bf16Array = npt.NDArray[np.uint16]
 ScaleArray = npt.NDArray[np.float32]
 
@@ -77,7 +77,7 @@ class Encoding(ABC):
 
     @abstractmethod
     def decode(self, source: Source, region: Region, out: Bf16Array, scaler: CodeScaler) -> None:
-        """Read a region of the weight and write its values to `out`: raw bfloat16 bits, flat, `region.size` of them.
+        """Read a region of the weight and write its values to `out`, flat, `region.size` of them, in the tensor's dtype.
 
         NaN codes, NaN scales and products beyond bfloat16 come out as NaN or infinity: whoever reads must look.
         Raises SourceChangedError or StorageError where the file cannot be read.

@@ -53,6 +53,9 @@ def rule_options(function: Function) -> Function:
             type=click.Choice(get_args(ScaleKind)),
             help="What the numbers of --input-scales are.",
         ),
+        click.option(
+            "--smooth", is_flag=True, help="With --calibration: move the size of loud input channels into the weights."
+        ),
         click.option("--input-margin", type=float, help="Widens the ranges of --calibration; by default 4, minmax 1."),
         click.option(
             "--input-scales",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..checkpoint.folder import Checkpoint, stored_tensors
 from ..checkpoint.header import TensorInfo, tensor_bytes
 from ..checkpoint.source import Source
 from ..checkpoint.weights import StoredTensor
+from ..dtypes import NUMPY_DTYPES
 from ..errors import SourceError, quote
 from ..limits import MAX_SCALES_BYTES
 from ..nvfp4 import BLOCK_SIZE
@@ -82,12 +83,17 @@ class Contents:
         found = [tensor.encoding.shards for tensor in self.shards[shard] if tensor.encoding is not None]
         return frozenset().union(*found)
 
+    def mapped(self, change: Callable[[StoredTensor], StoredTensor]) -> Contents:
+        """Return the same tensors, each as `change` gives it."""
+        return replace(self, shards={name: tuple(map(change, tensors)) for name, tensors in self.shards.items()})
+
     def try_out(self, source: Source, scaler: CodeScaler) -> None:
         """Decode the first values of one weight of each format: what that loads must be in the memory plan."""
         for tensor in {tensor.encoding.format: tensor for tensor in self if tensor.encoding is not None}.values():
             assert tensor.encoding is not None
             width = min(tensor.info.shape[-1], BLOCK_SIZE)
-            tensor.encoding.decode(source, Region(0, 1, 0, width), np.empty(width, np.uint16), scaler)
+            out = np.empty(width, NUMPY_DTYPES[tensor.info.dtype])
+            tensor.encoding.decode(source, Region(0, 1, 0, width), out, scaler)
 
     @property
     def digests(self) -> dict[str, str]:

@@ -27,7 +27,6 @@ from ..planning.jobs import QuantizeWeight
 from .tiles import Batch, Tile, whole
 from .turned import read_turned
 
-BF16_MAGNITUDE, BF16_INFINITY = np.uint16(0x7FFF), np.uint16(0x7F80)
 WIDENED_AT_ONCE = 2**17  # elements: temporaries stay small
 
 
@@ -65,13 +64,14 @@ class WorkerMemory:
     def _read_at(self, source: Source, tile: Tile, start: int) -> TileArray:
         """Return a tile's values, flat, kept in the buffer from byte `start` on: as they lie in the file, or decoded."""
         memory, weight = self._source[start : start + tile.nbytes], tile.weight
+        values: TileArray = memory.view(NUMPY_DTYPES[weight.dtype])
         if weight.encoding is None:
             with self.timed("read"):
                 source.read_into(weight.shard, tile.offset, memory.data)
         else:
             with self.timed("decode"):
-                weight.encoding.decode(source, tile.region, memory.view(np.uint16), self._decoder)
-        return memory.view(NUMPY_DTYPES[weight.dtype])
+                weight.encoding.decode(source, tile.region, values, self._decoder)
+        return values
 
     def _read_turned(self, source: Source, tile: Tile, start: int) -> TileArray:
         """Return a tile of a matrix that is stored transposed, flat, kept in the buffer from element `start` on."""
@@ -130,7 +130,7 @@ class WorkerMemory:
         """Return the decoded values of part of a weight that is kept; raises NonFiniteWeightError for NaN or infinity."""
         values = self.read(source, tile).reshape(-1)
         for start in range(0, tile.size, WIDENED_AT_ONCE):
-            if (values[start : start + WIDENED_AT_ONCE] & BF16_MAGNITUDE).max() >= BF16_INFINITY:
+            if not np.isfinite(as_float32(values[start : start + WIDENED_AT_ONCE])).all():
                 raise _not_finite(values, tile.weight, tile.start)
         return values
 

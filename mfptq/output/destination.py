@@ -24,6 +24,7 @@ from ..errors import (
     DestinationLockedError,
     NonFiniteWeightError,
     PlanMismatchError,
+    SmoothingError,
     SourceChangedError,
     counted,
     listed,
@@ -130,7 +131,11 @@ def open_destination(
         journal = Journal(root / WORK / JOURNAL, JournalState(claim.digests, done, claim.files))
         try:
             yield Destination(root, journal, done)
-        except (NonFiniteWeightError, SourceChangedError):  # no rerun of this plan can succeed: keep nothing of it
+        except (
+            NonFiniteWeightError,
+            SmoothingError,
+            SourceChangedError,
+        ):  # no rerun of this plan can succeed: keep nothing of it
             journal.close()
             abandon(root, claim, existed=existed)
             raise

@@ -8,7 +8,6 @@ names; a tensor never moves between shards.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,9 @@ from ..names.fusion import FusedGroup
 from ..scales.assignment import AssignedScales
 from ..scales.reading import InputScales
 from ..scales.uncalibrated import UncalibratedInputs
+from ..smoothing.plan import Smoothing
 from .carried import Carried, has_input_scales
+from .digests import digests_of, sha256
 from .format_choice import Source, select_formats
 from .formats import FORMATS, GLOBAL_SCALE, SCALE, OutputTensor, TargetFormat
 from .jobs import CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor, plan_shard
@@ -35,12 +36,11 @@ from .quantization_config import Scheme, config_text, index_text, quantization
 from .rules import Selection, TensorDecision
 from .settings import Settings, unreached
 from .share import Share, share_of
-from .weight_targets import ChosenTargets, WeightTarget, choose_targets, weight_target
+from .smoothed_inputs import Inputs, smoothed_inputs
+from .weight_targets import WeightTarget, choose_targets, weight_target
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
-
-PLAN_FORMAT = 6
 
 
 class PlannedTensor(NamedTuple):
@@ -72,6 +72,7 @@ class ConversionPlan:
     calibration: Calibration | None
     input_scales: AssignedScales | None
     carried: Carried
+    smoothing: Smoothing | None
     shards: tuple[ShardPlan, ...]
     config_text: str
     index_text: str | None
@@ -84,7 +85,7 @@ class ConversionPlan:
     @property
     def digest(self) -> str:
         """One SHA-256 over all the digests, hexadecimal."""
-        return _sha256(json.dumps(dict(self.digests), sort_keys=True))
+        return sha256(json.dumps(dict(self.digests), sort_keys=True))
 
     @property
     def output_bytes(self) -> int:
@@ -247,8 +248,10 @@ def build_plan(
     check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
     source = Source(tuple(candidates(contents, sizes)), checkpoint.config)
     selection = select_formats(source, settings.rules, settings.formats, FORMATS[scheme.lower()])
+    given = smoothed_inputs(Inputs(contents, selection, calibration, scales), checkpoint.config, settings)
+    contents, selection = given.contents, given.selection
     decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
-    found = choose_targets(checkpoint.source, selection, scales, calibration)
+    found = choose_targets(checkpoint.source, selection, given.scales, given.calibration)
     group_of = {member: group for group in selection.groups for member in group.members}
     places: dict[str, str] = {}
 
@@ -265,29 +268,13 @@ def build_plan(
         *(checkpoint, contents, settings, scheme, selection, method, found.calibration),
         input_scales=found.input_scales,
         carried=found.carried,
+        smoothing=given.smoothing,
         shards=shards,
         config_text=config,
         index_text=index,
-        digests=_digests(checkpoint, (method, config), found) | contents.digests,
+        digests=digests_of(checkpoint, (method, config), found, given.smoothing) | contents.digests,
         _weights=found.weights,
         _group_of=group_of,
         _decisions=decisions,
         _formats=found.formats,
     )
-
-
-def _digests(checkpoint: Checkpoint, decided: tuple[str, str], found: ChosenTargets) -> dict[str, str]:
-    """Name what the output depends on, so that a resumed run can say what changed; `decided`: method and config."""
-    source, scales = [(each.name, each.size, each.digest) for each in checkpoint.shards], found.input_scales
-    return {
-        "format": str(PLAN_FORMAT),
-        "source": _sha256(json.dumps(source)),
-        "settings": _sha256(json.dumps(decided)),
-        "input scales": scales.digest if scales is not None else "",
-        **({} if found.calibration is None else {"calibration": found.calibration.digest}),
-        **found.carried.digests,
-    }
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

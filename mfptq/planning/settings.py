@@ -46,6 +46,7 @@ class Decisions(TypedDict, total=False):
     `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
     checkpoint with input scales, what `read_input_scales` returned, or "auto", which bounds them without calibration; an NVFP4 checkpoint whose choice of layers is
     taken as well.
+    `smooth`: True moves the size of loud input channels into the weights, by powers of two; needs a calibration file.
     `input_margin`: by how much the ranges of a calibration file are widened, 4 by default; 1 for `minmax` and ranges
     that another tool found.
     `revision`, `token`, `cache_dir`: as in huggingface_hub. `keep_source`: a repo goes into its cache whole, and stays there.
@@ -65,6 +66,7 @@ class Decisions(TypedDict, total=False):
     calibration: str | Path | None
     input_scales: str | Path | InputScales | None
     input_margin: float | None
+    smooth: bool
     like: str | Path | None
     revision: str | None
     token: str | None
@@ -86,6 +88,7 @@ class Settings:
     formats: tuple[FormatRule, ...] = ()
     kv_cache: str | None = None
     recipe: Recipe | None = None
+    smooth: bool = False
 
     def resolve_method(self, *, calibrated: bool) -> str:
         """Return the method; `auto` remains only where a calibration file is there to decide."""
@@ -134,6 +137,8 @@ def check_decisions(decisions: Decisions) -> Settings:
         raise UsageError("input_margin widens the ranges of a calibration file: give one, or leave it out")
     if margin is not None and not 1 <= margin <= MAX_MARGIN:
         raise UsageError(f"input_margin is {margin}, expected a number from 1 to {MAX_MARGIN}")
+    if decisions.get("smooth") and decisions.get("calibration") is None:
+        raise UsageError("smooth takes its factors from a calibration file: give one, or leave it out")
     given = [name for name in INPUT_SOURCES if decisions.get(name) is not None]
     if len(given) > 1:
         number = "both" if len(given) == 2 else "all"
@@ -147,6 +152,7 @@ def check_decisions(decisions: Decisions) -> Settings:
         tuple(parse_format_rule(text) for text in _patterns(decisions.get("formats", ()))),
         _kv_cache(decisions.get("kv_cache")),
         recipe,
+        smooth=decisions.get("smooth", False),
     )
 
 

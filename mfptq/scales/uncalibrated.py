@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import NUMPY_DTYPES
 from ..names.fusion import FusedGroup
+from ..names.norms import BEFORE_ATTENTION, Norms, known_norms
 from ..nvfp4 import INPUT_SCALE_NUMERATOR, as_float32
 from .reading import AUTO, InputScales
 
@@ -26,18 +26,10 @@ CONSTANT = 4.0  # inputs up to 672; on Gemma 3 270M, 4 to 16 for all layers are 
 LOWEST = 2.0  # below, blocks of ordinary size would meet subnormal scales; 1 is a mark of no calibration besides
 HIGHEST = 1024.0
 
-# What the weight of an RMSNorm is added to before it multiplies: transformers' model types whose norms are known.
-NORM_OFFSETS: Mapping[str, float] = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), 0.0),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next"), 1.0),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), 1.0),
-}
 _ATTENTION = re.compile(r"(.*\blayers\.\d+)\.(self_attn\.[qkv]_proj|linear_attn\.in_proj_(qkv|z|qkvz|a|b|ba))")
 _MLP = re.compile(
     r"(.*\blayers\.\d+)\.(mlp\.((experts\.\d+|shared_expert)\.)?(gate|up)_proj|block_sparse_moe\.experts\.\d+\.w[13])"
 )
-_NORM_BEFORE_MLP = {"gemma2": "pre_feedforward_layernorm", "gemma3": "pre_feedforward_layernorm",
-                    "gemma3_text": "pre_feedforward_layernorm"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +40,15 @@ class UncalibratedInputs:
 
     def of(self, groups: Iterable[FusedGroup]) -> InputScales:
         """Return a scale for every module of the groups; the reading order is that of the groups."""
-        model_type = _model_type(self.checkpoint.config)
+        norms = known_norms(self.checkpoint.config)
         stored = {tensor.info.name: tensor for tensor in self.checkpoint.tensors()}
         bounds: dict[str, float | None] = {}
         found: dict[str, float] = {}
         bounded, wanted = 0, tuple(groups)
         for group in wanted:
-            norm = _norm_of(group, model_type)
+            norm = _norm_of(group, norms)
             if norm not in bounds:
-                bounds[norm] = self._bound(stored.get(f"{norm}.weight"), NORM_OFFSETS.get(model_type, 0.0))
+                bounds[norm] = self._bound(stored.get(f"{norm}.weight"), norms.offset if norms is not None else 0.0)
             bound = bounds[norm]
             bounded += bound is not None
             found.update(dict.fromkeys(group.members, CONSTANT if bound is None else _scale(bound)))
@@ -82,23 +74,16 @@ def resolved(scales: InputScales | UncalibratedInputs | None, groups: Iterable[F
     return scales.of(groups) if isinstance(scales, UncalibratedInputs) else scales
 
 
-def _model_type(config: Mapping[str, Any]) -> str:
-    """Return the model type whose norms are known: that of the text model, or of the whole."""
-    inner = config.get("text_config")
-    types = [str(part.get("model_type", "")) for part in (inner, config) if isinstance(part, dict)]
-    return next((each for each in types if each in NORM_OFFSETS), "")
-
-
-def _norm_of(group: FusedGroup, model_type: str) -> str:
+def _norm_of(group: FusedGroup, known: Norms | None) -> str:
     """Return the norm whose output all members of a group read; "" where structure does not say so."""
-    if model_type not in NORM_OFFSETS:
+    if known is None:
         return ""
     norms = set()
     for member in group.members:
         if match := _ATTENTION.fullmatch(member):
-            norms.add(f"{match[1]}.input_layernorm")
+            norms.add(f"{match[1]}.{BEFORE_ATTENTION}")
         elif match := _MLP.fullmatch(member):
-            norms.add(f"{match[1]}.{_NORM_BEFORE_MLP.get(model_type, 'post_attention_layernorm')}")
+            norms.add(f"{match[1]}.{known.before_mlp}")
         else:
             norms.add("")
     return norms.pop() if len(norms) == 1 else ""

@@ -12,7 +12,7 @@ import mfptq
 from mfptq.checkpoint import header
 from mfptq.conversion import make_plan
 from mfptq.errors import SourceError, UsageError
-from mfptq.planning import jobs
+from mfptq.planning import digests, jobs
 from mfptq.planning import plan as planning
 from mfptq.planning.jobs import CopyTensor, InputScale, copy_runs
 from mfptq.planning.quantization_config import config_text
@@ -145,7 +145,7 @@ def test_digests_name_what_the_output_depends_on(folder: Path, tmp_path: Path) -
         return {part for part in base.digests if base.digests[part] != plan.digests[part]}
 
     base = make_plan(folder)
-    assert base.digests["format"] == str(planning.PLAN_FORMAT)
+    assert base.digests["format"] == str(digests.PLAN_FORMAT)
     assert base.digests["input scales"] == ""
     assert changed(make_plan(folder)) == set()
     assert changed(make_plan(folder, method="minmax")) == {"settings"}

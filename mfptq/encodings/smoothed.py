@@ -1,0 +1,171 @@
+"""Tensors multiplied by powers of two, a row's and a column's, while they are read: what smoothing does to a checkpoint.
+
+Made by `smoothing`. To whoever reads it a smoothed tensor is one more encoding, so kernels, methods and devices know nothing
+of it. A product that the tensor's dtype cannot hold exactly is an error, never rounded; only a norm whose weight is added to
+something before it multiplies is rounded, since the sum is what is multiplied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.encoding import CodeScaler, Encoding, Region
+from ..checkpoint.source import Source
+from ..checkpoint.weights import StoredTensor
+from ..dtypes import BF16, DTYPE_BITS, F32
+from ..errors import SmoothingError, quote
+from .codes import bf16_bits
+
+Exponents = npt.NDArray[np.int8]
+EXACT_DTYPES = (BF16, F32)  # F16 has too few exponents for its products to be exact
+_AT_ONCE = 2**16  # values multiplied at once: temporaries stay in the processor's cache
+_BF16_MANTISSA = 7
+_MAGNITUDE, _LEAST_NORMAL, _NORMALS = np.uint16(0x7FFF), np.uint16(0x0080), np.uint16(0x7F00)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Powers:
+    """Exponents of the factors of a tensor, seen as a matrix [R, K] whose rows are all dimensions but the last.
+
+    `rows` `[R]` and `columns` `[S, K]` are added; a tensor of S slices, R / S rows each, has its columns' factors for every
+    slice. A value x becomes `(x + offset) * 2^exponent - offset`.
+    """
+
+    rows: Exponents | None = None
+    columns: Exponents | None = None
+    offset: float = 0.0
+
+    def of(self, region: Region, all_rows: int) -> npt.NDArray[np.int16]:
+        """Return the exponents of a region, `[rows or 1, columns]`."""
+        found = np.zeros((1, 1), np.int16)
+        span = np.arange(region.row, region.row + region.rows)
+        if self.columns is not None:
+            part = self.columns[:, region.column : region.column + region.columns]
+            found = found + (part if len(part) == 1 else part[span // (all_rows // len(part))])
+        if self.rows is not None:
+            found = found + self.rows[span, None]
+        return np.asarray(found, np.int16)
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothed(Encoding):
+    """A tensor, plain or itself encoded, with the powers of two that it is multiplied by; from a row on."""
+
+    tensor: StoredTensor
+    powers: Powers
+    first_row: int = 0
+
+    @property
+    def format(self) -> str:
+        """What the tensor is stored as."""
+        return self.tensor.encoding.format if self.tensor.encoding is not None else self.tensor.info.dtype
+
+    @property
+    def shards(self) -> frozenset[str]:
+        """The files that its values, or codes and scales, lie in."""
+        return self.tensor.encoding.shards if self.tensor.encoding is not None else frozenset({self.tensor.shard})
+
+    def from_row(self, row: int) -> Smoothed:
+        """Return the encoding of the rows from one on."""
+        return replace(self, first_row=self.first_row + row)
+
+    def ranges(self, region: Region) -> list[tuple[int, int]]:
+        """Return where a region of whole rows, or of a part of one, lies; of an encoded tensor, where its codes lie."""
+        region = self._absolute(region)
+        if self.tensor.encoding is not None:
+            return self.tensor.encoding.ranges(region)
+        width = DTYPE_BITS[self.tensor.info.dtype] // 8
+        start = region.row * self.tensor.info.shape[-1] + region.column
+        return [(self.tensor.offset + start * width, region.size * width)]
+
+    def decode(self, source: Source, region: Region, out: npt.NDArray[Any], scaler: CodeScaler) -> None:
+        """Read a region, whole rows or a part of one, and multiply it; raises SmoothingError where that is not exact."""
+        if self.tensor.encoding is not None:
+            self.tensor.encoding.decode(source, self._absolute(region), out, scaler)
+        else:
+            ((offset, _),) = self.ranges(region)
+            source.read_into(self.tensor.shard, offset, out.view(np.uint8).data)
+        region = self._absolute(region)
+        values = out.reshape(region.rows, region.columns)
+        exponents = self.powers.of(region, self.tensor.matrix.rows)
+        if self.powers.offset:
+            _multiply_sum(values, exponents, self.powers.offset)
+            return
+        multiply = _multiply_bf16 if values.dtype == np.uint16 else _multiply_floats
+        step = max(1, _AT_ONCE // region.columns)
+        for row in range(0, region.rows, step):
+            part = exponents if len(exponents) == 1 else exponents[row : row + step]
+            wrong = multiply(values[row : row + step], part)
+            if wrong is not None:
+                raise self._inexact(region.row + row + wrong[0], region.column + wrong[1])
+
+    def _absolute(self, region: Region) -> Region:
+        return region._replace(row=self.first_row + region.row)
+
+    def _inexact(self, row: int, column: int) -> SmoothingError:
+        exponent = int(self.powers.of(Region(row, 1, column, 1), self.tensor.matrix.rows)[0, 0])
+        return SmoothingError(
+            f"{quote(self.tensor.info.name)} in {quote(self.tensor.shard)}: the value in row {row}, column {column} times "
+            f"2^{exponent} is none that {self.tensor.info.dtype} holds: convert without smoothing"
+        )
+
+
+Place = tuple[int, int]
+
+
+def _multiply_bf16(values: npt.NDArray[np.uint16], exponents: npt.NDArray[np.int16]) -> Place | None:
+    """Multiply the bits of bfloat16 values in place; return the place of one that would not be exact, or None.
+
+    An exponent is added to the exponent's field. Zeros stay; what begins or ends as no normal number is looked at closely.
+    """
+    shift = (exponents.astype(np.int16) << _BF16_MANTISSA).view(np.uint16)
+    magnitude = values & _MAGNITUDE
+    moved = magnitude + shift  # below zero it wraps around, to more than the largest finite number
+    magnitude -= _LEAST_NORMAL  # and so do zeros and subnormals
+    moved -= _LEAST_NORMAL
+    np.maximum(magnitude, moved, out=moved)
+    rare = moved >= _NORMALS
+    if not rare.any():
+        values += shift
+        return None
+    exact = (values[rare].astype(np.uint32) << 16).view(np.float32)
+    found, wrong = _product(exact, np.broadcast_to(exponents, values.shape)[rare])
+    wrong |= (found.view(np.uint32) & 0xFFFF) != 0
+    if wrong.any():
+        return _place(rare, wrong)
+    values += shift * ~rare
+    values[rare] = found.view(np.uint32) >> 16
+    return None
+
+
+def _multiply_floats(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16]) -> Place | None:
+    """Multiply float32 values in place; return the place of one that would not be exact, or None."""
+    found, wrong = _product(values, exponents)
+    if wrong.any():
+        return _place(np.ones(values.shape, np.bool_), wrong.reshape(-1))
+    values[...] = found
+    return None
+
+
+@np.errstate(over="ignore", under="ignore")
+def _product(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return values times powers of two, and where that is not exact; NaN and infinity stay: who reads them must look."""
+    found = np.ldexp(values, exponents)
+    return found, np.isfinite(values) & (~np.isfinite(found) | (np.ldexp(found, -exponents) != values))
+
+
+def _place(among: npt.NDArray[np.bool_], wrong: npt.NDArray[np.bool_]) -> Place:
+    row, column = np.argwhere(among)[int(np.flatnonzero(wrong)[0])]
+    return int(row), int(column)
+
+
+def _multiply_sum(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16], offset: float) -> None:
+    """Replace values x in place by `(x + offset) * 2^exponent - offset`, rounded to their dtype."""
+    is_bf16 = values.dtype == np.uint16
+    exact = (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values
+    found = (np.ldexp(exact.astype(np.float64) + offset, exponents) - offset).astype(np.float32)
+    values[...] = bf16_bits(found) if is_bf16 else found

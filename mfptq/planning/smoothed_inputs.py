@@ -1,0 +1,69 @@
+"""Put smoothing into a plan: the source as it is to be read, and what its calibration file says then.
+
+Called by `planning.plan` before formats and scales are assigned, so that nothing behind it needs to know of factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ..calibration.reading import Calibration
+from ..checkpoint.weights import candidates
+from ..encodings.contents import Contents
+from ..encodings.fp4 import Nvfp4
+from ..names.config_sizes import read_sizes
+from ..scales.reading import InputScales
+from ..scales.uncalibrated import UncalibratedInputs
+from ..smoothing.plan import Smoothing, find_smoothing
+from ..smoothing.structure import find_links
+from .formats import FORMATS
+from .rules import Selection, TensorDecision
+from .settings import Settings, input_margin
+
+
+class Inputs(NamedTuple):
+    """What a plan is made of: the source's tensors, what becomes of them, and what is known of their inputs."""
+
+    contents: Contents
+    selection: Selection
+    calibration: Calibration | None
+    scales: InputScales | UncalibratedInputs | None
+    smoothing: Smoothing | None = None
+
+
+def smoothed_inputs(given: Inputs, config: Mapping[str, Any], settings: Settings) -> Inputs:
+    """Return everything with the inputs smoothed that can be, if that is asked for; `config` is the source's config.json."""
+    if not settings.smooth or given.calibration is None:
+        return given
+    chosen = [item for item in given.selection.tensors if item.decision.quantize]
+    quantized = {
+        weight.module: weight.columns
+        for item in chosen
+        if FORMATS[item.decision.format].takes_statistics and not isinstance(item.candidate.tensor.encoding, Nvfp4)
+        for weight in item.candidate.weights
+    }
+    modules = [weight.module for item in given.selection.tensors for weight in item.candidate.weights]
+    kept = [each for each in (*modules, *_tensors_alone(given.selection)) if each not in quantized]
+    smoothing = find_smoothing(
+        find_links({each.info.name: each for each in given.contents}, config, given.selection.structure.outside),
+        {item.candidate.tensor.info.name: item.candidate for item in given.selection.tensors},
+        quantized,
+        given.calibration.of_model(quantized, kept),
+    )
+    calibration = given.calibration.smoothed(smoothing.inputs)
+    scales = given.scales and calibration.input_scales(input_margin(settings, calibration.description.origin))
+    contents = given.contents.mapped(smoothing.of)
+    return Inputs(contents, _reread(given.selection, contents, config), calibration, scales, smoothing)
+
+
+def _tensors_alone(selection: Selection) -> list[str]:
+    return [item.candidate.module for item in selection.tensors if not item.decision.quantize]
+
+
+def _reread(selection: Selection, contents: Contents, config: Mapping[str, Any]) -> Selection:
+    """Return the same decisions for the tensors as they are to be read."""
+    found = {item.tensor.info.name: item for item in candidates(contents, read_sizes(config))}
+    tensors = tuple(TensorDecision(found[item.candidate.tensor.info.name], item.decision) for item in selection.tensors)
+    return replace(selection, tensors=tensors)

@@ -1,0 +1,183 @@
+"""Plan the smoothing of a model: the factors of each input, and by what every tensor that makes or reads it is multiplied.
+
+Called by `planning.smoothed_inputs`. Reads second moments, no weight. The unquantized model computes the same as before; only
+what is rounded afterwards, weights and inputs, is rounded better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..checkpoint.weights import Candidate, StoredTensor, Weight
+from ..encodings.smoothed import EXACT_DTYPES, Exponents, Powers, Smoothed
+from ..errors import ScaleError, quote
+from .factors import exponents
+from .structure import Link, Reader, Structure
+
+if TYPE_CHECKING:
+    from ..calibration.reading import Calibration
+
+UNKNOWN = "what makes their input is not known for certain"
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothing:
+    """Powers of two by tensor, and by input of the calibration file.
+
+    `weights` counts the quantized weights whose input is smoothed, `left` those that are left alone, by reason.
+    """
+
+    powers: Mapping[str, Powers] = field(repr=False)
+    inputs: Mapping[str, Exponents] = field(repr=False)
+    weights: int
+    left: Mapping[str, int]
+
+    def of(self, tensor: StoredTensor) -> StoredTensor:
+        """Return a tensor of the source as it is to be read: itself, or multiplied."""
+        powers = self.powers.get(tensor.info.name)
+        return tensor if powers is None else tensor._replace(encoding=Smoothed(tensor, powers))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all factors, hexadecimal."""
+        found = hashlib.sha256()
+        for name, powers in sorted(self.powers.items()):
+            parts = [b"" if part is None else part.tobytes() for part in (powers.rows, powers.columns)]
+            found.update(f"{name} {powers.offset} {len(parts[0])} {len(parts[1])}\n".encode() + b"".join(parts))
+        return found.hexdigest()
+
+
+def find_smoothing(
+    structure: Structure,
+    candidates: Mapping[str, Candidate],
+    quantized: Collection[str],
+    calibration: Calibration,
+) -> Smoothing:
+    """Return the smoothing of all inputs that quantized weights read and that are certain.
+
+    `candidates` are the source's tensors by name, `quantized` modules that become FP4 from values, `calibration` knows the
+    source's names.
+    """
+    sums = _Sums(candidates)
+    inputs: dict[str, Exponents] = {}
+    reasons: dict[str, str] = {}
+    done: set[str] = set()
+    for link in structure.links:
+        modules = [name for reader in link.readers for name in _modules(reader, candidates) if name in quantized]
+        reason = _obstacle(link, candidates) if modules else ""
+        if reason or not modules:
+            reasons.update(dict.fromkeys(modules, reason))
+            continue
+        chosen = _factors(link, modules, calibration)
+        if chosen is None:
+            reasons.update(dict.fromkeys(modules, "no text of the calibration pass reached it"))
+            continue
+        sums.add(link, chosen)
+        done.update(modules)
+        for name in _inputs(modules, calibration):
+            if not np.array_equal(inputs.setdefault(name, chosen[link.channels]), chosen[link.channels]):
+                raise ScaleError(f"input {quote(name)} of the calibration file is that of layers with different inputs")
+    left = Counter(reasons.get(name) or _unknown(name, structure) for name in quantized if name not in done)
+    return Smoothing(sums.powers(), inputs, len(done), dict(left.most_common()))
+
+
+def _unknown(module: str, structure: Structure) -> str:
+    return next((why for prefix, why in structure.unknown.items() if module.startswith(prefix)), UNKNOWN)
+
+
+def _weights(reader: Reader, candidates: Mapping[str, Candidate]) -> tuple[Weight, ...]:
+    """Return the logical weights that a reader holds."""
+    found = candidates[reader.tensor].weights
+    if reader.expert < 0:
+        return found
+    each = len(found) // reader.experts
+    return found[reader.expert * each : (reader.expert + 1) * each]
+
+
+def _modules(reader: Reader, candidates: Mapping[str, Candidate]) -> list[str]:
+    return [weight.module for weight in _weights(reader, candidates)]
+
+
+def _obstacle(link: Link, candidates: Mapping[str, Candidate]) -> str:
+    """Return why the tensors around an input cannot be multiplied exactly, or ""."""
+    for name in [*(maker.tensor for maker in link.makers), *(reader.tensor for reader in link.readers)]:
+        item = candidates[name]
+        encoding = item.tensor.encoding
+        if encoding is not None and encoding.is_nvfp4:
+            return "it, or what makes its input, is NVFP4 already"
+        if item.tensor.info.dtype not in EXACT_DTYPES:
+            return f"factors of {item.tensor.info.dtype} tensors would not be exact"
+        stored_plainly = item.weights and not any(weight.pitch for weight in item.weights)
+        if len(item.tensor.info.shape) > 1 and not stored_plainly:
+            return "it, or what makes its input, is not stored row by row"
+    return ""
+
+
+def _inputs(modules: Collection[str], calibration: Calibration) -> list[str]:
+    """Return the names of the inputs that modules have in the calibration file, each once."""
+    found = [calibration.input_of(module) for module in modules]
+    return list(dict.fromkeys(info.name for info in found if info is not None))
+
+
+def _factors(link: Link, modules: Collection[str], calibration: Calibration) -> Exponents | None:
+    """Return the exponents of an input's channels; None where there are no statistics.
+
+    Moments of several inputs, as experts record their own, count by their tokens; those of columns that share a channel alike.
+    """
+    total, tokens = np.zeros(len(link.channels)), 0
+    for name in _inputs(modules, calibration):
+        found = calibration.read(calibration.inputs[name])
+        if found.second_moment is None:
+            raise ScaleError(f"calibration {quote(calibration.path)} has no second moments: smoothing needs them")
+        count = found.tokens or 1
+        total += found.second_moment.astype(np.float64) * count
+        tokens += count
+    if not tokens:
+        return None
+    columns = np.bincount(link.channels, minlength=link.count)
+    moments = np.bincount(link.channels, total / tokens, link.count) / columns
+    return exponents(moments, offset=link.offset)
+
+
+class _Sums:
+    """The exponents that tensors have collected so far."""
+
+    def __init__(self, candidates: Mapping[str, Candidate]) -> None:
+        self._candidates = candidates
+        self._rows: dict[str, Exponents] = {}
+        self._columns: dict[str, Exponents] = {}
+        self._offsets: dict[str, float] = {}
+
+    def add(self, link: Link, chosen: Exponents) -> None:
+        """Divide what makes an input by its factors, and multiply what reads it."""
+        for maker in link.makers:
+            shape = self._candidates[maker.tensor].tensor.info.shape
+            if len(shape) == 1:
+                self._of(self._columns, maker.tensor, (1, shape[0]))[0] -= chosen
+                self._offsets[maker.tensor] = link.offset
+            else:
+                rows = self._of(self._rows, maker.tensor, (self._candidates[maker.tensor].tensor.matrix.rows,))
+                rows[maker.first : maker.first + link.count] -= chosen
+        for reader in link.readers:
+            columns = self._of(self._columns, reader.tensor, (reader.experts, len(link.channels)))
+            columns[max(0, reader.expert)] += chosen[link.channels]
+
+    @staticmethod
+    def _of(sums: dict[str, Exponents], name: str, shape: tuple[int, ...]) -> Exponents:
+        if name not in sums:
+            sums[name] = np.zeros(shape, np.int8)
+        return sums[name]
+
+    def powers(self) -> dict[str, Powers]:
+        """Return the exponents of every tensor that has any but zeros."""
+        return {
+            name: Powers(self._rows.get(name), self._columns.get(name), self._offsets.get(name, 0.0))
+            for name in {**self._rows, **self._columns}
+            if any(part is not None and part.any() for part in (self._rows.get(name), self._columns.get(name)))
+        }
