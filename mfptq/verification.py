@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.source import Source
 from .checkpoint.weights import StoredTensor, Weight, candidates, name_pattern
 from .dtypes import NUMPY_DTYPES
-from .encodings.contents import read_contents
+from .encodings.contents import Contents, read_contents
+from .encodings.smoothed import Smoothed, smoothed
 from .errors import MfptqError, SourceError, quote
 from .execution.strips import Strip
 from .execution.tiles import Tile, tiles
@@ -30,6 +31,7 @@ from .execution.turned import read_turned
 from .kernels import ErrorStats
 from .kernels.decode import load_decoder
 from .names.config_sizes import read_sizes
+from .names.structure import Structure
 from .nvfp4 import BLOCK_SIZE, Float32Array, as_float32
 from .output.fault import Fault
 from .output.leftovers import MANIFEST
@@ -37,6 +39,9 @@ from .output.manifest import manifest_faults
 from .output.stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups
 from .output.structure import read_bytes, read_scalar, structure_faults
 from .planning.formats import GLOBAL_SCALE, PACKED, SCALE, WEIGHT, TargetFormat
+from .smoothing.record import RECORD, read_record
+from .smoothing.structure import find_links
+from .smoothing.sums import unbalanced
 from .storage.files import expanded
 
 TILE_BYTES = 4 * 2**20
@@ -45,7 +50,10 @@ MAX_RELATIVE_ERROR = 0.20
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked, the faults that were found, and relative error by pattern of modules where a source was given."""
+    """What was checked, the faults that were found, and relative error by pattern of modules where a source was given.
+
+    `scaled` counts kept tensors that equal the source's times the factors of smoothing.
+    """
 
     tensors: int = 0
     quantized: int = 0
@@ -53,6 +61,7 @@ class Verification:
     errors: Mapping[str, float] = field(default_factory=dict)
     digests: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
+    scaled: int = 0
 
     @property
     def ok(self) -> bool:
@@ -70,9 +79,11 @@ class _Findings:
     errors: dict[str, float] = field(default_factory=dict)
     digests: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
+    scaled: int = 0
 
     def result(self) -> Verification:
-        return Verification(self.tensors, self.quantized, tuple(self.faults), self.errors, self.digests, self.left_out)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return Verification(**values | {"faults": tuple(self.faults)})
 
 
 def verify(
@@ -131,23 +142,48 @@ def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) ->
     except ValueError:
         groups = []
     patterns: dict[str, ErrorStats] = {}
-    for item in candidates(read_contents(original), read_sizes(original.config)):
+    for item in candidates(_smoothed(output.source, original, found), read_sizes(original.config)):
         name = item.tensor.info.name
         if item.weights and all(weight.module in quantized for weight in item.weights):
             for weight in item.weights:
                 if (taken := _take(weight, groups, stored, output.source)) is not None:
                     stats = patterns.setdefault(name_pattern(weight.module), ErrorStats())
                     stats.add(taken.error(original.source))
-        elif (kept := stored.pop(name, None)) is None:
-            found.faults.append(Fault(name, "", "is in the source, but missing here"))
-        elif not _is_equal(original.source, item.tensor, output.source, kept):
-            found.faults.append(Fault(name, kept.shard, "differs from the source, which it should be equal to"))
+        else:
+            _check_kept(item.tensor, stored.pop(name, None), (original.source, output.source), found)
     found.faults += [Fault(name, stored[name].shard, "has no origin in the source") for name in sorted(stored)]
     found.errors = {pattern: stats.relative_error for pattern, stats in sorted(patterns.items())}
     for pattern, error in found.errors.items():
         if not error <= MAX_RELATIVE_ERROR:
             what = f"has relative error {error:.1%}, expected at most {MAX_RELATIVE_ERROR:.0%}"
             found.faults.append(Fault(pattern, "", what))
+
+
+def _check_kept(
+    exact: StoredTensor, kept: StoredTensor | None, sources: tuple[Source, Source], found: _Findings
+) -> None:
+    """Compare a kept tensor with the source's, as a conversion read it; `sources` are those of the original and of the output."""
+    is_scaled = isinstance(exact.encoding, Smoothed)
+    if kept is None:
+        found.faults.append(Fault(exact.info.name, "", "is in the source, but missing here"))
+    elif not _is_equal(sources[0], exact, sources[1], kept):
+        what = f"differs from the source{' times its factors' if is_scaled else ''}, which it should be equal to"
+        found.faults.append(Fault(kept.info.name, kept.shard, what))
+    elif is_scaled:
+        found.scaled += 1
+
+
+def _smoothed(output: Source, original: Checkpoint, found: _Findings) -> Contents:
+    """Return the source's tensors as a conversion read them: times the factors that the output says it has, which must cancel."""
+    contents, powers = read_contents(original), read_record(output)
+    if not powers:
+        return contents
+    tensors = {each.info.name: each for each in contents}
+    structure = Structure([(name, each.info.shape) for name, each in tensors.items()], original.config)
+    read = contents.mapped(lambda tensor: smoothed(tensor, powers))
+    wrong = unbalanced(find_links(tensors, original.config, structure.outside).links, tensors, powers)
+    found.faults += [Fault(name, RECORD, "has factors that change what the model computes") for name in wrong]
+    return read
 
 
 def _take(

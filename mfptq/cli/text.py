@@ -205,6 +205,10 @@ def verification_text(found: Verification) -> str:
     lines = [f"checked {found.tensors} tensors, {found.quantized} quantized modules, {found.digests} digests"]
     if not found.digests:
         lines.append("  no SHA256SUMS here: files were not compared with what the conversion wrote")
+    if found.scaled:
+        lines.append(
+            f"  {counted(found.scaled, 'kept tensor is', 'kept tensors are')} the source's times the factors of smoothing"
+        )
     lines += [f"  {error:7.2%}  {printable(pattern)}" for pattern, error in found.errors.items()]
     lines += [f"  {line}" for line in left_out_lines(found.left_out)]
     lines += [f"  fault: {fault}" for fault in found.faults[:SHOWN_FAULTS]]

@@ -7,6 +7,7 @@ something before it multiplies is rounded, since the sum is what is multiplied.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..checkpoint.encoding import CodeScaler, Encoding, Region
 from ..checkpoint.source import Source
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import BF16, DTYPE_BITS, F32
-from ..errors import SmoothingError, quote
+from ..errors import SmoothingError, SourceError, quote
 from .codes import bf16_bits
 
 Exponents = npt.NDArray[np.int8]
@@ -112,6 +113,24 @@ class Smoothed(Encoding):
             f"{quote(self.tensor.info.name)} in {quote(self.tensor.shard)}: the value in row {row}, column {column} times "
             f"2^{exponent} is none that {self.tensor.info.dtype} holds: convert without smoothing"
         )
+
+
+def smoothed(tensor: StoredTensor, powers: Mapping[str, Powers]) -> StoredTensor:
+    """Return a tensor as it is to be read, given the factors of tensors by name: itself, or multiplied.
+
+    Raises SourceError for factors of a tensor of another shape.
+    """
+    found = powers.get(tensor.info.name)
+    if found is None:
+        return tensor
+    matrix = tensor.matrix
+    fits = found.rows is None or len(found.rows) == matrix.rows
+    if found.columns is not None:
+        slices, columns = found.columns.shape
+        fits = fits and columns == matrix.columns and slices > 0 and matrix.rows % slices == 0
+    if not fits:
+        raise SourceError(f"{quote(tensor.info.name)} is {list(tensor.info.shape)}: its factors are of another shape")
+    return tensor._replace(encoding=Smoothed(tensor, found))
 
 
 Place = tuple[int, int]

@@ -2,12 +2,13 @@
 
 Called by `evaluate`. Everything is checked from headers before a model is built; values are decoded by the reference in
 `nvfp4`. Tensors that both checkpoints hold under one name, dtype and shape count as kept: `verify` compares their bytes.
+Of those only what smoothing scaled is read from the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..checkpoint.weights import StoredTensor, Weight, candidates
 from ..errors import SourceError, counted, listed, quote
 from ..names.config_sizes import read_sizes
 from ..nvfp4 import BLOCK_SIZE, ByteArray, dequantize
+from ..smoothing.record import read_record
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +43,11 @@ class QuantizedWeight:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedCheckpoint:
-    """An output's quantized weights by module, named as the source names them."""
+    """An output's quantized weights by module, named as the source names them, and its `scaled` kept tensors by name."""
 
     checkpoint: Checkpoint
     weights: Mapping[str, QuantizedWeight]
+    scaled: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def scheme(self) -> str:
@@ -63,6 +66,15 @@ class QuantizedCheckpoint:
             codes = self._rows(weight.scale, weight.columns // BLOCK_SIZE, (start, stop))
             into[start:stop].copy_(torch.from_numpy(dequantize(packed, codes, weight.global_scale)))
 
+    def values(self, tensor: StoredTensor) -> torch.Tensor:
+        """Return the values of a kept tensor, in its dtype."""
+        import torch
+
+        data = bytearray(tensor.info.nbytes)
+        self.checkpoint.source.read_into(tensor.shard, tensor.offset, memoryview(data))
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.info.dtype]
+        return torch.frombuffer(data, dtype=dtype).reshape(tensor.info.shape)
+
     def _rows(self, tensor: StoredTensor, width: int, rows: tuple[int, int]) -> ByteArray:
         start, stop = rows
         data = np.empty((stop - start) * width, np.uint8)
@@ -76,12 +88,15 @@ def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoin
     Raises SourceError where the output holds none, lacks something of the source, or stores it in another format.
     """
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
+    factors = read_record(output.source)
     found: dict[str, QuantizedWeight] = {}
+    scaled: dict[str, StoredTensor] = {}
     others: list[str] = []
     for item in candidates(source.tensors(), read_sizes(source.config)):
         name = item.tensor.info.name
         kept = stored.pop(name, None)
         if kept is not None and (kept.info.dtype, kept.info.shape) == (item.tensor.info.dtype, item.tensor.info.shape):
+            scaled |= {name: kept} if name in factors else {}
             continue
         if kept is not None or not item.weights or any(weight.module + PACKED not in stored for weight in item.weights):
             others.append(name)
@@ -99,7 +114,7 @@ def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoin
         raise SourceError(f"{folder}: {what} no meaning for an evaluation: {listed(stored)}")
     if not found:
         raise SourceError(f"{folder} holds no NVFP4 weight: give the folder that a conversion wrote")
-    return QuantizedCheckpoint(output, found)
+    return QuantizedCheckpoint(output, found, scaled)
 
 
 def _quantized(output: Checkpoint, weight: Weight, stored: dict[str, StoredTensor]) -> QuantizedWeight:

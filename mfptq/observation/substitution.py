@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
+from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP, StoredTensor
 from ..errors import SourceError, quote
 from ..names.engine import experts_parent
 from .inputs import Names, check_stack, is_stack
@@ -32,9 +32,13 @@ Expert = dict[str, QuantizedWeight]
 
 @dataclass(slots=True)
 class Substitution:
-    """Quantized weights by the module that holds them in the model; `left_out` are those that it does not build."""
+    """Quantized weights by the module that holds them in the model; `left_out` are those that it does not build.
+
+    `scaled` are kept tensors that smoothing has changed, by the module and by the name of its parameter.
+    """
 
     output: QuantizedCheckpoint
+    scaled: dict[tuple[str, str], StoredTensor] = field(default_factory=dict)
     linear: dict[str, QuantizedWeight] = field(default_factory=dict)
     stacks: dict[str, dict[int, Expert]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -60,7 +64,15 @@ class Substitution:
             for name, experts in self.stacks.items():
                 if _lies_in(name, parent):
                     self._lend_stack(model.get_submodule(name), experts, stack)
+            for (name, leaf), tensor in self.scaled.items():
+                if _lies_in(name, parent):
+                    self._lend_tensor(model.get_submodule(name), leaf, tensor, stack)
             yield
+
+    def _lend_tensor(self, module: Any, leaf: str, tensor: StoredTensor, stack: ExitStack) -> None:
+        values = torch.empty_like(getattr(module, leaf))
+        values.copy_(self.output.values(tensor))
+        _swap(module, leaf, values, stack)
 
     def _lend_linear(self, module: Any, weight: QuantizedWeight, stack: ExitStack) -> None:
         values = torch.empty_like(module.weight)
@@ -110,7 +122,22 @@ def find_substitution(model: nn.Module, output: QuantizedCheckpoint) -> Substitu
         else:
             _check_shape(modules[name], name, weight)
             found.linear[name] = weight
+    for tensor in output.scaled.values():
+        found.scaled[_holder(tensor, modules, names)] = tensor
     return found
+
+
+def _holder(tensor: StoredTensor, modules: Mapping[str, Any], names: Names) -> tuple[str, str]:
+    """Return the module of a model that holds a tensor, and under which name; raises SourceError if there is none."""
+    parent, _, leaf = tensor.info.name.rpartition(".")
+    name = names.find(parent)
+    shape = tuple(getattr(getattr(modules.get(name), leaf, None), "shape", ()))
+    if shape != tensor.info.shape:
+        raise SourceError(
+            f"{quote(tensor.info.name)} is scaled in the output, and the model does not hold it as a tensor of "
+            f"{list(tensor.info.shape)}: such a model cannot be evaluated"
+        )
+    return name, leaf
 
 
 def _number(module: str) -> int:

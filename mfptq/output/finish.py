@@ -14,6 +14,7 @@ from ..checkpoint.folder import CONFIG, INDEX, read_file
 from ..errors import SourceError, VerificationError, quote
 from ..kernels import ErrorStats
 from ..limits import MAX_CONFIG_BYTES
+from ..smoothing.record import RECORD, record_text
 from .destination import Destination
 from .leftovers import CARD, MANIFEST, RECIPE, REPORT
 from .report import report_text
@@ -49,6 +50,8 @@ def finish(
     for name in plan.checkpoint.companions:
         sums[name] = out.copy(name, source)
     texts = {REPORT: report_text(plan, patterns), CARD: card}
+    if plan.smoothing is not None:
+        texts[RECORD] = record_text(plan.smoothing.powers)
     if plan.settings.recipe is not None:
         texts[RECIPE] = plan.settings.recipe.text
     if plan.index_text is not None:

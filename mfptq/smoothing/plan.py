@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..checkpoint.weights import Candidate, StoredTensor, Weight
-from ..encodings.smoothed import EXACT_DTYPES, Exponents, Powers, Smoothed
+from ..encodings.smoothed import EXACT_DTYPES, Exponents, Powers, smoothed
 from ..errors import ScaleError, quote
 from .factors import exponents
 from .structure import Link, Reader, Structure
+from .sums import FactorSums
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -40,8 +41,7 @@ class Smoothing:
 
     def of(self, tensor: StoredTensor) -> StoredTensor:
         """Return a tensor of the source as it is to be read: itself, or multiplied."""
-        powers = self.powers.get(tensor.info.name)
-        return tensor if powers is None else tensor._replace(encoding=Smoothed(tensor, powers))
+        return smoothed(tensor, self.powers)
 
     @property
     def digest(self) -> str:
@@ -64,7 +64,7 @@ def find_smoothing(
     `candidates` are the source's tensors by name, `quantized` modules that become FP4 from values, `calibration` knows the
     source's names.
     """
-    sums = _Sums(candidates)
+    sums = FactorSums({name: item.tensor for name, item in candidates.items()})
     inputs: dict[str, Exponents] = {}
     reasons: dict[str, str] = {}
     done: set[str] = set()
@@ -143,41 +143,3 @@ def _factors(link: Link, modules: Collection[str], calibration: Calibration) -> 
     columns = np.bincount(link.channels, minlength=link.count)
     moments = np.bincount(link.channels, total / tokens, link.count) / columns
     return exponents(moments, offset=link.offset)
-
-
-class _Sums:
-    """The exponents that tensors have collected so far."""
-
-    def __init__(self, candidates: Mapping[str, Candidate]) -> None:
-        self._candidates = candidates
-        self._rows: dict[str, Exponents] = {}
-        self._columns: dict[str, Exponents] = {}
-        self._offsets: dict[str, float] = {}
-
-    def add(self, link: Link, chosen: Exponents) -> None:
-        """Divide what makes an input by its factors, and multiply what reads it."""
-        for maker in link.makers:
-            shape = self._candidates[maker.tensor].tensor.info.shape
-            if len(shape) == 1:
-                self._of(self._columns, maker.tensor, (1, shape[0]))[0] -= chosen
-                self._offsets[maker.tensor] = link.offset
-            else:
-                rows = self._of(self._rows, maker.tensor, (self._candidates[maker.tensor].tensor.matrix.rows,))
-                rows[maker.first : maker.first + link.count] -= chosen
-        for reader in link.readers:
-            columns = self._of(self._columns, reader.tensor, (reader.experts, len(link.channels)))
-            columns[max(0, reader.expert)] += chosen[link.channels]
-
-    @staticmethod
-    def _of(sums: dict[str, Exponents], name: str, shape: tuple[int, ...]) -> Exponents:
-        if name not in sums:
-            sums[name] = np.zeros(shape, np.int8)
-        return sums[name]
-
-    def powers(self) -> dict[str, Powers]:
-        """Return the exponents of every tensor that has any but zeros."""
-        return {
-            name: Powers(self._rows.get(name), self._columns.get(name), self._offsets.get(name, 0.0))
-            for name in {**self._rows, **self._columns}
-            if any(part is not None and part.any() for part in (self._rows.get(name), self._columns.get(name)))
-        }
