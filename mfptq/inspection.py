@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.companions import FileChoice
+from .checkpoint.encoding import Encoding
 from .checkpoint.folder import Checkpoint
 from .checkpoint.header import TensorInfo
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.weights import Weight, name_pattern
+from .dtypes import DTYPE_BITS
 from .encodings.contents import read_contents, stored_bytes
 from .encodings.fp4 import MXFP4
 from .errors import SourceError
@@ -122,27 +124,32 @@ def plan_patterns(plan: ConversionPlan) -> tuple[TensorSummary, ...]:
 def planned_summary(item: TensorDecision, plan: ConversionPlan) -> TensorSummary:
     """Return what becomes of one tensor, how it is stored, and why."""
     decision, stored, tensor = item.decision, _stored(item.candidate.tensor.info), item.candidate.tensor
-    stored = replace(stored, source_bytes=stored_bytes(tensor), reason=decision.reason, rule=decision.rule)
+    stored = replace(stored, source_bytes=stored_bytes(tensor), reason=plan.reason(item), rule=decision.rule)
     if not decision.quantize:
-        widened = f", widened from {tensor.encoding.format}" if tensor.encoding is not None else ""
-        return replace(stored, action="keep", reason=decision.reason + widened)
+        codes = _codes(tensor.encoding)
+        return replace(stored, action="keep", reason=stored.reason + (f", widened from {codes}" if codes else ""))
     new = [weight for weight in item.candidate.weights if weight.module not in plan.carried.weights]
     return replace(
         stored,
         output_bytes=sum(plan.output_bytes_of(weight) for weight in item.candidate.weights),
         action=FORMATS[decision.format].label,
-        reason=decision.reason + _decoding(plan, new),
+        reason=stored.reason + _decoding(plan, new),
         method=", ".join(sorted({plan.method_of(weight) for weight in new})),
     )
 
 
+def _codes(encoding: Encoding | None) -> str:
+    """Return what codes values are stored as, scaled by smoothing or not; "" where they are stored as they are."""
+    return "" if encoding is None or encoding.format in DTYPE_BITS else encoding.format
+
+
 def _decoding(plan: ConversionPlan, new: Sequence[Weight]) -> str:
     """Return what is said of weights that are stored as codes."""
-    encoding = new[0].encoding if new else None
-    if encoding is None:
+    codes = _codes(new[0].encoding) if new else ""
+    if not codes:
         return ""
-    fits = encoding.format == MXFP4 and plan.format_of(new[0]).family == "nvfp4" and plan.method_of(new[0]) != "minmax"
-    return f", decoded from {encoding.format}" + (" (lossless where exponents span at most 14)" if fits else "")
+    fits = codes == MXFP4 and plan.format_of(new[0]).family == "nvfp4" and plan.method_of(new[0]) != "minmax"
+    return f", decoded from {codes}" + (" (lossless where exponents span at most 14)" if fits else "")
 
 
 def _merged(rows: Iterable[TensorSummary]) -> Iterator[TensorSummary]:

@@ -93,6 +93,8 @@ def plan_text(
     prefix = _common(groups[FP4].values())
     lines = _wrapped(_title(plan) + (f"; names without {prefix}" if prefix else ""), columns)
     lines += _wrapped(str(plan.share), columns)
+    for text in plan.smoothing.lines if plan.smoothing is not None else ():
+        lines += _wrapped(text, columns)
     for note in plan.contents.notes:
         lines += _wrapped(f"source: {note}", columns)
     for fate in (FP4, KEPT):
@@ -277,7 +279,7 @@ def _label(plan: ConversionPlan, item: TensorDecision) -> str:
 def _explained(plan: ConversionPlan, item: TensorDecision) -> Iterator[str]:
     info, decision, weights = item.candidate.tensor.info, item.decision, item.candidate.weights
     yield f"{printable(info.name)}: {info.dtype} {list(info.shape)}, {size_text(info.nbytes)}"
-    yield f"  {f'becomes {_label(plan, item)}' if decision.quantize else 'kept as it is'}: {printable(decision.reason)}"
+    yield f"  {f'becomes {_label(plan, item)}' if decision.quantize else 'kept as it is'}: {printable(plan.reason(item))}"
     yield f"  rule: {printable(decision.rule) if decision.rule else 'none named it'}"
     if item.candidate.obstacle:
         yield f"  layout: {item.candidate.obstacle}"

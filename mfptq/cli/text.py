@@ -152,6 +152,7 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
         "kv_cache": plan.settings.kv_cache,
         "method": plan.method,
         "methods": dict(plan.methods.most_common()),
+        "smoothing": plan.smoothing.as_dict() if plan.smoothing is not None else None,
         "shards": len(plan.shards),
         "source_bytes": plan.checkpoint.tensor_bytes,
         "output_bytes": plan.tensor_bytes,

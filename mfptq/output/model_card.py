@@ -17,6 +17,7 @@ from ..errors import counted
 from ..kernels import ErrorStats
 from ..planning.formats import FORMATS
 from ..sizes import size_text
+from ..smoothing.record import RECORD
 from .report import pattern_reports, total_error
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ def _summary(plan: ConversionPlan, name: str) -> str:
     origin = plan.checkpoint.origin
     source = f"`{origin.repo_id}` at commit `{origin.revision}`" if origin.repo_id else "a local checkpoint"
     inputs = f" Input scales are {plan.input_scales.about}." if plan.input_scales is not None else ""
+    if plan.smoothing is not None:
+        inputs += (
+            f" Inputs of {counted(plan.smoothing.weights, 'weight', 'weights')} are smoothed: norms and other tensors are "
+            f"scaled by powers of two, listed in `{RECORD}`."
+        )
     ratio = plan.tensor_bytes / plan.checkpoint.tensor_bytes
     recipe = f", recipe `{plan.settings.recipe.name}`" if plan.settings.recipe is not None else ""
     return (
@@ -116,6 +122,7 @@ def _origin(plan: ConversionPlan, name: str) -> str:
     options += [part for pattern in rules.targets for part in ("--target", pattern)]
     options += [part for rule in plan.settings.formats for part in ("--format", "=".join(rule))]
     options += ["--kv-cache", plan.settings.kv_cache] if plan.settings.kv_cache else []
+    options += ["--smooth"] if plan.settings.smooth else []
     options += [] if rules.use_defaults else ["--no-default-ignore"]
     given = "  # and the input scales or calibration file" if plan.input_scales is not None or plan.calibration else ""
     kept = Counter(

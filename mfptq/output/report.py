@@ -158,7 +158,7 @@ def tensor_rows(plan: ConversionPlan) -> list[list[Any]]:
     for item in plan.selection.tensors:
         info, decision = item.candidate.tensor.info, item.decision
         action = "NVFP4" if decision.quantize else "keep"
-        row = sums.setdefault((name_pattern(info.name), action, decision.rule, decision.reason), [0, 0])
+        row = sums.setdefault((name_pattern(info.name), action, decision.rule, plan.reason(item)), [0, 0])
         row[0] += 1
         row[1] += info.nbytes
     ordered = sorted(sums.items(), key=lambda each: (-each[1][1], each[0]))
@@ -186,6 +186,7 @@ def report_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> s
         "output_bytes": plan.tensor_bytes,
         "input_scales": plan.input_scales.about if plan.input_scales else None,
         "input_scales_filled": plan.input_scales.filled if plan.input_scales else None,
+        "smoothing": plan.smoothing.as_dict() if plan.smoothing else None,
         "relative_error": total_error(statistics),
         "patterns": [asdict(report) for report in pattern_reports(plan, statistics)],
         "layers": layer_rows(statistics),

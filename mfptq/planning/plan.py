@@ -111,6 +111,11 @@ class ConversionPlan:
         """How much of the model becomes FP4."""
         return share_of(self.selection)
 
+    def reason(self, item: TensorDecision) -> str:
+        """Return why a tensor becomes what it becomes, and whether smoothing scales it before, be it kept or not."""
+        scaled = self.smoothing is not None and item.candidate.tensor.info.name in self.smoothing.powers
+        return item.decision.reason + (", scaled by smoothing" if scaled else "")
+
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
         """Every source tensor with what becomes of it and why, in the source's order."""
@@ -119,7 +124,7 @@ class ConversionPlan:
                 item.candidate.tensor.info.name,
                 FORMATS[item.decision.format].label if item.decision.quantize else "keep",
                 item.decision.rule,
-                item.decision.reason,
+                self.reason(item),
                 self.format_of(item.candidate.weights[0]).name if item.decision.quantize else "",
             )
             for item in self.selection.tensors

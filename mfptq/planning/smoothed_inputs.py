@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..calibration.reading import Calibration
 from ..checkpoint.weights import candidates
 from ..encodings.contents import Contents
 from ..encodings.fp4 import Nvfp4
@@ -21,6 +20,9 @@ from ..smoothing.structure import find_links
 from .formats import FORMATS
 from .rules import Selection, TensorDecision
 from .settings import Settings, input_margin
+
+if TYPE_CHECKING:
+    from ..calibration.reading import Calibration
 
 
 class Inputs(NamedTuple):

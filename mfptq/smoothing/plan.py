@@ -10,13 +10,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..checkpoint.weights import Candidate, StoredTensor, Weight
 from ..encodings.smoothed import EXACT_DTYPES, Exponents, Powers, smoothed
-from ..errors import ScaleError, quote
+from ..errors import ScaleError, counted, quote
 from .factors import exponents
 from .structure import Link, Reader, Structure
 from .sums import FactorSums
@@ -42,6 +42,21 @@ class Smoothing:
     def of(self, tensor: StoredTensor) -> StoredTensor:
         """Return a tensor of the source as it is to be read: itself, or multiplied."""
         return smoothed(tensor, self.powers)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What is smoothed and what is left alone, for people."""
+        exponents = [int(each) for part in self.inputs.values() for each in (part.min(), part.max())]
+        factors = f", factors from 2^{min(exponents)} to 2^{max(exponents)}" if exponents else ""
+        weights = counted(self.weights, "quantized weight", "quantized weights")
+        return (
+            f"smoothing: the inputs of {weights}{factors}",
+            *(f"not smoothed: {counted(count, 'weight', 'weights')}, {why}" for why, count in self.left.items()),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the same as JSON values."""
+        return {"weights": self.weights, "scaled_tensors": len(self.powers), "left": dict(self.left)}
 
     @property
     def digest(self) -> str:
