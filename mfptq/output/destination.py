@@ -183,7 +183,8 @@ def inspect_output(root: Path, claim: OutputClaim, *, overwrite: bool) -> Journa
         return JournalState()
     if state.digests is None or overwrite:
         return JournalState(files=state.files)
-    changed = [part for part, digest in claim.digests.items() if state.digests.get(part) != digest]
+    parts = dict.fromkeys([*claim.digests, *state.digests])
+    changed = [part for part in parts if claim.digests.get(part) != state.digests.get(part)]
     if changed:
         raise PlanMismatchError(
             f"output {quote(root)} holds an unfinished conversion with other {' and '.join(changed)}: "

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoint.weights import Candidate, StoredTensor, Weight
+from ..checkpoint.weights import Candidate, StoredTensor, Weight, name_pattern
 from ..encodings.smoothed import EXACT_DTYPES, Exponents, Powers, smoothed
-from ..errors import ScaleError, counted, quote
+from ..errors import ScaleError, counted, printable, quote
 from .factors import exponents
 from .structure import Link, Reader, Structure
 from .sums import FactorSums
@@ -31,13 +31,15 @@ UNKNOWN = "what makes their input is not known for certain"
 class Smoothing:
     """Powers of two by tensor, and by input of the calibration file.
 
-    `weights` counts the quantized weights whose input is smoothed, `left` those that are left alone, by reason.
+    `weights` counts the quantized weights whose input is smoothed, `left` those that are left alone, by reason; `kept` the kept
+    tensors that are scaled, by pattern of their names.
     """
 
     powers: Mapping[str, Powers] = field(repr=False)
     inputs: Mapping[str, Exponents] = field(repr=False)
     weights: int
     left: Mapping[str, int]
+    kept: Mapping[str, int]
 
     def of(self, tensor: StoredTensor) -> StoredTensor:
         """Return a tensor of the source as it is to be read: itself, or multiplied."""
@@ -51,12 +53,13 @@ class Smoothing:
         weights = counted(self.weights, "quantized weight", "quantized weights")
         return (
             f"smoothing: the inputs of {weights}{factors}",
+            *(f"kept, but scaled by smoothing: {count} {printable(pattern)}" for pattern, count in self.kept.items()),
             *(f"not smoothed: {counted(count, 'weight', 'weights')}, {why}" for why, count in self.left.items()),
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the same as JSON values."""
-        return {"weights": self.weights, "scaled_tensors": len(self.powers), "left": dict(self.left)}
+        return {"weights": self.weights, "left": dict(self.left), "scaled_kept": dict(self.kept)}
 
     @property
     def digest(self) -> str:
@@ -99,7 +102,13 @@ def find_smoothing(
             if not np.array_equal(inputs.setdefault(name, chosen[link.channels]), chosen[link.channels]):
                 raise ScaleError(f"input {quote(name)} of the calibration file is that of layers with different inputs")
     left = Counter(reasons.get(name) or _unknown(name, structure) for name in quantized if name not in done)
-    return Smoothing(sums.powers(), inputs, len(done), dict(left.most_common()))
+    powers = sums.powers()
+    kept = Counter(name_pattern(name) for name in powers if not _is_quantized(candidates[name], quantized))
+    return Smoothing(powers, inputs, len(done), dict(left.most_common()), dict(sorted(kept.items())))
+
+
+def _is_quantized(item: Candidate, quantized: Collection[str]) -> bool:
+    return any(weight.module in quantized for weight in item.weights)
 
 
 def _unknown(module: str, structure: Structure) -> str:

@@ -1,0 +1,117 @@
+"""Tensors times powers of two: exact, or refused; the same however they are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mfptq.checkpoint.encoding import Region
+from mfptq.checkpoint.hub import open_checkpoint
+from mfptq.dtypes import NUMPY_DTYPES
+from mfptq.encodings.smoothed import Powers, Smoothed
+from mfptq.errors import SmoothingError
+from mfptq.kernels.decode import load_decoder
+
+ROWS, COLUMNS = 24, 80
+
+
+def decoded(folder: Path, tensor: torch.Tensor, powers: Powers, *regions: Region) -> list[np.ndarray]:
+    """Return regions of a tensor that is read times its factors."""
+    folder.mkdir(exist_ok=True)
+    save_file({"w": tensor}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(folder)
+    [stored] = checkpoint.tensors()
+    found = []
+    for region in regions or (Region(0, stored.matrix.rows, 0, stored.matrix.columns),):
+        out = np.empty(region.size, NUMPY_DTYPES[stored.info.dtype])
+        Smoothed(stored, powers).decode(checkpoint.source, region, out, load_decoder())
+        found.append(out.reshape(region.rows, region.columns))
+    checkpoint.source.close()
+    return found
+
+
+def floats(values: np.ndarray) -> np.ndarray:
+    return (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else values
+
+
+def random(dtype: torch.dtype, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+    values[..., ::7] = 0
+    values[..., 3] = -0.0
+    return values.to(dtype)
+
+
+def factors(*shape: int, limit: int = 16) -> np.ndarray:
+    return np.random.default_rng(1).integers(-limit, limit + 1, shape).astype(np.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_exact(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor, powers = random(dtype), Powers(factors(ROWS), factors(1, COLUMNS))
+    [found] = decoded(tmp_path, tensor, powers)
+    exponents = powers.rows[:, None].astype(int) + powers.columns.astype(int)
+    expected = np.ldexp(tensor.double().numpy(), exponents)
+    assert (floats(found).astype(np.float64) == expected).all()
+    assert (np.signbit(floats(found)) == np.signbit(expected)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_any_cut_gives_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor, powers = random(dtype, (4, ROWS // 4, COLUMNS)), Powers(factors(ROWS), factors(4, COLUMNS))
+    [whole] = decoded(tmp_path, tensor, powers)
+    regions = [Region(0, 5, 0, COLUMNS), Region(5, 19, 0, COLUMNS), Region(17, 1, 16, 48)]
+    for region, part in zip(regions, decoded(tmp_path, tensor, powers, *regions), strict=True):
+        columns = slice(region.column, region.column + region.columns)
+        assert (part == whole[region.row : region.row + region.rows, columns]).all()
+
+
+def test_each_slice_of_a_stack_has_its_own_factors(tmp_path: Path) -> None:
+    tensor, columns = torch.ones(3, 2, 16), factors(3, 16)
+    [found] = decoded(tmp_path, tensor, Powers(None, columns))
+    assert (found == np.repeat(np.ldexp(np.float32(1), columns), 2, axis=0)).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "exponent", "dtype"),
+    [
+        (3e38, 1, torch.bfloat16),
+        (3e38, 1, torch.float32),
+        (1.0078125 * 2.0**-120, -8, torch.bfloat16),
+        (2.0**-133 * 3, -1, torch.bfloat16),
+        ((1 + 2.0**-23) * 2.0**-120, -8, torch.float32),
+    ],
+)
+def test_what_would_not_be_exact_is_refused(value: float, exponent: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = random(dtype)
+    tensor[7, 21] = value
+    assert tensor[7, 21] != 0
+    exponents = np.zeros((1, COLUMNS), np.int8)
+    exponents[0, 21] = exponent
+    with pytest.raises(SmoothingError, match=rf"row 7, column 21 times 2\^{exponent} is none that"):
+        decoded(tmp_path, tensor, Powers(None, exponents))
+
+
+@pytest.mark.parametrize(
+    ("value", "exponent"), [(2.0**-130, 20), (2.0**-126, -3), (2.0**-120, -10), (1.5 * 2.0**126, 1)]
+)
+def test_subnormal_and_largest_numbers_that_fit_are_exact(value: float, exponent: int, tmp_path: Path) -> None:
+    tensor = random(torch.bfloat16)
+    tensor[7, 21] = value
+    exponents = np.zeros((1, COLUMNS), np.int8)
+    exponents[0, 21] = exponent
+    [found] = decoded(tmp_path, tensor, Powers(None, exponents))
+    assert float(floats(found)[7, 21]) == value * 2.0**exponent
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_norm_with_an_offset_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor, exponents = random(dtype, (COLUMNS,)) / 4, factors(1, COLUMNS, limit=6)
+    [found] = decoded(tmp_path, tensor, Powers(None, exponents, 1.0))
+    exact = (tensor.double() + 1) * 2.0 ** torch.from_numpy(exponents[0]).double() - 1
+    assert (torch.from_numpy(floats(found)[0].copy()).to(dtype) == exact.float().to(dtype)).all()

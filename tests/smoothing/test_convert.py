@@ -1,0 +1,225 @@
+"""Conversions with smoothing: what is written equals what the plain converter makes of the folded checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mfptq
+from mfptq.calibration.file import InputInfo
+from mfptq.calibration.reading import load_calibration
+from mfptq.conversion import make_plan
+from mfptq.demo import write_demo
+from mfptq.errors import PlanMismatchError, ScaleError, SmoothingError, UsageError
+from mfptq.smoothing.record import RECORD
+
+from ..calibration.files import calibrate, described, random_inputs, statistics_of, stored, write_file
+from ..conftest import SMALL, SMALL_EXPERTS, command, digests
+from ..models import MOE
+from .models import fold, write_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", MOE])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("smoothed") / "source", request.param)
+
+
+@pytest.fixture(scope="module")
+def path(source: Path) -> Path:
+    return calibrate(source, source.parent / "x.calibration.safetensors")
+
+
+def tensors(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in digests(folder).items() if name.endswith(".safetensors")}
+
+
+def smoothed_file(source: Path, path: Path, output: Path) -> Path:
+    """Write the statistics of the smoothed inputs, computed from activations instead of from statistics."""
+    plan = make_plan(source, calibration=path, smooth=True)
+    inputs = {}
+    for seed, info in enumerate(load_calibration(path).inputs.values()):
+        exact = random_inputs(info.columns, seed=seed)
+        divided = exact * 2.0 ** -plan.smoothing.inputs.get(info.name, np.zeros(1)).astype(float)
+        inputs[InputInfo(info.name, info.columns, info.modules)] = statistics_of(divided)
+    plan.close()
+    return write_file(output, inputs)
+
+
+@pytest.mark.parametrize("method", ["search", "minmax", "weighted", "hessian+"])
+def test_the_output_is_that_of_the_folded_checkpoint_with_its_own_statistics(method, source, path, tmp_path):
+    """Tensor by tensor to the bit, the input scales apart: they come from a bound instead of from a second pass."""
+    report = mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True, method=method)
+    folded = fold(source, tmp_path / "folded", calibration=path)
+    own = smoothed_file(source, path, tmp_path / "y.calibration.safetensors")
+    mfptq.convert(folded, tmp_path / "plain", calibration=own, method=method)
+    found, expected = stored(tmp_path / "out"), stored(tmp_path / "plain")
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        if name.endswith("input_global_scale"):
+            assert values <= expected[name], name
+            assert values > expected[name] / 64, name
+        else:
+            assert torch.equal(values.view(torch.uint8), expected[name].view(torch.uint8)), name
+    assert mfptq.verify(tmp_path / "out", source).ok
+    assert report.scheme == "NVFP4"
+
+
+def test_weight_only_outputs_are_smoothed_too(source, path, tmp_path):
+    mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True, scheme="W4A16")
+    mfptq.convert(source, tmp_path / "w4a4", calibration=path, smooth=True)
+    found, other = stored(tmp_path / "out"), stored(tmp_path / "w4a4")
+    assert found.keys() < other.keys()
+    assert all(torch.equal(values.view(torch.uint8), other[name].view(torch.uint8)) for name, values in found.items())
+
+
+@pytest.mark.parametrize("shape", [SMALL, SMALL_EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("method", ["search", "hessian+"])
+@pytest.mark.parametrize(("tile", "workers"), [(64, 1), (512, 3), (4096, 2)])
+def test_tiles_and_workers_do_not_change_a_byte(shape, method, tile, workers, tmp_path, monkeypatch):
+    """Tiles of 64 bytes are halves of a row: each part must meet the factors of its own columns."""
+    source = tmp_path / "source"
+    write_demo(source, shape)
+    decisions = {"calibration": calibrate(source, tmp_path / "x.calibration.safetensors"), "method": method}
+    mfptq.convert(source, tmp_path / "whole", smooth=True, **decisions)
+    monkeypatch.setattr("mfptq.execution.memory_budget.MAX_TILE", tile)
+    monkeypatch.setattr("mfptq.execution.memory_budget.MIN_TILE", tile)
+    mfptq.convert(source, tmp_path / "cut", smooth=True, max_workers=workers, **decisions)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+
+
+def test_torch_writes_the_same_bytes(tmp_path, monkeypatch):
+    write_demo(tmp_path / "source", SMALL)
+    path = calibrate(tmp_path / "source", tmp_path / "x.calibration.safetensors")
+    mfptq.convert(tmp_path / "source", tmp_path / "compiled", calibration=path, smooth=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    mfptq.convert(tmp_path / "source", tmp_path / "torch", calibration=path, smooth=True)
+    assert tensors(tmp_path / "torch") == tensors(tmp_path / "compiled")
+
+
+def test_parts_make_the_same_and_a_run_is_resumed_with_the_same_factors_only(tmp_path):
+    class Stop(BaseException):
+        pass
+
+    def stop(event: mfptq.Event) -> None:
+        if isinstance(event, mfptq.ShardFinished):
+            raise Stop
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_demo(source, SMALL)
+    decisions = {"calibration": calibrate(source, tmp_path / "x.calibration.safetensors"), "scheme": "W4A16"}
+    with mfptq.plan(source, **decisions, smooth=True) as plan:
+        for number in (2, 1):
+            plan.run_part(tmp_path / "parts", f"{number}/2")
+        plan.finish(tmp_path / "parts")
+    with pytest.raises(Stop):
+        mfptq.convert(source, out, **decisions, smooth=True, on_event=stop)
+    with pytest.raises(PlanMismatchError, match="unfinished conversion with other smoothing"):
+        mfptq.convert(source, out, **decisions)
+    assert mfptq.convert(source, out, **decisions, smooth=True).resumed_shards >= 1
+    assert digests(out) == digests(tmp_path / "parts")
+    assert mfptq.convert(source, out, **decisions, smooth=True).already_complete
+
+
+def test_verify_checks_kept_tensors_and_that_factors_cancel(source, path, tmp_path):
+    out = tmp_path / "out"
+    mfptq.convert(source, out, calibration=path, smooth=True)
+    (out / "SHA256SUMS").unlink()
+    found = mfptq.verify(out, source)
+    assert found.ok
+    record = json.loads((out / RECORD).read_text())
+    kept = [name for name in record["tensors"] if name in stored(out)]
+    assert found.scaled == len(kept) > 0
+    norm = next(name for name in kept if name.endswith("input_layernorm.weight"))
+    changed = shutil.copytree(out, tmp_path / "changed")
+    [file] = changed.glob("*.safetensors")
+    content = load_file(file)
+    content[norm][1] *= 2
+    save_file(content, file, {"format": "pt"})
+    assert [fault.what for fault in mfptq.verify(changed, source).faults if fault.tensor == norm] == [
+        "differs from the source times its factors, which it should be equal to"
+    ]
+    del record["tensors"][norm]
+    (changed / RECORD).write_text(json.dumps(record))
+    content[norm] = stored(source)[norm]
+    save_file(content, file, {"format": "pt"})
+    assert {fault.tensor: fault.what for fault in mfptq.verify(changed, source).faults} == {
+        norm: "has factors that change what the model computes"
+    }
+    (changed / RECORD).write_text("{}")
+    assert "format" in str(mfptq.verify(changed, source).faults[0])
+
+
+def test_plan_report_and_card_list_what_is_scaled(source, path, tmp_path):
+    out = tmp_path / "out"
+    shown = command("plan", source, "--calibration", path, "--smooth").stdout
+    assert "smoothing: the inputs of " in shown
+    assert "kept, but scaled by smoothing: " in shown
+    mfptq.convert(source, out, calibration=path, smooth=True)
+    report = json.loads((out / "mfptq_report.json").read_text())
+    pattern = next(name for name in report["smoothing"]["scaled_kept"] if "input_layernorm" in name)
+    [row] = [row for row in report["tensors"] if row[0] == pattern]
+    assert row[1] == "keep"
+    assert row[-1].endswith("scaled by smoothing")
+    assert "smoothed" in (out / "README.md").read_text()
+    assert "--smooth" in (out / "README.md").read_text()
+
+
+def test_what_is_not_certain_is_left_alone_and_told(tmp_path):
+    source = write_model(tmp_path / "source", "llama")
+    path = calibrate(source, tmp_path / "x.calibration.safetensors")
+    [file] = source.glob("*.safetensors")
+    original = load_file(file)
+
+    def left(change: dict[str, torch.Tensor], config: dict[str, object] | None = None) -> dict[str, int]:
+        save_file(original | change, file, {"format": "pt"})
+        known = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(known | (config or {})))
+        plan = make_plan(source, calibration=path, smooth=True)
+        plan.close()
+        (source / "config.json").write_text(json.dumps(known))
+        return dict(plan.smoothing.left)
+
+    layer = "model.layers.0."
+    assert left({}) == {}
+    assert left({f"{layer}self_attn.sinks": torch.zeros(4)}) == {
+        "its block holds tensors that are not known, such as self_attn.sinks": 7
+    }
+    assert left({f"{layer}input_layernorm.weight": torch.ones(64, dtype=torch.float16)}) == {
+        "factors of F16 tensors would not be exact": 3
+    }
+    assert left({}, {"num_key_value_heads": 3}) == {"what makes their input is not known for certain": 2}
+    assert left({}, {"model_type": "phi3"}) == {"the model's type is none whose blocks are known": 14}
+
+
+def test_values_that_cannot_be_multiplied_exactly_stop_the_conversion(tmp_path):
+    source = write_model(tmp_path / "source", "llama")
+    path = calibrate(source, tmp_path / "x.calibration.safetensors")
+    [file] = source.glob("*.safetensors")
+    content = load_file(file)
+    content["model.layers.1.self_attn.q_proj.weight"][3] = 3e38
+    save_file(content, file, {"format": "pt"})
+    with pytest.raises(SmoothingError, match=r"layers\.1\.self_attn\.q_proj.* is none that BF16 holds"):
+        mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_moments_and_a_calibration_file_are_needed(source, tmp_path):
+    with pytest.raises(UsageError, match="smooth takes its factors from a calibration file"):
+        mfptq.convert(source, tmp_path / "out", smooth=True)
+    path = calibrate(source, tmp_path / "x.calibration.safetensors", described("amax"))
+    with pytest.raises(ScaleError, match="has no second moments: smoothing needs them"):
+        mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True)
+
+
+def test_without_smoothing_nothing_is_recorded(source, path, tmp_path):
+    mfptq.convert(source, tmp_path / "out", calibration=path)
+    assert not (tmp_path / "out" / RECORD).exists()
+    assert json.loads((tmp_path / "out" / "mfptq_report.json").read_text())["smoothing"] is None
