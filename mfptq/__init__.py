@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         PlanMismatchError,
         RuleError,
         ScaleError,
+        SmoothingError,
         SourceChangedError,
         SourceError,
         StorageError,
@@ -72,7 +73,7 @@ _EXPORTS = {
     "engines.findings": "Finding",
     "engines.serving": "Serving",
     "errors": "DestinationError DestinationExistsError DestinationLockedError HeaderError HubError IndexMismatchError "
-    "MemoryBudgetError MfptqError NonFiniteWeightError PlanMismatchError RuleError ScaleError SourceChangedError "
+    "MemoryBudgetError MfptqError NonFiniteWeightError PlanMismatchError RuleError ScaleError SmoothingError SourceChangedError "
     "SourceError StorageError UnsafePathError UnsupportedTensorError UsageError VerificationError",
     "execution.events": "Advanced Event Planned ShardFinished",
     "execution.executors": "Executed Executor Order ThreadExecutor",
