@@ -61,8 +61,16 @@ def bf16_bits(values: ScaleArray) -> Bf16Array:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is beyond bfloat16 is found by whoever reads the result
-def scale_codes(codes: str, packed: npt.NDArray[np.uint8], scales: ScaleArray, out: Bf16Array, *, run: int) -> None:
-    """Decode by the definition; see `CodeScaler`."""
+def scale_codes(
+    codes: str,
+    packed: npt.NDArray[np.uint8],
+    scales: ScaleArray,
+    out: Bf16Array,
+    *,
+    run: int,
+    zeros: ScaleArray | None = None,
+) -> None:
+    """Decode by the definition; see `CodeScaler`. `zeros`, shaped as `scales`, are taken from the codes' values first."""
     rows, columns = out.shape
     kind = CODE_FORMATS[codes]
     bytes_per_row = columns * kind.bits // 8
@@ -70,6 +78,8 @@ def scale_codes(codes: str, packed: npt.NDArray[np.uint8], scales: ScaleArray, o
     for row in range(0, rows, step):
         part = packed[row * bytes_per_row : (row + step) * bytes_per_row]
         values = kind.values[part if kind.bits == 8 else _nibbles(part)].reshape(-1, columns)
+        if zeros is not None:
+            values = values - np.repeat(zeros[row : row + step], run, axis=1)[:, :columns]
         factors = np.repeat(scales[row : row + step], run, axis=1)[:, :columns]
         out[row : row + step] = bf16_bits(values * factors)
 

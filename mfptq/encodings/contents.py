@@ -187,7 +187,8 @@ def _check_rest(tensors: Iterable[StoredTensor], found: _Found, declared: Declar
 def _check_zero_points(checkpoint: Checkpoint, found: _Found, tensors: Iterable[StoredTensor]) -> None:
     """Raise SourceError for FP8 weights whose zero points are not zero: old files hold them, and they must be."""
     for tensor in tensors:
-        if tensor.info.name.endswith(".weight_zero_point") and tensor.info.name in found.consumed:
+        name = tensor.info.name
+        if name.endswith(".weight_zero_point") and name in found.consumed and tensor.info.dtype != "I32":
             if tensor.info.nbytes > MAX_SCALES_BYTES:
                 raise SourceError(f"{quote(tensor.info.name)} has {tensor.info.nbytes} bytes, too many for zero points")
             data = bytearray(tensor.info.nbytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import SourceError, quote
+from .asymmetric import AsymmetricIntegers, check_zeros
 from .codes import INT4, INT8, UINT8
 from .modules import Module, Recognized, check_dtype, recognized
 from .scaled import ScaledCodes
@@ -22,10 +23,11 @@ def packed_integers(module: Module) -> Iterable[Recognized]:
     if codes is None or scales is None or len(codes.info.shape) != 2 or len(scales.info.shape) != 2:
         return
     check_dtype(scales.info, _FLOATS)
-    for leaf in ("weight_zero_point", "weight_g_idx"):
-        if leaf in module.tensors:
-            what = "asymmetric" if leaf == "weight_zero_point" else "stored in another order of columns"
-            raise SourceError(f"{quote(codes.info.name)} is {what} ({leaf}), which is not read: convert the original")
+    if "weight_g_idx" in module.tensors:
+        raise SourceError(
+            f"{quote(codes.info.name)} is stored in another order of columns (weight_g_idx), which is not read: "
+            "convert the original"
+        )
     bits = module.declared.bits
     if len(bits) != 1 or bits[0] not in _CODES:
         said = f"num_bits {' and '.join(map(str, bits))}" if bits else "no num_bits"
@@ -39,8 +41,14 @@ def packed_integers(module: Module) -> Iterable[Recognized]:
             f"for each row, or groups of {', '.join(map(str, _sizes(module))) or 'a size that the config declares'}"
         )
     label = f"INT{bits[0]}, {scales.info.dtype} scale per {'row' if groups == 1 else f'{group} columns'}"
-    encoding = ScaledCodes(label, _CODES[bits[0]], codes, scales, rows, columns, 1, group)
-    yield recognized(module, codes, (rows, columns), (encoding, scales))
+    parts = (_CODES[bits[0]], codes, scales, rows, columns, 1, group)
+    zeros = module.get("weight_zero_point")
+    if zeros is None:
+        encoding = ScaledCodes(label, *parts)
+    else:
+        check_zeros(zeros, rows, groups, bits[0])
+        encoding = AsymmetricIntegers(f"{label}, with zero points", *parts, zeros=zeros)
+    yield recognized(module, codes, (rows, columns), (encoding, scales, zeros))
 
 
 def _sizes(module: Module) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from ..checkpoint.encoding import Bf16Array, CodeScaler, Encoding, Region, Scale
 from ..checkpoint.source import Source
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import DTYPE_BITS
-from .codes import CODE_FORMATS, scale_values
+from .codes import CODE_FORMATS, scale_codes, scale_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,15 @@ class ScaledCodes(Encoding):
         for offset, length in self.ranges(region):
             source.read_into(self.weight.shard, offset, packed[end : end + length].data)
             end += length
-        scaler(self.codes, packed, scales, out.reshape(region.rows, region.columns), run=self.block_columns)
+        values, zeros = out.reshape(region.rows, region.columns), self.zero_points(source, region)
+        if zeros is None:
+            scaler(self.codes, packed, scales, values, run=self.block_columns)
+        else:
+            scale_codes(self.codes, packed, scales, values, run=self.block_columns, zeros=zeros)
+
+    def zero_points(self, source: Source, region: Region) -> ScaleArray | None:  # noqa: ARG002 - for those that have any
+        """Return what is taken from a region's codes before they are scaled, shaped as its scales; None for nothing."""
+        return None
 
     def _scales(self, source: Source, region: Region) -> ScaleArray:
         """Return the float32 scales of a region: one row for each of its rows, one column for each block it touches."""

@@ -113,10 +113,14 @@ def stack_experts(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return result
 
 
-def dequantize_checkpoint(folder: Path) -> Tensors:
-    """Return the checkpoint that computes what a quantized one means, under the original names, in BF16."""
+def dequantize_checkpoint(folder: Path, *, stacked: bool = True) -> Tensors:
+    """Return the checkpoint that computes what a quantized one means, under the original names, in BF16.
+
+    `stacked`: the experts of a layer lie in one tensor, as the source has them.
+    """
     stored = read_tensors(folder)
-    weights = stack_experts(dequantize_weights(stored))
+    weights = dequantize_weights(stored)
+    weights = stack_experts(weights) if stacked else weights
     result = {name: torch.from_numpy(to_bf16(weight).copy()).view(torch.bfloat16) for name, weight in weights.items()}
     fp8 = dequantize_fp8_weights(stored)
     for name, tensor in stored.items():
@@ -128,11 +132,11 @@ def dequantize_checkpoint(folder: Path) -> Tensors:
     return result
 
 
-def write_twin(quantized: Path, source: Path, folder: Path) -> Path:
+def write_twin(quantized: Path, source: Path, folder: Path, *, stacked: bool = True) -> Path:
     """Write the BF16 twin of a quantized checkpoint as one file, with the source's configuration; return its folder."""
     ignored = shutil.ignore_patterns("*.safetensors", "*.index.json")
     shutil.copytree(source, folder, ignore=ignored)
-    tensors = dequantize_checkpoint(quantized)
+    tensors = dequantize_checkpoint(quantized, stacked=stacked)
     write_shards(folder, tensors, [list(tensors)])
     return folder
 

@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[Tensors, dict, str]] = {
             f"{M}.weight_zero_point": torch.zeros(2, 1, dtype=torch.int32),
         },
         {},
-        "is asymmetric",
+        "expected zero points of 4 bits"
     ),
     "no scales at all": ({f"{M}.weight_packed": torch.zeros(16, 4, dtype=torch.int32)}, {}, "without the scales"),
     "MXFP4, half the scales": (
