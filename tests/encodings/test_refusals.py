@@ -59,14 +59,14 @@ REFUSED: dict[str, tuple[Tensors, dict, str]] = {
         {},
         "declares no num_bits",
     ),
-    "packed, asymmetric": (
+    "packed, another order": (
         {
             f"{M}.weight_packed": torch.zeros(16, 4, dtype=torch.int32),
             f"{M}.weight_scale": torch.ones(16, 1),
-            f"{M}.weight_zero_point": torch.zeros(2, 1, dtype=torch.int32),
+            f"{M}.weight_g_idx": torch.zeros(32, dtype=torch.int32),
         },
         {},
-        "expected zero points of 4 bits"
+        "another order of columns"
     ),
     "no scales at all": ({f"{M}.weight_packed": torch.zeros(16, 4, dtype=torch.int32)}, {}, "without the scales"),
     "MXFP4, half the scales": (
