@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .checking import check_plan
 from .checkpoint.companions import FileChoice
@@ -20,7 +20,7 @@ from .errors import UsageError, counted
 from .execution.events import Advanced, Event, OnEvent
 from .execution.executors import Executor, Order, Request, ThreadExecutor
 from .execution.memory_budget import INTERPRETER, memory_errors, peak_bytes, resident_bytes
-from .execution.prepare import Resources, prepare
+from .execution.prepare import Measuring, Resources, prepare
 from .output.finished import finished_by, finished_report
 from .output.publish import Publisher, PushTarget, push
 from .output.report import Report
@@ -28,6 +28,7 @@ from .output.uploads import Uploads, published_report
 from .planning.parts import Part
 from .planning.plan import ConversionPlan, PlannedTensor, build_plan
 from .planning.settings import Decisions, check_decisions, input_margin
+from .planning.size_target import with_errors_beside
 from .scales.reading import AUTO, InputScales, read_input_scales
 from .scales.uncalibrated import UncalibratedInputs
 from .sizes import size_text
@@ -175,15 +176,27 @@ class Plan:
         self.close()
 
 
-def plan(source: str | Path, **decisions: Unpack[Decisions]) -> Plan:
+def plan(
+    source: str | Path,
+    *,
+    max_memory: str | int = "1GiB",
+    max_workers: int | None = None,
+    device: str = "cpu",
+    on_event: OnEvent | None = None,
+    **decisions: Unpack[Decisions],
+) -> Plan:
     """Return what `convert` with the same decisions would do, from headers alone; raises what it would raise.
 
-    The decisions are the keywords that `Decisions` describes. Close the plan, or use it in a `with` block.
+    The decisions are the keywords that `Decisions` describes. With `target_bits` or `target_size` the weights are read once,
+    unless `format_errors` has what is needed; the other keywords are for that, as those of `convert`.
+    Close the plan, or use it in a `with` block.
     """
     held = max(0, resident_bytes() - INTERPRETER)
+    resources = Resources(max_memory, max_workers, device)
+    measuring = Measuring(resources, on_event or _ignore, held, decisions.get("format_errors"))
     given = cast("Decisions", {name: tuple(v) if isinstance(v, Iterator) else v for name, v in decisions.items()})
     with memory_errors():
-        planned = make_plan(source, **given)
+        planned = make_plan(source, measuring, **given)
         return Plan(planned, held, Request.of(planned, given))
 
 
@@ -217,14 +230,13 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
 
     Raises MfptqError and its subclasses; see `mfptq.errors`. The source is only read.
     """
-    with plan(source, **decisions) as made:
+    decisions = with_errors_beside(decisions, destination)
+    resources: Any = {"max_memory": max_memory, "max_workers": max_workers, "device": device, "on_event": on_event}
+    with plan(source, **resources, **decisions) as made:
         return made.run(
             destination,
-            max_memory=max_memory,
-            max_workers=max_workers,
-            device=device,
             overwrite=overwrite,
-            on_event=on_event,
+            **resources,
             push_to=PushTarget(push_to_hub, private, token=decisions.get("token")) if push_to_hub else None,
             discard_output=discard_output,
             executor=executor,
@@ -235,8 +247,11 @@ def _ignore(_event: Event) -> None:
     """Take no notice of an event."""
 
 
-def make_plan(source: str | Path, **decisions: Unpack[Decisions]) -> ConversionPlan:
-    """Return the plan with everything that the later stages need; `plan` wraps it for the public."""
+def make_plan(source: str | Path, measuring: Measuring | None = None, **decisions: Unpack[Decisions]) -> ConversionPlan:
+    """Return the plan with everything that the later stages need; `plan` wraps it for the public.
+
+    `measuring` is what the pass over the weights may use that a target for the size takes.
+    """
     settings = check_decisions(decisions)
     keep = decisions.get("keep_source", False)
     hub = HubOptions(decisions.get("revision"), decisions.get("token"), decisions.get("cache_dir"), keep)
@@ -266,8 +281,12 @@ def make_plan(source: str | Path, **decisions: Unpack[Decisions]) -> ConversionP
             scales = None  # the rest of what `like` or `calibration` tells is of use without them
         checkpoint = open_checkpoint(source, hub, choice)
         opened.callback(checkpoint.source.close)
-        made = build_plan(
-            checkpoint, settings, UncalibratedInputs(checkpoint) if given == AUTO else scales, calibration
-        )
+        found = UncalibratedInputs(checkpoint) if given == AUTO else scales
+        made = build_plan(checkpoint, settings, found, calibration)
+        if settings.target is not None and settings.chosen is None:
+            from .execution.size_target import aimed
+
+            aim = measuring or Measuring(path=decisions.get("format_errors"))
+            made = aimed(made, aim, lambda changed: build_plan(checkpoint, changed, found, calibration))
         opened.pop_all()
     return made

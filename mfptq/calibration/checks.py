@@ -69,3 +69,10 @@ def check_routed(routed: Mapping[str, Int64Array]) -> None:
     for name, counts in routed.items():
         if (counts < 0).any():
             raise ScaleError(f"{ROUTED} of {quote(name)} is negative")
+
+
+def check_sensitivities(found: Mapping[str, float]) -> None:
+    """Raise ScaleError for sensitivities that no measurement gives."""
+    for name, value in found.items():
+        if not 0 <= value < np.inf:
+            raise ScaleError(f"sensitivity of {quote(name)} is {value}, expected a finite number from 0 on")

@@ -10,6 +10,9 @@ For each input, by its name:
     <input>.hessian        F32 [K/16, 16, 16] mean of x x^T over the tokens: its diagonal blocks
     <input>.tokens         I64 [1]            how many tokens that was
     <experts>.routed_tokens  I64 [E]          how many tokens each routed expert was given by its router
+    <input>.sensitivity    F32 [1]            squared relative error of the model's last hidden state where the layers of
+                                              this input alone are rounded to plain NVFP4; of a layer's experts together
+                                              it is `<experts>.sensitivity`
 
 and in the metadata which modules share the input, and what was run. Moments are not centred.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,6 +39,7 @@ SUFFIX = ".calibration.safetensors"
 VERSION_KEY = "mfptq_calibration"
 FORMAT_VERSION = "1"
 AMAX, MOMENT, HESSIAN, TOKENS, ROUTED = "amax", "second_moment", "hessian", "tokens", "routed_tokens"
+SENSITIVITY = "sensitivity"
 
 EXTRACT = "extract"  # the origin of files whose ranges come from another checkpoint: no tokens are known
 
@@ -117,6 +121,7 @@ class Contents:
     inputs: tuple[InputInfo, ...]
     read: Callable[[InputInfo], InputStatistics]
     routed: Mapping[str, Int64Array]
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
 
 
 def write_calibration(path: Path, contents: Contents) -> None:
@@ -125,6 +130,7 @@ def write_calibration(path: Path, contents: Contents) -> None:
     level = contents.description.statistics
     specs = [spec for info in contents.inputs for spec in tensor_specs(info, level, counted=counted)]
     specs += [TensorSpec(f"{name}.{ROUTED}", "I64", counts.shape) for name, counts in contents.routed.items()]
+    specs += [TensorSpec(f"{name}.{SENSITIVITY}", "F32", (1,)) for name in contents.sensitivities]
     head, header = encode_header(specs, _metadata(contents.description, contents.inputs))
     places = {info.name: len(head) + info.start for info in header.tensors}
     file = PartialFile(partial_path(path.parent, path.name), path, len(head) + header.data_bytes)
@@ -135,6 +141,8 @@ def write_calibration(path: Path, contents: Contents) -> None:
                 file.write(data, places[f"{info.name}.{part}"])
         for name, counts in contents.routed.items():
             file.write(counts.astype("<i8").tobytes(), places[f"{name}.{ROUTED}"])
+        for name, value in contents.sensitivities.items():
+            file.write(np.array([value], "<f4").tobytes(), places[f"{name}.{SENSITIVITY}"])
         file.commit()
     finally:
         file.discard()
@@ -243,5 +251,6 @@ def check_tensors(tensors: Mapping[str, TensorInfo], inputs: Iterable[InputInfo]
             raise ScaleError(f"tensor {quote(name)} is {got}, expected {spec.dtype} {list(spec.shape)}")
     for name, info in tensors.items():
         routed = name.endswith(f".{ROUTED}") and info.dtype == "I64" and len(info.shape) == 1
-        if name not in expected and not routed:
+        sensitivity = name.endswith(f".{SENSITIVITY}") and (info.dtype, info.shape) == ("F32", (1,))
+        if name not in expected and not routed and not sensitivity:
             raise ScaleError(f"tensor {quote(name)} belongs to no input")

@@ -50,7 +50,7 @@ def merged(files: Sequence[Calibration]) -> Contents:
     def read(info: InputInfo) -> InputStatistics:
         return pooled([file.read(info) for file in files if info.name in file.inputs])
 
-    return Contents(description, tuple(infos.values()), read, _routed(files))
+    return Contents(description, tuple(infos.values()), read, _routed(files), _sensitivities(files))
 
 
 def _together(first: Description, other: Description, path: Path) -> Description:
@@ -86,6 +86,13 @@ def _mean(values: Sequence[Float32Array], counts: Sequence[int]) -> Float32Array
         return None
     total = sum(value.astype(np.float64) * count for value, count in zip(values, counts, strict=True))
     return np.asarray(total / sum(counts), np.float32)
+
+
+def _sensitivities(files: Sequence[Calibration]) -> dict[str, float]:
+    """Return the mean sensitivity of each layer over the files that know it: each was measured on about as much text."""
+    names = dict.fromkeys(name for file in files for name in file.sensitivities)
+    known = {name: [file.sensitivities[name] for file in files if name in file.sensitivities] for name in names}
+    return {name: sum(values) / len(values) for name, values in known.items()}
 
 
 def _routed(files: Sequence[Calibration]) -> dict[str, Int64Array]:

@@ -42,13 +42,16 @@ class ExpertsOverview:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A file's description, its inputs with the largest ratio first, and its experts with the least tokens first."""
+    """A file's description, its inputs with the largest ratio first, its experts with the least tokens first, and its
+    sensitivities, the largest first.
+    """
 
     description: dict[str, Any]
     columns: int
     modules: int
     inputs: tuple[InputOverview, ...]
     experts: tuple[ExpertsOverview, ...]
+    sensitivities: dict[str, float]
 
 
 def overview(calibration: Calibration) -> Overview:
@@ -61,6 +64,7 @@ def overview(calibration: Calibration) -> Overview:
         sum(each.modules for each in inputs),
         tuple(sorted(inputs, key=lambda each: (-(each.ratio or 0.0), -each.amax, each.name))),
         tuple(sorted(experts, key=lambda each: (each.least, -each.few, each.name))),
+        dict(sorted(calibration.sensitivities.items(), key=lambda item: (-item[1], item[0]))),
     )
 
 

@@ -23,17 +23,19 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.source import FolderSource
 from ..errors import ScaleError, SourceError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
+from ..names.engine import experts_parent
 from ..scales.matching import check_complete, match_names, names_error
 from ..scales.reading import InputScales
 from ..scales.values import ScaleConvention
 from ..storage.digest import file_sha256
 from ..storage.files import expanded
-from .checks import check_routed, check_statistics
+from .checks import check_routed, check_sensitivities, check_statistics
 from .file import (
     AMAX,
     HESSIAN,
     MOMENT,
     ROUTED,
+    SENSITIVITY,
     TOKENS,
     Description,
     InputInfo,
@@ -74,6 +76,7 @@ class Calibration:
     _shard: Shard
     _places: Mapping[str, TensorInfo]
     _input_of: Mapping[str, InputInfo] = field(default_factory=dict)
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
     _recent: OrderedDict[tuple[str, str], _Recent] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _exponents: Mapping[str, Exponents] = field(default_factory=dict)
@@ -161,6 +164,22 @@ class Calibration:
         )
         return InputStatistics(amax, tokens, moment, hessian)
 
+    def known(self, module: str) -> InputStatistics | None:
+        """Return everything that the file holds of a module's input; None where no text reached it."""
+        info = self._input_of.get(module)
+        return None if info is None else self.read(info)
+
+    def sensitivity(self, module: str) -> float | None:
+        """Return how much the model's output suffers where the layers of a module's input are rounded to plain NVFP4.
+
+        It is the squared relative error of the last hidden state, of a layer's routed experts together; None where the file
+        does not say.
+        """
+        info = self._input_of.get(module)
+        if info is None:
+            return None
+        return self.sensitivities.get(info.name, self.sensitivities.get(experts_parent(info.modules[0]) or ""))
+
     def tokens(self, module: str) -> int | None:
         """Return how many tokens a module's statistics are taken over; None where the file does not say."""
         info = self.input_of(module)
@@ -172,6 +191,15 @@ class Calibration:
         """Return, by the name of each layer's experts, how many tokens every expert was given by its router."""
         suffix = f".{ROUTED}"
         return {name.removesuffix(suffix): self._array(name, "<i8") for name in self._places if name.endswith(suffix)}
+
+    def read_sensitivities(self) -> dict[str, float]:
+        """Return how much the model's output suffers from each input's layers, or from each layer's experts."""
+        suffix = f".{SENSITIVITY}"
+        return {
+            name.removesuffix(suffix): float(self._array(name, "<f4")[0])
+            for name in self._places
+            if name.endswith(suffix)
+        }
 
     def _number(self, info: InputInfo, part: str) -> float:
         return float(self._array(f"{info.name}.{part}", "<f4")[0])
@@ -209,6 +237,7 @@ def load_calibration(path: str | Path) -> Calibration:
             for info in calibration.inputs.values():
                 check_statistics(info, calibration.read(info))
             check_routed(calibration.routed())
+            check_sensitivities(calibration.sensitivities)
         except BaseException:
             calibration.close()
             raise
@@ -232,4 +261,5 @@ def _open(path: Path) -> Calibration:
         source.close()
         raise
     by_module = {module: info for info in inputs.values() for module in info.modules}
-    return Calibration(path, description, inputs, digest, source, shard, places, by_module)
+    opened = Calibration(path, description, inputs, digest, source, shard, places, by_module)
+    return replace(opened, sensitivities=opened.read_sensitivities())

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 )
 @forward_options
 @click.option("--all-experts/--routed-experts", default=True, show_default=True, help="Which tokens an expert sees.")
+@click.option("--sensitivities", is_flag=True, help="Also measure how much each layer matters, for --target-bits.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out: a module name, or re:REGEX.")
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Include what a default keeps.")
 @click.option("--overwrite", is_flag=True, help="Discard an existing output and start over.")

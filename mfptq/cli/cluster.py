@@ -119,9 +119,10 @@ def finish(model: str, output: Path, as_json: bool, quiet: bool, **options: Any)
     Example: mfptq finish Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4
     """
     from ..conversion import plan
+    from ..planning.size_target import with_errors_beside
     from . import text
 
-    decisions = decisions_of(options)
+    decisions = with_errors_beside(decisions_of(options), output)
     with plan(model, **decisions) as made, text.progress(quiet=quiet) as show, deferred_signals() as check:
         report = made.finish(output, on_event=lambda event: (check(), show(event)))
     if as_json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,8 @@ from .report import compare, report
 
 if TYPE_CHECKING:
     from ..planning.settings import Decisions
+
+RESOURCES = ("max_memory", "max_workers", "device")
 
 
 def run() -> None:
@@ -124,19 +126,23 @@ def convert(model: str, output: Path, **options: Any) -> None:
     """
     from ..conversion import plan as make_plan
     from ..output.publish import PushTarget
+    from ..planning.size_target import with_errors_beside
     from . import text
 
     engine = options.pop("engine")
-    resources = {name: options.pop(name) for name in ("max_memory", "max_workers", "device")}
+    resources = {name: options.pop(name) for name in RESOURCES}
     publishing = {name: options.pop(name) for name in ("push_to_hub", "private", "discard_output")}
     overwrite, dry_run, timings = (options.pop(name) for name in ("overwrite", "dry_run", "timings"))
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     part = check_part_options(options.pop("shards"), overwrite=overwrite, dry_run=dry_run, **publishing)
-    executor, decisions = executor_of(options), decisions_of(options)
+    executor, decisions = executor_of(options), with_errors_beside(decisions_of(options), output)
     if dry_run:
         _show_plan(model, decisions, {**resources, "engine": engine, "as_json": as_json})
         return
-    with text.progress(quiet=quiet) as show, deferred_signals() as check, make_plan(model, **decisions) as made:
+    with ExitStack() as opened:
+        show, check = opened.enter_context(text.progress(quiet=quiet)), opened.enter_context(deferred_signals())
+        resources["on_event"] = lambda event: (check(), show(event))
+        made = opened.enter_context(make_plan(model, **resources, **decisions))
         if not decisions.get("force"):
             refuse_unloadable(made, engine)
         repo, private, discard = publishing.values()
@@ -146,7 +152,6 @@ def convert(model: str, output: Path, **options: Any) -> None:
             "discard_output": discard,
             "executor": executor,
         }
-        resources["on_event"] = lambda event: (check(), show(event))
         report = carry_out(made, output, part, {**resources, **(keywords if part is None else {})})
     if as_json:
         click.echo(json.dumps(report.as_dict()))
@@ -158,9 +163,11 @@ def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
     """Print a plan; `shown` are the resources and what the options ask of the text."""
     from ..checking import check_plan
     from ..conversion import make_plan
+    from ..execution.prepare import Measuring, Resources
     from . import plan_text, text
 
-    with closing(make_plan(model, **decisions)) as made:
+    measuring = Measuring(Resources(*(shown[name] for name in RESOURCES)), path=decisions.get("format_errors"))
+    with closing(make_plan(model, measuring, **decisions)) as made:
         findings = check_plan(made, judges(shown["engine"]))
         values = text.plan_values(made, shown["max_memory"], shown["max_workers"])
         if shown["as_json"]:
@@ -186,7 +193,7 @@ def plan(model: str, **options: Any) -> None:
 
     Example: mfptq plan Qwen/Qwen3.5-27B --ignore 're:.*linear_attn.*'
     """
-    names = ("max_memory", "max_workers", "device", "engine", "explain", "every", "estimate", "as_json")
+    names = (*RESOURCES, "engine", "explain", "every", "estimate", "as_json")
     shown = {name: options.pop(name) for name in names}
     _show_plan(model, decisions_of(options), shown)
 

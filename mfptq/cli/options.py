@@ -114,8 +114,36 @@ def file_options(function: Function) -> Function:
     return function
 
 
+def target_options(function: Function) -> Function:
+    """Add the options of a size to aim at."""
+    for option in (
+        click.option(
+            "--format-errors",
+            type=click.Path(path_type=Path),
+            help="A file that keeps the errors found for a target; convert has one beside OUTPUT.",
+        ),
+        click.option(
+            "--target-format",
+            "target_formats",
+            multiple=True,
+            metavar="FORMAT",
+            help="What a target may give layers: fp8-dynamic, bf16; by default both.",
+        ),
+        click.option("--target-size", metavar="SIZE", help="The same for all safetensors files together, as 20GB."),
+        click.option(
+            "--target-bits",
+            type=float,
+            metavar="BITS",
+            help="At most so many bits for a quantized weight, as 5.2: formats for the least predicted error of outputs.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def format_options(function: Function) -> Function:
-    """Add the options of formats and recipes."""
+    """Add the options of formats, of recipes, and of a size to aim at."""
+    function = target_options(function)
     for option in (
         click.option(
             "--save-recipe",
@@ -161,6 +189,7 @@ def decisions_of(options: dict[str, Any]) -> Decisions:
     kind = options.pop("input_scales_kind")
     options["default_ignore"] = not options.pop("no_default_ignore")
     save = options.pop("save_recipe", None)
+    options["target_formats"] = options.get("target_formats") or None
     options["formats"] = (*options.get("formats", ()), *(f"fp8-dynamic={each}" for each in options.pop("fp8", ())))
     if kind is not None:
         from ..scales.reading import read_input_scales

@@ -21,6 +21,7 @@ from ..inspection import TensorSummary, planned_summary
 from ..sizes import size_text
 from ..storage.digest import available_cores
 from .check import findings_lines, width
+from .target_text import explained_lines, target_lines
 from .text import formats_text, left_out_lines
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def plan_text(
     for left_out in left_out_lines(plan.checkpoint.left_out):
         lines += _wrapped(left_out, columns)
     lines += ["", *(line for text in _sums(plan, peak_memory, seconds) for line in _wrapped(text, columns))]
+    if plan.allocation is not None:
+        lines += ["", *(line for text in target_lines(plan.allocation) for line in _fitting(text, columns))]
     for warning in plan.warnings:
         lines += _wrapped(f"warning: {warning}", columns)
     if findings:
@@ -114,6 +117,11 @@ def plan_text(
 
 def _wrapped(text: str, columns: int, indent: str = "  ") -> list[str]:
     return textwrap.wrap(text, columns, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _fitting(text: str, columns: int) -> list[str]:
+    """Return a line of a table as it stands where it fits, since wrapping would close the gaps between its columns."""
+    return [text] if len(text) <= columns else _wrapped(text, columns, "    ")
 
 
 def _title(plan: ConversionPlan) -> str:
@@ -268,6 +276,9 @@ def explain_text(plan: ConversionPlan, name: str, findings: Sequence[Finding], c
         raise UsageError(f"{quote(name)} is no tensor of this checkpoint" + (f"; near names: {near}" if near else ""))
     own = [each for each in findings if name_pattern(item.candidate.module) in each.patterns]
     told = [line for text in _explained(plan, item) for line in _wrapped(text, columns, "    ")]
+    if plan.allocation is not None:
+        lines = explained_lines(plan.allocation, item.candidate.module)
+        told += [line for text in lines for line in _wrapped(text, columns, "      ")]
     return "\n".join([*told, *findings_lines(own, columns)])
 
 

@@ -21,6 +21,7 @@ from ..execution.memory_budget import plan_memory
 from ..output.report import Report
 from ..sizes import parse_size, size_text
 from ..storage.digest import available_cores
+from .target_text import target_values
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,6 +163,7 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
         "warnings": list(plan.warnings),
         "notes": list(plan.contents.notes),
         "share": str(plan.share),
+        **({} if plan.allocation is None else {"target": target_values(plan.allocation)}),
         "left_out": dict(plan.checkpoint.left_out),
         "disk_bytes": plan.output_bytes,
         "fetch_bytes": bytes_to_fetch(plan, memory.spare) if plan.checkpoint.source.is_remote else 0,
@@ -241,6 +243,11 @@ def overview_text(found: Overview) -> str:
         f"  {each.least:9} to {each.most} tokens, few for {counted(each.few, 'expert', 'experts')}  {quote(each.name)}"
         for each in thin[:SHOWN_INPUTS]
     ]
+    if found.sensitivities:
+        lines.append(
+            "layers whose rounding to NVFP4 changes the model's last hidden state most, by the square of its norm"
+        )
+        lines += [f"  {value:12.2%}  {quote(name)}" for name, value in [*found.sensitivities.items()][:SHOWN_INPUTS]]
     return "\n".join(lines)
 
 

@@ -35,6 +35,8 @@ class Request:
         origin = plan.checkpoint.origin
         source = f"hf://{origin.repo_id}@{origin.revision}" if origin.repo_id else str(origin.local.absolute())
         kept = {name: value for name, value in decisions.items() if name not in ("token", "revision")}
+        if plan.settings.chosen is not None:  # what a target led to: no other machine measures again
+            kept["chosen_formats"] = [str(rule) for rule in plan.settings.chosen]
         kept |= {name: _absolute(kept[name]) for name in PATHS & kept.keys()}
         return cls(source, kept)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.digest import available_cores
+from .events import Event, OnEvent
 from .families import FAMILIES
 from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_bytes
 
@@ -37,6 +39,23 @@ class Resources:
     max_memory: str | int = "1GiB"
     max_workers: int | None = None
     device: str = "cpu"
+
+
+def _ignore(_event: Event) -> None:
+    """Take no notice of an event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """What a pass over the weights may use before a plan stands: `held` bytes of the process are the caller's own.
+
+    `path` is a file that keeps what the pass finds, None for no file.
+    """
+
+    resources: Resources = field(default_factory=Resources)
+    on_event: OnEvent = _ignore
+    held: int = 0
+    path: str | Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -52,6 +53,7 @@ class _Options:
     max_memory: str | int | None = None
     dtype: str = "auto"
     all_experts: bool = True
+    sensitivities: bool = False
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_seq_length", "batch_size"):
@@ -77,6 +79,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     max_memory: str | int | None = None,
     dtype: str = "auto",
     all_experts: bool = True,
+    sensitivities: bool = False,
     ignore: Iterable[str] = (),
     targets: Iterable[str] = (),
     revision: str | None = None,
@@ -91,14 +94,17 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     `source` is a checkpoint as `convert` takes it, `dataset` a file of JSON lines, parquet or plain text. An `output`
     that an interrupted run left is gone on with. `batch_size` None means what memory allows, `max_memory` None what the
     machine has. `dtype` is that of the computation, `auto` the checkpoint's; many CPUs are several times faster in
-    float32. `all_experts` shows every token to every expert. `encoder` is a tokenizer or processor of transformers, the
+    float32. `all_experts` shows every token to every expert. `sensitivities` also measures how much the model's last hidden
+    state changes where the layers of each input alone are rounded. `encoder` is a tokenizer or processor of transformers, the
     checkpoint's own by default. The file is written anew after every batch of samples, so it can be used at any time.
 
     Raises MfptqError and its subclasses; UsageError if transformers and accelerate are not installed.
     """
     from . import models
 
-    options = _Options(samples, max_seq_length, batch_size, statistics, device, max_memory, dtype, all_experts)
+    options = _Options(
+        samples, max_seq_length, batch_size, statistics, device, max_memory, dtype, all_experts, sensitivities
+    )
     output = expanded(output)
     check_output(output, overwrite=True)
     models.require_extra()
@@ -174,6 +180,7 @@ def _take_over(calibration: Calibration, recorder: Recorder) -> None:
     for info in calibration.inputs.values():
         recorder.sums[info.name].restore(calibration.read(info))
     recorder.routed.update(routed)
+    recorder.sensitivities.update(calibration.sensitivities)
 
 
 @dataclass(slots=True)
@@ -194,11 +201,11 @@ class _Making:
         count = len(blocks.names)
         self.steps = description.samples * count
 
-        def tick() -> None:
-            self.steps += 1
+        def report(steps: int) -> None:
+            self.steps += steps
             self._report(description, count)
 
-        with self._runner(output.parent, blocks, samples, tick) as (runner, batch):
+        with self._runner(output.parent, blocks, samples, report) as (runner, batch):
             while not description.is_complete:
                 done = description.samples
                 part = samples.ids[done : done + batch]
@@ -216,20 +223,24 @@ class _Making:
 
     def _write(self, output: Path, description: Description) -> None:
         recorder = self.recorder
-        write_calibration(output, Contents(description, recorder.seen(), recorder.statistics, recorder.routed))
+        contents = Contents(description, recorder.seen(), recorder.statistics, recorder.routed, recorder.sensitivities)
+        write_calibration(output, contents)
 
     @contextmanager
     def _runner(
-        self, folder: Path, blocks: Blocks, samples: Samples, tick: Callable[[], None]
+        self, folder: Path, blocks: Blocks, samples: Samples, report: Callable[[int], None]
     ) -> Iterator[tuple[Runner, int]]:
         """Load the model, and lend what runs it and how many samples it takes at a time."""
         from . import models
         from .residency import choose_residency, measure_demand
+        from .sensitivity import Walk, short_texts, variants, with_walk
         from .streaming import Runner, open_stream
 
         options, infos = self.options, self.recorder.inputs.infos
         longest = max(len(ids) for ids in samples.ids)
+        asked = variants(self.recorder.inputs, self.skeleton.model) if options.sensitivities else []
         demand = measure_demand(self.skeleton, self.checkpoint, infos, level=options.statistics, length=longest)
+        demand = with_walk(demand, len(asked), longest) if asked else demand
         budget = parse_size(options.max_memory) if options.max_memory is not None else None
         residency = choose_residency(demand, budget, options.batch_size, options.device)
         with ExitStack() as stack:
@@ -247,7 +258,10 @@ class _Making:
             else:
                 runner = Runner(models.load_whole(self.skeleton, options.device), blocks.names, options.device)
                 runner.to_end = bool(blocks.outside)
-            runner.tick = tick
             stack.enter_context(runner.engaged())
+            if asked and not self.recorder.sensitivities:
+                walk = Walk(runner, short_texts(samples.ids), partial(report, 0))
+                self.recorder.sensitivities.update(walk.run(asked))
+            runner.tick = partial(report, 1)
             stack.enter_context(self.recorder.attached(runner.model))
             yield runner, residency.batch

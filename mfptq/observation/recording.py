@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Recorder:
-    """The sums of every input, and how many tokens each routed expert was given."""
+    """The sums of every input, how many tokens each routed expert was given, and sensitivities that were measured."""
 
     inputs: Inputs
     level: Level
     sums: dict[str, InputSums] = field(init=False)
     routed: dict[str, Int64Array] = field(init=False)
+    sensitivities: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sums = {info.name: InputSums(info.name, info.columns, self.level) for info in self.inputs.infos}

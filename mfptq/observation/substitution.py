@@ -77,7 +77,7 @@ class Substitution:
     def _lend_linear(self, module: Any, weight: QuantizedWeight, stack: ExitStack) -> None:
         values = torch.empty_like(module.weight)
         self.output.decode(weight, values)
-        _swap(module, "weight", values, stack)
+        swap_parameter(module, "weight", values, stack)
         if weight.input_global_scale is not None:
             hook = partial(_round_first, weight.input_global_scale)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -89,8 +89,8 @@ class Substitution:
             places = {"gate": gate_up[number, :half], "up": gate_up[number, half:], "down": down[number]}
             for part, weight in parts.items():
                 self.output.decode(weight, places[part])
-        _swap(module, STACKED_GATE_UP, gate_up, stack)
-        _swap(module, STACKED_DOWN, down, stack)
+        swap_parameter(module, STACKED_GATE_UP, gate_up, stack)
+        swap_parameter(module, STACKED_DOWN, down, stack)
         if any(weight.input_global_scale is not None for parts in experts.values() for weight in parts.values()):
             original = module.forward
             module.forward = _RoundedExperts(module, experts)
@@ -166,7 +166,8 @@ def _lies_in(name: str, parent: str) -> bool:
     return name == parent or name.startswith(f"{parent}.")
 
 
-def _swap(module: Any, name: str, values: torch.Tensor, stack: ExitStack) -> None:
+def swap_parameter(module: Any, name: str, values: torch.Tensor, stack: ExitStack) -> None:
+    """Give a module other values for one of its parameters until the stack ends."""
     stack.callback(setattr, module, name, getattr(module, name))
     setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
 

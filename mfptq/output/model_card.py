@@ -16,6 +16,7 @@ from ..checkpoint.weights import name_pattern
 from ..errors import counted
 from ..kernels import ErrorStats
 from ..planning.formats import FORMATS
+from ..planning.size_target import RAISED, SizeTarget
 from ..sizes import size_text
 from ..smoothing.record import RECORD
 from .report import pattern_reports, total_error
@@ -113,6 +114,13 @@ def _usage(name: str) -> str:
     return f"```bash\nvllm serve {name}-NVFP4   # this folder or repo\n```"
 
 
+def _target_options(target: SizeTarget) -> list[str]:
+    size = ["--target-bits", f"{target.bits:g}"] if target.bits is not None else ["--target-size", str(target.nbytes)]
+    named = target.formats if target.formats != RAISED else ()
+    size += [part for name in named for part in ("--target-format", name)]
+    return size
+
+
 def _origin(plan: ConversionPlan, name: str) -> str:
     """Return the command that makes this output, without paths of the machine that ran it, and which layers stay."""
     origin, rules = plan.checkpoint.origin, plan.settings.rules
@@ -120,7 +128,8 @@ def _origin(plan: ConversionPlan, name: str) -> str:
     options = ["--scheme", plan.scheme, "--method", plan.method]
     options += [part for pattern in rules.ignore for part in ("--ignore", pattern)]
     options += [part for pattern in rules.targets for part in ("--target", pattern)]
-    options += [part for rule in plan.settings.formats for part in ("--format", "=".join(rule))]
+    options += [part for rule in plan.settings.formats for part in ("--format", str(rule))]
+    options += _target_options(plan.settings.target) if plan.settings.target is not None else []
     options += ["--kv-cache", plan.settings.kv_cache] if plan.settings.kv_cache else []
     options += ["--smooth"] if plan.settings.smooth else []
     options += [] if rules.use_defaults else ["--no-default-ignore"]

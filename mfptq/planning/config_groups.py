@@ -75,7 +75,7 @@ def config_groups(layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
     """
     formats = list(dict.fromkeys(layer.format for layer in layers))
     wrong = layers[0]
-    for depth in (0, 1, 2):
+    for depth in (0, 1, 2, 3):
         targets = {each.name: _targets(each, layers, depth) for each in formats}
         misread = _misread(layers, targets)
         if misread is None:
@@ -97,7 +97,9 @@ def _path(name: str) -> _Path:
 
 
 def _targets(target: TargetFormat, layers: Sequence[Layer], depth: int) -> list[str]:
-    """Return the patterns of the layers of one format; `depth` 1 adds numbers of layers where needed, 2 also what is above."""
+    """Return the patterns of the layers of one format; `depth` 1 adds numbers of layers where needed, 2 also what is above,
+    3 numbers everywhere: then nothing longer ends alike, as `attention.output.dense` does with `output.dense`.
+    """
     own = [layer for layer in layers if layer.format is target]
     leaves: dict[tuple[str, str, str, frozenset[str]], list[str]] = {}
     numbers = _numbers(own)
@@ -107,7 +109,7 @@ def _targets(target: TargetFormat, layers: Sequence[Layer], depth: int) -> list[
             continue  # engines ask for experts by their members' names
         path = _path(layer.name)
         above = path.above if depth > 1 else ""
-        split = depth > 0 and (path.inner, path.leaf) in shared
+        split = bool(path.number) and depth > 0 and (depth > 2 or (path.inner, path.leaf) in shared)
         which = frozenset(numbers[path.inner, path.leaf]) if split else frozenset()
         names = leaves.setdefault((above, path.container if which else "", path.inner, which), [])
         if path.leaf not in names:

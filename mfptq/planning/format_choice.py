@@ -122,7 +122,7 @@ def _given(item: TensorDecision, matches: _Matches, base: TargetFormat) -> Tenso
     candidate, decision = item
     rule = matches.of(candidate)
     if rule is not None and rule.format == KEEP:
-        return TensorDecision(candidate, Decision(False, "kept as asked", rule.pattern, KEEP))
+        return TensorDecision(candidate, Decision(False, rule.reason, rule.shown, KEEP))
     target = FORMATS[rule.format] if rule is not None else base
     latent = candidate.module.rpartition(".")[2] == LATENT
     if latent and target.needs_input_scales:
@@ -133,7 +133,7 @@ def _given(item: TensorDecision, matches: _Matches, base: TargetFormat) -> Tenso
         return TensorDecision(candidate, replace(decision, format=WITHOUT_INPUTS[target.name], reason=LATENT_REASON))
     if rule is None:
         return TensorDecision(candidate, replace(decision, format=target.name))
-    return TensorDecision(candidate, Decision(True, f"{target.name} as asked", rule.pattern, target.name))
+    return TensorDecision(candidate, Decision(True, rule.reason, rule.shown, target.name))
 
 
 def _undivided(groups: Iterable[FusedGroup]) -> list[tuple[str, list[str]]]:

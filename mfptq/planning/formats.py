@@ -171,10 +171,27 @@ def data_suffixes(formats: Iterable[TargetFormat] = tuple(FORMATS.values())) -> 
 
 
 class FormatRule(NamedTuple):
-    """A format, or `bf16` for none, and the pattern of the modules that get it; of several rules the first one decides."""
+    """A format, or `bf16` for none, and the pattern of the modules that get it; of several rules the first one decides.
+
+    `why` is the reason of a rule that follows from a target; it is empty where the user wrote the rule.
+    """
 
     format: str
     pattern: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.format}={self.pattern}"
+
+    @property
+    def reason(self) -> str:
+        """Why a layer has the format."""
+        return self.why or ("kept as asked" if self.format == KEEP else f"{self.format} as asked")
+
+    @property
+    def shown(self) -> str:
+        """The pattern that is named as the rule: none where it is a single module that a target chose."""
+        return "" if self.why else self.pattern
 
 
 def parse_format_rule(text: str) -> FormatRule:

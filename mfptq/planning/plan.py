@@ -41,6 +41,7 @@ from .weight_targets import WeightTarget, choose_targets, weight_target
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
+    from .allocation import Allocation
 
 
 class PlannedTensor(NamedTuple):
@@ -60,6 +61,7 @@ class PlannedTensor(NamedTuple):
 class ConversionPlan:
     """Everything that will happen. `digests` names what the output depends on: source, settings and scales.
 
+    `allocation` is the choice of formats for a target, where there is one.
     Frozen, and safe to read from several threads. Holds files of the source open, and the calibration file: `close` it.
     """
 
@@ -81,6 +83,7 @@ class ConversionPlan:
     _group_of: Mapping[str, FusedGroup] = field(repr=False)
     _decisions: Mapping[str, TensorDecision] = field(repr=False)
     _formats: Mapping[str, TargetFormat] = field(repr=False)
+    allocation: Allocation | None = None
 
     @property
     def digest(self) -> str:
@@ -252,7 +255,7 @@ def build_plan(
     sizes = read_sizes(checkpoint.config)
     check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
     source = Source(tuple(candidates(contents, sizes)), checkpoint.config)
-    selection = select_formats(source, settings.rules, settings.formats, FORMATS[scheme.lower()])
+    selection = select_formats(source, settings.rules, settings.all_formats, FORMATS[scheme.lower()])
     given = smoothed_inputs(Inputs(contents, selection, calibration, scales), checkpoint.config, settings)
     contents, selection = given.contents, given.selection
     decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}

@@ -25,8 +25,10 @@ MAX_BYTES = 2**16
 SUFFIX = ".toml"
 DESCRIPTION = "description"
 LISTS: Final = ("ignore", "targets", "formats")
+TARGET_KEYS: Final = ("target_bits", "target_size")  # of which one takes the place of the other
 KEYS: Final[Mapping[str, type[Any]]] = {
-    DESCRIPTION: str, "scheme": str, "method": str, "kv_cache": str, "default_ignore": bool, **dict.fromkeys(LISTS, list)
+    DESCRIPTION: str, "scheme": str, "method": str, "kv_cache": str, "default_ignore": bool, **dict.fromkeys(LISTS, list),
+    "target_bits": float, "target_size": str, "target_formats": list,
 }  # fmt: skip
 
 
@@ -64,13 +66,20 @@ def load_recipe(given: str | Path) -> Recipe:
 def parse_recipe(text: str, name: str) -> Recipe:
     """Return the recipe that a text is; raises UsageError for TOML that does not parse, unknown keys and wrong values."""
     try:
-        values = tomllib.loads(text)
+        found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {quote(name)} is not TOML: {error}") from None
+    values: dict[str, Any] = {
+        key: float(value) if _is_whole_bits(key, value) else value for key, value in found.items()
+    }
     for key, value in values.items():
         _check(name, key, value)
     decisions = {key: value for key, value in values.items() if key != DESCRIPTION}
     return Recipe(name, values.get(DESCRIPTION, ""), decisions, text)
+
+
+def _is_whole_bits(key: str, value: Any) -> bool:
+    return KEYS.get(key) is float and type(value) is int
 
 
 def _check(name: str, key: str, value: Any) -> None:
@@ -79,7 +88,7 @@ def _check(name: str, key: str, value: Any) -> None:
         raise UsageError(f"recipe {quote(name)}: key {quote(key)} is unknown, expected one of {', '.join(KEYS)}{hint}")
     wanted = KEYS[key]
     if type(value) is not wanted or (wanted is list and not all(isinstance(each, str) for each in value)):
-        expected = {list: "a list of strings", str: "a string", bool: "true or false"}[wanted]
+        expected = {list: "a list of strings", str: "a string", bool: "true or false", float: "a number"}[wanted]
         raise UsageError(f"recipe {quote(name)}: {key} is {quote(value)}, expected {expected}")
     for each in value if key in LISTS else ():
         check_pattern(parse_format_rule(each).pattern if key == "formats" else each)
@@ -90,7 +99,10 @@ def _check(name: str, key: str, value: Any) -> None:
 def with_recipe(decisions: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Return decisions with those of a recipe behind them: what the caller decides comes first, or takes the place."""
     result: dict[str, Any] = {key: value for key, value in decisions.items() if value is not None}
+    aims = any(key in result for key in TARGET_KEYS)
     for key, value in recipe.decisions.items():
+        if aims and key in TARGET_KEYS:
+            continue
         given: Any = result.get(key, ())
         if key in LISTS:
             result[key] = [*([given] if isinstance(given, str) else given), *value]
@@ -104,10 +116,12 @@ def recipe_text(decisions: Mapping[str, Any], description: str = "") -> str:
     lines = [f"{DESCRIPTION} = {_toml(description)}"] if description else []
     for key in KEYS:
         value: Any = decisions.get(key)
-        if key in LISTS and value:
+        if KEYS[key] is list and value:
             lines += [f"{key} = [", *(f"    {_toml(each)}," for each in value), "]"]
         elif isinstance(value, bool) and not (key == "default_ignore" and value):
             lines.append(f"{key} = {str(value).lower()}")
+        elif isinstance(value, float | int) and KEYS[key] is float:
+            lines.append(f"{key} = {value:g}")
         elif isinstance(value, str) and key != DESCRIPTION:
             lines.append(f"{key} = {_toml(value)}")
     return "\n".join([*lines, ""])

@@ -16,6 +16,7 @@ from ..kernels.calibrated import CALIBRATED_METHODS
 from .formats import KV_CACHE_SCHEMES, FormatRule, parse_format_rule
 from .recipes import Recipe, load_recipe, with_recipe
 from .rules import Rules
+from .size_target import SizeTarget, size_target
 
 if TYPE_CHECKING:
     from ..scales.reading import InputScales
@@ -40,6 +41,11 @@ class Decisions(TypedDict, total=False):
     `force`: True allows that too: embedding tables, norms, routers, heads tied to a table.
     `formats`: rules FORMAT=PATTERN for layers that get another format than the scheme's, as "fp8-dynamic=re:.*o_proj$"; of
     several that match a layer the first one decides. Formats: nvfp4, nvfp4a16, fp8-dynamic, fp8-block, fp8-static, bf16.
+    `target_bits`, `target_size`: at most one of a number of bits for each quantized weight, as 5.2, and a size of all safetensors
+    files, as "20GB", neither of which is exceeded: layers get another format where that lowers the predicted error of the
+    model's output most. `target_formats`: which they may get, of `fp8-dynamic` and `bf16`; by default both. `format_errors`:
+    a JSON file that keeps the errors found for this, and spares the pass over the weights where they are in it.
+    `chosen_formats`: what an earlier plan chose for the target, rules FORMAT=MODULE; then nothing is measured again.
     `kv_cache`: `fp8` tells engines to keep keys and values in FP8.
     `recipe`: a TOML file with decisions of the kinds above, or the name of a shipped one; patterns given beside it decide
     before its own, and other decisions take the place of its own.
@@ -61,6 +67,11 @@ class Decisions(TypedDict, total=False):
     default_ignore: bool
     force: bool
     formats: Iterable[str]
+    target_bits: float | None
+    target_size: str | int | None
+    target_formats: Iterable[str] | None
+    format_errors: str | Path | None
+    chosen_formats: Iterable[str] | None
     kv_cache: str | None
     recipe: str | Path | None
     calibration: str | Path | None
@@ -89,6 +100,13 @@ class Settings:
     kv_cache: str | None = None
     recipe: Recipe | None = None
     smooth: bool = False
+    target: SizeTarget | None = None
+    chosen: tuple[FormatRule, ...] | None = None
+
+    @property
+    def all_formats(self) -> tuple[FormatRule, ...]:
+        """The rules of the user, then those that follow from a target."""
+        return (*self.formats, *(self.chosen or ()))
 
     def resolve_method(self, *, calibrated: bool) -> str:
         """Return the method; `auto` remains only where a calibration file is there to decide."""
@@ -143,6 +161,7 @@ def check_decisions(decisions: Decisions) -> Settings:
     if len(given) > 1:
         number = "both" if len(given) == 2 else "all"
         raise UsageError(f"{' and '.join(given)} are mutually exclusive: {number} provide input scales")
+    target = size_target(decisions)
     ignore, targets = _patterns(decisions.get("ignore", ())), _patterns(decisions.get("targets", ()))
     return Settings(
         Rules(ignore, targets, decisions.get("default_ignore", True), force=decisions.get("force", False)),
@@ -153,7 +172,17 @@ def check_decisions(decisions: Decisions) -> Settings:
         _kv_cache(decisions.get("kv_cache")),
         recipe,
         smooth=decisions.get("smooth", False),
+        target=target,
+        chosen=_chosen(decisions.get("chosen_formats"), target),
     )
+
+
+def _chosen(rules: Iterable[str] | None, target: SizeTarget | None) -> tuple[FormatRule, ...] | None:
+    """Return the rules that an earlier plan found for a target, with their reason."""
+    if rules is None or target is None:
+        return None
+    found = map(parse_format_rule, rules)
+    return tuple(rule._replace(why=f"{rule.format} for {target}") for rule in found)
 
 
 def _kv_cache(name: str | None) -> str | None:

@@ -109,7 +109,7 @@ def test_every_place_is_planned_once_and_written_once(place: Path, example: Exam
     jobs = {shard.name: plan.job(shard) for shard in plan.shards}
     plan.close()
     with FaultyFiles((place / "out",), tracing=True) as files:
-        mfptq.convert(source, place / "out", input_scales=scales, formats=["=".join(rule) for rule in rules])
+        mfptq.convert(source, place / "out", input_scales=scales, formats=[str(rule) for rule in rules])
     files_of = {event.node: Path(event.other).name for event in files.events if event.kind == "rename"}
     for name, job in jobs.items():
         ranges = joined(of_job(job))
