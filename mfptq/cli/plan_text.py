@@ -107,7 +107,7 @@ def plan_text(
         lines += _wrapped(left_out, columns)
     lines += ["", *(line for text in _sums(plan, peak_memory, seconds) for line in _wrapped(text, columns))]
     if plan.allocation is not None:
-        lines += ["", *(line for text in target_lines(plan.allocation) for line in _fitting(text, columns))]
+        lines += ["", *target_lines(plan.allocation, columns)]
     for warning in plan.warnings:
         lines += _wrapped(f"warning: {warning}", columns)
     if findings:
@@ -117,11 +117,6 @@ def plan_text(
 
 def _wrapped(text: str, columns: int, indent: str = "  ") -> list[str]:
     return textwrap.wrap(text, columns, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _fitting(text: str, columns: int) -> list[str]:
-    """Return a line of a table as it stands where it fits, since wrapping would close the gaps between its columns."""
-    return [text] if len(text) <= columns else _wrapped(text, columns, "    ")
 
 
 def _title(plan: ConversionPlan) -> str:
@@ -277,8 +272,7 @@ def explain_text(plan: ConversionPlan, name: str, findings: Sequence[Finding], c
     own = [each for each in findings if name_pattern(item.candidate.module) in each.patterns]
     told = [line for text in _explained(plan, item) for line in _wrapped(text, columns, "    ")]
     if plan.allocation is not None:
-        lines = explained_lines(plan.allocation, item.candidate.module)
-        told += [line for text in lines for line in _wrapped(text, columns, "      ")]
+        told += explained_lines(plan.allocation, item.candidate.module, columns)
     return "\n".join([*told, *findings_lines(own, columns)])
 
 

@@ -5,7 +5,8 @@ Called by `plan_text`, and by `text` for `--json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import printable
@@ -25,8 +26,21 @@ def frontier_rows(allocation: Allocation) -> list[FrontierRow]:
     return sorted([*others, allocation.row], key=lambda row: row.nbytes)
 
 
-def target_lines(allocation: Allocation) -> Iterator[str]:
-    """Yield the target, the frontier as a table, and what its errors are predicted from."""
+def target_lines(allocation: Allocation, columns: int) -> list[str]:
+    """Return the target, the frontier as a table, and what its errors are predicted from, in lines of at most `columns`."""
+    return _fitting(_target(allocation), columns)
+
+
+def _fitting(texts: Iterable[str], columns: int) -> list[str]:
+    """Return lines as they stand where they fit, since wrapping would close the gaps between the columns of a table."""
+    found: list[str] = []
+    for text in texts:
+        long = textwrap.wrap(text, columns, subsequent_indent="      ", break_on_hyphens=False)
+        found += [text] if len(text) <= columns else long
+    return found
+
+
+def _target(allocation: Allocation) -> Iterator[str]:
     row = allocation.row
     yield (
         f"target {allocation.target}: {row.bits:.2f} bits per weight, {size_text(row.nbytes)} of disk, "
@@ -41,8 +55,12 @@ def target_lines(allocation: Allocation) -> Iterator[str]:
     yield f"  errors are squared, relative, and predicted from {allocation.basis}"
 
 
-def explained_lines(allocation: Allocation, module: str) -> Iterator[str]:
-    """Yield why a module's unit has its format: what each one costs, and what it would do to the output."""
+def explained_lines(allocation: Allocation, module: str, columns: int) -> list[str]:
+    """Return why a module's unit has its format: what each one costs, and what it would do to the output."""
+    return _fitting(_explained(allocation, module), columns)
+
+
+def _explained(allocation: Allocation, module: str) -> Iterator[str]:
     unit = next((each for each in allocation.units if module in each.modules), None)
     if unit is None:
         return

@@ -72,7 +72,7 @@ class Substitution:
     def _lend_tensor(self, module: Any, leaf: str, tensor: StoredTensor, stack: ExitStack) -> None:
         values = torch.empty_like(getattr(module, leaf))
         values.copy_(self.output.values(tensor))
-        _swap(module, leaf, values, stack)
+        swap_parameter(module, leaf, values, stack)
 
     def _lend_linear(self, module: Any, weight: QuantizedWeight, stack: ExitStack) -> None:
         values = torch.empty_like(module.weight)

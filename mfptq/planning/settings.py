@@ -150,13 +150,7 @@ def check_decisions(decisions: Decisions) -> Settings:
         raise UsageError(
             f"scheme {quote(scheme)} is unknown, expected one of {', '.join(SCHEMES)}{did_you_mean(scheme.upper(), SCHEMES)}"
         )
-    margin = decisions.get("input_margin")
-    if margin is not None and decisions.get("calibration") is None:
-        raise UsageError("input_margin widens the ranges of a calibration file: give one, or leave it out")
-    if margin is not None and not 1 <= margin <= MAX_MARGIN:
-        raise UsageError(f"input_margin is {margin}, expected a number from 1 to {MAX_MARGIN}")
-    if decisions.get("smooth") and decisions.get("calibration") is None:
-        raise UsageError("smooth takes its factors from a calibration file: give one, or leave it out")
+    margin = _margin(decisions)
     given = [name for name in INPUT_SOURCES if decisions.get(name) is not None]
     if len(given) > 1:
         number = "both" if len(given) == 2 else "all"
@@ -175,6 +169,17 @@ def check_decisions(decisions: Decisions) -> Settings:
         target=target,
         chosen=_chosen(decisions.get("chosen_formats"), target),
     )
+
+
+def _margin(decisions: Decisions) -> float | None:
+    margin = decisions.get("input_margin")
+    if margin is not None and decisions.get("calibration") is None:
+        raise UsageError("input_margin widens the ranges of a calibration file: give one, or leave it out")
+    if margin is not None and not 1 <= margin <= MAX_MARGIN:
+        raise UsageError(f"input_margin is {margin}, expected a number from 1 to {MAX_MARGIN}")
+    if decisions.get("smooth") and decisions.get("calibration") is None:
+        raise UsageError("smooth takes its factors from a calibration file: give one, or leave it out")
+    return margin
 
 
 def _chosen(rules: Iterable[str] | None, target: SizeTarget | None) -> tuple[FormatRule, ...] | None:
