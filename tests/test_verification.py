@@ -179,3 +179,111 @@ def test_a_quantized_head_must_be_a_target(source: Path, tmp_path: Path) -> None
     group["targets"] = ["Linear"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     assert any("lacks the target" in fault.what for fault in mfptq.verify(tmp_path / "out").faults)
+
+
+def change_stored(folder: Path, ending: str, change) -> str:
+    """Change the bytes of the first tensor whose name ends so, under equal size and header; return its name."""
+    for path in sorted(folder.glob("*.safetensors")):
+        data = bytearray(path.read_bytes())
+        size = int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8 : 8 + size]).items():
+            if name.endswith(ending):
+                begin, end = (8 + size + each for each in entry["data_offsets"])
+                data[begin:end] = change(bytes(data[begin:end]))
+                path.write_bytes(data)
+                return name
+    raise AssertionError(ending)
+
+
+def one_bit(data: bytes) -> bytes:
+    """Change the last place of one number, which seldom changes a code of 4 bits."""
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
+def turned_round(data: bytes) -> bytes:
+    """Keep all numbers, in another order."""
+    return np.frombuffer(data, np.uint16)[::-1].tobytes()
+
+
+@pytest.mark.parametrize("change", [one_bit, turned_round])
+@pytest.mark.parametrize("ending", ["mlp.down_proj.weight", "self_attn.k_proj.weight"])
+def test_a_source_that_changed_under_the_same_header_is_found(ending: str, change, source: Path, output: Path) -> None:
+    assert mfptq.verify(output, source).checksums == 25
+    name = change_stored(source, ending, change)
+    faults = mfptq.verify(output, source).faults
+    assert faults[-1].tensor == name.removesuffix(".weight")
+    assert "other values in the source than those that were converted" in faults[-1].what
+    assert [fault.tensor for fault in faults if "other values" in fault.what] == [faults[-1].tensor]
+
+
+def test_experts_that_changed_places_are_found(moe_source: Path, tmp_path: Path) -> None:
+    mfptq.convert(moe_source, tmp_path / "out")
+    assert mfptq.verify(tmp_path / "out", moe_source).ok
+
+    def exchanged(data: bytes) -> bytes:
+        quarter = len(data) // 4
+        return data[quarter : 2 * quarter] + data[:quarter] + data[2 * quarter :]
+
+    name = change_stored(moe_source, "experts.down_proj", exchanged)
+    faults = mfptq.verify(tmp_path / "out", moe_source).faults
+    assert faults[-1].tensor == name.replace("experts.down_proj", "experts.*.down_proj")
+
+
+@pytest.mark.parametrize("target", ["fp8-dynamic", "fp8-block", "fp8-static"])
+def test_other_formats_have_checksums_too(target: str, source: Path, tmp_path: Path) -> None:
+    given = {"input_scales": "auto"} if target == "fp8-static" else {}
+    mfptq.convert(source, tmp_path / "out", formats=[f"{target}=re:.*mlp.down_proj"], **given)
+    assert mfptq.verify(tmp_path / "out", source).faults == ()
+    change_stored(source, "mlp.down_proj.weight", one_bit)
+    [fault] = mfptq.verify(tmp_path / "out", source).faults
+    assert "other values" in fault.what
+
+
+def test_checksums_do_not_depend_on_how_the_work_was_cut(
+    source: Path, output: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from mfptq.execution import memory_budget
+
+    monkeypatch.setattr(memory_budget, "MIN_TILE", 512)
+    monkeypatch.setattr(memory_budget, "MAX_TILE", 512)
+    monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", 512)
+    mfptq.convert(source, tmp_path / "small", max_workers=1)
+    assert (tmp_path / "small" / "mfptq_report.json").read_bytes() == (output / "mfptq_report.json").read_bytes()
+
+
+def test_a_report_without_checksums_is_said(source: Path, output: Path) -> None:
+    report = json.loads((output / "mfptq_report.json").read_text())
+    report["layers"] = [row[:7] for row in report["layers"]]
+    (output / "mfptq_report.json").write_text(json.dumps(report))
+    (output / "SHA256SUMS").unlink()
+    done = command("verify", output, "--source", source)
+    assert done.returncode == 0
+    assert "no checksums in the report" in done.stdout
+
+
+def test_progress_counts_every_byte(source: Path, output: Path) -> None:
+    seen = []
+    mfptq.verify(output, source, on_event=seen.append)
+    planned = seen.pop(0)
+    assert isinstance(planned, mfptq.Planned)
+    assert sum(each.source_bytes for each in seen) <= planned.total_bytes
+    tensors = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    files = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    assert planned.total_bytes > files + tensors * 0.9
+
+
+def test_off_a_terminal_verify_writes_lines_unless_it_is_quiet(source: Path, output: Path) -> None:
+    assert "Traceback" not in command("verify", output, "--source", source).stderr
+    assert command("verify", output, "--source", source, "--quiet").stderr == ""
+
+
+def test_a_callback_that_raises_stops_the_comparison(source: Path, output: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(event: object) -> None:
+        if isinstance(event, mfptq.Advanced):
+            raise Stop
+
+    with pytest.raises(Stop):
+        mfptq.verify(output, source, on_event=stop)

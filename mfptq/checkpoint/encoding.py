@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DECODED_DTYPE = "BF16"  # codes are decoded to it: value = round_bf16(float32(code) * float32(scale))
 Bf16Array = npt.NDArray[np.uint16]
 ScaleArray = npt.NDArray[np.float32]
+DecodedArray = Bf16Array | ScaleArray
 
 
 class Region(NamedTuple):
@@ -40,9 +41,9 @@ class CodeScaler(Protocol):
     """What turns codes and scales into values: the numpy reference in `encodings`, or a compiled kernel, to the same bytes."""
 
     def __call__(
-        self, codes: str, packed: npt.NDArray[np.uint8], scales: ScaleArray, out: Bf16Array, *, run: int
+        self, codes: str, packed: npt.NDArray[np.uint8], scales: ScaleArray, out: DecodedArray, *, run: int
     ) -> None:
-        """Write raw bfloat16 bits to `out` `[R, K]` from flat `packed` codes of the format named.
+        """Write raw bfloat16 bits, or float32 if `out` is that, to `out` `[R, K]` from flat `packed` codes of the format named.
 
         `scales` `[R, ceil(K / run)]` are float32: scale j of a row holds for the `run` columns from `j * run` on; the last run
         may be shorter. `packed` may lie in the last bytes of `out`'s own memory.

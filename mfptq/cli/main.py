@@ -223,7 +223,8 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
 @source_options
 @links_option
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def verify(output: Path, source: str | None, as_json: bool, **options: Any) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def verify(output: Path, source: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check a converted checkpoint; exit code 6 if anything is wrong.
 
     Example: mfptq verify Qwen3.5-27B-NVFP4 --source Qwen/Qwen3.5-27B
@@ -233,7 +234,8 @@ def verify(output: Path, source: str | None, as_json: bool, **options: Any) -> N
     from ..verification import verify as check
     from . import text
 
-    found = check(output, source, **options)
+    with text.progress(quiet=quiet, what="verify") as show, deferred_signals() as stop:
+        found = check(output, source, on_event=lambda event: (stop(), show(event)), **options)
     click.echo(json.dumps({**asdict(found), "ok": found.ok}) if as_json else text.verification_text(found))
     if not found.ok:
         faults = counted(len(found.faults), "fault", "faults")

@@ -39,7 +39,7 @@ MINUTE = 60.0  # seconds between two lines of progress in a log
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[OnEvent]:
+def progress(*, quiet: bool, what: str = "convert") -> Iterator[OnEvent]:
     """Lend a callback that moves a bar in source bytes; off a terminal it writes a line for each shard, and each minute."""
     if quiet or sys.stderr is None or (sys.stderr.isatty() and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")):
         yield lambda _event: None
@@ -49,7 +49,7 @@ def progress(*, quiet: bool) -> Iterator[OnEvent]:
         return
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc="convert", leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, desc=what, leave=False) as bar:
 
         def show(event: Event) -> None:
             match event:
@@ -212,6 +212,10 @@ def verification_text(found: Verification) -> str:
         lines.append(
             f"  {counted(found.scaled, 'kept tensor is', 'kept tensors are')} the source's times the factors of smoothing"
         )
+    if found.checksums:
+        lines.append(f"  the values of {found.checksums} layers in the source were compared with those converted")
+    elif found.errors:
+        lines.append("  no checksums in the report: whether the source has changed since was not looked at")
     lines += [f"  {error:7.2%}  {printable(pattern)}" for pattern, error in found.errors.items()]
     lines += [f"  {line}" for line in left_out_lines(found.left_out)]
     lines += [f"  fault: {fault}" for fault in found.faults[:SHOWN_FAULTS]]

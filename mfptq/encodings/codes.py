@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.encoding import Bf16Array, ScaleArray
+from ..checkpoint.encoding import Bf16Array, DecodedArray, ScaleArray
 from ..nvfp4 import E2M1_VALUES, E4M3_VALUES
 
 E4M3, E2M1, INT4, INT8, UINT8 = "E4M3", "E2M1", "INT4", "INT8", "UINT8"
@@ -65,7 +65,7 @@ def scale_codes(
     codes: str,
     packed: npt.NDArray[np.uint8],
     scales: ScaleArray,
-    out: Bf16Array,
+    out: DecodedArray,
     *,
     run: int,
     zeros: ScaleArray | None = None,
@@ -81,7 +81,8 @@ def scale_codes(
         if zeros is not None:
             values = values - np.repeat(zeros[row : row + step], run, axis=1)[:, :columns]
         factors = np.repeat(scales[row : row + step], run, axis=1)[:, :columns]
-        out[row : row + step] = bf16_bits(values * factors)
+        exact = values * factors
+        out[row : row + step] = exact if out.dtype == np.float32 else bf16_bits(exact)
 
 
 def _nibbles(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

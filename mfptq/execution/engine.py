@@ -169,13 +169,14 @@ class Execution:
         """Convert whole groups that fit into the memory together: read once, written in as few runs as they lie in."""
         data = memory.read_batch(self._source, batch)
         amax = batch.of_groups(memory.amax_each(data, batch))
+        checksums = memory.checksums(batch, data)
         method = self._plan.method
         scales = batch.for_weights([global_scale(method, found, batch.dtype) for found in amax.tolist()])
         if self._plan.calibration is None:
             quantized = memory.quantize_each(data, WeightBatch(method, batch.starts, scales))
         else:
             quantized = memory.quantize_by(self._plan.statistics, data, batch, scales)
-        for pattern, stats in batch.by_pattern(quantized.stats).items():
+        for pattern, stats in batch.by_pattern(quantized.stats, checksums).items():
             writer.note(pattern, stats)
         pieces = batch.pieces(quantized.packed, quantized.scales, scales)
         self._write(writer, pieces, batch.reads, memory, keep=batch.is_turned)
@@ -209,7 +210,9 @@ class Execution:
         step, tile = work
         data = memory.read(self._source, tile)
         found = TileWork(step, tile, data, scale, self._statistics(step, tile))
+        checksum = memory.checksum(tile, data)
         pieces, stats = FAMILIES[step.format.family].convert(memory, found)
+        stats.checksum = checksum
         writer.note(stats_key(step), stats)
         self._write(writer, pieces, tile.ranges, memory, keep=tile.weight.pitch > 0)
 
@@ -224,7 +227,9 @@ class Execution:
         for tile in strip.tiles:
             data = memory.read(self._source, tile) if data is None or len(strip.tiles) > 1 else data
             parts = strip.parts(tile)
+            checksum = memory.checksum(tile, data)  # before the codes take the place of the values
             done = memory.quantize_segments(data, segments(step, parts, amax))
+            done.stats.checksum = checksum
             parts.put(chosen, done.scales)
             writer.note(stats_key(step), done.stats)
             piece = Piece(step.values + tile.start, done.codes.data)

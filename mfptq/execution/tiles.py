@@ -16,10 +16,11 @@ import numpy.typing as npt
 from ..checkpoint.encoding import Region
 from ..checkpoint.weights import Weight
 from ..dtypes import DTYPE_BITS
-from ..kernels import ErrorStats, Float64Array, Int64Array
+from ..kernels import ErrorStats, Float64Array, Int64Array, TileArray
 from ..names.fusion import by_group
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from ..planning.jobs import QuantizeWeight, stats_key
+from ..storage.checksum import MODULUS, checksum
 from ..storage.partial_file import Piece
 
 
@@ -56,6 +57,10 @@ class Tile:
         """Where it lies in the source file, (offset, size) in bytes; of an encoded weight, where its codes lie."""
         encoding = self.weight.encoding
         return [(self.offset, self.nbytes)] if encoding is None else encoding.ranges(self.region)
+
+    def checksum(self, values: TileArray) -> int:
+        """Return what the tile's values add to the checksum of its weight."""
+        return checksum(self.weight.module, self.start * values.itemsize, values)
 
     @property
     def offset(self) -> int:
@@ -181,13 +186,24 @@ class Batch:
         stored = np.ascontiguousarray(values[order].astype("<f4")).view(np.uint8)
         yield from _joined(np.array(places)[order], np.full(len(places), 4), stored)
 
-    def by_pattern(self, stats: Float64Array) -> dict[str, ErrorStats]:
+    def checksums(self, data: TileArray) -> list[int]:
+        """Return the checksum of each weight's values, which lie in `data` one weight behind the other."""
+        ends = self.starts.tolist()
+        return [
+            checksum(step.weight.module, 0, data[begin:end])
+            for step, (begin, end) in zip(self.steps, itertools.pairwise(ends), strict=True)
+        ]
+
+    def by_pattern(self, stats: Float64Array, checksums: Sequence[int]) -> dict[str, ErrorStats]:
         """Return the statistics of the weights, `[n, 7]`, those of one layer whose names have one pattern together."""
         rows: dict[str, list[int]] = {}
         for row, step in enumerate(self.steps):
             rows.setdefault(stats_key(step), []).append(row)
         sizes = np.diff(self.starts)
-        return {pattern: ErrorStats.together(int(sizes[found].sum()), stats[found]) for pattern, found in rows.items()}
+        together = {pattern: ErrorStats.together(int(sizes[each].sum()), stats[each]) for pattern, each in rows.items()}
+        for pattern, found in together.items():
+            found.checksum = sum(checksums[row] for row in rows[pattern]) % MODULUS
+        return together
 
 
 def batches(groups: Iterable[GroupStep], tile_bytes: int) -> Iterator[Batch]:

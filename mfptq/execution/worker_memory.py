@@ -134,6 +134,16 @@ class WorkerMemory:
                 raise _not_finite(values, tile.weight, tile.start)
         return values
 
+    def checksum(self, tile: Tile, data: TileArray) -> int:
+        """Return what a tile's values, as they were read, add to the checksum of its weight."""
+        with self.timed("checksum"):
+            return tile.checksum(data)
+
+    def checksums(self, batch: Batch, data: TileArray) -> list[int]:
+        """Return the checksum of each weight's values, as they were read."""
+        with self.timed("checksum"):
+            return batch.checksums(data)
+
     def amax_each(self, data: TileArray, batch: Batch) -> Float32Array:
         """Return each weight's largest magnitude; raises NonFiniteWeightError for NaN or infinity."""
         with self.timed("amax"):

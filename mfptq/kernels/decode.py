@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.encoding import Bf16Array, CodeScaler, ScaleArray
+from ..checkpoint.encoding import CodeScaler, DecodedArray, ScaleArray
 from ..encodings.codes import scale_codes
 
 if TYPE_CHECKING:
     from llvmlite import ir
+
+
+WIDE = "_F32"  # ends the names of functions that write float32
 
 
 @cache
@@ -42,9 +45,9 @@ class CompiledDecoder:
         self._functions = CpuFunctions(_emit, [*pointers, *sizes])
 
     def __call__(
-        self, codes: str, packed: npt.NDArray[np.uint8], scales: ScaleArray, out: Bf16Array, *, run: int
+        self, codes: str, packed: npt.NDArray[np.uint8], scales: ScaleArray, out: DecodedArray, *, run: int
     ) -> None:
-        """Write raw bfloat16 bits to `out` `[R, K]`; see `CodeScaler`. All arrays are C-contiguous."""
+        """Write raw bfloat16 bits, or float32, to `out` `[R, K]`; see `CodeScaler`. All arrays are C-contiguous."""
         rows, columns = out.shape
         places = [array.__array_interface__["data"][0] for array in (packed, scales, out)]
-        self._functions[f"decode_{codes}"](*places, rows, columns, run)
+        self._functions[f"decode_{codes}{WIDE if out.dtype == np.float32 else ''}"](*places, rows, columns, run)

@@ -1,4 +1,4 @@
-"""The instructions that decode codes and scales to bfloat16: one function for each format of codes.
+"""The instructions that decode codes and scales to bfloat16 or float32: one function for each format of codes.
 
 A function's arguments: (codes, scales, values, rows, columns, run). Each run of columns in a row has one scale. It goes through
 its codes once, from the first to the last, and reads each vector of them before it writes: so codes may lie in the last bytes
@@ -14,6 +14,7 @@ from llvmlite import ir
 
 from ..encodings.codes import CODE_FORMATS, E2M1, E4M3, INT8, NAN_BITS
 from .cpu_code import LANES
+from .decode import WIDE
 from .vector import BYTE, FLOAT, HALF, LONG, VOID, WORD, Code, Floats, Words
 
 _SIGN = 0x80000000
@@ -23,10 +24,10 @@ PREFIX = "decode_"
 
 
 def emit(module: ir.Module, name: str) -> None:
-    """Write the function `decode_<codes>`: decode_E4M3, decode_E2M1, ..."""
-    codes = name.removeprefix(PREFIX)
-    one = _emit_run(module, codes)
-    pointers = [BYTE.as_pointer(), FLOAT.as_pointer(), HALF.as_pointer()]
+    """Write the function `decode_<codes>`: decode_E4M3, decode_E2M1, ...; decode_E2M1_F32 writes float32."""
+    codes, element = name.removeprefix(PREFIX).removesuffix(WIDE), FLOAT if name.endswith(WIDE) else HALF
+    one = _emit_run(module, codes, element)
+    pointers = [BYTE.as_pointer(), FLOAT.as_pointer(), element.as_pointer()]
     function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG, LONG, LONG]), name)
     source, scales, values, rows, columns, run = function.args
     code = Code(function, 1)
@@ -42,9 +43,9 @@ def emit(module: ir.Module, name: str) -> None:
     build.ret_void()
 
 
-def _emit_run(module: ir.Module, codes: str) -> ir.Function:
+def _emit_run(module: ir.Module, codes: str, element: ir.Type) -> ir.Function:
     """Write a function for the values of one run: (codes, scale, values, index of the first one, how many)."""
-    arguments = [BYTE.as_pointer(), FLOAT, HALF.as_pointer(), LONG, LONG]
+    arguments = [BYTE.as_pointer(), FLOAT, element.as_pointer(), LONG, LONG]
     function = ir.Function(module, ir.FunctionType(VOID, arguments), f"decode_{codes}_run")
     function.linkage = "internal"
     source, scale, values, first, count = function.args
@@ -57,8 +58,11 @@ def _emit_run(module: ir.Module, codes: str) -> ir.Function:
         factor = lanes.spread(scale)
         with lanes.loop(begin, stop, LONG(lanes.lanes)) as index:
             found = _value(_load(lanes, source, index, codes), codes) * factor
-            bits = lanes.build.trunc(_rounded(found).raw, lanes.typed(HALF))
-            lanes.store(bits, lanes.at(values, index), 2)
+            if element == HALF:
+                bits = lanes.build.trunc(_rounded(found).raw, lanes.typed(HALF))
+                lanes.store(bits, lanes.at(values, index), 2)
+            else:
+                lanes.store(found.raw, lanes.at(values, index), 4)
     code.build.ret_void()
     return function
 

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-ERROR_FIELDS = 7  # of ErrorStats, as kernels write them: all but `weights`
+from ..storage.checksum import MODULUS
+
+ERROR_FIELDS = 7  # of ErrorStats, as kernels write them: all but `weights` and `checksum`
 
 
 @dataclass(slots=True)
 class ErrorStats:
-    """What quantization did to some weights; sums add up over tiles, `worst_block` is a relative error."""
+    """What quantization did to some weights; sums add up over tiles, `worst_block` is a relative error.
+
+    `checksum` is that of the values before, as `storage.checksum` makes it; kernels leave it 0.
+    """
 
     weights: int = 0
     squared_error: float = 0.0
@@ -25,6 +30,7 @@ class ErrorStats:
     zeroed: int = 0
     saturated_blocks: int = 0
     zero_blocks: int = 0
+    checksum: int = 0
 
     def add(self, other: ErrorStats) -> None:
         """Take in the statistics of other weights."""
@@ -36,6 +42,7 @@ class ErrorStats:
         self.zeroed += other.zeroed
         self.saturated_blocks += other.saturated_blocks
         self.zero_blocks += other.zero_blocks
+        self.checksum = (self.checksum + other.checksum) % MODULUS
 
     @property
     def relative_error(self) -> float:
@@ -57,4 +64,4 @@ class ErrorStats:
 
     def as_array(self) -> npt.NDArray[np.float64]:
         """Return what `from_array` takes."""
-        return np.array([getattr(self, name) for name in self.__slots__[1:]], np.float64)
+        return np.array([getattr(self, name) for name in self.__slots__[1 : 1 + ERROR_FIELDS]], np.float64)

@@ -27,26 +27,33 @@ def manifest_entries(root: Path) -> dict[str, str] | None:
     return entries
 
 
-def manifest_faults(root: Path, poll: Callable[[], object] | None = None) -> tuple[int, list[Fault]]:
+def manifest_faults(
+    root: Path, poll: Callable[[], object] | None = None, note: Callable[[int], object] | None = None
+) -> tuple[int, list[Fault]]:
     """Return how many digests were compared, and a fault for each file that is missing or has another content.
 
-    `poll` is called now and then in the calling thread; what it raises stops the comparison.
+    `poll` is called now and then in the calling thread; what it raises stops the comparison. `note` is told, in other threads,
+    how many more bytes are done.
     """
     entries = manifest_entries(root)
     if entries is None:
         return 0, [Fault("", MANIFEST, "has a line that is no digest, two spaces and a name, or a name twice")]
-    found = in_parallel(partial(_digest_fault, root), entries.items(), poll)
+    found = in_parallel(partial(_digest_fault, root, note), entries.items(), poll)
     return len(entries), [fault for fault in found if fault is not None]
 
 
-def _digest_fault(root: Path, stopped: Stopped, entry: tuple[str, str]) -> Fault | None:
+def _digest_fault(
+    root: Path, note: Callable[[int], object] | None, stopped: Stopped, entry: tuple[str, str]
+) -> Fault | None:
     name, digest = entry
     try:
         fd = open_regular(confined(root, name))
     except SourceError as error:
         return Fault("", MANIFEST, f"names a file that cannot be read: {error}")
     try:
-        if name != CARD and file_sha256(fd, os.fstat(fd).st_size, stopped) != digest:  # cards are there to be edited
+        if (
+            name != CARD and file_sha256(fd, os.fstat(fd).st_size, stopped, note) != digest
+        ):  # cards are there to be edited
             return Fault("", name, f"is not what {MANIFEST} says: its content changed")
     finally:
         os.close(fd)

@@ -12,16 +12,21 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..checkpoint.folder import read_object
 from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import name_pattern
+from ..errors import SourceError
 from ..kernels import ErrorStats
+from ..limits import MAX_INDEX_BYTES
 from .journal import ShardResult
+from .leftovers import REPORT
 
 if TYPE_CHECKING:
+    from ..checkpoint.source import Source
     from ..planning.plan import ConversionPlan
 
 LAYER_COLUMNS = (
-    "name", "elements", "relative_error", "worst_block", "zeroed", "saturated_blocks", "zero_blocks"
+    "name", "elements", "relative_error", "worst_block", "zeroed", "saturated_blocks", "zero_blocks", "checksum"
 )  # fmt: skip
 TENSOR_COLUMNS = ("pattern", "action", "count", "source_bytes", "rule", "reason")
 SUSPICIOUS_ERROR = 0.10
@@ -147,9 +152,22 @@ def layer_rows(statistics: Mapping[str, ErrorStats]) -> list[list[Any]]:
             _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
             stats.saturated_blocks,
             stats.zero_blocks,
+            f"{stats.checksum:016x}",
         ]
         for name, stats in sorted(layers.items())
     ]
+
+
+def recorded_checksums(output: Source) -> dict[str, int]:
+    """Return the checksum of the values that each layer was made from, by name, as the output's report has them.
+
+    Empty where there is no such report, or one of an earlier version.
+    """
+    try:
+        rows = read_object(output, REPORT, MAX_INDEX_BYTES).get("layers")
+        return {row[0]: int(row[len(LAYER_COLUMNS) - 1], 16) for row in rows or ()}
+    except (SourceError, TypeError, ValueError, IndexError, KeyError):
+        return {}
 
 
 def tensor_rows(plan: ConversionPlan) -> list[list[Any]]:

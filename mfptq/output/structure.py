@@ -9,12 +9,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from ..checkpoint.acceptance import refusal
 from ..checkpoint.folder import CONFIG, INDEX, Checkpoint, read_object
 from ..checkpoint.source import Source
+from ..checkpoint.stored_bytes import read_scalar
 from ..checkpoint.weights import StoredTensor, Weight
 from ..errors import listed, quote
 from ..limits import MAX_INDEX_BYTES
@@ -112,15 +110,3 @@ def _fusion_faults(
 def _shared(target: TargetFormat) -> list[str]:
     """Return the suffixes of the tensors that must be equal throughout a fused group."""
     return [each.suffix for each in target.tensors(_ANY, "search") if each.part == SCALAR]
-
-
-def read_scalar(source: Source, tensor: StoredTensor) -> float:
-    """Return the float32 that a tensor holds."""
-    return float(read_bytes(source, tensor, 0, 4).view(np.float32)[0])
-
-
-def read_bytes(source: Source, tensor: StoredTensor, start: int, size: int) -> npt.NDArray[np.uint8]:
-    """Return `size` bytes of a tensor from byte `start` on."""
-    buffer = np.empty(size, np.uint8)
-    source.read_into(tensor.shard, tensor.offset + start, buffer.data)
-    return buffer

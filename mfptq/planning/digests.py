@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..smoothing.plan import Smoothing
     from .weight_targets import ChosenTargets
 
-PLAN_FORMAT = 6
+PLAN_FORMAT = 7
 
 
 def digests_of(
@@ -25,6 +25,7 @@ def digests_of(
     return {
         "format": str(PLAN_FORMAT),
         "source": sha256(json.dumps(source)),
+        **({} if checkpoint.origin.revision is None else {"commit": checkpoint.origin.revision}),
         "settings": sha256(json.dumps(decided)),
         "input scales": scales.digest if scales is not None else "",
         **({} if found.calibration is None else {"calibration": found.calibration.digest}),

@@ -30,7 +30,8 @@ class LayerRow:
     """The weights of one layer and kind: their number of elements, and the errors that quantizing them made.
 
     `relative_error` is the Frobenius norm of the difference over that of the weights, `worst_block` that of the worst 16
-    values, `zeroed` the share of values that became zero, `saturated_blocks` and `zero_blocks` counts of blocks.
+    values, `zeroed` the share of values that became zero, `saturated_blocks` and `zero_blocks` counts of blocks;
+    `checksum` tells the values before from others, "" in reports of earlier versions.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerRow:
     zeroed: float
     saturated_blocks: int
     zero_blocks: int
+    checksum: str = ""
 
     @property
     def layer(self) -> int | None:

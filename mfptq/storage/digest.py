@@ -50,16 +50,21 @@ def in_parallel(
         pool.shutdown(cancel_futures=True)
 
 
-def file_sha256(fd: int, size: int, stopped: Callable[[], bool] | None = None) -> str:
+def file_sha256(
+    fd: int, size: int, stopped: Callable[[], bool] | None = None, note: Callable[[int], object] | None = None
+) -> str:
     """Return the SHA-256 of the first `size` bytes of an open file, hexadecimal; raises EOFError if it ends before.
 
-    Raises CancelledError soon after `stopped` says so.
+    Raises CancelledError soon after `stopped` says so. `note` is told how many more bytes are done.
     """
     digest, buffer = Digest(), hash_buffer(size)
     while digest.end < size:
         if stopped is not None and stopped():
             raise CancelledError
-        digest.read(fd, min(size, digest.end + HASH_STEP), buffer)
+        begin = digest.end
+        digest.read(fd, min(size, begin + HASH_STEP), buffer)
+        if note is not None:
+            note(digest.end - begin)
     return digest.hex()
 
 

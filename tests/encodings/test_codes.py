@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfptq.encodings.codes import CODE_FORMATS, E2M1, E4M3, E8M0_VALUES, scale_codes, scale_values
+from mfptq.encodings.codes import CODE_FORMATS, E2M1, E4M3, E8M0_VALUES, bf16_bits, scale_codes, scale_values
 
 from .checkpoints import DECODERS
 
@@ -32,6 +32,21 @@ def test_decoders_agree_also_in_place(codes: str, columns: int, run: int) -> Non
         found = memory.view(np.uint16).reshape(rows, columns)
         decoder(codes, memory[-packed.size :], factors, found, run=run)
         assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("columns", "run"), SHAPES)
+@pytest.mark.parametrize("codes", CODE_FORMATS)
+def test_decoders_agree_on_float32(codes: str, columns: int, run: int) -> None:
+    rows, bits = 40, CODE_FORMATS[codes].bits
+    packed = np.random.default_rng(1).integers(0, 256, rows * columns * bits // 8, dtype=np.uint8)
+    factors = scales(rows, -(-columns // run))
+    found = [np.empty((rows, columns), np.float32) for _ in DECODERS]
+    for decoder, out in zip(DECODERS, found, strict=True):
+        decoder(codes, packed, factors, out, run=run)
+    assert np.array_equal(*found, equal_nan=True)
+    narrow = np.empty((rows, columns), np.uint16)
+    scale_codes(codes, packed, factors, narrow, run=run)
+    assert np.array_equal(bf16_bits(found[0]), narrow)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

