@@ -162,7 +162,7 @@ def test_config_and_tensors_must_agree(output: Path) -> None:
     (output / "SHA256SUMS").unlink()
     config = json.loads((output / "config.json").read_text())
     ignored = config["quantization_config"]["ignore"]
-    ignored.append("model.language_language_model.layers.0.mlp.down_proj")
+    ignored.append("model.language_model.layers.0.mlp.down_proj")
     (output / "config.json").write_text(json.dumps(config))
     assert any("layers.0.mlp.down_proj" in f.tensor and "ignores" in f.what for f in mfptq.verify(output).faults)
     config["quantization_config"]["ignore"] = []
@@ -206,7 +206,9 @@ def turned_round(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("change", [one_bit, turned_round])
-@pytest.mark.parametrize("ending", ["language_model.layers.0.mlp.down_proj.weight", "model.layers.3.self_attn.k_proj.weight"])
+@pytest.mark.parametrize(
+    "ending", ["language_model.layers.0.mlp.down_proj.weight", "language_model.layers.3.self_attn.k_proj.weight"]
+)
 def test_a_source_that_changed_under_the_same_header_is_found(ending: str, change, source: Path, output: Path) -> None:
     assert mfptq.verify(output, source).checksums == 25
     name = change_stored(source, ending, change)
