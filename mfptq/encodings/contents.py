@@ -171,13 +171,18 @@ def _recognize(tensors: Iterable[StoredTensor], declared: Declared) -> _Found:
 
 
 def _check_rest(tensors: Iterable[StoredTensor], found: _Found, declared: Declared) -> None:
-    """Raise SourceError for codes and scales that belong to nothing that was recognized."""
+    """Raise SourceError for codes and scales that belong to nothing that was recognized.
+
+    A tensor of one-byte numbers that belongs to no module, in a checkpoint without quantized weights, is a table of its own.
+    """
+    quantized = bool(declared.all or found.weights)
     for tensor in tensors:
         info, leaf = tensor.info, tensor.info.name.rpartition(".")[2]
         if info.name in found.consumed or leaf in _SCALE_LEAVES:
             continue
         of_weight = leaf in _WEIGHT_LEAVES and info.dtype in _INTEGER_DTYPES and len(info.shape) > 1
-        if of_weight or (info.dtype in _CODE_DTYPES and leaf not in _CACHE_LEAVES | _INPUT_LEAVES):
+        of_layer = leaf not in _CACHE_LEAVES | _INPUT_LEAVES and (quantized or "." in info.name or leaf in _WEIGHT_LEAVES)
+        if of_weight or (info.dtype in _CODE_DTYPES and of_layer):
             raise unread(tensor, declared)
     for tensor in tensors:
         if tensor.info.name.rpartition(".")[2] in _SCALE_LEAVES and tensor.info.name not in found.consumed:
