@@ -181,7 +181,9 @@ def _check_rest(tensors: Iterable[StoredTensor], found: _Found, declared: Declar
         if info.name in found.consumed or leaf in _SCALE_LEAVES:
             continue
         of_weight = leaf in _WEIGHT_LEAVES and info.dtype in _INTEGER_DTYPES and len(info.shape) > 1
-        of_layer = leaf not in _CACHE_LEAVES | _INPUT_LEAVES and (quantized or "." in info.name or leaf in _WEIGHT_LEAVES)
+        of_layer = leaf not in _CACHE_LEAVES | _INPUT_LEAVES and (
+            quantized or "." in info.name or leaf in _WEIGHT_LEAVES
+        )
         if of_weight or (info.dtype in _CODE_DTYPES and of_layer):
             raise unread(tensor, declared)
     for tensor in tensors:
