@@ -1,6 +1,6 @@
-"""Check a quantized checkpoint, whoever made it, as inference engines would: from headers, config and small tensors.
+"""Check a quantized checkpoint, whoever made it, as inference engines would: from headers, config, and scales.
 
-The public face of `engines`. It reads no weight, writes nothing, and shares no rule with the code that converts.
+The public face of `engines`. It decodes no weight, writes nothing, and shares no rule with the code that converts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import json
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from .checkpoint.folder import Checkpoint, read_object
 from .checkpoint.header import PREFIX_BYTES, parse_header
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.weights import StoredTensor
+from .engines.block_scales import block_faults
 from .engines.files import HF_QUANT_CONFIG, file_faults
 from .engines.findings import Fault, Finding, gathered
 from .engines.judge import QUANTIZATION_CONFIG, Subject, structure_faults, view
@@ -73,6 +75,8 @@ def check(
     *,
     engines: Sequence[Engine] = ENGINES,
     serving: Serving | None = None,
+    source: str | Path | None = None,
+    block_scales: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -80,15 +84,22 @@ def check(
     """Return what engines would find wrong with the checkpoint at `path`, a folder or a Hub repo.
 
     `serving` says how the model will run: then it is also judged whether it can be split and fits into memory.
+    `block_scales` are read too, a byte for 16 weights: by default where the files are local. With `source`, what it was made
+    from, blocks that were lost are found as well; a revision of it follows its name, as in `hf://org/name@revision`.
     Raises UsageError for an engine that is not known, SourceError for files that are no checkpoint, and HubError.
     """
-    start = time.monotonic()
-    checkpoint = open_checkpoint(path, HubOptions(revision, token, cache_dir))
-    try:
-        subject = read_subject(checkpoint)
-        found = judge(subject, engines, serving=serving, more=_index_faults(checkpoint))
-    finally:
-        checkpoint.source.close()
+    start, hub = time.monotonic(), HubOptions(revision, token, cache_dir)
+    with ExitStack() as opened:
+        checkpoint = open_checkpoint(path, hub)
+        opened.callback(checkpoint.source.close)
+        original = None
+        if source is not None:
+            original = open_checkpoint(source, replace(hub, revision=None))
+            opened.callback(original.source.close)
+        subject, more = read_subject(checkpoint), [*_index_faults(checkpoint)]
+        if block_scales or original is not None or (block_scales is None and not checkpoint.source.is_remote):
+            more += block_faults(checkpoint, contents(subject.tensors), original)
+        found = judge(subject, engines, serving=serving, more=more)
     return Check(found, len(subject.tensors), tuple(engines), time.monotonic() - start)
 
 

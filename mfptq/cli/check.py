@@ -66,6 +66,9 @@ def refuse_unloadable(plan: Plan, engine: str) -> None:
 @click.option("--gpu-memory", help="Memory of one GPU, such as 24GB: do weights and cache fit?")
 @click.option("--context", type=click.IntRange(0), default=8192, show_default=True, metavar="TOKENS",
               help="Tokens that the cache must hold, for --gpu-memory.")  # fmt: skip
+@click.option("--source", help="What it was made from, folder or Hub repo: were blocks lost?")
+@click.option("--block-scales/--no-block-scales", default=None,
+              help="Read every block scale, 1/9 of the weights' bytes; by default where the files are local.")  # fmt: skip
 @source_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def check(checkpoint: str, engine: str, as_json: bool, **options: Any) -> None:

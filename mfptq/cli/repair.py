@@ -18,6 +18,7 @@ from .process import deferred_signals
 @click.command()
 @click.argument("checkpoint", type=click.Path())
 @click.argument("output", type=click.Path(path_type=Path))
+@click.option("--source", help="What it was made from, folder or Hub repo: its weights are quantized anew.")
 @click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process.")
 @click.option("--max-workers", type=int, help="Threads; by default one for each core.")
 @click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
@@ -27,7 +28,8 @@ def repair(checkpoint: str, output: Path, as_json: bool, quiet: bool, **options:
     """Write the NVFP4 CHECKPOINT (a folder, of any tool) again into OUTPUT, as engines load it and compute right.
 
     Fused partners get one global scale, modules that are not quantized get their `ignore` entries, and names become those
-    of compressed-tensors. No weight is quantized anew.
+    of compressed-tensors. No weight is quantized anew, except with --source: then the choice of layers and the input
+    scales are CHECKPOINT's, weights and files the source's, also those that CHECKPOINT lost.
 
     Example: mfptq repair ./Qwen3.5-27B-NVFP4 ./Qwen3.5-27B-NVFP4-repaired
     """
@@ -35,7 +37,8 @@ def repair(checkpoint: str, output: Path, as_json: bool, quiet: bool, **options:
     from . import text
 
     with text.progress(quiet=quiet) as show, deferred_signals() as check:
-        report = convert(checkpoint, output, like=checkpoint, on_event=lambda event: (check(), show(event)), **options)
+        options["on_event"] = lambda event: (check(), show(event))
+        report = convert(options.pop("source") or checkpoint, output, like=checkpoint, **options)
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     elif not quiet:

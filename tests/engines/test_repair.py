@@ -1,0 +1,77 @@
+"""Checkpoints as llm-compressor writes them: `check` finds every unequal group and nothing else, `repair` mends them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mfptq
+from mfptq.demo import DemoShape, write_demo
+from tests.conftest import command
+from tests.engines.llm_compressor import (
+    as_served,
+    layer_errors,
+    read,
+    unequal_groups,
+    unstacked,
+    write_as_llm_compressor,
+)
+
+torch = pytest.importorskip("torch")
+SHAPES = {"dense": DemoShape(), "experts": DemoShape(experts=4, intermediate=128)}
+GROUPS = {
+    "dense": 3,
+    "experts": 3 + 4 + 16 - 1,
+}  # DeltaNet layers; shared and routed experts, one of them equal by chance
+
+
+@pytest.fixture(params=SHAPES)
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, Path]:
+    """The name of a shape, a source, and what llm-compressor makes of it."""
+    write_demo(tmp_path / "source", SHAPES[request.param])
+    return request.param, tmp_path / "source", write_as_llm_compressor(tmp_path / "source", tmp_path / "llmc")
+
+
+def test_every_unequal_group_is_found_and_nothing_else(made: tuple[str, Path, Path]) -> None:
+    name, source, written = made
+    expected = unequal_groups(read(written))
+    assert len(expected) == GROUPS[name]
+    for engine in ("vllm", "sglang"):
+        found = mfptq.check(written, engines=[engine], source=source).findings
+        assert {each.code for each in found} == {"unequal-weight-scales"}
+        assert sum(each.count for each in found) == len(expected)
+
+
+@pytest.mark.parametrize("with_source", [False, True])
+def test_repaired_it_is_clean_and_no_layer_is_worse(
+    made: tuple[str, Path, Path], with_source: bool, tmp_path: Path
+) -> None:
+    _, source, written = made
+    words = ["repair", written, tmp_path / "out", *(["--source", source] if with_source else [])]
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    assert mfptq.check(tmp_path / "out", source=source).findings == ()
+    exact = unstacked(read(source))
+    before, after = as_served(read(written)), as_served(read(tmp_path / "out"))
+    assert before.keys() == after.keys()
+    was, now = layer_errors(before, exact), layer_errors(after, exact)
+    bound = 1 if with_source else 1.01  # partners whose scales were nearly equal are rounded a second time
+    assert not [layer for layer in was if now[layer] > bound * was[layer]]
+    assert sum(was[layer] > 1.5 * now[layer] for layer in was) >= GROUPS[made[0]] // 2  # wrong by far, as served before
+    assert max(now.values()) < (0.09 if with_source else 0.105)
+    if with_source:
+        for module, weight in after.items():  # and no member of a fused layer either
+            original = exact[f"{module}.weight"].float()
+            assert (weight - original).norm() <= (before[module] - original).norm(), module
+        assert mfptq.verify(tmp_path / "out", source).ok
+
+
+def test_a_repair_resumes_and_gives_the_same_bytes(made: tuple[str, Path, Path], tmp_path: Path) -> None:
+    _, _, written = made
+    for number in (1, 2):
+        assert command("repair", written, tmp_path / f"out{number}").returncode == 0
+    again = command("repair", written, tmp_path / "out2")
+    assert "already complete" in again.stdout
+    one, other = read(tmp_path / "out1"), read(tmp_path / "out2")
+    assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
