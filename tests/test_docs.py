@@ -155,7 +155,7 @@ LISTS = [
 ]
 CHOICES = [
     *LISTS,
-    *(("mfptq plan", "--method", value) for value in ("search", "minmax", "weighted", "hessian", "hessian+", "auto")),
+    *(("mfptq plan", "--method", value) for value in ("search", "minmax", "weighted", "hessian", "hessian+", "gptq", "auto")),
     *(("mfptq plan", "--scheme", value) for value in ("NVFP4", "NVFP4A16")),
     *(("mfptq plan", "--device", value) for value in ("cpu", "auto")),
     *(("mfptq plan", "--input-scales-kind", value) for value in ("input_global_scale", "input_scale", "amax")),

@@ -9,13 +9,17 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ScaleError, quote
 from ..nvfp4 import BLOCK_SIZE
 from .file import ROUTED, Float32Array, InputInfo, InputStatistics, Int64Array
 
+Float64Array = npt.NDArray[np.float64]
+
 PSD_TOLERANCE = 1e-5  # of a block's largest diagonal entry: float32 rounding of 256 entries stays below 4e-6
 MEAN_TOLERANCE = 1e-3
+FACTORS_TOLERANCE = 1e-3  # of the same: they are carried from sample to sample in float32
 SLICE_BLOCKS = 64  # float64 copies of this many blocks are 128 KiB each
 
 
@@ -41,6 +45,9 @@ def check_statistics(info: InputInfo, statistics: InputStatistics) -> None:
         for start in range(0, len(statistics.hessian), SLICE_BLOCKS):
             part = slice(start, start + SLICE_BLOCKS)
             _check_hessian(name, start, statistics.hessian[part], moment.reshape(-1, BLOCK_SIZE)[part])
+            if statistics.factors is not None:
+                columns = slice(start * BLOCK_SIZE, (start + SLICE_BLOCKS) * BLOCK_SIZE)
+                _check_factors(name, start, statistics.hessian[part], statistics.factors[:, columns])
 
 
 def _check_hessian(name: str, start: int, hessian: Float32Array, moment: Float32Array) -> None:
@@ -53,6 +60,26 @@ def _check_hessian(name: str, start: int, hessian: Float32Array, moment: Float32
         raise ScaleError(f"hessian of {name} is not symmetric")
     if (np.abs(diagonal - moment).max(axis=1) > slack).any():
         raise ScaleError(f"hessian of {name} has another diagonal than its second_moment")
+    bad = _negative(blocks, slack)
+    if bad is not None:
+        raise ScaleError(
+            f"hessian of {name} is not positive semi-definite: block {start + bad[0]} has eigenvalue {bad[1]:.3g}"
+        )
+
+
+def _check_factors(name: str, start: int, hessian: Float32Array, factors: Float32Array) -> None:
+    if not np.isfinite(factors).all():
+        raise ScaleError(f"factors of {name} are not finite")
+    each = factors.astype(np.float64).reshape(len(factors), -1, BLOCK_SIZE)
+    blocks = hessian.astype(np.float64)
+    slack = FACTORS_TOLERANCE * np.diagonal(blocks, axis1=1, axis2=2).max(axis=1)
+    bad = _negative(blocks - np.einsum("rbi,rbj->bij", each, each), slack)
+    if bad is not None:
+        raise ScaleError(f"factors of {name} are larger than its hessian: in block {start + bad[0]} by {-bad[1]:.3g}")
+
+
+def _negative(blocks: Float64Array, slack: Float64Array) -> tuple[int, float] | None:
+    """Return which block has an eigenvalue below its `-slack`, and the eigenvalue; None if none has."""
     jitter = (slack + 1e-300)[:, None, None] * np.eye(BLOCK_SIZE)
     try:
         np.linalg.cholesky(blocks + jitter)
@@ -60,8 +87,8 @@ def _check_hessian(name: str, start: int, hessian: Float32Array, moment: Float32
         lowest = np.linalg.eigvalsh(blocks)[:, 0]
         bad = int(np.argmin(lowest / np.maximum(slack, 1e-300)))
         if lowest[bad] < -slack[bad]:
-            problem = f"block {start + bad} has eigenvalue {lowest[bad]:.3g}"
-            raise ScaleError(f"hessian of {name} is not positive semi-definite: {problem}") from None
+            return bad, float(lowest[bad])
+    return None
 
 
 def check_routed(routed: Mapping[str, Int64Array]) -> None:

@@ -8,6 +8,7 @@ For each input, by its name:
     <input>.amax           F32 [1]            largest magnitude seen
     <input>.second_moment  F32 [K]            mean of x_k^2 over the tokens
     <input>.hessian        F32 [K/16, 16, 16] mean of x x^T over the tokens: its diagonal blocks
+    <input>.factors        F32 [r, K]         F with x x^T less F^T F as small as r rows make it, and never negative
     <input>.tokens         I64 [1]            how many tokens that was
     <experts>.routed_tokens  I64 [E]          how many tokens each routed expert was given by its router
     <input>.sensitivity    F32 [1]            squared relative error of the model's last hidden state where the layers of
@@ -32,19 +33,21 @@ from .._version import __version__
 from ..checkpoint.header import TensorInfo, TensorSpec, encode_header
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..errors import ScaleError, UsageError, quote
+from ..kernels.calibrated import MAX_RANK
 from ..nvfp4 import BLOCK_SIZE
 from ..storage.partial_file import PartialFile, partial_path
 
 SUFFIX = ".calibration.safetensors"
 VERSION_KEY = "mfptq_calibration"
 FORMAT_VERSION = "1"
-AMAX, MOMENT, HESSIAN, TOKENS, ROUTED = "amax", "second_moment", "hessian", "tokens", "routed_tokens"
+AMAX, MOMENT, HESSIAN, FACTORS = "amax", "second_moment", "hessian", "factors"
+TOKENS, ROUTED = "tokens", "routed_tokens"
 SENSITIVITY = "sensitivity"
 
 EXTRACT = "extract"  # the origin of files whose ranges come from another checkpoint: no tokens are known
 
-Level = Literal["amax", "moments", "hessian"]
-LEVELS: tuple[Level, ...] = get_args(Level)
+Level = Literal["amax", "moments", "hessian", "factors"]
+LEVELS: tuple[Level, ...] = get_args(Level)  # each holds what those before it do
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
@@ -89,6 +92,17 @@ class InputStatistics:
     tokens: int | None = None
     second_moment: Float32Array | None = None
     hessian: Float32Array | None = None
+    factors: Float32Array | None = None
+
+
+def includes(level: Level, other: Level) -> bool:
+    """Return whether statistics of a level hold all that those of another do."""
+    return LEVELS.index(level) >= LEVELS.index(other)
+
+
+def factor_rank(columns: int) -> int:
+    """Return how many factors a pass keeps of an input of so many columns."""
+    return min(MAX_RANK, columns)
 
 
 def tensor_specs(info: InputInfo, level: Level, *, counted: bool) -> list[TensorSpec]:
@@ -98,8 +112,10 @@ def tensor_specs(info: InputInfo, level: Level, *, counted: bool) -> list[Tensor
         specs.append(TensorSpec(f"{info.name}.{TOKENS}", "I64", (1,)))
     if level != "amax":
         specs.append(TensorSpec(f"{info.name}.{MOMENT}", "F32", (info.columns,)))
-    if level == "hessian":
+    if includes(level, "hessian"):
         specs.append(TensorSpec(f"{info.name}.{HESSIAN}", "F32", (info.columns // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)))
+    if level == "factors":
+        specs.append(TensorSpec(f"{info.name}.{FACTORS}", "F32", (factor_rank(info.columns), info.columns)))
     return specs
 
 
@@ -152,7 +168,9 @@ def _tensors(statistics: InputStatistics) -> Iterable[tuple[str, bytes]]:
     yield AMAX, np.array([statistics.amax], "<f4").tobytes()
     if statistics.tokens is not None:
         yield TOKENS, np.array([statistics.tokens], "<i8").tobytes()
-    for part, values in ((MOMENT, statistics.second_moment), (HESSIAN, statistics.hessian)):
+    for part, values in (
+        (MOMENT, statistics.second_moment), (HESSIAN, statistics.hessian), (FACTORS, statistics.factors),
+    ):  # fmt: skip
         if values is not None:
             yield part, values.astype("<f4").tobytes()
 

@@ -78,7 +78,9 @@ def pooled(parts: Sequence[InputStatistics]) -> InputStatistics:
         return InputStatistics(amax)
     moments = [part.second_moment for part in parts if part.second_moment is not None]
     hessians = [part.hessian for part in parts if part.hessian is not None]
-    return InputStatistics(amax, sum(counts), _mean(moments, counts), _mean(hessians, counts))
+    factors = [part.factors for part in parts if part.factors is not None]
+    means = _mean(moments, counts), _mean(hessians, counts), _mean_factors(factors, counts)
+    return InputStatistics(amax, sum(counts), *means)
 
 
 def _mean(values: Sequence[Float32Array], counts: Sequence[int]) -> Float32Array | None:
@@ -93,6 +95,16 @@ def _sensitivities(files: Sequence[Calibration]) -> dict[str, float]:
     names = dict.fromkeys(name for file in files for name in file.sensitivities)
     known = {name: [file.sensitivities[name] for file in files if name in file.sensitivities] for name in names}
     return {name: sum(values) / len(values) for name, values in known.items()}
+
+
+def _mean_factors(factors: Sequence[Float32Array], counts: Sequence[int]) -> Float32Array | None:
+    """Return the factors of the mean: the largest directions of all the parts' factors together."""
+    if not factors:
+        return None
+    shares = (count / sum(counts) for count in counts)
+    every = np.concatenate([each.astype(np.float64) * share**0.5 for each, share in zip(factors, shares, strict=True)])
+    _, directions = np.linalg.eigh(every @ every.T)
+    return np.asarray(directions[:, : -len(factors[0]) - 1 : -1].T @ every, np.float32)
 
 
 def _routed(files: Sequence[Calibration]) -> dict[str, Int64Array]:

@@ -11,15 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ScaleError
-from ..kernels.calibrated import PreparedStatistics
+from ..kernels.calibrated import FEEDBACK, PreparedStatistics
 from ..nvfp4 import BLOCK_SIZE
 from .checks import SLICE_BLOCKS
-from .file import LEVELS, Description, Float32Array, InputStatistics, Level
+from .feedback import feedback_statistics
+from .file import Description, Float32Array, InputStatistics, Level, includes
 
 SHRINKAGE_TOKENS = 100  # chosen on text that no published figure was measured on: see docs/calibration.md
 
-_NEEDS: Mapping[str, Level] = {"weighted": "moments", "hessian": "hessian", "hessian+": "hessian"}
-_STRONGEST: Mapping[Level, str] = {"amax": "search", "moments": "weighted", "hessian": "hessian+"}
+_NEEDS: Mapping[str, Level] = {"weighted": "moments", "hessian": "hessian", "hessian+": "hessian", FEEDBACK: "factors"}
+_STRONGEST: Mapping[Level, str] = {
+    "amax": "search", "moments": "weighted", "hessian": "hessian+", "factors": FEEDBACK,
+}  # fmt: skip
 
 
 def choose_method(description: Description, requested: str) -> str:
@@ -28,18 +31,22 @@ def choose_method(description: Description, requested: str) -> str:
     if requested == "auto":
         return _STRONGEST[level]
     needs = _NEEDS.get(requested)
-    if needs is not None and LEVELS.index(level) < LEVELS.index(needs):
+    if needs is not None and not includes(level, needs):
         raise ScaleError(f"method {requested} needs a calibration file with statistics {needs}, this one has {level}")
     return requested
 
 
 def prepare(statistics: InputStatistics, method: str) -> PreparedStatistics:
-    """Return the importance of each column, or the local Hessian, as the kernels take them."""
+    """Return the importance of each column, the local Hessian, or what feedback needs, as the kernels take them."""
     if method == "weighted":
         assert statistics.second_moment is not None
         return PreparedStatistics(importance(statistics.second_moment))
     assert statistics.hessian is not None
     assert statistics.tokens is not None
+    if method == FEEDBACK:
+        assert statistics.factors is not None
+        kept = 1.0 - shrinkage(statistics.tokens)
+        return PreparedStatistics(feedback_statistics(statistics.hessian, statistics.factors, kept))
     return PreparedStatistics(local_hessian(statistics.hessian, statistics.tokens))
 
 

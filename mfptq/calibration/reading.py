@@ -32,6 +32,7 @@ from ..storage.files import expanded
 from .checks import check_routed, check_sensitivities, check_statistics
 from .file import (
     AMAX,
+    FACTORS,
     HESSIAN,
     MOMENT,
     ROUTED,
@@ -158,11 +159,11 @@ class Calibration:
         amax, tokens = self._number(info, AMAX), None
         if f"{info.name}.{TOKENS}" in self._places:
             tokens = int(self._array(f"{info.name}.{TOKENS}", "<i8")[0])
-        moment, hessian = (
+        moment, hessian, factors = (
             self._array(f"{info.name}.{part}", "<f4") if f"{info.name}.{part}" in self._places else None
-            for part in (MOMENT, HESSIAN)
+            for part in (MOMENT, HESSIAN, FACTORS)
         )
-        return InputStatistics(amax, tokens, moment, hessian)
+        return InputStatistics(amax, tokens, moment, hessian, factors)
 
     def known(self, module: str) -> InputStatistics | None:
         """Return everything that the file holds of a module's input; None where no text reached it."""

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=int, help="Samples between two writes; by default what memory allows.")
 @click.option(
     "--statistics",
-    type=click.Choice(["amax", "moments", "hessian"]),
+    type=click.Choice(["amax", "moments", "hessian", "factors"]),
     default="hessian",
     show_default=True,
-    help="What to record; each includes the ones before.",
+    help="What to record; each includes the ones before. factors makes gptq possible.",
 )
 @forward_options
 @click.option("--all-experts/--routed-experts", default=True, show_default=True, help="Which tokens an expert sees.")

@@ -71,7 +71,7 @@ def rule_options(function: Function) -> Function:
         click.option(
             "--method",
             help="search (least error of weights), minmax (rounding); with --calibration also weighted, hessian, "
-            "hessian+ (least error of outputs), or auto, its default: the strongest that the file allows.",
+            "hessian+, gptq (least error of outputs), or auto, its default: the strongest that the file allows.",
         ),
         click.option(
             "--scheme", help="NVFP4 (W4A4) or NVFP4A16 (W4A16); by default W4A4 where input scales are given."

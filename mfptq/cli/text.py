@@ -139,11 +139,14 @@ def after_demo(folder: Path) -> str:
 
 def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) -> dict[str, Any]:
     """Return a plan as JSON values."""
+    from ..execution.prepare import longest_row
     from ..execution.reading_order import bytes_to_fetch
     from ..inspection import plan_patterns
 
     workers = max_workers or available_cores()
-    memory = plan_memory(parse_size(max_memory), HELD_BYTES, workers, statistics=plan.statistics_bytes)
+    memory = plan_memory(
+        parse_size(max_memory), HELD_BYTES, workers, statistics=plan.statistics_bytes, row=longest_row(plan)
+    )
     patterns = plan_patterns(plan)
     elements = sum(row.elements for row in patterns)
     return {

@@ -91,25 +91,26 @@ def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
 
 
 def plan_memory(
-    budget: int, held: int, workers: int, *, statistics: int = 0, largest_tile: int = MAX_TILE
+    budget: int, held: int, workers: int, *, statistics: int = 0, largest_tile: int = MAX_TILE, row: int = 0
 ) -> MemoryPlan:
     """Return tiles and workers that fit into `budget` bytes when the process already holds `held`.
 
     `statistics` is the size of the largest statistics of one input, in bytes: each worker holds one input's as read and as
     prepared, and two inputs' are kept besides.
 
-    `largest_tile` is what suits the kernel, in bytes. Tiles shrink first, then workers; raises MemoryBudgetError, naming the least that works, when one small tile is too much.
+    `largest_tile` is what suits the kernel, `row` what every tile must hold at least, in bytes. Tiles shrink first, then
+    workers; raises MemoryBudgetError, naming the least that works, when one small tile is too much.
     """
-    base = held + RESERVE + 2 * statistics
-    least = base + worker_bytes(MIN_TILE, statistics)
+    base, smallest = held + RESERVE + 2 * statistics, max(MIN_TILE, row)
+    least = base + worker_bytes(smallest, statistics)
     if budget < least:
         raise MemoryBudgetError(
             f"max_memory is {size_text(budget)}, the least that works here is {size_text(least, up=True)}"
         )
-    count = min(workers, (budget - base) // worker_bytes(MIN_TILE, statistics))
-    tile = largest_tile
-    while tile > MIN_TILE and base + count * worker_bytes(tile, statistics) > budget:
-        tile //= 2
+    count = min(workers, (budget - base) // worker_bytes(smallest, statistics))
+    tile = max(largest_tile, smallest)
+    while tile > smallest and base + count * worker_bytes(tile, statistics) > budget:
+        tile = max(tile // 2, smallest)
     peak = base + count * worker_bytes(tile, statistics)
     return MemoryPlan(count, tile, peak, max(0, budget - peak))
 

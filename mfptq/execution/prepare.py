@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..dtypes import NUMPY_DTYPES
+from ..dtypes import DTYPE_BITS, NUMPY_DTYPES
 from ..errors import UsageError
 from ..kernels import Kernel, has_compiler, is_cuda, load_kernel
-from ..kernels.calibrated import CalibratedKernel, load_calibrated_kernel
+from ..kernels.calibrated import FEEDBACK, CalibratedKernel, load_calibrated_kernel
 from ..kernels.choice import choose_device
 from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE
@@ -90,8 +90,16 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
     _try_out(plan, kernel, calibrated)
     # A row of a tile is a separate read of each column where a weight is stored transposed: taller tiles need fewer.
     largest = kernel.tile_bytes * (TALLER if any(weight.pitch for weight in plan.weights()) else 1)
-    memory = plan_memory(budget, resident_bytes(), workers, statistics=statistics, largest_tile=largest)
+    memory = plan_memory(
+        budget, resident_bytes(), workers, statistics=statistics, largest_tile=largest, row=longest_row(plan)
+    )
     return Run(plan, kernel, calibrated, memory, choice.reason)
+
+
+def longest_row(plan: ConversionPlan) -> int:
+    """Return the size of the longest row that must lie in one tile, in bytes: where columns make up for others' errors."""
+    rows = (weight for weight in plan.weights() if plan.method_of(weight) == FEEDBACK)
+    return max((weight.columns * DTYPE_BITS[weight.dtype] // 8 for weight in rows), default=0)
 
 
 def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:

@@ -111,26 +111,46 @@ def _quadratic(statistics: ColumnStatistics, differences: Sequence[Floats]) -> F
 
 def calibrated(x: Sequence[Floats], global_scale: Floats, statistics: ColumnStatistics, method: str) -> QuantizedBlock:
     """Return each block at the scale of least error, the first of equals; by DESCENT, its values are then improved too."""
+    scale, values = nearest(x, global_scale, statistics, method)
+    return quantized(x, global_scale, scale, values)
+
+
+def nearest(
+    x: Sequence[Floats], global_scale: Floats, statistics: ColumnStatistics, method: str
+) -> tuple[Words, list[Floats]]:
+    """Return the scale of each block, as the bits of its E4M3 value, and its E2M1 values: of least error, as `calibrated`."""
     code = statistics.code
     step = code.floats(1.0) / global_scale
-    base = bounded(rounded_scale((largest(_magnitudes(x)) / E2M1_MAX * global_scale).minimum(E4M3_MAX)))
+    base = _base(x, global_scale)
     chosen, best = code.variable(base), code.variable(code.floats(math.inf))
     objective = _weighted if method == "weighted" else _quadratic
     # A loop, not 14 copies: a GPU's driver translates them in seconds, and a processor is no faster with them.
     with code.loop(LONG(0), LONG(len(CALIBRATED_OFFSETS)), LONG(1)) as candidate:
         scale = bounded(base + (code.nth(_PLACES, candidate) << 20) - (-_LOWEST_OFFSET << 20))
-        error = objective(statistics, _differences(x, _rounded(x, scale, step), scale, step))
+        error = objective(statistics, differences(x, _rounded(x, scale, step), scale, step))
         better = error < best.get()
         chosen.set(better.choose(scale, chosen.get()))
         best.set(better.choose(error, best.get()))
     values = _rounded(x, chosen.get(), step)
     if method == DESCENT:
         values = _descended(x, values, chosen.get().floats() * step, statistics)
+    return chosen.get(), values
+
+
+def quantized(x: Sequence[Floats], global_scale: Floats, scale: Words, values: Sequence[Floats]) -> QuantizedBlock:
+    """Return blocks whose scale and values were chosen, with their squared errors."""
+    step = x[0].code.floats(1.0) / global_scale
     words = [_nibbles(values[half : half + 8]) for half in (0, 8)]
     empty = (words[0] | words[1]).equals(0)
-    scale_code = empty.choose(ZERO_BLOCK_CODE, (chosen.get() >> 20) - 960)
-    rounding = _squares(_differences(x, _rounded(x, base, step), base, step))
-    return QuantizedBlock(words, scale_code, _squares(_differences(x, values, chosen.get(), step)), rounding)
+    scale_code = empty.choose(ZERO_BLOCK_CODE, (scale >> 20) - 960)
+    base = _base(x, global_scale)
+    rounding = _squares(differences(x, _rounded(x, base, step), base, step))
+    return QuantizedBlock(words, scale_code, _squares(differences(x, values, scale, step)), rounding)
+
+
+def _base(x: Sequence[Floats], global_scale: Floats) -> Words:
+    """Return each block's scale rounded to nearest."""
+    return bounded(rounded_scale((largest(_magnitudes(x)) / E2M1_MAX * global_scale).minimum(E4M3_MAX)))
 
 
 def _rounded(x: Sequence[Floats], scale: Words, step: Floats) -> list[Floats]:
@@ -138,7 +158,8 @@ def _rounded(x: Sequence[Floats], scale: Words, step: Floats) -> list[Floats]:
     return [_signed_e2m1(each * inverse) for each in x]
 
 
-def _differences(x: Sequence[Floats], values: Sequence[Floats], scale: Words, step: Floats) -> list[Floats]:
+def differences(x: Sequence[Floats], values: Sequence[Floats], scale: Words, step: Floats) -> list[Floats]:
+    """Return how far values at a scale are from weights; `step` is 1 over the global scale."""
     factor = scale.floats() * step
     return [value * factor - each for value, each in zip(values, x, strict=True)]
 

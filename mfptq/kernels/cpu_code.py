@@ -22,7 +22,7 @@ from .vector import BIT, BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Word
 LANES = 16
 
 
-def _transposed(code: Code, source: Any, words: int, stride: Any = None) -> list[Words]:
+def transposed(code: Code, source: Any, words: int, stride: Any = None) -> list[Words]:
     """Return, of 16 blocks of 8 or 16 words, word j of every block as vector j; block k begins `k * stride` words on.
 
     Each step exchanges, between pairs of vectors, one bit of the word's number for one of the block's.
@@ -50,7 +50,7 @@ def _transposed(code: Code, source: Any, words: int, stride: Any = None) -> list
     return [Words(code, row) for row in rows]
 
 
-def _store_sums(code: Code, sums: ErrorSums, stats: Any, padding: Any) -> None:
+def store_sums(code: Code, sums: ErrorSums, stats: Any, padding: Any) -> None:
     """Write the statistics of all lanes together: sums in the order of lanes, and the worst relative error.
 
     `padding` is how many of the blocks were only there to fill a chunk.
@@ -126,13 +126,13 @@ def _emit_one(module: ir.Module, name: str) -> ir.Function:
             code.at(each, code.build.mul(block, LONG(k))) for each, k in ((source, words), (packed, 2), (scales, 1))
         ]
         chunk = _Chunk(code, places, sizes, code.build.sub(blocks, block))
-        found = unpack_block(_transposed(code, chunk.source, words), dtype)
+        found = unpack_block(transposed(code, chunk.source, words), dtype)
         done = search(code, found, global_scale) if method == "search" else minmax(code, found, global_scale, dtype)
         _store_chunk(code, done, chunk.packed, chunk.scales)
         chunk.close()
         sums.add(block_errors(found, done))
     padding = code.build.and_(code.build.sub(LONG(0), blocks), LONG(LANES - 1))
-    _store_sums(code, sums, stats, padding)
+    store_sums(code, sums, stats, padding)
     code.build.ret_void()
     return function
 
@@ -154,16 +154,16 @@ def _emit_calibrated(module: ir.Module, name: str) -> None:
     size = BLOCK_SIZE if method == "weighted" else BLOCK_SIZE**2
     with code.loop(LONG(0), rows, LONG(LANES)) as row, code.loop(LONG(0), blocks, LONG(1)) as block:
         first = build.add(build.mul(row, blocks), block)
-        x = signed_values(_transposed(code, code.at(source, build.mul(first, LONG(words))), words, stride), dtype)
+        x = signed_values(transposed(code, code.at(source, build.mul(first, LONG(words))), words, stride), dtype)
         statistics = ColumnStatistics(code, code.at(known, build.mul(block, LONG(size))))
         done = calibrated(x, global_scale, statistics, method)
-        _store_rows(code, done, (packed, scales), [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)])
+        store_rows(code, done, (packed, scales), [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)])
         sums.add(calibrated_errors(x, done))
-    _store_sums(code, sums, stats, LONG(0))
+    store_sums(code, sums, stats, LONG(0))
     build.ret_void()
 
 
-def _store_rows(code: Code, done: QuantizedBlock, out: Any, places: Sequence[Any]) -> None:
+def store_rows(code: Code, done: QuantizedBlock, out: Any, places: Sequence[Any]) -> None:
     """Write a block of each of 16 rows at its place, counted in blocks."""
     packed, scales = out
     codes = code.build.trunc(done.code.raw, ir.VectorType(BYTE, LANES))

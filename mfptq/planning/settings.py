@@ -34,8 +34,8 @@ class Decisions(TypedDict, total=False):
     """The keywords of `plan` and `convert` that decide what the output holds; each may be left out, or None.
 
     `scheme`: `NVFP4` (W4A4) or `NVFP4A16` (weight-only, W4A16); by default W4A4 where input scales are given.
-    `method`: `search`, `minmax`, or with a calibration file `weighted`, `hessian`, `hessian+`; by default the strongest
-    that the calibration file allows, `search` without one.
+    `method`: `search`, `minmax`, or with a calibration file `weighted`, `hessian`, `hessian+`, `gptq`; by default the
+    strongest that the calibration file allows, `search` without one.
     `ignore`, `targets`: modules to keep, and to quantize although a default keeps them: names, or `re:` and a regex.
     `default_ignore`: False drops the default exclusions, but for what no engine loads in FP4.
     `force`: True allows that too: embedding tables, norms, routers, heads tied to a table.

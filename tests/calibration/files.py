@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mfptq.calibration.file import Contents, Description, InputInfo, InputStatistics, write_calibration
+from mfptq.calibration.file import (
+    Contents,
+    Description,
+    InputInfo,
+    InputStatistics,
+    factor_rank,
+    includes,
+    write_calibration,
+)
 from mfptq.checkpoint.hub import open_checkpoint
 from mfptq.checkpoint.weights import candidates
 from mfptq.planning.rules import Rules, select
@@ -34,7 +42,17 @@ def statistics_of(x, level: str = "hessian") -> InputStatistics:
     hessian = (np.einsum("tbi,tbj->bij", blocks, blocks) / len(x)).astype(np.float32)
     moment = np.ascontiguousarray(np.diagonal(hessian, axis1=1, axis2=2)).reshape(-1)
     amax = float(np.float32(np.abs(x).max()))
-    return InputStatistics(amax, len(x), None if level == "amax" else moment, hessian if level == "hessian" else None)
+    parts = (("moments", moment), ("hessian", hessian), ("factors", factors_of(x)))
+    return InputStatistics(amax, len(x), *(values if includes(level, least) else None for least, values in parts))
+
+
+def factors_of(x):
+    """Return the largest directions of activations, `[r, K]`, and zeros where there are fewer."""
+    result = np.zeros((factor_rank(x.shape[1]), x.shape[1]), np.float32)
+    _, sizes, directions = np.linalg.svd(x / len(x) ** 0.5, full_matrices=False)
+    found = (sizes[:, None] * directions)[: len(result)]
+    result[: len(found)] = found * (1 - 1e-6)
+    return result
 
 
 def write_file(path: Path, inputs: dict[InputInfo, InputStatistics], about: Description = ABOUT, routed=None) -> Path:

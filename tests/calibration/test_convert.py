@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ import mfptq
 from mfptq.calibration.reading import load_calibration
 from mfptq.conversion import make_plan
 from mfptq.errors import MemoryBudgetError, PlanMismatchError, ScaleError, SourceChangedError, UsageError
-from mfptq.execution.memory_budget import plan_memory
+from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, RESERVE, plan_memory, worker_bytes
+from mfptq.execution.prepare import longest_row
 from mfptq.kernels import QuantizeArgs
-from mfptq.kernels.calibrated import CALIBRATED_METHODS, load_calibrated_kernel
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, load_calibrated_kernel
 
 from ..conftest import command, digests
 from .files import calibrate, described, layers_of, stored
@@ -29,6 +31,12 @@ MERGED = "abcd" * 16
 @pytest.fixture
 def path(source: Path, tmp_path: Path) -> Path:
     return calibrate(source, tmp_path / "demo.calibration.safetensors")
+
+
+@pytest.fixture
+def full(source: Path, tmp_path: Path) -> Path:
+    """A file that every method can use."""
+    return calibrate(source, tmp_path / "full.calibration.safetensors", described("factors"))
 
 
 def shards(folder: Path) -> dict[str, str]:
@@ -52,10 +60,10 @@ def test_input_scales_are_those_that_compressed_tensors_computes_from_amax(decis
 
 
 @pytest.mark.parametrize("method", CALIBRATED_METHODS)
-def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(method, source, path, tmp_path):
-    report = mfptq.convert(source, tmp_path / "out", calibration=path, method=method)
+def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(method, source, full, tmp_path):
+    report = mfptq.convert(source, tmp_path / "out", calibration=full, method=method)
     assert report.method == method
-    before, after, calibration = stored(source), stored(tmp_path / "out"), load_calibration(path)
+    before, after, calibration = stored(source), stored(tmp_path / "out"), load_calibration(full)
     kernel = load_calibrated_kernel()
     for columns, members in layers_of(source).values():
         for module in members:
@@ -69,31 +77,33 @@ def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(met
     calibration.close()
 
 
-def test_the_methods_differ_and_the_global_scale_does_not(source, path, tmp_path):
+def test_the_methods_differ_and_the_global_scale_does_not(source, full, tmp_path):
     seen = {}
     for method in ("search", *CALIBRATED_METHODS):
-        mfptq.convert(source, tmp_path / method, calibration=path, method=method)
+        mfptq.convert(source, tmp_path / method, calibration=full, method=method)
         seen[method] = stored(tmp_path / method)
     module = next(iter(layers_of(source).values()))[1][0]
-    assert len({seen[method][f"{module}.weight_packed"].numpy().tobytes() for method in seen}) == 4
+    assert len({seen[method][f"{module}.weight_packed"].numpy().tobytes() for method in seen}) == 5
     assert len({seen[method][f"{module}.weight_global_scale"].item() for method in seen}) == 1
 
 
 @pytest.mark.parametrize("tile", [64, 512, 4096])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_bytes_do_not_depend_on_tiles_or_workers(tile, workers, source, path, tmp_path, monkeypatch):
-    """Tiles of 64 bytes are halves of a row: each part must meet the statistics of its own columns."""
-    mfptq.convert(source, tmp_path / "whole", calibration=path)
-    monkeypatch.setattr("mfptq.execution.memory_budget.MAX_TILE", tile)
+@pytest.mark.parametrize("method", ["hessian+", FEEDBACK])
+def test_bytes_do_not_depend_on_tiles_or_workers(method, tile, workers, source, full, tmp_path, monkeypatch):
+    """Tiles of 64 bytes are halves of a row: each part must meet the statistics of its own columns, or be whole."""
+    mfptq.convert(source, tmp_path / "whole", calibration=full, method=method)
     monkeypatch.setattr("mfptq.execution.memory_budget.MIN_TILE", tile)
-    mfptq.convert(source, tmp_path / "cut", calibration=path, max_workers=workers)
+    monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", tile)
+    mfptq.convert(source, tmp_path / "cut", calibration=full, method=method, max_workers=workers)
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
 
 
-def test_torch_writes_the_same_bytes(source, path, tmp_path, monkeypatch):
-    mfptq.convert(source, tmp_path / "compiled", calibration=path)
+@pytest.mark.parametrize("method", ["hessian+", FEEDBACK])
+def test_torch_writes_the_same_bytes(method, source, full, tmp_path, monkeypatch):
+    mfptq.convert(source, tmp_path / "compiled", calibration=full, method=method)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
-    assert mfptq.convert(source, tmp_path / "torch", calibration=path).kernel.startswith("torch")
+    assert mfptq.convert(source, tmp_path / "torch", calibration=full, method=method).kernel.startswith("torch")
     assert shards(tmp_path / "torch") == shards(tmp_path / "compiled")
 
 
@@ -106,14 +116,14 @@ def test_weight_only_takes_the_statistics_and_leaves_the_scales(source, path, tm
     assert all(torch.equal(weights[name].view(torch.uint8), both[name].view(torch.uint8)) for name in weights)
 
 
-@pytest.mark.parametrize(("level", "method"), [("amax", "search"), ("moments", "weighted"), ("hessian", "hessian+")])
+@pytest.mark.parametrize(("level", "method"), [("amax", "search"), ("moments", "weighted"), ("hessian", "hessian+"), ("factors", FEEDBACK)])
 def test_auto_is_the_strongest_that_the_file_allows(level, method, source, tmp_path):
     path = calibrate(source, tmp_path / "a.calibration.safetensors", described(level))
     for asked in (None, "auto"):
         assert mfptq.plan(source, calibration=path, method=asked).methods.keys() == {method}
 
 
-@pytest.mark.parametrize(("level", "method"), [("amax", "weighted"), ("amax", "hessian"), ("moments", "hessian+")])
+@pytest.mark.parametrize(("level", "method"), [("amax", "weighted"), ("amax", "hessian"), ("moments", "hessian+"), ("hessian", FEEDBACK)])
 def test_a_method_that_needs_more_than_the_file_holds_is_refused(level, method, source, tmp_path):
     path = calibrate(source, tmp_path / "a.calibration.safetensors", described(level))
     with pytest.raises(ScaleError, match=f"method {method.replace('+', '.')} needs a calibration file with"):
@@ -153,7 +163,8 @@ def test_experts_that_no_text_reached_are_searched_and_counted(moe_source, tmp_p
         assert scales[2] == min(scales[:2] + scales[3:])
 
 
-def test_a_resumed_run_refuses_another_file(source, path, tmp_path):
+@pytest.mark.parametrize("method", ["hessian+", FEEDBACK])
+def test_a_resumed_run_refuses_another_file(method, source, tmp_path):
     class Stop(BaseException):
         pass
 
@@ -161,7 +172,9 @@ def test_a_resumed_run_refuses_another_file(source, path, tmp_path):
         if isinstance(event, mfptq.ShardFinished):
             raise Stop
 
-    other = calibrate(source, tmp_path / "b.safetensors", described(dataset=MERGED))
+    level = "factors" if method == FEEDBACK else "hessian"
+    path = calibrate(source, tmp_path / "a.safetensors", described(level))
+    other = calibrate(source, tmp_path / "b.safetensors", described(level, dataset=MERGED))
     assert path.read_bytes() != other.read_bytes()
     with pytest.raises(Stop):
         mfptq.convert(source, tmp_path / "out", calibration=path, on_event=stop)
@@ -172,7 +185,7 @@ def test_a_resumed_run_refuses_another_file(source, path, tmp_path):
         mfptq.convert(source, tmp_path / "out")
     assert digests(tmp_path / "out") == before
     report = mfptq.convert(source, tmp_path / "out", calibration=path)
-    assert report.resumed_shards >= 1
+    assert (report.method, report.resumed_shards >= 1) == (method, True)
     mfptq.convert(source, tmp_path / "whole", calibration=path)
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 
@@ -214,10 +227,11 @@ def test_plan_shows_the_method_of_each_pattern(moe_source, tmp_path):
 # Memory
 
 
-def test_statistics_are_part_of_the_memory_plan(source, path):
-    sizes = {None: 64 * 64, "weighted": 64 * 4, "search": 0}  # K * 16 float32, K float32
+def test_statistics_are_part_of_the_memory_plan(source, full):
+    # K * 16 float32; K float32; for each 16 columns, 16 times 16 and twice 64 float32, and a place
+    sizes = {"hessian+": 64 * 64, "weighted": 64 * 4, "search": 0, None: 4 * 4 * (16 * (16 + 2 * 64) + 1)}
     for method, size in sizes.items():
-        with closing(make_plan(source, calibration=path, method=method)) as plan:
+        with closing(make_plan(source, calibration=full, method=method)) as plan:
             assert plan.statistics_bytes == size
     budget = 10**9
     without, large = plan_memory(budget, 10**8, 8), plan_memory(budget, 10**8, 8, statistics=50 * 10**6)
@@ -226,6 +240,19 @@ def test_statistics_are_part_of_the_memory_plan(source, path):
     assert large.peak <= budget
     with pytest.raises(MemoryBudgetError):
         plan_memory(2 * 10**8, 10**8, 8, statistics=50 * 10**6)
+
+
+def test_a_tile_holds_a_whole_row_where_its_columns_depend_on_each_other(source, full):
+    with closing(make_plan(source, calibration=full)) as plan:
+        assert longest_row(plan) == 64 * 2
+    with closing(make_plan(source, calibration=full, method="hessian+")) as plan:
+        assert longest_row(plan) == 0
+    small = plan_memory(10**9, 10**8, 8)
+    assert plan_memory(10**9, 10**8, 8, row=MAX_TILE + 2).tile_bytes == MAX_TILE + 2
+    assert plan_memory(small.peak, 10**8, 8, row=2 * MIN_TILE) == replace(small, spare=0)
+    with pytest.raises(MemoryBudgetError):
+        plan_memory(10**8 + RESERVE + worker_bytes(MIN_TILE), 10**8, 8, row=MIN_TILE + 2)
+    plan_memory(10**8 + RESERVE + worker_bytes(MIN_TILE + 2), 10**8, 8, row=MIN_TILE + 2)
 
 
 _WIDE = """
@@ -240,18 +267,21 @@ values = np.random.default_rng(0).integers(15000, 16000, (rows, columns), np.uin
 (folder / "model.safetensors").write_bytes(head + values.tobytes() * 3)
 (folder / "config.json").write_text("{}")
 block = np.eye(16, dtype=np.float32) + 0.5
-found = InputStatistics(4.0, 500, np.full(columns, 1.5, np.float32), np.broadcast_to(block, (columns // 16, 16, 16)))
-inputs = {InputInfo(f"{n}", columns, (f"layers.{n}.down_proj",)): found for n in range(3)}
-write_file(folder.parent / "wide.calibration.safetensors", inputs)
+found = [4.0, 500, np.full(columns, 1.5, np.float32), np.broadcast_to(block, (columns // 16, 16, 16))]
+if sys.argv[2] == "factors":
+    found.append(np.random.default_rng(0).standard_normal((64, columns), np.float32) * 0.03)
+inputs = {InputInfo(f"{n}", columns, (f"layers.{n}.down_proj",)): InputStatistics(*found) for n in range(3)}
+write_file(folder.parent / "wide.calibration.safetensors", inputs, described(sys.argv[2]))
 """
 
 
-def test_a_run_with_wide_inputs_keeps_its_ceiling(tmp_path):
-    """Hessians of 4 MB for each input, which a worker holds in three forms, beside tiles of at most 4 MB."""
+@pytest.mark.parametrize("level", ["hessian", "factors"])
+def test_a_run_with_wide_inputs_keeps_its_ceiling(level, tmp_path):
+    """Hessians of 4 MB, or records of 38 MB, for each input, which a worker holds in two forms, beside tiles of at most 4 MB."""
     import subprocess
     import sys
 
-    subprocess.run([sys.executable, "-c", _WIDE, str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", _WIDE, str(tmp_path), level], check=True, timeout=60)
     options = ("--calibration", tmp_path / "wide.calibration.safetensors", "--max-workers", 4, "--json")
     refused = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", "50MB")
     assert refused.returncode == 8
@@ -261,7 +291,7 @@ def test_a_run_with_wide_inputs_keeps_its_ceiling(tmp_path):
     done = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", f"{least}MB")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["method"] == "hessian+"
+    assert report["method"] == ("hessian+" if level == "hessian" else FEEDBACK)
     assert report["peak_memory"] <= least * 10**6
 
 

@@ -16,8 +16,17 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import mfptq
-from mfptq.calibration.file import Contents, Description, InputInfo, InputStatistics, check_output, write_calibration
-from mfptq.calibration.merge import merge_calibrations
+from mfptq.calibration.checks import check_statistics
+from mfptq.calibration.file import (
+    LEVELS,
+    Contents,
+    Description,
+    InputInfo,
+    InputStatistics,
+    check_output,
+    write_calibration,
+)
+from mfptq.calibration.merge import merge_calibrations, pooled
 from mfptq.calibration.methods import importance, local_hessian, shrinkage
 from mfptq.calibration.reading import load_calibration
 from mfptq.errors import ScaleError, UsageError
@@ -36,26 +45,29 @@ def path(tmp_path: Path) -> Path:
 
 
 def two_inputs(path: Path, seed: int = 0, tokens: int = 300, about: Description = ABOUT, **more) -> Path:
-    found = {info: statistics_of(random_inputs(info.columns, tokens, seed)) for info in (INFO, OTHER)}
+    level = about.statistics
+    found = {info: statistics_of(random_inputs(info.columns, tokens, seed), level) for info in (INFO, OTHER)}
     return write_file(path, found, about, **more)
 
 
 def equal(one: InputStatistics, two: InputStatistics) -> bool:
+    parts = (one.second_moment, two.second_moment), (one.hessian, two.hessian), (one.factors, two.factors)
     return (one.amax, one.tokens) == (two.amax, two.tokens) and all(
-        np.array_equal(a, b) for a, b in ((one.second_moment, two.second_moment), (one.hessian, two.hessian))
+        a is b is None or np.array_equal(a, b) for a, b in parts
     )
 
 
 # Writing and reading
 
 
-def test_what_is_written_is_read(path):
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_written_is_read(level, path):
     counts = {"layers.0.experts": np.array([7, 0, 2**40])}
-    calibration = load_calibration(two_inputs(path, routed=counts))
-    assert calibration.description == ABOUT
+    calibration = load_calibration(two_inputs(path, about=described(level), routed=counts))
+    assert calibration.description == described(level)
     assert calibration.inputs == {INFO.name: INFO, OTHER.name: OTHER}
     for info in (INFO, OTHER):
-        assert equal(calibration.read(info), statistics_of(random_inputs(info.columns)))
+        assert equal(calibration.read(info), statistics_of(random_inputs(info.columns), level))
     assert calibration.routed()["layers.0.experts"].tolist() == [7, 0, 2**40]
     fd = os.open(path, os.O_RDONLY)
     assert calibration.digest == file_sha256(fd, path.stat().st_size)
@@ -64,15 +76,16 @@ def test_what_is_written_is_read(path):
 
 
 def test_the_safetensors_library_reads_the_documented_tensors(path):
-    two_inputs(path)
+    two_inputs(path, about=described("factors"))
     with safe_open(path, "numpy") as file:
         metadata, names = file.metadata(), set(file.keys())
+        assert file.get_tensor(f"{INFO.name}.factors").shape == (32, 32)
         assert file.get_tensor(f"{INFO.name}.hessian").shape == (2, 16, 16)
         assert file.get_tensor(f"{INFO.name}.second_moment").shape == (32,)
         assert file.get_tensor(f"{INFO.name}.amax").dtype == np.float32
         assert file.get_tensor(f"{INFO.name}.tokens").tolist() == [300]
     assert names == {
-        f"{i.name}.{kind}" for i in (INFO, OTHER) for kind in ("amax", "tokens", "second_moment", "hessian")
+        f"{i.name}.{kind}" for i in (INFO, OTHER) for kind in ("amax", "tokens", "second_moment", "hessian", "factors")
     }
     assert metadata["model"] == "demo"
     assert json.loads(metadata["inputs"])[INFO.name] == {"columns": 32, "modules": list(INFO.modules)}
@@ -164,6 +177,22 @@ def test_merging_is_what_one_pass_over_all_the_text_records(tmp_path):
         assert np.allclose(found.second_moment, direct.second_moment, rtol=1e-6)
         assert np.allclose(found.hessian, direct.hessian, rtol=1e-6, atol=1e-6 * direct.hessian.max())
     merged.close()
+
+
+@pytest.mark.parametrize("rank", [32, 20])  # all that two files know, and the most of it
+def test_merged_factors_are_the_largest_directions_of_all(rank, tmp_path):
+    whole = np.concatenate([random_inputs(32, 100 * (seed + 1), seed) for seed in range(2)])
+    parts = []
+    for seed in range(2):
+        part = statistics_of(random_inputs(32, 100 * (seed + 1), seed), "factors")
+        parts.append(replace(part, factors=part.factors[:rank]))
+    found = pooled(parts)
+    check_statistics(INFO, found)
+    assert found.factors.shape == (rank, 32)
+    square = whole.T @ whole / len(whole)
+    left = square - found.factors.T.astype(np.float64) @ found.factors
+    beyond = np.sort(np.linalg.eigvalsh(square))[: 32 - rank].sum()
+    assert np.trace(left) <= 1.1 * beyond + 1e-5 * np.trace(square)
 
 
 def test_what_only_one_file_knows_is_kept(tmp_path):
@@ -288,6 +317,9 @@ BAD = {
     "hessian not symmetric": (replacing("hessian", (0, 2, 5), 1e6), {}, "is not symmetric"),
     "hessian is NaN": (replacing("hessian", (0, 2, 5), np.nan), {}, "is not finite"),
     "hessian with another diagonal": (replacing("hessian", (0, 2, 2), 1e9), {}, "another diagonal"),
+    "factors are NaN": (replacing("factors", (1, 5), np.nan), {}, "factors .* are not finite"),
+    "factors above the hessian": (replacing("factors", (1, 21), 1e3), {}, "larger than its hessian: in block 1 by [0-9]"),
+    "factors missing": (removing("factors"), {}, "factors' is missing"),
     "hessian missing": (removing("hessian"), {}, "hessian' is missing"),
     "tokens missing": (removing("tokens"), {}, "tokens' is missing"),
     "of another shape": (
@@ -326,7 +358,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_refused_before_anything_is_written(name, source, path, tmp_path):
     change, metadata, problem = BAD[name]
-    tampered(calibrate(source, path), change, metadata)
+    tampered(calibrate(source, path, described("factors")), change, metadata)
     output = tmp_path / "output"
     with pytest.raises(ScaleError, match=problem) as caught:
         mfptq.convert(source, output, calibration=path)

@@ -17,12 +17,13 @@ import pytest
 from llvmlite import binding, ir
 
 from mfptq.kernels import QuantizeArgs, WeightBatch, compiling, load_kernel
-from mfptq.kernels.calibrated import CALIBRATED_METHODS, FUNCTIONS, PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import FEEDBACK, FUNCTIONS, LOCAL_METHODS, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.calibrated_blocks import ColumnStatistics, calibrated, signed_values
 from mfptq.kernels.compiling import CpuFunctions, _target, has_fused, optimized, origin
 from mfptq.kernels.cpu import CACHED_BYTES
 from mfptq.kernels.cpu_code import emit
 from mfptq.kernels.cuda import _ptx
+from mfptq.kernels.feedback_cpu import emit_feedback
 from mfptq.kernels.ptx import compile_ptx
 from mfptq.kernels.vector import BYTE, FLOAT, LONG, VOID, WORD, Code, Words
 
@@ -81,11 +82,11 @@ def test_processors_do_not_share_what_is_kept(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "name", ["search_BF16", "minmax_F16", "search_F32", "weighted_F16", "hessian_BF16", "descent_F32"]
+    "name", ["search_BF16", "minmax_F16", "search_F32", "weighted_F16", "hessian_BF16", "descent_F32", "gptq_BF16"]
 )
 def test_cpu_code_contracts_nothing(name: str) -> None:
     module = ir.Module(name)
-    emit(module, name)
+    (emit_feedback if name.startswith(FEEDBACK) else emit)(module, name)
     written = str(optimized(module, _target()))
     operations = re.findall(r"= (f(?:add|sub|mul|div|neg)) ([a-z ]*?)<", written)
     assert operations
@@ -216,7 +217,7 @@ def one_lane(module: ir.Module, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", CALIBRATED_METHODS)
+@pytest.mark.parametrize("method", LOCAL_METHODS)
 def test_one_lane_has_the_bytes_of_sixteen(
     method: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

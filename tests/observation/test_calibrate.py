@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import mfptq.observation.residency as residency_module
+from mfptq.calibration.file import LEVELS
 from mfptq.calibration.reading import Calibration, load_calibration
 from mfptq.conversion import make_plan
 from mfptq.errors import MemoryBudgetError, ScaleError, SourceError, UsageError
@@ -189,10 +190,13 @@ def test_experts_that_no_token_reached_are_left_out(moe: Path, dataset: Path, tm
 def test_a_level_includes_those_before(moe: Path, dataset: Path, tmp_path: Path) -> None:
     files = {
         level: made(moe, dataset, tmp_path / f"{level}.safetensors", statistics=level)
-        for level in ("amax", "moments", "hessian")
+        for level in LEVELS
     }
     for info in files["hessian"].inputs.values():
-        amax, moments, hessian = (files[level].read(info) for level in files)
+        amax, moments, hessian, factors = (files[level].read(info) for level in files)
+        assert hessian.factors is None
+        assert factors.factors.shape == (min(64, info.columns), info.columns)
+        assert np.array_equal(factors.hessian, hessian.hessian)
         assert amax.amax == moments.amax == hessian.amax
         assert amax.second_moment is None
         assert moments.hessian is None
@@ -200,7 +204,9 @@ def test_a_level_includes_those_before(moe: Path, dataset: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"all_experts": False}, {"dtype": "float32"}], ids=["default", "routed", "float32"]
+    "changes",
+    [{}, {"all_experts": False}, {"dtype": "float32"}, {"statistics": "factors"}],
+    ids=["default", "routed", "float32", "factors"],
 )
 def test_from_disk_and_in_memory_are_the_same_bytes(
     checkpoint: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]

@@ -11,7 +11,7 @@ import pytest
 from mfptq.calibration.methods import importance, local_hessian
 from mfptq.errors import MemoryBudgetError, UsageError
 from mfptq.kernels import Kernel, QuantizeArgs, load_kernel
-from mfptq.kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import LOCAL_METHODS, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.choice import cuda_devices
 from mfptq.kernels.driver import Driver
 
@@ -61,7 +61,7 @@ def prepared(method: str, columns: int) -> PreparedStatistics:
     return PreparedStatistics(local_hessian(hessian, 10_000))
 
 
-@pytest.mark.parametrize("method", CALIBRATED_METHODS)
+@pytest.mark.parametrize("method", LOCAL_METHODS)
 @pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (7, 272), (64, 4096), (129, 1040)])
 @pytest.mark.parametrize("global_scale", [2.0**10, 1234.5, 2.0**-3, 3e5])
