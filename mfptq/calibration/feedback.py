@@ -72,12 +72,14 @@ def _trace(blocks: Float64Array) -> Float64Array:
 
 def _relative(metric: Float64Array) -> Float64Array:
     """Return each block's metric flat and relative to its mean diagonal, since only ratios matter within a block."""
-    return (metric / (_trace(metric) / BLOCK_SIZE)[:, None, None]).reshape(len(metric), -1)
+    relative: Float64Array = (metric / (_trace(metric) / BLOCK_SIZE)[:, None, None]).reshape(len(metric), -1)
+    return relative
 
 
 def _flat(known: Float64Array) -> Float64Array:
     """Return `[16, r]` of each block as `[r * 16]`, the columns of the block side by side."""
-    return known.transpose(0, 2, 1).reshape(len(known), -1)
+    flat: Float64Array = known.transpose(0, 2, 1).reshape(len(known), -1)
+    return flat
 
 
 def _backwards(

@@ -116,14 +116,18 @@ def test_weight_only_takes_the_statistics_and_leaves_the_scales(source, path, tm
     assert all(torch.equal(weights[name].view(torch.uint8), both[name].view(torch.uint8)) for name in weights)
 
 
-@pytest.mark.parametrize(("level", "method"), [("amax", "search"), ("moments", "weighted"), ("hessian", "hessian+"), ("factors", FEEDBACK)])
+@pytest.mark.parametrize(
+    ("level", "method"), [("amax", "search"), ("moments", "weighted"), ("hessian", "hessian+"), ("factors", FEEDBACK)]
+)
 def test_auto_is_the_strongest_that_the_file_allows(level, method, source, tmp_path):
     path = calibrate(source, tmp_path / "a.calibration.safetensors", described(level))
     for asked in (None, "auto"):
         assert mfptq.plan(source, calibration=path, method=asked).methods.keys() == {method}
 
 
-@pytest.mark.parametrize(("level", "method"), [("amax", "weighted"), ("amax", "hessian"), ("moments", "hessian+"), ("hessian", FEEDBACK)])
+@pytest.mark.parametrize(
+    ("level", "method"), [("amax", "weighted"), ("amax", "hessian"), ("moments", "hessian+"), ("hessian", FEEDBACK)]
+)
 def test_a_method_that_needs_more_than_the_file_holds_is_refused(level, method, source, tmp_path):
     path = calibrate(source, tmp_path / "a.calibration.safetensors", described(level))
     with pytest.raises(ScaleError, match=f"method {method.replace('+', '.')} needs a calibration file with"):

@@ -29,7 +29,9 @@ def dense(found) -> np.ndarray:
 def split(records: np.ndarray, rank: int):
     """Return metrics `[n, 16, 16]`, feedback and factors `[n, r, 16]`, and the order of the blocks."""
     assert records.shape[1] == feedback_size(rank)
-    metric, moves, factors, places = np.split(records.astype(np.float64), np.cumsum([256, 16 * rank, 16 * rank]), axis=1)
+    metric, moves, factors, places = np.split(
+        records.astype(np.float64), np.cumsum([256, 16 * rank, 16 * rank]), axis=1
+    )
     shape = (len(records), rank, 16)
     return metric.reshape(-1, 16, 16), moves.reshape(shape), factors.reshape(shape), places[:, 0].astype(int)
 

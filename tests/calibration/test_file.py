@@ -318,7 +318,11 @@ BAD = {
     "hessian is NaN": (replacing("hessian", (0, 2, 5), np.nan), {}, "is not finite"),
     "hessian with another diagonal": (replacing("hessian", (0, 2, 2), 1e9), {}, "another diagonal"),
     "factors are NaN": (replacing("factors", (1, 5), np.nan), {}, "factors .* are not finite"),
-    "factors above the hessian": (replacing("factors", (1, 21), 1e3), {}, "larger than its hessian: in block 1 by [0-9]"),
+    "factors above the hessian": (
+        replacing("factors", (1, 21), 1e3),
+        {},
+        "larger than its hessian: in block 1 by [0-9]",
+    ),
     "factors missing": (removing("factors"), {}, "factors' is missing"),
     "hessian missing": (removing("hessian"), {}, "hessian' is missing"),
     "tokens missing": (removing("tokens"), {}, "tokens' is missing"),

@@ -226,10 +226,15 @@ def test_zeros_are_positive_and_dead_blocks_have_the_scale_of_zero(method, kerne
     packed, codes, stats = quantize(kernel(), weight, method, scale_of(weight), statistics(method, inputs(64)))
     assert 8 not in (packed & 15)
     assert 8 not in (packed >> 4)
-    assert codes[0, 0] == codes[-1, -1] == 0x20
-    assert (packed[0, :8] == 0).all()
     assert stats.zero_blocks == 2
     assert codes.min() >= 8
+    if method in LOCAL_METHODS:  # feedback may give a value to what was zero, to make up for other errors of its row
+        assert codes[0, 0] == codes[-1, -1] == 0x20
+        assert (packed[0, :8] == 0).all()
+    weight[3] = 0
+    packed, codes, _ = quantize(kernel(), weight, method, scale_of(weight), statistics(method, inputs(64)))
+    assert (codes[3] == 0x20).all()
+    assert not packed[3].any()
 
 
 def test_a_dead_channel_is_quantized_as_by_search():

@@ -188,10 +188,7 @@ def test_experts_that_no_token_reached_are_left_out(moe: Path, dataset: Path, tm
 
 
 def test_a_level_includes_those_before(moe: Path, dataset: Path, tmp_path: Path) -> None:
-    files = {
-        level: made(moe, dataset, tmp_path / f"{level}.safetensors", statistics=level)
-        for level in LEVELS
-    }
+    files = {level: made(moe, dataset, tmp_path / f"{level}.safetensors", statistics=level) for level in LEVELS}
     for info in files["hessian"].inputs.values():
         amax, moments, hessian, factors = (files[level].read(info) for level in files)
         assert hessian.factors is None

@@ -40,7 +40,7 @@ def test_factors_are_nearly_the_largest_directions() -> None:
     factors, whole = torch.from_numpy(after(parts).mean(1)).double(), square(parts)
     best = torch.linalg.eigvalsh(whole)[-factor_rank(COLUMNS) :].sum()
     left = whole.trace() - factors.square().sum()
-    assert left < 1.1 * (whole.trace() - best)
+    assert left < 1.3 * (whole.trace() - best)
 
 
 @pytest.mark.parametrize("columns", [16, 48, COLUMNS])
