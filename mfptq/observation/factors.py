@@ -15,6 +15,7 @@ from ..calibration.file import factor_rank
 Float64Array = npt.NDArray[np.float64]
 
 _SEED = 0
+_LEAST_LENGTH = 1e-6  # of the longest factor: what is shorter is rounding, where text has had fewer directions so far
 
 
 class FactorSums:
@@ -41,7 +42,7 @@ class FactorSums:
         length = factors.norm(dim=1, keepdim=True)
         generator = torch.Generator().manual_seed(_SEED)
         random = torch.randn(factors.shape, generator=generator).to(factors.device)
-        return torch.where(length > 0, factors / length, random)
+        return torch.where(length > _LEAST_LENGTH * length.max(), factors / length, random)
 
     def mean(self, tokens: int) -> npt.NDArray[np.float32]:
         """Return the factors of the mean over so many tokens, float32 `[r, K]`."""

@@ -192,7 +192,7 @@ def test_merged_factors_are_the_largest_directions_of_all(rank, tmp_path):
     square = whole.T @ whole / len(whole)
     left = square - found.factors.T.astype(np.float64) @ found.factors
     beyond = np.sort(np.linalg.eigvalsh(square))[: 32 - rank].sum()
-    assert np.trace(left) <= 1.1 * beyond + 1e-5 * np.trace(square)
+    assert np.trace(left) <= 1.2 * beyond + 1e-5 * np.trace(square)
 
 
 def test_what_only_one_file_knows_is_kept(tmp_path):
@@ -355,7 +355,7 @@ BAD = {
         listing({name: {"columns": 32, "modules": ["m"]} for name in ("a", "b")}),
         "module 'm' has two inputs",
     ),
-    "extracted hessians": (unchanged, {"origin": "extract"}, "cannot have statistics hessian"),
+    "extracted hessians": (unchanged, {"origin": "extract"}, "cannot have statistics factors"),
 }
 
 
