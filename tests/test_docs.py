@@ -178,7 +178,8 @@ def test_choices_of_a_type_are_accepted() -> None:
 def test_every_named_choice_is_accepted(name: str, option: str, value: str, workspace: Path, capsys) -> None:
     [found] = [each for each in options(dict(commands())[name]) if option in each.opts]
     assert value in (found.help or "") or value in getattr(found.type, "choices", ())
-    write_calibration(workspace / QWEN, workspace / "qwen.calibration.safetensors")
+    about = described("factors")
+    write_calibration(workspace / QWEN, workspace / "qwen.calibration.safetensors", about)
     modules = [member for _, members in layers_of(workspace / QWEN).values() for member in members]
     (workspace / "numbers.json").write_text(json.dumps(dict.fromkeys(modules, 3.2 if value != "input_scale" else 0.01)))
     words = [*name.split(), QWEN, option, value]
