@@ -211,7 +211,7 @@ def test_no_room_is_said_before_anything_is_written(source, tmp_path, monkeypatc
         return os.statvfs_result(status)
 
     monkeypatch.setattr(os, "statvfs", full)
-    with pytest.raises(MfptqError, match=r"needs \d+ bytes, \d+ are free") as caught:
+    with pytest.raises(MfptqError, match=r"needs [\d.]+ MB, [\d.]+ kB are free") as caught:
         mfptq.convert(source, tmp_path / "out")
     assert caught.value.exit_code == 5
     assert not (tmp_path / "out").exists()
