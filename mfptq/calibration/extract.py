@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ScaleError, quote
 from ..nvfp4 import INPUT_SCALE_NUMERATOR
-from ..scales.reading import is_calibrated
+from ..scales.experts import is_calibrated
 from ..scales.sibling import read_sibling
 from ..scales.values import ScaleConvention
 from ..storage.files import expanded

@@ -21,7 +21,7 @@ IMPLAUSIBLE_SPREAD = 1e4  # of input scales within one kind of layer: the widest
 _UNCALIBRATED = Text(
     "the input scale is one of a layer that calibration never reached (0, 1, NaN or infinity)",
     "the layer's activations are clipped or lost; engines that use one scale for all experts of a layer lose them all",
-    "calibrate with more text, or fill it with the layer's smallest input_global_scale",
+    "calibrate with more text; mfptq repair gives experts the smallest input_global_scale of their layer",
 )
 _BROKEN = Text(
     "the global scale is zero, negative, NaN or infinite",

@@ -17,9 +17,11 @@ import numpy as np
 
 from ..checkpoint.weights import StoredTensor, Weight
 from ..encodings.fp4 import Nvfp4
-from ..errors import SourceError, quote
+from ..errors import SourceError, counted, quote
+from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
 from ..nvfp4 import E4M3_MAX_CODE, E4M3_VALUES, e4m3_encode
+from ..scales.experts import fill_experts, is_calibrated
 from .formats import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE
 from .jobs import CopyTensor, Scalar
 
@@ -103,21 +105,28 @@ def carried_weights(
             )
         if members:
             ratios[group.name] = _share(found, members)
-    return Carried(found, _warnings(ratios))
+    return Carried(found, (*_warnings(ratios), *_filled(found, groups)))
 
 
 def _read(source: Source, encoding: Nvfp4, *, with_input: bool) -> CarriedWeight:
     assert encoding.factor is not None
     divides = encoding.divides
     given = encoding.input_scale if with_input else None
-    input_scale = None if given is None else _divisor(source, given, divides=divides)
+    input_scale = None if given is None else _divisor(source, given, divides=divides, unknown=_is_expert(encoding))
     return CarriedWeight(encoding, _divisor(source, encoding.factor, divides=divides), input_scale)
 
 
-def _divisor(source: Source, tensor: StoredTensor, *, divides: bool) -> float:
+def _is_expert(encoding: Nvfp4) -> bool:
+    return experts_parent(encoding.weight.info.name.rpartition(".")[0]) is not None
+
+
+def _divisor(source: Source, tensor: StoredTensor, *, divides: bool, unknown: bool = False) -> float:
+    """Return a scale as the number that divides; with `unknown`, NaN for one that marks an expert without calibration."""
     data = bytearray(4)
     source.read_into(tensor.shard, tensor.offset, memoryview(data))
     (value,) = struct.unpack("<f", data)
+    if unknown and not is_calibrated(value):
+        return math.nan
     if not math.isfinite(value) or value <= 0:
         raise SourceError(f"{quote(tensor.info.name)} in {quote(tensor.shard)} is {value}, expected a positive number")
     return float(value) if divides else float(np.float32(1) / np.float32(value))
@@ -127,13 +136,29 @@ def _share(found: dict[str, CarriedWeight], members: Sequence[str]) -> float:
     """Give members the smallest scales of them all; return by how much their global scales differed."""
     scales = [found[member].global_scale for member in members]
     inputs = [found[member].input_scale for member in members]
-    known = [value for value in inputs if value is not None]
-    least, least_input = min(scales), min(known) if known else None
+    known = [value for value in inputs if value is not None and not math.isnan(value)]
+    given = next((value for value in inputs if value is not None), None)
+    least, least_input = min(scales), min(known, default=given)
     for member in members:
         own = found[member]
         table = None if own.global_scale == least else _rescaled(least / own.global_scale)
         found[member] = replace(own, global_scale=least, input_scale=least_input, table=table)
     return max(max(scales) / least, max(known) / min(known) if known else 1.0)
+
+
+def _filled(found: dict[str, CarriedWeight], groups: Iterable[FusedGroup]) -> tuple[str, ...]:
+    """Give experts that no calibration reached their layer's smallest input scale; return a line that says so."""
+    inputs = {group: found[group.members[0]].input_scale for group in groups if group.members[0] in found}
+    known = {group.name: value for group, value in inputs.items() if value is not None and not math.isnan(value)}
+    routed = [group for group, value in inputs.items() if value is not None and experts_parent(group.name) is not None]
+    experts = fill_experts("input scales of the source", routed, known)
+    for group in routed if experts else ():
+        for member in group.members:
+            found[member] = replace(found[member], input_scale=known[group.name])
+    if not experts:
+        return ()
+    words = "expert was never calibrated: it takes", "experts were never calibrated: they take"
+    return (f"{counted(experts, *words)} the smallest input scale of the other experts of the layer",)
 
 
 def _rescaled(ratio: float) -> bytes:

@@ -6,7 +6,6 @@ Called by `planning.plan`, whatever the scales came from: a file, another checkp
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,9 @@ from ..errors import counted, listed, quote
 from ..names.bridge import Bridge
 from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
+from .experts import fill_experts, is_calibrated
 from .matching import check_complete, match_names, names_error
-from .reading import AUTO, InputScales, is_calibrated
+from .reading import AUTO, InputScales
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def assign_input_scales(
     _check_values(origin, {name: value for name, value in found.items() if name not in (lent or ())}, usable)
     values = {group.name: [usable[member] for member in group.members if member in usable] for group in wanted}
     chosen = {name: min(each) for name, each in values.items() if each}
-    filled = _fill(origin, wanted, chosen)
+    filled = fill_experts(origin, wanted, chosen)
     used = {name for member in members for name in bridge.names(member)}
     warnings = (
         f"input scales are {scales.about}; compare with `evaluate`" if scales.origin == AUTO else "",
@@ -99,25 +99,6 @@ def _check_values(origin: str, found: Mapping[str, float], usable: Mapping[str, 
     if low:
         words = "input_global_scale (2688/amax) is below 1", "input_global_scales (2688/amax) are below 1"
         raise names_error(origin, low, words, "is their kind right?")
-
-
-def _fill(origin: str, groups: Iterable[FusedGroup], chosen: dict[str, float]) -> int:
-    """Give the experts' groups that have no scale their layer's smallest; return how many experts these are."""
-    smallest: dict[str, float] = {}
-    empty: dict[str, str] = {}
-    for group in groups:
-        # What a layer's experts share for one projection: their group's name without the expert's number.
-        layer = f"{experts_parent(group.name)}.{group.name.rpartition('.')[2]}"
-        if group.name in chosen:
-            smallest[layer] = min(chosen[group.name], smallest.get(layer, math.inf))
-        else:
-            empty[group.name] = layer
-    lost = [name for name, layer in empty.items() if layer not in smallest]
-    if lost:
-        words = "fused group of experts has no scale", "fused groups of experts have no scale"
-        raise names_error(origin, lost, words, "no other expert of the layer has one either: calibrate with more text")
-    chosen.update({name: smallest[layer] for name, layer in empty.items()})
-    return len({name.rpartition(".")[0] for name in empty})
 
 
 def _disagreements(values: Mapping[str, Sequence[float]]) -> str:

@@ -6,7 +6,6 @@ and `scales.sibling` call it too. Names stay as they are written: `scales.assign
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -139,8 +138,3 @@ def _global_scales(numbers: Iterable[tuple[str, float]], convention: ScaleConven
     if not found:
         raise ScaleError("it holds no input scale, expected names like '<module>.input_global_scale'")
     return found
-
-
-def is_calibrated(global_scale: float) -> bool:
-    """Return whether a number is a scale: 0, NaN, infinity and exactly 1 mark a module that calibration never reached."""
-    return math.isfinite(global_scale) and global_scale not in (0.0, 1.0)

@@ -75,3 +75,27 @@ def test_a_repair_resumes_and_gives_the_same_bytes(made: tuple[str, Path, Path],
     assert "already complete" in again.stdout
     one, other = read(tmp_path / "out1"), read(tmp_path / "out2")
     assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, float("nan"), float("inf")])
+def test_experts_that_calibration_never_reached_are_filled(value: float, moe_source: Path, tmp_path: Path) -> None:
+    from tests.cli.test_check import set_scalar
+
+    written = tmp_path / "w4a4"
+    mfptq.convert(moe_source, written, input_scales="auto")
+    projections = [
+        f"model.language_model.layers.0.mlp.experts.{{}}.{leaf}.input_global_scale" for leaf in ("gate_proj", "up_proj")
+    ]
+    for number, scale in enumerate((90.0, value, 70.0, 80.0)):
+        for name in projections:
+            set_scalar(written, name.format(number), scale)
+    assert {each.code for each in mfptq.check(written).findings} == {"uncalibrated"}
+    report = mfptq.convert(written, tmp_path / "out", like=written)
+    assert "1 expert was never calibrated: it takes the smallest input scale" in report.warnings[0]
+    tensors = read(tmp_path / "out")
+    for name in projections:
+        assert [float(tensors[name.format(number)]) for number in range(4)] == [90.0, 70.0, 70.0, 80.0]
+    assert mfptq.check(tmp_path / "out").findings == ()
+    set_scalar(written, "model.language_model.layers.3.self_attn.o_proj.input_global_scale", 0.0)
+    with pytest.raises(mfptq.SourceError, match=r"o_proj\.input_global_scale' .* is 0\.0, expected a positive number"):
+        mfptq.convert(written, tmp_path / "out2", like=written)
