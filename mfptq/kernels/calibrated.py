@@ -32,7 +32,7 @@ CALIBRATED_OFFSETS = (*SEARCH_OFFSETS, -3, 8, -4, 9)
 SWEEPS = 8
 MAX_RANK = 64  # of factors: so many sums a kernel keeps for each row
 DESCENT = "descent"
-FUNCTIONS = {"weighted": "weighted", "hessian": "hessian", "hessian+": DESCENT}  # names that PTX allows
+FUNCTIONS = {"weighted": "weighted", "hessian": "hessian", "hessian+": DESCENT, FEEDBACK: FEEDBACK}  # as PTX allows
 
 
 def feedback_size(rank: int) -> int:

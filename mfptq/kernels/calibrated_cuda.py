@@ -10,7 +10,7 @@ import numpy as np
 from ..dtypes import dtype_name
 from ..kernels import QuantizeArgs, TileArray
 from ..nvfp4 import ByteArray
-from .calibrated import FUNCTIONS, PreparedStatistics
+from .calibrated import FEEDBACK, FUNCTIONS, PreparedStatistics
 from .cuda import CudaWorker
 from .driver import DeviceMemory
 from .stats import ErrorStats
@@ -42,7 +42,9 @@ class CalibratedCudaKernel(CudaWorker):
         """
         whole = statistics.origin or statistics
         known = self._copy(whole).pointer + statistics.start * (whole.values.nbytes // len(whole.values))
-        return self._quantize(tile, args, (packed, scales), f"{FUNCTIONS[args.method]}_{dtype_name(tile)}", known=known)
+        rank = statistics.rank if args.method == FEEDBACK else None
+        name = f"{FUNCTIONS[args.method]}_{dtype_name(tile)}"
+        return self._quantize(tile, args, (packed, scales), name, known=known, rank=rank)
 
     def _copy(self, statistics: PreparedStatistics) -> DeviceMemory:
         """Return the statistics on the device: sent by the first thread that needs them, while the others wait."""

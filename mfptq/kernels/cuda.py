@@ -26,10 +26,10 @@ from .cpu import CpuKernel
 from .driver import Device, DeviceMemory, DeviceMemoryError, DeviceStream, DriverError, open_device
 from .stats import ERROR_FIELDS, ErrorStats
 
+WARP = 32  # threads
 THREADS = 256  # of a block
-WARPS = THREADS // 32
 MAX_GRID = 1024  # on every GPU: the statistics are summed in the same order
-STATS_BYTES = 8 * ERROR_FIELDS * MAX_GRID * WARPS
+STATS_BYTES = 8 * ERROR_FIELDS * MAX_GRID * (THREADS // WARP)
 ALIGNMENT = 256  # of what lies in a buffer
 
 
@@ -79,59 +79,72 @@ class CudaWorker:
         except DriverError as error:
             raise UsageError(f"device {quote(device)} cannot be used: {error}") from None
 
-    def _parts(self, tile: TileArray) -> Iterator[TileArray]:
-        """Yield the tile's values, flat: all at once, or in halves where the device has no memory for all."""
+    def _parts(self, tile: TileArray, unit: int = BLOCK_SIZE) -> Iterator[TileArray]:
+        """Yield the tile's values, flat: all at once, or in halves of whole units where the device has no memory for all."""
         assert tile.flags.c_contiguous
         lane, values = self._lane, tile.reshape(-1)
         size = values.size
         try:
             lane.reserve(tile.nbytes)
         except DeviceMemoryError:
-            size = -(-size // 2 // BLOCK_SIZE) * BLOCK_SIZE
+            size = -(-size // 2 // unit) * unit
             lane.reserve(size * tile.itemsize)
         for start in range(0, values.size, size):
             yield values[start : start + size]
 
     def _quantize(
-        self, tile: TileArray, args: QuantizeArgs, out: tuple[ByteArray, ByteArray], function: str, *, known: int = 0
+        self,
+        tile: TileArray,
+        args: QuantizeArgs,
+        out: tuple[ByteArray, ByteArray],
+        function: str,
+        *,
+        known: int = 0,
+        rank: int | None = None,
     ) -> ErrorStats:
         """Quantize a tile by a function into `out`, packed values and scale codes.
 
-        `known` is where the statistics of the tile's columns lie on the device, for functions that take them.
+        `known` is where the statistics of the tile's columns lie on the device, for functions that take them; `rank` that of
+        factors, for a function whose threads take whole rows.
         """
         assert all(each.flags.c_contiguous for each in out)
         (packed, scales), stats, done = (each.reshape(-1) for each in out), ErrorStats(), 0
         width = tile.shape[1] // BLOCK_SIZE
         with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
-            for part in self._parts(tile):
+            for part in self._parts(tile, BLOCK_SIZE if rank is None else tile.shape[1]):
                 end = done + part.size // BLOCK_SIZE
-                columns = (c_uint64(known), c_int64(end - done), c_int64(width), c_int64(done % width))
+                last = done % width if rank is None else rank
+                columns = (c_uint64(known), c_int64(end - done), c_int64(width), c_int64(last))
                 extra = (*(columns if known else columns[1:2]), c_float(args.global_scale))
                 parts = packed[done * BLOCK_SIZE // 2 : end * BLOCK_SIZE // 2], scales[done:end]
-                stats.add(self._quantize_part(part, parts, function, extra))
+                work = (function, end - done, THREADS) if rank is None else (function, (end - done) // width, WARP)
+                stats.add(self._quantize_part(part, parts, work, extra))
                 done = end
         return stats
 
     def _quantize_part(
-        self, part: TileArray, out: tuple[ByteArray, ByteArray], function: str, arguments: tuple[Any, ...]
+        self, part: TileArray, out: tuple[ByteArray, ByteArray], work: tuple[str, int, int], arguments: tuple[Any, ...]
     ) -> ErrorStats:
         lane, (packed, scales) = self._lane, out
         source, nibbles, codes = lane.places
         lane.stream.upload(source, part)
         places = map(c_uint64, (source, nibbles, codes, lane.stats.pointer))
-        grid = self._launch(function, scales.size, (*places, *arguments))
+        warps = self._launch(*work, (*places, *arguments))
         lane.stream.download(packed, nibbles)
         lane.stream.download(scales, codes)
-        sums = lane.sums[: ERROR_FIELDS * grid * WARPS]
+        sums = lane.sums[: ERROR_FIELDS * warps]
         lane.stream.download(sums, lane.stats.pointer)
         lane.stream.wait()
-        return _together(sums.reshape(ERROR_FIELDS, grid * WARPS), part.size)
+        return _together(sums.reshape(ERROR_FIELDS, warps), part.size)
 
-    def _launch(self, function: str, items: int, arguments: tuple[Any, ...]) -> int:
-        """Start a kernel with a thread for every item, as far as the grid goes; return the grid's size."""
-        grid = min(MAX_GRID, -(-items // THREADS))
-        self._lane.stream.launch(load_function(self._device, function), grid, THREADS, arguments)
-        return grid
+    def _launch(self, function: str, items: int, threads: int, arguments: tuple[Any, ...]) -> int:
+        """Start a kernel with a thread for every item, as far as the grid goes; return how many warps it has.
+
+        Few items take blocks of few `threads`, so that more of the device's processors have some.
+        """
+        grid = min(MAX_GRID, -(-items // threads))
+        self._lane.stream.launch(load_function(self._device, function), grid, threads, arguments)
+        return grid * threads // WARP
 
     @contextmanager
     def _working(self, what: str) -> Iterator[None]:
@@ -195,7 +208,7 @@ class CudaKernel(CudaWorker, Kernel):
         lane.stream.upload(source, part)
         lane.stream.zero(lane.stats.pointer, result.nbytes)
         arguments = (c_uint64(source), c_int64(words), c_uint64(lane.stats.pointer))
-        self._launch(f"amax_{8 * part.itemsize}", words, arguments)
+        self._launch(f"amax_{8 * part.itemsize}", words, THREADS, arguments)
         lane.stream.download(result, lane.stats.pointer)
         lane.stream.wait()
         return int(result[0])

@@ -24,6 +24,12 @@ class Record(NamedTuple):
     pointer: Any
     rank: Any
 
+    @classmethod
+    def of(cls, code: Code, records: Any, turn: Any, rank: Any) -> Record:
+        """Return the record of the block whose turn it is, of all of a row's."""
+        size = code.build.add(code.build.mul(rank, LONG(2 * BLOCK_SIZE)), LONG(_FEEDBACK + 1))
+        return cls(code, code.at(records, code.build.mul(turn, size)), rank)
+
     @property
     def metric(self) -> ColumnStatistics:
         """What the error of the block is measured by."""

@@ -9,7 +9,6 @@ import ctypes
 
 from llvmlite import ir
 
-from ..nvfp4 import BLOCK_SIZE
 from .blocks import ErrorSums, block_words
 from .calibrated import FEEDBACK
 from .calibrated_blocks import calibrated_errors, signed_values
@@ -33,11 +32,10 @@ def emit_feedback(module: ir.Module, name: str) -> None:
     code = Code(function, LANES, fused=has_fused())
     errors, row_sums, global_scale, words = ErrorSums(code), RowSums(code), code.spread(factor), block_words(dtype)
     build, stride = code.build, code.build.mul(blocks, LONG(words))
-    size = build.add(build.mul(rank, LONG(2 * BLOCK_SIZE)), LONG(BLOCK_SIZE**2 + 1))
     with code.loop(LONG(0), rows, LONG(LANES)) as row:
         row_sums.clear(rank)
         with code.loop(LONG(0), blocks, LONG(1)) as turn:
-            record = Record(code, code.at(records, build.mul(turn, size)), rank)
+            record = Record.of(code, records, turn, rank)
             first = build.add(build.mul(row, blocks), record.place())
             x = signed_values(transposed(code, code.at(source, build.mul(first, LONG(words))), words, stride), dtype)
             done = with_feedback(x, global_scale, record, row_sums)

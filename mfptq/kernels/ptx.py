@@ -24,9 +24,10 @@ from .blocks import (
     search,
     unpack_block,
 )
-from .calibrated import FUNCTIONS
+from .calibrated import FEEDBACK, FUNCTIONS
 from .calibrated_blocks import ColumnStatistics, calibrated, calibrated_errors, signed_values
 from .compiling import optimized
+from .feedback_blocks import Record, RowSums, with_feedback
 from .vector import BYTE, DOUBLE, FLOAT, LONG, VOID, WORD, Code, Words
 
 WARP = 32
@@ -40,7 +41,8 @@ def compile_ptx(name: str) -> bytes:
 
     `search`, `minmax`: (source, packed, scales, stats, blocks, global scale), with stats float64 [7, W]: column w is what
     warp w of the grid found. Calibrated methods: (source, packed, scales, stats, statistics, blocks, blocks of a row, which
-    of those the first one is, global scale). `amax`: (source, words, result), where the result, to be zero before, becomes
+    of those the first one is, global scale); FEEDBACK, whose threads take whole rows, has the rank of the factors in place of
+    that. `amax`: (source, words, result), where the result, to be zero before, becomes
     the largest magnitude's bits.
     """
     binding.initialize_all_targets()
@@ -52,9 +54,15 @@ def compile_ptx(name: str) -> bytes:
     if method == "amax":
         _emit_amax(module, int(what))
     else:
-        (_emit_calibrated if method in FUNCTIONS.values() else _emit)(module, method, what)
+        _emitter(method)(module, method, what)
     text: str = target.emit_assembly(optimized(module, target))
     return text.encode()
+
+
+def _emitter(method: str) -> Callable[[ir.Module, str, str], None]:
+    if method == FEEDBACK:
+        return _emit_feedback
+    return _emit_calibrated if method in FUNCTIONS.values() else _emit
 
 
 def _kernel(module: ir.Module, name: str, arguments: list[ir.Type]) -> Code:
@@ -110,6 +118,24 @@ def _emit_calibrated(module: ir.Module, method: str, dtype: str) -> None:
             statistics = ColumnStatistics(code, code.at(known, build.mul(column, LONG(size))))
             x = signed_values(_loaded(code, source, place, block_words(dtype)), dtype)
             done = calibrated(x, global_scale, statistics, method)
+            _store(code, done, (packed, scales), place)
+            sums.add(calibrated_errors(x, done))
+
+
+def _emit_feedback(module: ir.Module, method: str, dtype: str) -> None:
+    """Write the function of FEEDBACK: a thread takes a row, block after block, and all of them the same block at a time."""
+    pointers = [element.as_pointer(_GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE, FLOAT)]
+    code = _kernel(module, f"{method}_{dtype}", [*pointers, LONG, LONG, LONG, FLOAT])
+    source, packed, scales, stats, records, blocks, width, rank, factor = code.function.args
+    build, (number, threads), row_sums = code.build, _threads(code), RowSums(code)
+    global_scale = code.spread(factor)
+    with _error_sums(code, stats) as sums, code.loop(number, build.udiv(blocks, width), threads) as row:
+        row_sums.clear(rank)
+        with code.loop(LONG(0), width, LONG(1)) as turn:
+            record = Record.of(code, records, turn, rank)
+            place = build.add(build.mul(row, width), record.place())
+            x = signed_values(_loaded(code, source, place, block_words(dtype)), dtype)
+            done = with_feedback(x, global_scale, record, row_sums)
             _store(code, done, (packed, scales), place)
             sums.add(calibrated_errors(x, done))
 

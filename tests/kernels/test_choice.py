@@ -49,6 +49,11 @@ def test_every_method_of_a_run_counts() -> None:
     assert choose_device("auto", {"search": 2 * 10**8, "hessian+": 2 * 10**8}, 4).device == "cuda"
 
 
+def test_what_was_never_timed_on_a_gpu_stays_on_the_cores() -> None:
+    assert choose_device("auto", {"gptq": 10**12, "search": 10**12}, 1).device == "cpu"
+    assert choose_device("cuda", {"gptq": 10**12}, 1).device == "cuda"
+
+
 def test_where_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     much = {"search": 10**12}
     assert choose_device("cuda:1", {"search": 1}, 1).device == "cuda:1"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from llvmlite import binding, ir
 
+from mfptq.calibration.feedback import feedback_statistics
 from mfptq.kernels import QuantizeArgs, WeightBatch, compiling, load_kernel
 from mfptq.kernels.calibrated import FEEDBACK, FUNCTIONS, LOCAL_METHODS, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.calibrated_blocks import ColumnStatistics, calibrated, signed_values
@@ -23,6 +24,7 @@ from mfptq.kernels.compiling import CpuFunctions, _target, has_fused, optimized,
 from mfptq.kernels.cpu import CACHED_BYTES
 from mfptq.kernels.cpu_code import emit
 from mfptq.kernels.cuda import _ptx
+from mfptq.kernels.feedback_blocks import Record, RowSums, with_feedback
 from mfptq.kernels.feedback_cpu import emit_feedback
 from mfptq.kernels.ptx import compile_ptx
 from mfptq.kernels.vector import BYTE, FLOAT, LONG, VOID, WORD, Code, Words
@@ -54,7 +56,7 @@ def test_fused_products_are_only_where_they_are_exact(texts: dict[str, str]) -> 
     # then one for each value's code. minmax: a value's code, and what it stands for. Calibrated: two to round a value, for a
     # candidate, for the chosen scale and for the one rounded to; and once more where descent moves a value.
     expected = {"search": 10 * 16 * (2 + 2 + 1) + 16, "minmax": 16 * (1 + 1), "amax": 0}
-    expected |= {"weighted": 3 * 16 * 2, "hessian": 3 * 16 * 2, "descent": 4 * 16 * 2}
+    expected |= {"weighted": 3 * 16 * 2, "hessian": 3 * 16 * 2, "descent": 4 * 16 * 2, FEEDBACK: 4 * 16 * 2}
     for name, text in texts.items():
         assert len(re.findall(r"\bfma\.rn\.f32", text)) == expected[name.split("_")[0]], name
 
@@ -242,3 +244,45 @@ def test_one_lane_has_the_bytes_of_sixteen(
                 kernel.quantize(weight, args, PreparedStatistics(values), packed=packed, scales=codes)
             results.append((packed.tobytes(), codes.tobytes()))
         assert results[0] == results[1]
+
+
+def one_row(module: ir.Module, name: str) -> None:
+    """Write FEEDBACK with a row to a lane, as a GPU's thread has it: (source, packed, scales, records, blocks, rank, scale)."""
+    dtype = name.rpartition("_")[2]
+    pointers = [element.as_pointer() for element in (WORD, WORD, BYTE, FLOAT)]
+    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG, LONG, FLOAT]), name)
+    source, packed, scales, records, blocks, rank, factor = function.args
+    code, words = Code(function, 1, fused=has_fused()), 16 if dtype == "F32" else 8
+    build, sums = code.build, RowSums(code)
+    sums.clear(rank)
+    with code.loop(LONG(0), blocks, LONG(1)) as turn:
+        record = Record.of(code, records, turn, rank)
+        place = record.place()
+        start = build.mul(place, LONG(words))
+        raw = [Words(code, code.load(code.at(source, build.add(start, LONG(k))), WORD, 4)) for k in range(words)]
+        done = with_feedback(signed_values(raw, dtype), code.spread(factor), record, sums)
+        for half, word in enumerate(done.words):
+            code.store(word.raw, code.at(packed, build.add(build.mul(place, LONG(2)), LONG(half))), 4)
+        code.store(build.trunc(done.code.raw, BYTE), code.at(scales, place))
+    build.ret_void()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_lane_has_the_bytes_of_sixteen_with_feedback(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MFPTQ_CACHE_DIR", str(tmp_path))
+    functions = CpuFunctions(one_row, [*[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int64, ctypes.c_float])
+    rng, columns, rank = np.random.default_rng(3), 16 * 20, 7
+    mixing = rng.standard_normal((20, 16, 16)).astype(np.float32)
+    factors = (rng.standard_normal((rank, columns)) / 4).astype(np.float32)
+    records = feedback_statistics(mixing @ mixing.transpose(0, 2, 1), factors, 0.9)
+    weight = of_dtype((rng.standard_normal((1, columns)) * 0.02).astype(np.float32), np.dtype(DTYPES[dtype]).name)
+    for factor in (2.0**13, 1234.5):
+        ours, theirs = ((np.full((1, 160), 0xEE, np.uint8), np.full((1, 20), 0xEE, np.uint8)) for _ in range(2))
+        places = (each.ctypes.data for each in (weight, *ours, records))
+        functions[f"one_row_{dtype}"](*places, 20, rank, factor)
+        args, known = QuantizeArgs(FEEDBACK, factor), PreparedStatistics(records)
+        load_calibrated_kernel("cpu").quantize(weight, args, known, packed=theirs[0], scales=theirs[1])
+        assert np.array_equal(ours[0], theirs[0])
+        assert np.array_equal(ours[1], theirs[1])

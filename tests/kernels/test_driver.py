@@ -11,9 +11,16 @@ from functools import partial
 import numpy as np
 import pytest
 
+from mfptq.calibration.feedback import feedback_statistics
 from mfptq.errors import MemoryBudgetError, UsageError
 from mfptq.kernels import ErrorStats, Kernel, QuantizeArgs, cuda, driver, load_kernel
-from mfptq.kernels.calibrated import FUNCTIONS, PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import (
+    FEEDBACK,
+    FUNCTIONS,
+    PreparedStatistics,
+    feedback_size,
+    load_calibrated_kernel,
+)
 from mfptq.kernels.driver import SIGNATURES, Device, DeviceMemoryError, DeviceStream, Driver, DriverError
 
 NAMES = {2: b"CUDA_ERROR_OUT_OF_MEMORY", 222: b"CUDA_ERROR_UNSUPPORTED_PTX_VERSION", 700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}
@@ -123,10 +130,15 @@ class FakeLibrary:
 
 
 def by_statistics(values: np.ndarray, args: QuantizeArgs, known: list[int], out: tuple) -> ErrorStats:
-    """Quantize blocks of a matrix of `width` blocks a row, of which the first is block `first` of its row."""
+    """Quantize blocks of a matrix of `width` blocks a row, of which the first is block `first` of its row.
+
+    Where rows are taken whole, the last number is the rank of their factors.
+    """
     address, width, first = known
+    rank, first = (first, 0) if args.method == FEEDBACK else (0, first)
     rows = -(-(first + values.size // 16) // width)
-    shape = (width * 16,) if args.method == "weighted" else (width, 16, 16)
+    shapes = {"weighted": (width * 16,), FEEDBACK: (width, feedback_size(rank))}
+    shape = shapes.get(args.method, (width, 16, 16))
     statistics = PreparedStatistics(memory(address, int(np.prod(shape)), np.float32).reshape(shape).copy())
     whole = np.zeros((rows, width * 16), values.dtype)
     whole.reshape(-1)[first * 16 : first * 16 + values.size] = values
@@ -279,6 +291,9 @@ def prepared(method: str, columns: int) -> PreparedStatistics:
     if method == "weighted":
         return PreparedStatistics(rng.lognormal(0, 1, columns).astype(np.float32))
     mixing = rng.standard_normal((columns // 16, 16, 16)).astype(np.float32)
+    if method == FEEDBACK:
+        factors = rng.standard_normal((5, columns)).astype(np.float32) / 10
+        return PreparedStatistics(feedback_statistics(mixing @ mixing.transpose(0, 2, 1), factors, 0.9))
     return PreparedStatistics(mixing @ mixing.transpose(0, 2, 1))
 
 
@@ -294,7 +309,8 @@ def by_input(device: str, weight: np.ndarray, method: str, statistics: PreparedS
 @pytest.mark.parametrize("method", FUNCTIONS)
 def test_tiles_go_with_the_statistics_of_their_columns(library: FakeLibrary, dtype: str, method: str) -> None:
     for rows, columns, start in ((3, 48, 0), (1, 16, 48), (65, 1040, 16), (1, 160, 32)):
-        weight, statistics = tile(dtype, rows, columns), prepared(method, 1104).part(start, columns)
+        whole = prepared(method, columns if method == FEEDBACK else 1104)
+        weight, statistics = tile(dtype, rows, columns), whole.part(0 if method == FEEDBACK else start, columns)
         assert by_input("cuda", weight, method, statistics) == by_input("cpu", weight, method, statistics)
     assert library.depth == 0
 
@@ -307,6 +323,15 @@ def test_less_memory_than_a_tile_with_statistics_needs(library: FakeLibrary, met
     library.most = 639_000
     with pytest.raises(MemoryBudgetError, match="no memory for the statistics of an input"):
         by_input("cuda", weight, method, prepared(method, 160_000))
+
+
+def test_half_of_a_tile_is_of_whole_rows_where_they_are_taken_whole(library: FakeLibrary) -> None:
+    weight, statistics = tile("BF16", 101, 4_000), prepared(FEEDBACK, 4_000)
+    library.most = 600_000  # a tile takes 1.06 MB, 51 of its rows 0.54 MB, the records 0.42 MB
+    assert by_input("cuda", weight, FEEDBACK, statistics) == by_input("cpu", weight, FEEDBACK, statistics)
+    library.most = 500_000
+    with pytest.raises(MemoryBudgetError, match="no memory for a tile"):
+        by_input("cuda", weight, FEEDBACK, statistics)
 
 
 def test_statistics_are_sent_once_and_go_with_their_input(library: FakeLibrary) -> None:

@@ -8,12 +8,15 @@ from threading import Barrier
 import numpy as np
 import pytest
 
+from mfptq.calibration.feedback import feedback_statistics
 from mfptq.calibration.methods import importance, local_hessian
 from mfptq.errors import MemoryBudgetError, UsageError
 from mfptq.kernels import Kernel, QuantizeArgs, load_kernel
-from mfptq.kernels.calibrated import LOCAL_METHODS, PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.choice import cuda_devices
 from mfptq.kernels.driver import Driver
+
+from ..calibration.files import factors_of
 
 pytestmark = pytest.mark.skipif(not cuda_devices(), reason="needs a CUDA device")
 
@@ -56,17 +59,20 @@ def prepared(method: str, columns: int) -> PreparedStatistics:
     x[:, 1:] += 0.5 * x[:, :-1]
     blocks = x.reshape(300, -1, 16)
     hessian = (np.einsum("tbi,tbj->bij", blocks, blocks) / 300).astype(np.float32)
+    if method == FEEDBACK:
+        return PreparedStatistics(feedback_statistics(hessian, factors_of(x), 0.8))
     if method == "weighted":
         return PreparedStatistics(importance(np.diagonal(hessian, axis1=1, axis2=2).reshape(-1)))
     return PreparedStatistics(local_hessian(hessian, 10_000))
 
 
-@pytest.mark.parametrize("method", LOCAL_METHODS)
+@pytest.mark.parametrize("method", CALIBRATED_METHODS)
 @pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (7, 272), (64, 4096), (129, 1040)])
 @pytest.mark.parametrize("global_scale", [2.0**10, 1234.5, 2.0**-3, 3e5])
 def test_calibrated_bytes_and_statistics_are_those_of_the_cpu(method, dtype, shape, global_scale) -> None:
-    weight, statistics = weights(dtype, *shape), prepared(method, shape[1] + 32).part(16, shape[1])
+    weight, more = weights(dtype, *shape), 0 if method == FEEDBACK else 16
+    statistics = prepared(method, shape[1] + 2 * more).part(more, shape[1])
     results = []
     for kernel in (load_calibrated_kernel("cpu"), load_calibrated_kernel("cuda")):
         packed = np.full((shape[0], shape[1] // 2), 0xEE, np.uint8)
