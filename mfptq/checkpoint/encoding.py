@@ -49,6 +49,13 @@ class CodeScaler(Protocol):
         may be shorter. `packed` may lie in the last bytes of `out`'s own memory.
         """
 
+    def shift(self, values: Bf16Array, shifts: Bf16Array) -> bool:
+        """Multiply raw bfloat16 values `[R, K]` in place by powers of two: add `shifts` `[R or 1, K]`, exponents times 128, to
+        the bits of all but zeros.
+
+        Return whether every value but zeros began and ended as a normal number; otherwise the values are of no use.
+        """
+
 
 class Encoding(ABC):
     """How one weight is stored, and where: its codes, its scales, whichever files they lie in.

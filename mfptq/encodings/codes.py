@@ -19,6 +19,8 @@ from ..nvfp4 import E2M1_VALUES, E4M3_VALUES
 
 E4M3, E2M1, INT4, INT8, UINT8 = "E4M3", "E2M1", "INT4", "INT8", "UINT8"
 NAN_BITS: Final = 0x7FC0
+BF16_NORMALS: Final = 0x7F00  # how many magnitudes of bfloat16 are normal numbers
+_MAGNITUDE, _LEAST_NORMAL = np.uint16(0x7FFF), np.uint16(0x0080)
 _CHUNK: Final = 2**16  # elements decoded at once: temporaries stay in the processor's cache
 
 
@@ -60,29 +62,53 @@ def bf16_bits(values: ScaleArray) -> Bf16Array:
     return np.where(np.isnan(values), np.uint16(NAN_BITS), rounded)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is beyond bfloat16 is found by whoever reads the result
-def scale_codes(
-    codes: str,
-    packed: npt.NDArray[np.uint8],
-    scales: ScaleArray,
-    out: DecodedArray,
-    *,
-    run: int,
-    zeros: ScaleArray | None = None,
-) -> None:
-    """Decode by the definition; see `CodeScaler`. `zeros`, shaped as `scales`, are taken from the codes' values first."""
-    rows, columns = out.shape
-    kind = CODE_FORMATS[codes]
-    bytes_per_row = columns * kind.bits // 8
-    step = max(1, _CHUNK // columns)
-    for row in range(0, rows, step):
-        part = packed[row * bytes_per_row : (row + step) * bytes_per_row]
-        values = kind.values[part if kind.bits == 8 else _nibbles(part)].reshape(-1, columns)
-        if zeros is not None:
-            values = values - np.repeat(zeros[row : row + step], run, axis=1)[:, :columns]
-        factors = np.repeat(scales[row : row + step], run, axis=1)[:, :columns]
-        exact = values * factors
-        out[row : row + step] = exact if out.dtype == np.float32 else bf16_bits(exact)
+class ReferenceScaler:
+    """What `CodeScaler` asks for, by the definition."""
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is beyond bfloat16 is found by whoever reads the result
+    def __call__(
+        self,
+        codes: str,
+        packed: npt.NDArray[np.uint8],
+        scales: ScaleArray,
+        out: DecodedArray,
+        *,
+        run: int,
+        zeros: ScaleArray | None = None,
+    ) -> None:
+        """Decode; see `CodeScaler`. `zeros`, shaped as `scales`, are taken from the codes' values first."""
+        rows, columns = out.shape
+        kind = CODE_FORMATS[codes]
+        bytes_per_row = columns * kind.bits // 8
+        step = max(1, _CHUNK // columns)
+        for row in range(0, rows, step):
+            part = packed[row * bytes_per_row : (row + step) * bytes_per_row]
+            values = kind.values[part if kind.bits == 8 else _nibbles(part)].reshape(-1, columns)
+            if zeros is not None:
+                values = values - np.repeat(zeros[row : row + step], run, axis=1)[:, :columns]
+            factors = np.repeat(scales[row : row + step], run, axis=1)[:, :columns]
+            exact = values * factors
+            out[row : row + step] = exact if out.dtype == np.float32 else bf16_bits(exact)
+
+    def shift(self, values: Bf16Array, shifts: Bf16Array) -> bool:
+        """Multiply by powers of two; see `CodeScaler`."""
+        step = max(1, _CHUNK // values.shape[1])
+        return all(
+            _shift(values[row : row + step], shifts if len(shifts) == 1 else shifts[row : row + step])
+            for row in range(0, len(values), step)
+        )
+
+
+scale_codes: Final = ReferenceScaler()
+
+
+def _shift(values: Bf16Array, shifts: Bf16Array) -> bool:
+    magnitude = values & _MAGNITUDE
+    moved = magnitude + shifts - _LEAST_NORMAL  # what is too small wraps around, to more than the largest finite number
+    largest = np.maximum(magnitude - _LEAST_NORMAL, moved)
+    heard = magnitude != 0
+    values += shifts * heard
+    return bool((largest[heard] < BF16_NORMALS).all())
 
 
 def _nibbles(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

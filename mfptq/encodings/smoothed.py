@@ -25,7 +25,6 @@ Exponents = npt.NDArray[np.int8]
 EXACT_DTYPES = (BF16, F32)  # F16 has too few exponents for its products to be exact
 _AT_ONCE = 2**16  # values multiplied at once: temporaries stay in the processor's cache
 _BF16_MANTISSA = 7
-_MAGNITUDE, _LEAST_NORMAL, _NORMALS = np.uint16(0x7FFF), np.uint16(0x0080), np.uint16(0x7F00)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,24 +84,30 @@ class Smoothed(Encoding):
 
     def decode(self, source: Source, region: Region, out: npt.NDArray[Any], scaler: CodeScaler) -> None:
         """Read a region, whole rows or a part of one, and multiply it; raises SmoothingError where that is not exact."""
-        if self.tensor.encoding is not None:
-            self.tensor.encoding.decode(source, self._absolute(region), out, scaler)
-        else:
-            ((offset, _),) = self.ranges(region)
-            source.read_into(self.tensor.shard, offset, out.view(np.uint8).data)
-        region = self._absolute(region)
+        place = self._absolute(region)
+        exponents = self.powers.of(place, self.tensor.matrix.rows)
         values = out.reshape(region.rows, region.columns)
-        exponents = self.powers.of(region, self.tensor.matrix.rows)
+        self._read(source, region, out, scaler)
         if self.powers.offset:
             _multiply_sum(values, exponents, self.powers.offset)
             return
-        multiply = _multiply_bf16 if values.dtype == np.uint16 else _multiply_floats
+        if values.dtype == np.uint16:
+            if scaler.shift(values, (exponents << _BF16_MANTISSA).view(np.uint16)):
+                return
+            self._read(source, region, out, scaler)  # for a closer look
         step = max(1, _AT_ONCE // region.columns)
         for row in range(0, region.rows, step):
             part = exponents if len(exponents) == 1 else exponents[row : row + step]
-            wrong = multiply(values[row : row + step], part)
+            wrong = _multiply(values[row : row + step], part)
             if wrong is not None:
-                raise self._inexact(region.row + row + wrong[0], region.column + wrong[1])
+                raise self._inexact(place.row + row + wrong[0], place.column + wrong[1])
+
+    def _read(self, source: Source, region: Region, out: npt.NDArray[Any], scaler: CodeScaler) -> None:
+        if self.tensor.encoding is not None:
+            self.tensor.encoding.decode(source, self._absolute(region), out, scaler)
+            return
+        ((offset, _),) = self.ranges(region)
+        source.read_into(self.tensor.shard, offset, out.view(np.uint8).data)
 
     def _absolute(self, region: Region) -> Region:
         return region._replace(row=self.first_row + region.row)
@@ -136,50 +141,25 @@ def smoothed(tensor: StoredTensor, powers: Mapping[str, Powers]) -> StoredTensor
 Place = tuple[int, int]
 
 
-def _multiply_bf16(values: npt.NDArray[np.uint16], exponents: npt.NDArray[np.int16]) -> Place | None:
-    """Multiply the bits of bfloat16 values in place; return the place of one that would not be exact, or None.
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def _multiply(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16]) -> Place | None:
+    """Multiply bfloat16 or float32 values in place; return the place of one that would not be exact, or None.
 
-    An exponent is added to the exponent's field. Zeros stay; what begins or ends as no normal number is looked at closely.
+    NaN and infinity stay: who reads them must look.
     """
-    shift = (exponents.astype(np.int16) << _BF16_MANTISSA).view(np.uint16)
-    magnitude = values & _MAGNITUDE
-    moved = magnitude + shift  # below zero it wraps around, to more than the largest finite number
-    magnitude -= _LEAST_NORMAL  # and so do zeros and subnormals
-    moved -= _LEAST_NORMAL
-    np.maximum(magnitude, moved, out=moved)
-    rare = moved >= _NORMALS
-    if not rare.any():
-        values += shift
-        return None
-    exact = (values[rare].astype(np.uint32) << 16).view(np.float32)
-    found, wrong = _product(exact, np.broadcast_to(exponents, values.shape)[rare])
-    wrong |= (found.view(np.uint32) & 0xFFFF) != 0
+    is_bf16 = values.dtype == np.uint16
+    exact = (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values
+    factors = np.ldexp(np.float32(1), exponents)
+    found = exact * factors
+    bits = found.view(np.uint32)
+    wrong = np.isfinite(exact) & (~np.isfinite(found) | (found / factors != exact))
+    if is_bf16:
+        wrong |= (bits & 0xFFFF) != 0
     if wrong.any():
-        return _place(rare, wrong)
-    values += shift * ~rare
-    values[rare] = found.view(np.uint32) >> 16
+        row, column = np.argwhere(wrong)[0]
+        return int(row), int(column)
+    values[...] = bits >> 16 if is_bf16 else found
     return None
-
-
-def _multiply_floats(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16]) -> Place | None:
-    """Multiply float32 values in place; return the place of one that would not be exact, or None."""
-    found, wrong = _product(values, exponents)
-    if wrong.any():
-        return _place(np.ones(values.shape, np.bool_), wrong.reshape(-1))
-    values[...] = found
-    return None
-
-
-@np.errstate(over="ignore", under="ignore")
-def _product(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return values times powers of two, and where that is not exact; NaN and infinity stay: who reads them must look."""
-    found = np.ldexp(values, exponents)
-    return found, np.isfinite(values) & (~np.isfinite(found) | (np.ldexp(found, -exponents) != values))
-
-
-def _place(among: npt.NDArray[np.bool_], wrong: npt.NDArray[np.bool_]) -> Place:
-    row, column = np.argwhere(among)[int(np.flatnonzero(wrong)[0])]
-    return int(row), int(column)
 
 
 def _multiply_sum(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16], offset: float) -> None:

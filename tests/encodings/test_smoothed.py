@@ -12,11 +12,20 @@ from safetensors.torch import save_file
 from mfptq.checkpoint.encoding import Region
 from mfptq.checkpoint.hub import open_checkpoint
 from mfptq.dtypes import NUMPY_DTYPES
+from mfptq.encodings.codes import scale_codes
 from mfptq.encodings.smoothed import Powers, Smoothed
 from mfptq.errors import SmoothingError
 from mfptq.kernels.decode import load_decoder
 
 ROWS, COLUMNS = 24, 80
+
+
+@pytest.fixture(params=[scale_codes, load_decoder()], ids=["reference", "compiled"], autouse=True)
+def scaler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "SCALER", request.param)
+
+
+SCALER = scale_codes
 
 
 def decoded(folder: Path, tensor: torch.Tensor, powers: Powers, *regions: Region) -> list[np.ndarray]:
@@ -29,7 +38,7 @@ def decoded(folder: Path, tensor: torch.Tensor, powers: Powers, *regions: Region
     found = []
     for region in regions or (Region(0, stored.matrix.rows, 0, stored.matrix.columns),):
         out = np.empty(region.size, NUMPY_DTYPES[stored.info.dtype])
-        Smoothed(stored, powers).decode(checkpoint.source, region, out, load_decoder())
+        Smoothed(stored, powers).decode(checkpoint.source, region, out, SCALER)
         found.append(out.reshape(region.rows, region.columns))
     checkpoint.source.close()
     return found
@@ -115,3 +124,21 @@ def test_a_norm_with_an_offset_is_rounded_once(dtype: torch.dtype, tmp_path: Pat
     [found] = decoded(tmp_path, tensor, Powers(None, exponents, 1.0))
     exact = (tensor.double() + 1) * 2.0 ** torch.from_numpy(exponents[0]).double() - 1
     assert (torch.from_numpy(floats(found)[0].copy()).to(dtype) == exact.float().to(dtype)).all()
+
+
+@pytest.mark.parametrize("columns", [16, 48, 80])
+@pytest.mark.parametrize("each", [False, True])
+def test_compiled_shifts_are_those_of_the_reference(columns: int, each: bool) -> None:
+    """Of any bits: the same verdict, and where it is good, the same values."""
+    rng = np.random.default_rng(columns)
+    verdicts = set()
+    for width in (16, 12, 9):
+        bits = rng.integers(0, 2**width, (7, columns)).astype(np.uint16) << 3 | rng.integers(0, 8, (7, columns))
+        bits = np.where(rng.random(bits.shape) < 0.1, 0x8000, (bits + 0x3000) & 0xBFFF).astype(np.uint16)
+        shifts = (rng.integers(-4, 5, (7 if each else 1, columns)).astype(np.int16) << 7).view(np.uint16)
+        found, expected = bits.copy(), bits.copy()
+        verdict = load_decoder().shift(found, shifts)
+        assert verdict == scale_codes.shift(expected, shifts)
+        assert not verdict or (found == expected).all()
+        verdicts.add(verdict)
+    assert verdicts == {True, False}
