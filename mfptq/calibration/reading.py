@@ -47,7 +47,7 @@ from .file import (
     parse_inputs,
 )
 from .methods import choose_method, prepare
-from .smoothed import Exponents, bound, smoothed
+from .smoothed import Exponents, largest, smoothed
 
 KEPT_STATISTICS = 2  # what workers have in hand besides is theirs
 LEAST_WITH_MARGIN = 2.0
@@ -98,7 +98,7 @@ class Calibration:
         found: dict[str, float] = {}
         for info in self.inputs.values():
             exponents = self._exponents.get(info.name)
-            amax = self._number(info, AMAX) if exponents is None else bound(self.read(info), exponents)
+            amax = self._number(info, AMAX) if exponents is None else largest(self.read(info), exponents)
             value = ScaleConvention("amax").global_scale(info.name, None, amax)
             found.update(dict.fromkeys(info.modules, _with_margin(value, margin)))
         about = "taken from a calibration file" + (f", with a margin of {margin:g}" if margin != 1 else "")

@@ -1,10 +1,12 @@
 """Say what the statistics of an input become when its channels are divided by powers of two, without another pass.
 
-Called by `calibration.reading`. Moments follow exactly. Of the largest magnitude only a bound does, since the file has one for
-all channels together.
+Called by `calibration.reading`. Moments follow exactly. The largest magnitude is estimated, since the file has one for all
+channels together.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from ..nvfp4 import BLOCK_SIZE
 from .file import InputStatistics
 
 Exponents = npt.NDArray[np.int8]
+PEAK = 64.0  # a channel that speaks in one token of 4096, the first as it is in many models, has this ratio
 
 
 def smoothed(statistics: InputStatistics, exponents: Exponents) -> InputStatistics:
@@ -21,19 +24,21 @@ def smoothed(statistics: InputStatistics, exponents: Exponents) -> InputStatisti
     moment, hessian = statistics.second_moment, statistics.hessian
     blocks = divided.reshape(-1, BLOCK_SIZE)
     return InputStatistics(
-        bound(statistics, exponents),
+        largest(statistics, exponents),
         statistics.tokens,
         None if moment is None else np.ldexp(moment, 2 * divided),
         None if hessian is None else np.ldexp(hessian, blocks[:, :, None] + blocks[:, None, :]),
     )
 
 
-def bound(statistics: InputStatistics, exponents: Exponents) -> float:
-    """Return a magnitude that no value of the divided input has passed.
+def largest(statistics: InputStatistics, exponents: Exponents) -> float:
+    """Return about the largest magnitude of the divided input, on the high side.
 
-    No value of a channel is larger than the largest of all channels, nor than the root of its squares' sum.
+    No value of a channel is larger than the largest of all channels, nor than the root of its squares' sum; and none is taken
+    to be more than PEAK times its root mean square, lest much text make the range much too wide.
     """
     reach = np.full(len(exponents), statistics.amax)
     if statistics.second_moment is not None and statistics.tokens is not None:
-        reach = np.minimum(reach, np.sqrt(statistics.tokens * statistics.second_moment.astype(np.float64)))
+        peak = min(PEAK, math.sqrt(statistics.tokens))
+        reach = np.minimum(reach, peak * np.sqrt(statistics.second_moment.astype(np.float64)))
     return float(np.ldexp(reach, -exponents.astype(np.int32)).max())
