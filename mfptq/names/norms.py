@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 # What the weight of an RMSNorm is added to before it multiplies: transformers' model types whose norms are known.
 _OFFSETS: Mapping[str, float] = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), 0.0),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "granite", "olmoe", "smollm3", "seed_oss"), 0.0
+    ),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "qwen3_next"), 1.0),
     **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), 1.0),
 }

@@ -4,8 +4,8 @@ Called by `smoothing.links`. Certain means: the model's type is known, a block o
 name, and shapes agree with config.json. Everything else is left alone, and the reason told.
 
 Four things make inputs: a norm feeds attention or DeltaNet, another one the MLP with its experts and routers; the rows of
-v_proj are o_proj's input, averaged by attention; those of up_proj are down_proj's, times the activation of gate_proj; and
-DeltaNet's gated norm, whose weight all heads share, feeds out_proj.
+v_proj are o_proj's input, averaged by attention; those of up_proj are down_proj's, times the activation of gate_proj; and norms
+inside attention feed DeltaNet's out_proj, whose heads share the norm, and the second step of latent attention.
 """
 
 from __future__ import annotations
@@ -26,22 +26,28 @@ from ..names.structure import block_of
 
 Channels = npt.NDArray[np.int64]
 
+_PART = r"(?:experts\.\d+|shared_experts?)\."  # of an MLP
 _KNOWN = re.compile(
     r"(input|post_attention|pre_feedforward|post_feedforward)_layernorm\.weight|"
-    r"self_attn\.([qkvo]_proj\.(weight|bias)|[qk]_norm\.weight|rotary_emb\.inv_freq)|"
+    r"self_attn\.(([qkvo]|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)\.(weight|bias)|"
+    r"self_attn\.((q|k)_norm\.weight|(q|kv)_a_layernorm\.weight|rotary_emb\.inv_freq)|"
     r"linear_attn\.((in_proj_(qkv|z|a|b|qkvz|ba)|conv1d|norm|out_proj)\.weight|A_log|dt_bias)|"
-    r"mlp\.((experts\.\d+|shared_expert)\.)?(gate|up|down)_proj\.(weight|bias)|"
+    rf"mlp\.({_PART})?(gate|up|down)_proj\.(weight|bias)|mlp\.gate\.e_score_correction_bias|"
     r"mlp\.(experts\.(gate_up_proj|down_proj)|(gate|shared_expert_gate)\.weight)|"
     r"block_sparse_moe\.(gate|experts\.\d+\.w[123])\.weight"
 )
-_READS_ATTENTION_NORM = re.compile(r"self_attn\.[qkv]_proj\.weight|linear_attn\.in_proj_\w+\.weight")
+_READS_ATTENTION_NORM = re.compile(
+    r"self_attn\.([qkv]_proj|q_a_proj|kv_a_proj_with_mqa)\.weight|linear_attn\.in_proj_\w+\.weight"
+)
 _READS_MLP_NORM = re.compile(
-    r"mlp\.((experts\.\d+|shared_expert)\.)?(gate|up)_proj\.weight|mlp\.experts\.gate_up_proj|"
+    rf"mlp\.({_PART})?(gate|up)_proj\.weight|mlp\.experts\.gate_up_proj|"
     r"(mlp|block_sparse_moe)\.gate\.weight|mlp\.shared_expert_gate\.weight|block_sparse_moe\.experts\.\d+\.w[13]\.weight"
 )
-_DOWN = re.compile(
-    r"(mlp\.(?:(?:experts\.\d+|shared_expert)\.)?)down_proj\.weight|(block_sparse_moe\.experts\.\d+\.)w2\.weight"
-)
+_DOWN = re.compile(rf"(mlp\.(?:{_PART})?)down_proj\.weight|(block_sparse_moe\.experts\.\d+\.)w2\.weight")
+_LATENT = {  # norms of latent attention
+    "self_attn.q_a_layernorm.weight": "self_attn.q_b_proj.weight",
+    "self_attn.kv_a_layernorm.weight": "self_attn.kv_b_proj.weight",
+}
 
 
 class Maker(NamedTuple):
@@ -146,7 +152,7 @@ def _links(block: Block, facts: Facts) -> Iterator[Link]:
     yield from _norm(block, BEFORE_ATTENTION, _READS_ATTENTION_NORM, facts)
     yield from _norm(block, facts.norms.before_mlp, _READS_MLP_NORM, facts)
     yield from _values(block, facts)
-    yield from _gated_norm(block)
+    yield from _small_norms(block)
     for name in block.tensors:
         if found := _DOWN.fullmatch(name):
             yield from _up(block, found[1] or found[2], name)
@@ -183,14 +189,14 @@ def _values(block: Block, facts: Facts) -> Iterator[Link]:
         yield Link(name, _with_bias(block, value), (Reader(block.prefix + output),), shared.reshape(-1), rows)
 
 
-def _gated_norm(block: Block) -> Iterator[Link]:
-    norm, output = "linear_attn.norm.weight", "linear_attn.out_proj.weight"
-    size, columns = block.width(norm), block.width(output)
-    if size and columns and columns % size == 0:
-        channels = np.tile(np.arange(size), columns // size)
-        yield Link(
-            block.prefix + "linear_attn.norm", (block.maker(norm),), (Reader(block.prefix + output),), channels, size
-        )
+def _small_norms(block: Block) -> Iterator[Link]:
+    """Yield the inputs that norms inside attention feed: DeltaNet's, the same for all heads, and those of latent attention."""
+    for norm, output in {"linear_attn.norm.weight": "linear_attn.out_proj.weight", **_LATENT}.items():
+        size, columns = block.width(norm), block.width(output)
+        if size and columns and (columns % size == 0 if norm not in _LATENT else columns == size):
+            channels = np.tile(_each(size), columns // size)
+            name = block.prefix + norm.removesuffix(".weight")
+            yield Link(name, (block.maker(norm),), (Reader(block.prefix + output),), channels, size)
 
 
 def _up(block: Block, parent: str, down: str) -> Iterator[Link]:

@@ -29,9 +29,17 @@ SIZES = {
     "head_dim": 32,
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-PLAIN = ("llama", "mixtral", "qwen3_moe", "qwen2_moe")  # a norm's weight is all that it multiplies by
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+PLAIN = (  # a norm's weight is all that it multiplies by
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe",
+    "granite", "olmoe", "smollm3", "seed_oss",
+)  # fmt: skip
 ADDED = ("gemma", "gemma2", "gemma3_text", "qwen3_next")  # 1 is added to it
 
 
@@ -44,12 +52,15 @@ def configured(kind: str) -> Any:
         more = {"attention_bias": True, "mlp_bias": True}
     elif kind == "mixtral":
         more = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    elif kind in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
+        more = {**EXPERTS, **LATENT, **ROUTED, "head_dim": 16}
     elif "moe" in kind or kind == "qwen3_next":
         more = {**EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        more |= {"head_dim": 16} if kind == "olmoe" else {}
     if kind == "qwen3_next":
         heads = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
         more |= {**heads, "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
-    return AutoConfig.for_model(kind, **SIZES, **more)
+    return AutoConfig.for_model(kind, **SIZES | more)
 
 
 def write_model(folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> Path:
