@@ -21,6 +21,7 @@ from mfptq.smoothing.record import RECORD
 
 from ..calibration.files import calibrate, described, random_inputs, statistics_of, stored, write_file
 from ..conftest import SMALL, SMALL_EXPERTS, command, digests
+from ..encodings.checkpoints import decoded
 from ..models import MOE
 from .models import fold, write_model
 
@@ -223,3 +224,33 @@ def test_without_smoothing_nothing_is_recorded(source, path, tmp_path):
     mfptq.convert(source, tmp_path / "out", calibration=path)
     assert not (tmp_path / "out" / RECORD).exists()
     assert json.loads((tmp_path / "out" / "mfptq_report.json").read_text())["smoothing"] is None
+
+
+def test_quantized_sources_give_what_their_casts_give(tmp_path):
+    source = write_model(tmp_path / "source", "llama")
+    mfptq.convert(source, tmp_path / "fp8", formats=["fp8-dynamic=re:.*_proj$"])
+    cast = shutil.copytree(tmp_path / "fp8", tmp_path / "cast", ignore=shutil.ignore_patterns("*.safetensors"))
+    kept = {name: values for name, values in stored(tmp_path / "fp8").items() if not name.endswith("_scale")}
+    save_file(kept | decoded(tmp_path / "fp8"), cast / "model.safetensors", {"format": "pt"})
+    (cast / "config.json").write_text((source / "config.json").read_text())
+    path = calibrate(cast, tmp_path / "x.calibration.safetensors")
+    mfptq.convert(cast, tmp_path / "a", calibration=path, smooth=True)
+    mfptq.convert(tmp_path / "fp8", tmp_path / "b", calibration=path, smooth=True)
+    assert tensors(tmp_path / "a") == tensors(tmp_path / "b")
+    assert mfptq.verify(tmp_path / "b", tmp_path / "fp8").ok
+
+
+def test_experts_that_are_kept_are_scaled_with_the_router(tmp_path):
+    """The shared expert, which is quantized, reads the same norm; what only kept weights read stays."""
+    source = write_model(tmp_path / "source", MOE)
+    path = calibrate(source, tmp_path / "x.calibration.safetensors")
+    mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True, ignore=["re:.*mlp.experts$"])
+    before, after = stored(source), stored(tmp_path / "out")
+    layer = "model.language_model.layers.0.mlp."
+    for name in ("experts.gate_up_proj", "gate.weight", "shared_expert_gate.weight"):
+        ratio = (after[layer + name].float() / before[layer + name].float()).reshape(-1, before[layer + name].shape[-1])
+        assert (ratio == ratio[0]).all()
+        assert (ratio[0].log2() % 1 == 0).all()
+        assert len(set(ratio[0].tolist())) > 1
+    assert torch.equal(before[f"{layer}experts.down_proj"], after[f"{layer}experts.down_proj"])
+    assert mfptq.verify(tmp_path / "out", source).ok
