@@ -7,12 +7,13 @@ channels together.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from ..nvfp4 import BLOCK_SIZE
-from .file import InputStatistics
+from .file import Float32Array, InputStatistics
 
 Exponents = npt.NDArray[np.int8]
 PEAK = 64.0  # a channel that speaks in one token of 4096, the first as it is in many models, has this ratio
@@ -21,14 +22,18 @@ PEAK = 64.0  # a channel that speaks in one token of 4096, the first as it is in
 def smoothed(statistics: InputStatistics, exponents: Exponents) -> InputStatistics:
     """Return the statistics of an input whose channel k is divided by `2^exponents[k]`, int8 `[K]`."""
     divided = -exponents.astype(np.int32)
-    moment, hessian = statistics.second_moment, statistics.hessian
     blocks = divided.reshape(-1, BLOCK_SIZE)
-    return InputStatistics(
-        largest(statistics, exponents),
-        statistics.tokens,
-        None if moment is None else np.ldexp(moment, 2 * divided),
-        None if hessian is None else np.ldexp(hessian, blocks[:, :, None] + blocks[:, None, :]),
+    return replace(
+        statistics,
+        amax=largest(statistics, exponents),
+        second_moment=_times(statistics.second_moment, 2 * divided),
+        hessian=_times(statistics.hessian, blocks[:, :, None] + blocks[:, None, :]),
+        factors=_times(statistics.factors, divided),
     )
+
+
+def _times(values: Float32Array | None, exponents: npt.NDArray[np.int32]) -> Float32Array | None:
+    return None if values is None else np.ldexp(values, exponents)
 
 
 def largest(statistics: InputStatistics, exponents: Exponents) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import mfptq
 from mfptq.calibration.file import InputInfo
 from mfptq.calibration.reading import load_calibration
+from mfptq.calibration.smoothed import smoothed
 from mfptq.conversion import make_plan
 from mfptq.demo import write_demo
 from mfptq.errors import PlanMismatchError, ScaleError, SmoothingError, UsageError
@@ -71,6 +73,28 @@ def test_the_output_is_that_of_the_folded_checkpoint_with_its_own_statistics(met
             assert torch.equal(values.view(torch.uint8), expected[name].view(torch.uint8)), name
     assert mfptq.verify(tmp_path / "out", source).ok
     assert report.scheme == "NVFP4"
+
+
+def test_feedback_takes_factors_of_the_divided_inputs(tmp_path):
+    """Low-rank factors follow by columns; those of divided activations would be other ones, as good."""
+    source = write_model(tmp_path / "source", "llama")
+    path = calibrate(source, tmp_path / "x.calibration.safetensors", described("factors"))
+    folded = fold(source, tmp_path / "folded", calibration=path)
+    mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True, method="gptq")
+    plan, file = make_plan(source, calibration=path, smooth=True), load_calibration(path)
+    exponents = {name: each.astype(float) for name, each in plan.smoothing.inputs.items()}
+    inputs = {}
+    for info in file.inputs.values():
+        found = file.read(info)
+        divided = found.factors / 2 ** exponents.get(info.name, np.zeros(info.columns))
+        inputs[info] = replace(
+            smoothed(found, exponents[info.name].astype(np.int8)), factors=divided.astype(np.float32)
+        )
+    for opened in (plan, file):
+        opened.close()
+    own = write_file(tmp_path / "y.calibration.safetensors", inputs, described("factors"))
+    mfptq.convert(folded, tmp_path / "plain", calibration=own, method="gptq")
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "plain")
 
 
 def test_weight_only_outputs_are_smoothed_too(source, path, tmp_path):
