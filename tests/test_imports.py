@@ -33,7 +33,7 @@ ALLOWED = {
     "execution": "storage names checkpoint encodings kernels planning output",
     "engines": "names checkpoint",
     "checking": "checkpoint engines planning",
-    "reporting": "storage checkpoint output",
+    "reporting": "storage checkpoint calibration output",
     "observation": "storage names checkpoint calibration smoothing planning execution",
     "conversion verification inspection tensors demo": "storage names checkpoint encodings kernels scales calibration smoothing planning output execution engines checking",
     "cluster": "storage checkpoint planning output execution conversion",

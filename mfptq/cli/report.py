@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import StorageError, counted, printable
+from ..errors import StorageError, UsageError, counted, printable, quote
 from ..sizes import size_text
 from ..storage.files import expanded
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..calibration.overview import Overview
     from ..reporting.compare import Comparison, Difference
     from ..reporting.data import ReportData
 
@@ -25,7 +29,12 @@ SHOWN = 20
 @click.option(
     "--csv", "table", type=click.Path(path_type=Path), help="Write a line for every layer and kind of module."
 )
-def report(output: Path, html: Path | None, table: Path | None) -> None:
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="The file it was made with: the page says what text experts saw.",
+)
+def report(output: Path, html: Path | None, table: Path | None, calibration: Path | None) -> None:
     """Show what the conversion into the folder OUTPUT did, layers that stand out first.
 
     Example: mfptq report Qwen3.5-27B-NVFP4 --html report.html
@@ -36,10 +45,25 @@ def report(output: Path, html: Path | None, table: Path | None) -> None:
     if html is not None:
         from ..reporting.page import page
 
-        _write(html, page(found, output.resolve().name))
+        _write(html, page(found, output.resolve().name, _coverage(found, calibration)))
     if table is not None:
         _write(table, csv_text(found))
     click.echo(report_text(found))
+
+
+def _coverage(found: ReportData, calibration: Path | None) -> Overview | None:
+    """Return what a calibration file holds; raises UsageError for one that the output was not made with."""
+    if calibration is None:
+        return None
+    from ..calibration.overview import overview
+    from ..calibration.reading import load_calibration
+
+    with closing(load_calibration(expanded(calibration))) as opened:
+        if found.summary.get("calibration") != opened.digest:
+            raise UsageError(
+                f"the output was not made with {quote(calibration)}: its report names another calibration, or none"
+            )
+        return overview(opened)
 
 
 def _write(path: Path, text: str) -> None:
@@ -54,8 +78,9 @@ def report_text(found: ReportData) -> str:
     values, rows = found.summary, {row.name: row for row in found.layers}
     lines = [
         f"{size_text(values['source_bytes'])} -> {size_text(values['output_bytes'])}, relative error of weights "
-        f"{values['relative_error']:.2%}, {counted(len(rows), 'row', 'rows')} of layers and kinds",
+        f"{values['relative_error']:.2%}, least, middle and largest by kind:",
     ]
+    lines += _kind_lines(found)
     if found.calibrated:
         lines.append("calibrated: methods lower the errors of outputs, and let those of weights grow")
     names = sorted(found.flagged, key=lambda name: -rows[name].relative_error)
@@ -67,20 +92,49 @@ def report_text(found: ReportData) -> str:
     )
 
 
+def _kind_lines(found: ReportData) -> list[str]:
+    """Return a line for each kind of module: sizes, then the least, middle and largest error of its layers."""
+    from ..reporting.data import by_kind
+
+    return [
+        f"  {size_text(row.source_bytes):>8} -> {size_text(row.output_bytes):>8}  {row.least:6.2%} {row.middle:6.2%} "
+        f"{row.largest:6.2%}  {counted(row.layers, 'layer', 'layers')}  {printable(row.kind)}"
+        for row in by_kind(found)
+    ]
+
+
 @click.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def compare(first: Path, second: Path, as_json: bool) -> None:
-    """Show how two outputs of mfptq differ: treatment and error of each layer, from their reports.
+    """Show how two outputs of mfptq differ: treatment and error of each layer, from their reports, and scales.
 
     Example: mfptq compare Qwen3.5-27B-minmax Qwen3.5-27B-search
     """
+    from dataclasses import replace
+
     from ..reporting.compare import compare as compare_reports
+    from ..reporting.compare import compare_scales
     from ..reporting.data import read_report
 
     found = compare_reports(read_report(first), read_report(second))
+    found = replace(found, scales=compare_scales(_scales(first), _scales(second)))
     click.echo(json.dumps(found.as_dict()) if as_json else compare_text(found))
+
+
+def _scales(output: Path) -> Mapping[str, float]:
+    """Return the global scales and input scales of an output by tensor name; none where its shards are not there."""
+    from ..checking import read_subject
+    from ..checkpoint.folder import Origin, read_checkpoint
+    from ..errors import SourceError
+
+    try:
+        checkpoint = read_checkpoint(Origin(expanded(output)))
+    except SourceError:
+        return {}  # a report alone is enough for the rest
+    with closing(checkpoint.source):
+        return read_subject(checkpoint).scalars
 
 
 def compare_text(found: Comparison) -> str:
@@ -94,6 +148,10 @@ def compare_text(found: Comparison) -> str:
         lines += [_compared(row) for row in rows[:SHOWN]]
         if len(rows) > SHOWN:
             lines.append(f"  ... and {len(rows) - SHOWN} more")
+    for row in found.scales:
+        differ = f"{row.different} of {counted(row.modules, 'differs', 'differ')}"
+        ratio = f", by up to {row.ratio:.3g} times" if row.different else ""
+        lines.append(f"{row.kind}: {differ}{ratio}")
     return "\n".join([*lines, f"{counted(found.equal, 'layer has', 'layers have')} the same error within 0.5 %"])
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from ..checkpoint.folder import read_object
 from ..checkpoint.strict_json import dump_json
-from ..checkpoint.weights import name_pattern
+from ..checkpoint.weights import layer_pattern, name_pattern
 from ..errors import SourceError
 from ..kernels import ErrorStats
 from ..limits import MAX_INDEX_BYTES
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
 LAYER_COLUMNS = (
-    "name", "elements", "relative_error", "worst_block", "zeroed", "saturated_blocks", "zero_blocks", "checksum"
+    "name", "elements", "relative_error", "worst_block", "zeroed", "saturated_blocks", "zero_blocks", "checksum",
+    "source_bytes", "output_bytes",
 )  # fmt: skip
 TENSOR_COLUMNS = ("pattern", "action", "count", "source_bytes", "rule", "reason")
 SUSPICIOUS_ERROR = 0.10
@@ -138,7 +139,17 @@ def suspicions(reports: Iterable[PatternReport], *, calibrated: bool = False) ->
     )
 
 
-def layer_rows(statistics: Mapping[str, ErrorStats]) -> list[list[Any]]:
+def layer_sizes(plan: ConversionPlan) -> dict[str, tuple[int, int]]:
+    """Return the bytes of each layer and kind of module before, as plain values, and after, all its tensors together."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for weight in plan.weights():
+        name = layer_pattern(weight.module)
+        before, after = sizes.get(name, (0, 0))
+        sizes[name] = before + weight.nbytes, after + plan.output_bytes_of(weight)
+    return sizes
+
+
+def layer_rows(statistics: Mapping[str, ErrorStats], sizes: Mapping[str, tuple[int, int]]) -> list[list[Any]]:
     """Return a short row for each layer and kind of module, in name order, with the columns of LAYER_COLUMNS."""
     layers: dict[str, ErrorStats] = {}
     for key, found in statistics.items():
@@ -153,6 +164,7 @@ def layer_rows(statistics: Mapping[str, ErrorStats]) -> list[list[Any]]:
             stats.saturated_blocks,
             stats.zero_blocks,
             f"{stats.checksum:016x}",
+            *sizes.get(name, (0, 0)),
         ]
         for name, stats in sorted(layers.items())
     ]
@@ -165,7 +177,7 @@ def recorded_checksums(output: Source) -> dict[str, int]:
     """
     try:
         rows = read_object(output, REPORT, MAX_INDEX_BYTES).get("layers")
-        return {row[0]: int(row[len(LAYER_COLUMNS) - 1], 16) for row in rows or ()}
+        return {row[0]: int(row[LAYER_COLUMNS.index("checksum")], 16) for row in rows or ()}
     except (SourceError, TypeError, ValueError, IndexError, KeyError):
         return {}
 
@@ -207,7 +219,7 @@ def report_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> s
         "smoothing": plan.smoothing.as_dict() if plan.smoothing else None,
         "relative_error": total_error(statistics),
         "patterns": [asdict(report) for report in pattern_reports(plan, statistics)],
-        "layers": layer_rows(statistics),
+        "layers": layer_rows(statistics, layer_sizes(plan)),
         "tensors": tensor_rows(plan),
         "shards": {shard.name: shard.digest for shard in plan.checkpoint.shards},
     })  # fmt: skip

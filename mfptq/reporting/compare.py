@@ -5,6 +5,8 @@ Called by the command `compare`. It reads the reports of both, and no weight.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +33,16 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleDifference:
+    """One kind of scale in two outputs: modules that have it in both, how many differ, and the largest ratio of two."""
+
+    kind: str
+    modules: int
+    different: int
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Two outputs side by side. `treated` are layers that only one quantizes, `changed` those with another error."""
 
@@ -41,6 +53,7 @@ class Comparison:
     treated: tuple[Difference, ...]
     changed: tuple[Difference, ...]
     equal: int
+    scales: tuple[ScaleDifference, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as JSON values."""
@@ -63,6 +76,22 @@ def compare(first: ReportData, second: ReportData) -> Comparison:
         tuple(changed),
         len(rows) - len(treated) - len(changed),
     )
+
+
+def compare_scales(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[ScaleDifference, ...]:
+    """Return how global scales and input scales of two checkpoints differ, by tensor name, a row for each kind of scale."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for name in sorted(first.keys() & second.keys()):
+        pairs.setdefault(name.rpartition(".")[2], []).append((first[name], second[name]))
+    return tuple(
+        ScaleDifference(kind, len(found), sum(one != other for one, other in found), max(map(_ratio, found)))
+        for kind, found in pairs.items()
+    )
+
+
+def _ratio(pair: tuple[float, float]) -> float:
+    small, large = sorted(pair)
+    return large / small if small > 0 else math.inf
 
 
 def _difference(name: str, first: LayerRow | None, second: LayerRow | None) -> Difference:

@@ -16,7 +16,7 @@ from typing import Any
 from ..checkpoint.folder import read_object
 from ..checkpoint.source import FolderSource
 from ..checkpoint.weights import name_pattern
-from ..errors import SourceError, quote
+from ..errors import SourceError, counted, quote
 from ..limits import MAX_INDEX_BYTES
 from ..output.leftovers import REPORT
 from ..storage.files import expanded
@@ -31,7 +31,8 @@ class LayerRow:
 
     `relative_error` is the Frobenius norm of the difference over that of the weights, `worst_block` that of the worst 16
     values, `zeroed` the share of values that became zero, `saturated_blocks` and `zero_blocks` counts of blocks;
-    `checksum` tells the values before from others, "" in reports of earlier versions.
+    `checksum` tells the values before from others, `source_bytes` and `output_bytes` are sizes before and after; "" and 0 in
+    reports of earlier versions.
     """
 
     name: str
@@ -42,6 +43,8 @@ class LayerRow:
     saturated_blocks: int
     zero_blocks: int
     checksum: str = ""
+    source_bytes: int = 0
+    output_bytes: int = 0
 
     @property
     def layer(self) -> int | None:
@@ -73,6 +76,19 @@ class TensorRow:
 
 
 @dataclass(frozen=True, slots=True)
+class KindRow:
+    """All layers of one kind of module: how many, sizes before and after, the least, middle and largest error."""
+
+    kind: str
+    layers: int
+    source_bytes: int
+    output_bytes: int
+    least: float
+    middle: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReportData:
     """A report: `summary` holds the values of the whole output, `flagged` the names of layers to look at, with reasons."""
 
@@ -85,6 +101,23 @@ class ReportData:
     def calibrated(self) -> bool:
         """Whether calibration statistics shaped the weights, so that errors of outputs went down, not of weights."""
         return bool(self.summary.get("calibration"))
+
+
+def by_kind(report: ReportData) -> tuple[KindRow, ...]:
+    """Return a row for each kind of module, the largest first."""
+    kinds: dict[str, list[LayerRow]] = {}
+    for row in report.layers:
+        kinds.setdefault(row.kind, []).append(row)
+    rows = [_kind_row(kind, layers) for kind, layers in kinds.items()]
+    return tuple(sorted(rows, key=lambda row: (-row.source_bytes, row.kind)))
+
+
+def _kind_row(kind: str, layers: list[LayerRow]) -> KindRow:
+    errors = [row.relative_error for row in layers]
+    before, after = (
+        sum(sizes) for sizes in zip(*((row.source_bytes, row.output_bytes) for row in layers), strict=True)
+    )
+    return KindRow(kind, len(layers), before, after, min(errors), median(errors), max(errors))
 
 
 def read_report(output: str | Path) -> ReportData:
@@ -124,7 +157,7 @@ def _flagged(rows: tuple[LayerRow, ...], *, calibrated: bool) -> dict[str, str]:
         if row.worst_block > WORST_BLOCK and not calibrated:
             reasons.append(f"worst block {row.worst_block:.0%}")
         if row.saturated_blocks:
-            reasons.append(f"{row.saturated_blocks} saturated blocks")
+            reasons.append(counted(row.saturated_blocks, "saturated block", "saturated blocks"))
         if reasons:
             flagged[row.name] = ", ".join(reasons)
     return flagged

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
+from typing import TYPE_CHECKING
 
 from ..sizes import size_text
-from .data import ReportData, TensorRow
+from .data import ReportData, TensorRow, by_kind
 from .figures import heat_map, histograms
+
+if TYPE_CHECKING:
+    from ..calibration.overview import Overview
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8882;--bad:#c2410c}
@@ -45,8 +49,8 @@ count();
 """
 
 
-def page(report: ReportData, title: str) -> str:
-    """Return the page; `title` names the output."""
+def page(report: ReportData, title: str, coverage: Overview | None = None) -> str:
+    """Return the page; `title` names the output, `coverage` says what text the calibration had, if that is known."""
     figures = [("Error over depth", heat_map(report)), ("Distribution of errors", histograms(report))]
     drawn = "".join(f'<h2>{name}</h2><div class="scroll">{svg}</div>' for name, svg in figures if svg)
     return (
@@ -55,6 +59,7 @@ def page(report: ReportData, title: str) -> str:
         "<link rel=icon href='data:,'>"
         f"<title>{escape(title)}: mfptq report</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1>{_summary(report)}{_note(report)}{_flags(report)}{drawn}"
+        f"<h2>Kinds of modules</h2>{_kinds(report)}{_coverage(coverage)}"
         f"<h2>What was kept and why</h2>{_kept(report.tensors)}"
         f"<h2>All layers</h2>{_layers(report)}<script>{_SCRIPT}</script></body></html>\n"
     )
@@ -109,6 +114,36 @@ def _flags(report: ReportData) -> str:
     )
 
 
+def _kinds(report: ReportData) -> str:
+    cells = "".join(
+        f"<tr><td>{escape(row.kind)}</td><td>{row.layers}</td><td>{size_text(row.source_bytes)}</td>"
+        f"<td>{size_text(row.output_bytes)}</td><td>{row.least:.2%}</td><td>{row.middle:.2%}</td><td>{row.largest:.2%}</td></tr>"
+        for row in by_kind(report)
+    )
+    names = ("kind", "layers", "before", "after", "least error", "middle", "largest")
+    return _table(names, cells)
+
+
+def _table(names: Iterable[str], cells: str) -> str:
+    head = "".join(f"<th{'' if number else ' class=text'}>{name}</th>" for number, name in enumerate(names))
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
+
+
+def _coverage(found: Overview | None) -> str:
+    """Return how much text the calibration had, and which experts saw little of it."""
+    if found is None:
+        return ""
+    about = found.description
+    told = f"{about['samples']} samples of up to {about['max_seq_length']} tokens, statistics: {about['statistics']}."
+    cells = "".join(
+        f"<tr><td>{escape(each.name)}</td><td>{each.experts}</td><td>{each.without}</td><td>{each.few}</td>"
+        f"<td>{each.least}</td><td>{each.most}</td></tr>"
+        for each in found.experts
+    )
+    names = ("routed experts of", "experts", "without a token", "with few", "least tokens", "most")
+    return f"<h2>Calibration coverage</h2><p>{escape(told)}</p>" + (_table(names, cells) if cells else "")
+
+
 def _kept(tensors: Iterable[TensorRow]) -> str:
     cells = "".join(
         f"<tr><td>{escape(row.pattern)}</td><td>{row.count}</td><td>{size_text(row.source_bytes)}</td>"
@@ -126,13 +161,26 @@ def _layers(report: ReportData) -> str:
         f"<tr{' class=flag' if row.name in report.flagged else ''}><td>{escape(row.name)}</td>"
         f"<td data-v={-1 if row.layer is None else row.layer}>{'' if row.layer is None else row.layer}</td>"
         f"<td data-v={row.elements}>{row.elements / 1e6:.2f} M</td>"
+        f"<td data-v={row.source_bytes}>{size_text(row.source_bytes)}</td>"
+        f"<td data-v={row.output_bytes}>{size_text(row.output_bytes)}</td>"
         f"<td data-v={row.relative_error}>{row.relative_error:.2%}</td>"
         f"<td data-v={row.worst_block}>{row.worst_block:.1%}</td><td data-v={row.zeroed}>{row.zeroed:.2%}</td>"
         f"<td data-v={row.saturated_blocks}>{row.saturated_blocks}</td>"
         f"<td data-v={row.zero_blocks}>{row.zero_blocks}</td></tr>"
         for row in ordered
     )
-    names = ("module", "layer", "weights", "error", "worst block", "zeroed", "saturated blocks", "zero blocks")
+    names = (
+        "module",
+        "layer",
+        "weights",
+        "before",
+        "after",
+        "error",
+        "worst block",
+        "zeroed",
+        "saturated blocks",
+        "zero blocks",
+    )
     head = "".join(f"<th{' class=text' if name == 'module' else ''}>{name}</th>" for name in names)
     return (
         "<input id=search type=search placeholder='Search, such as: down_proj 12' aria-label='Search layers'> "

@@ -15,7 +15,7 @@ import pytest
 import mfptq
 from mfptq.errors import SourceError
 from mfptq.reporting.compare import compare
-from mfptq.reporting.data import csv_text, read_report
+from mfptq.reporting.data import by_kind, csv_text, read_report
 from tests.conftest import command
 from tests.reporting.samples import report, write_report
 
@@ -89,6 +89,9 @@ def test_outputs_are_compared_layer_by_layer(source: Path, tmp_path: Path) -> No
     assert found.changed
     done = command("compare", tmp_path / "minmax", tmp_path / "search")
     assert "1 layer is treated otherwise" in done.stdout
+    assert re.search(r"weight_global_scale: 24 of 24 differ, by up to \d\.\d+ times", done.stdout)
+    same = command("compare", tmp_path / "search", tmp_path / "search").stdout
+    assert "weight_global_scale: 0 of 25 differ\n" in same
     assert json.loads(command("compare", tmp_path / "search", tmp_path / "search", "--json").stdout)["changed"] == []
 
 
@@ -157,3 +160,34 @@ def test_a_page_on_a_phone(page: Path) -> None:
     found = re.search(r"<title>phone (\d+)</title>", dom)
     assert found is not None
     assert int(found[1]) <= 360
+
+
+def test_sizes_and_kinds(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "out")
+    found = read_report(tmp_path / "out")
+    kinds = {row.kind: row for row in by_kind(found)}
+    down = kinds["mlp.down_proj"]
+    assert (down.layers, down.source_bytes, down.output_bytes) == (4, 4 * 2 * 64 * 64, 4 * (64 * 64 // 2 + 64 * 4 + 4))
+    assert down.least <= down.middle <= down.largest
+    with mfptq.plan(source) as plan:
+        kept = sum(row.source_bytes for row in found.tensors if row.action == "keep")
+        assert sum(row.source_bytes for row in kinds.values()) + kept == plan.source_bytes
+        assert sum(row.output_bytes for row in kinds.values()) + kept == plan.output_bytes
+    text = command("report", tmp_path / "out").stdout
+    assert re.search(r"32.8 kB -> +9.23 kB +8.\d\d% +8.\d\d% +8.\d\d%  4 layers  mlp.down_proj", text)
+
+
+def test_coverage_of_the_calibration_is_on_the_page(moe_source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tests.calibration.files import calibrate, described
+
+    made = calibrate(moe_source, tmp_path / "a.calibration.safetensors")
+    mfptq.convert(moe_source, tmp_path / "out", calibration=made)
+    words = ("report", tmp_path / "out", "--html", tmp_path / "page.html", "--calibration")
+    assert command(*words, made).returncode == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>Calibration coverage</h2>" in page
+    other = calibrate(moe_source, tmp_path / "b.calibration.safetensors", described(dataset="other"))
+    refused = command(*words, other)
+    assert refused.returncode == 2
+    assert "was not made with" in refused.stderr
