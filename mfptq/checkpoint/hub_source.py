@@ -53,6 +53,10 @@ class HubSource:
         """Return a file's size in bytes."""
         return self._file(name).size
 
+    def sha256(self, name: str) -> str | None:
+        """Return what the listing says, which it does of large files."""
+        return self._file(name).sha256
+
     def _file(self, name: str) -> HubFile:
         try:
             return self._listing[name]

@@ -48,6 +48,10 @@ class Source(Protocol):
         """Return a file's size."""
         ...
 
+    def sha256(self, name: str, /) -> str | None:
+        """Return the SHA-256 that whoever stores a file says it has, hexadecimal; None where nobody does."""
+        ...
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on."""
         ...
@@ -124,6 +128,10 @@ class FolderSource:
     def size(self, name: str) -> int:
         """Return a file's size in bytes."""
         return self.stamp(name).size
+
+    def sha256(self, _name: str) -> str | None:
+        """Return None: a folder says nothing of its files' content."""
+        return None
 
     def stamp(self, name: str) -> FileStamp:
         """Return the state of a file when it was first opened."""

@@ -12,7 +12,7 @@ from ..errors import UsageError, VerificationError, counted, printable, quote
 from .options import source_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from ..checking import Check
     from ..conversion import Plan
@@ -44,18 +44,22 @@ def refuse_unloadable(plan: Plan, engine: str) -> None:
     """Raise UsageError for a plan whose output no engine that is asked for would load; log what else they would find."""
     import logging
 
+    findings = plan.check(engines=judges(engine))
+    refuse_findings(findings, engine)
+    for each in findings:
+        logging.getLogger("mfptq").warning("%s", each)
+
+
+def refuse_findings(findings: Sequence[Finding], engine: str) -> None:
+    """Raise UsageError where no engine that is asked for would load the output that these findings are of."""
     from ..checking import unloadable
 
-    engines = judges(engine)
-    findings = plan.check(engines=engines)
-    errors = unloadable(findings, engines)
+    errors = unloadable(findings, judges(engine))
     if errors:
         raise UsageError(
             f"{errors[0].engine or 'an engine'} would not load the output: {quote(errors[0].example)} {errors[0].what}; "
             f"{errors[0].remedy}; see all with plan, or convert with --for transformers"
         )
-    for each in findings:
-        logging.getLogger("mfptq").warning("%s", each)
 
 
 @click.command()

@@ -20,7 +20,7 @@ from ..errors import MfptqError, UsageError, VerificationError, counted, quote
 from ..execution.memory_budget import memory_errors
 from .calibration import calibration
 from .check import check as check_command
-from .check import engine_option, judges, refuse_unloadable
+from .check import engine_option, judges, refuse_findings, refuse_unloadable
 from .cluster import carry_out, check_part_options, cluster_options, executor_of, finish, summary
 from .groups import Commands
 from .options import (
@@ -115,7 +115,7 @@ for command in (calibration, check_command, compare, finish, recipe, report):
 @engine_option
 @cluster_options
 @click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
-@click.option("--dry-run", is_flag=True, help="Only show the plan.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, check all that a run would need, and write nothing.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
@@ -137,7 +137,8 @@ def convert(model: str, output: Path, **options: Any) -> None:
     part = check_part_options(options.pop("shards"), overwrite=overwrite, dry_run=dry_run, **publishing)
     executor, decisions = executor_of(options), with_errors_beside(decisions_of(options), output)
     if dry_run:
-        _show_plan(model, decisions, {**resources, "engine": engine, "as_json": as_json})
+        shown = {**resources, "engine": engine, "as_json": as_json, "estimate": True}
+        _show_plan(model, decisions, shown | {"output": output, "overwrite": overwrite, "executor": executor})
         return
     with ExitStack() as opened:
         show, check = opened.enter_context(text.progress(quiet=quiet)), opened.enter_context(deferred_signals())
@@ -160,20 +161,26 @@ def convert(model: str, output: Path, **options: Any) -> None:
 
 
 def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
-    """Print a plan; `shown` are the resources and what the options ask of the text."""
+    """Print a plan, and whether a run of it would begin; `shown` are the resources and what the options ask of the text."""
     from ..checking import check_plan
     from ..conversion import make_plan
     from ..execution.prepare import Measuring, Resources
+    from ..execution.preview import preview
     from . import plan_text, text
 
-    measuring = Measuring(Resources(*(shown[name] for name in RESOURCES)), path=decisions.get("format_errors"))
+    own = shown if shown.get("executor") is None else {**shown, "max_workers": None, "device": "cpu"}  # those of tasks
+    resources = Resources(*(own[name] for name in RESOURCES))
+    measuring = Measuring(resources, path=decisions.get("format_errors"))
     with closing(make_plan(model, measuring, **decisions)) as made:
         findings = check_plan(made, judges(shown["engine"]))
-        values = text.plan_values(made, shown["max_memory"], shown["max_workers"])
+        view = preview(made, resources, shown.get("output"), overwrite=shown.get("overwrite", False))
         if shown["as_json"]:
+            values = text.plan_values(made, view)
             click.echo(json.dumps({**values, "findings": [each.as_dict() for each in findings]}))
         else:
-            click.echo(plan_text.rendered(made, values["peak_memory"], findings, shown))
+            click.echo(plan_text.rendered(made, view, findings, shown))
+        if shown.get("output") is not None and not decisions.get("force"):
+            refuse_findings(findings, shown["engine"])
 
 
 @main.command()

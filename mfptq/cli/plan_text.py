@@ -19,12 +19,12 @@ from ..engines.findings import Finding
 from ..errors import UsageError, counted, printable, quote
 from ..inspection import TensorSummary, planned_summary
 from ..sizes import size_text
-from ..storage.digest import available_cores
 from .check import findings_lines, width
 from .target_text import explained_lines, target_lines
-from .text import formats_text, left_out_lines
+from .text import formats_text, left_out_lines, preview_lines
 
 if TYPE_CHECKING:
+    from ..execution.preview import Preview
     from ..planning.plan import ConversionPlan
     from ..planning.rules import TensorDecision
 
@@ -71,18 +71,17 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join([*written[:2], "...", written[-1]] if even and len(runs) > 3 else written)
 
 
-def rendered(plan: ConversionPlan, peak_memory: int, findings: Sequence[Finding], shown: Mapping[str, Any]) -> str:
+def rendered(plan: ConversionPlan, view: Preview, findings: Sequence[Finding], shown: Mapping[str, Any]) -> str:
     """Return what the options in `shown` ask for: one tensor explained, or the plan, with an estimate of its time."""
     if shown.get("explain"):
         return explain_text(plan, shown["explain"], findings, width())
-    workers = shown["max_workers"] or available_cores()
-    seconds = expected_seconds(plan, workers) if shown.get("estimate") else None
-    return plan_text(plan, peak_memory, findings, columns=width(), seconds=seconds, every=shown.get("every", False))
+    seconds = expected_seconds(plan, view.workers) if shown.get("estimate") else None
+    return plan_text(plan, view, findings, columns=width(), seconds=seconds, every=shown.get("every", False))
 
 
 def plan_text(
     plan: ConversionPlan,
-    peak_memory: int,
+    view: Preview,
     findings: Sequence[Finding],
     *,
     columns: int,
@@ -105,7 +104,7 @@ def plan_text(
         lines += ["", *_section(fate, rows, Shown(columns, prefix, usual, plan.share.into), every=every)]
     for left_out in left_out_lines(plan.checkpoint.left_out):
         lines += _wrapped(left_out, columns)
-    lines += ["", *(line for text in _sums(plan, peak_memory, seconds) for line in _wrapped(text, columns))]
+    lines += ["", *(line for text in _sums(plan, view, seconds) for line in _wrapped(text, columns))]
     if plan.allocation is not None:
         lines += ["", *target_lines(plan.allocation, columns)]
     for warning in plan.warnings:
@@ -199,7 +198,7 @@ def _row(row: Group, fate: str, shown: Shown) -> list[str]:
     return textwrap.wrap(text, shown.columns, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
-def _sums(plan: ConversionPlan, peak_memory: int, seconds: float | None) -> Iterator[str]:
+def _sums(plan: ConversionPlan, view: Preview, seconds: float | None) -> Iterator[str]:
     checkpoint, elements = plan.checkpoint, sum(weight.size for weight in plan.weights())
     packed = sum(group.output_bytes for group in _groups(plan, every=False)[FP4].values())
     ratio = plan.tensor_bytes / max(checkpoint.tensor_bytes, 1)
@@ -207,12 +206,13 @@ def _sums(plan: ConversionPlan, peak_memory: int, seconds: float | None) -> Iter
         f"{size_text(checkpoint.tensor_bytes)} -> {size_text(plan.tensor_bytes)} ({ratio:.0%}), "
         f"{packed * 8 / elements if elements else 0:.2f} bits per {plan.share.into} weight"
     )
-    yield f"{counted(len(plan.shards), 'file', 'files')}, {size_text(plan.output_bytes)} of disk, peak memory about {size_text(peak_memory)}"
+    yield f"{counted(len(plan.shards), 'file', 'files')}, {size_text(plan.output_bytes)} of disk, peak memory about {size_text(view.peak_memory)}"
+    yield from preview_lines(view)
     read = decode_bytes(plan)
     if read:
         yield f"a decode step reads about {size_text(read)} of weights"
     if seconds is not None:
-        yield f"about {duration(seconds)} of computing here; a slow disk takes longer"
+        yield f"about {duration(seconds)} of computing here; a slow disk or network takes longer"
 
 
 def duration(seconds: float) -> str:

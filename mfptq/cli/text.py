@@ -17,21 +17,19 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import counted, printable, quote
 from ..execution.events import Advanced, Event, OnEvent, Planned, ShardFinished
-from ..execution.memory_budget import plan_memory
 from ..output.report import Report
-from ..sizes import parse_size, size_text
-from ..storage.digest import available_cores
+from ..sizes import size_text
 from .target_text import target_values
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ..calibration.overview import InputOverview, Overview
+    from ..execution.preview import Preview
     from ..inspection import Inspection, TensorSummary
     from ..planning.plan import ConversionPlan
     from ..verification import Verification
 
-HELD_BYTES = 40 * 2**20  # by the interpreter, with numpy and kernels that are compiled already
 SHOWN_FAULTS = 20
 SHOWN_INPUTS = 10
 SHOWN_FILES = 10
@@ -116,6 +114,11 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
         lines.append(f"  {shards} finished by an earlier run and checked by content")
     if report.fetched_bytes:
         lines.append(f"  {size_text(report.fetched_bytes)} fetched from the Hub")
+    if report.unchecked_files:
+        shards = counted(report.unchecked_files, "shard was", "shards were")
+        lines.append(
+            f"  {shards} read out of order: lengths and ETags were checked, the SHA-256 of the whole unchecked"
+        )
     lines += [f"  warning: {text}" for text in report.warnings]
     lines += [f"  {line}" for line in left_out_lines(report.left_out)]
     if timings:
@@ -137,16 +140,28 @@ def after_demo(folder: Path) -> str:
     return "\n".join(f"{title}\n" + "\n".join(f"  mfptq {each}" for each in rows) for title, rows in commands.items())
 
 
-def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) -> dict[str, Any]:
-    """Return a plan as JSON values."""
-    from ..execution.prepare import longest_row
-    from ..execution.reading_order import bytes_to_fetch
+def preview_lines(view: Preview) -> Iterator[str]:
+    """Yield what a run would find: how much comes from the Hub, and the state of the output folder."""
+    if view.fetch_bytes:
+        again = (
+            f", {size_text(view.refetch_bytes)} of it a second time for want of memory" if view.refetch_bytes else ""
+        )
+        yield f"{size_text(view.fetch_bytes)} to fetch from the Hub{again}"
+    if view.output is None:
+        return
+    name = printable(view.output.path)
+    if view.output.complete:
+        yield f"{name} is complete already: a run would compare every file with its digest, and write nothing"
+        return
+    resumed = view.output.finished_shards
+    there = f", {counted(resumed, 'shard', 'shards')} of an earlier run kept" if resumed else ""
+    yield f"{name}: {size_text(view.output.needed_bytes)} needed, {size_text(view.output.free_bytes)} free{there}"
+
+
+def plan_values(plan: ConversionPlan, view: Preview) -> dict[str, Any]:
+    """Return a plan, and what its run would use, as JSON values."""
     from ..inspection import plan_patterns
 
-    workers = max_workers or available_cores()
-    memory = plan_memory(
-        parse_size(max_memory), HELD_BYTES, workers, statistics=plan.statistics_bytes, row=longest_row(plan)
-    )
     patterns = plan_patterns(plan)
     elements = sum(row.elements for row in patterns)
     return {
@@ -162,14 +177,13 @@ def plan_values(plan: ConversionPlan, max_memory: str, max_workers: int | None) 
         "output_bytes": plan.tensor_bytes,
         "output_tensors": sum(shard.tensors for shard in plan.shards),
         "bits_per_weight": plan.tensor_bytes * 8 / elements,
-        "peak_memory": memory.peak,
+        **view.values(),
         "warnings": list(plan.warnings),
         "notes": list(plan.contents.notes),
         "share": str(plan.share),
         **({} if plan.allocation is None else {"target": target_values(plan.allocation)}),
         "left_out": dict(plan.checkpoint.left_out),
         "disk_bytes": plan.output_bytes,
-        "fetch_bytes": bytes_to_fetch(plan, memory.spare) if plan.checkpoint.source.is_remote else 0,
         "patterns": [{**asdict(row), "bits": row.bits} for row in patterns],
     }
 

@@ -100,4 +100,5 @@ def _report(run: Run, out: Destination, executed: Executed, resumed: int) -> Rep
         timings={**executed.timings, "wait": wait},
         left_out=plan.checkpoint.left_out,
         fetched_bytes=plan.checkpoint.source.fetched_bytes,
+        unchecked_files=len(plan.shards) - resumed if plan.checkpoint.source.is_remote else 0,
     )

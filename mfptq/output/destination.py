@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -73,10 +74,16 @@ class Destination:
         return hashlib.sha256(data).hexdigest()
 
     def copy(self, name: str, source: Source) -> str:
-        """Copy a companion file of the source, whole or not at all; return its SHA-256, hexadecimal."""
+        """Copy a companion file of the source, whole or not at all; return its SHA-256, hexadecimal.
+
+        Raises SourceChangedError where that is not what the source's listing says.
+        """
         with self._new(name, source.size(name)) as file:
             file.fill(partial(source.read_into, name))
-            return file.sha256()
+            found = file.sha256()
+            if source.sha256(name) not in (None, found):
+                raise SourceChangedError(f"{quote(name)} is not what its digest on the Hub says: try again")
+            return found
 
     @contextmanager
     def _new(self, name: str, size: int) -> Iterator[PartialFile]:
@@ -116,13 +123,10 @@ def open_destination(
     Raises DestinationExistsError, DestinationLockedError, PlanMismatchError or StorageError, before touching anything;
     DestinationError for shards that are missing.
     """
-    with storage_errors("read folder", root):
-        check_apart(root, claim.source)
-        existed = root.is_dir()
-        found = inspect_output(root, claim, overwrite=overwrite)
-        if complete:
-            _check_complete(root, claim, found.done)
-        check_space(root, claim, found.done)
+    existed = root.is_dir()
+    found = examine(root, claim, overwrite=overwrite)
+    if complete:
+        _check_complete(root, claim, found.state.done)
     create_folders(root)
     with _locked(root):
         done = take_over(root, claim, inspect_output(root, claim, overwrite=overwrite), poll)
@@ -144,6 +148,31 @@ def open_destination(
             raise
         journal.close()
         shutil.rmtree(root / WORK, ignore_errors=True)
+
+
+class Examined(NamedTuple):
+    """An output folder before a run: what may be resumed, the bytes that are needed besides, and those that are free."""
+
+    state: JournalState
+    needed: int
+    free: int
+
+
+def examine(root: Path, claim: OutputClaim, *, overwrite: bool = False) -> Examined:
+    """Return what a run would find in an output folder; touches nothing.
+
+    Raises what `open_destination` raises, and DestinationError where a folder cannot be made or written to.
+    """
+    with storage_errors("read folder", root):
+        check_apart(root, claim.source)
+        state = inspect_output(root, claim, overwrite=overwrite)
+        existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise DestinationError(f"output {quote(root)} cannot be made: {quote(existing)} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise DestinationError(f"output {quote(root)} cannot be made: {quote(existing)} may not be written to")
+        needed, free = check_space(root, claim, state.done)
+    return Examined(state, needed, free)
 
 
 def create_folders(root: Path) -> None:
@@ -202,8 +231,8 @@ def _check_finished(root: Path, names: set[str], *, overwrite: bool) -> None:
         raise DestinationExistsError(f"output {quote(root)} holds a finished conversion: overwrite it to redo it")
 
 
-def check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]) -> None:
-    """Raise if there is not enough room for the shards that are not done."""
+def check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]) -> tuple[int, int]:
+    """Return the bytes that are needed for the shards that are not done, and those that are free; raise if they are too few."""
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     with storage_errors("read free space of", existing):
         status = os.statvfs(existing)
@@ -214,6 +243,7 @@ def check_space(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult])
         raise DestinationError(
             f"output {quote(root)} needs {size_text(needed)}, {size_text(free)} are free: make room or choose another disk"
         )
+    return needed, free
 
 
 def _check_complete(root: Path, claim: OutputClaim, done: Mapping[str, ShardResult]) -> None:

@@ -28,14 +28,9 @@ def finished_by(plan: ConversionPlan, root: Path, poll: Callable[[], object] | N
 
     None where there is no finished output. Raises DestinationExistsError if there is one of another plan, or a damaged one.
     """
-    if not all((root / name).is_file() for name in (CONFIG, MANIFEST, REPORT)) or (root / WORK / JOURNAL).exists():
+    report = _finished_report(plan, root)
+    if report is None:
         return None
-    report = _report(root)
-    if report.get("plan") != plan.digest:
-        raise DestinationExistsError(
-            f"output {quote(root)} holds a finished conversion with other settings, of another source or by another version: "
-            "choose another folder, or overwrite it"
-        )
     try:
         faults = [str(fault) for fault in manifest_faults(root, poll)[1]]
     except MfptqError as error:
@@ -45,6 +40,26 @@ def finished_by(plan: ConversionPlan, root: Path, poll: Callable[[], object] | N
             f"output {quote(root)} holds a finished conversion that is damaged: {faults[0]}; overwrite it to make it anew"
         )
     shutil.rmtree(root / WORK, ignore_errors=True)  # its journal is gone already: the tidying was cut short
+    return report
+
+
+def is_finished(plan: ConversionPlan, root: Path) -> bool:
+    """Return whether `root` says that it holds the plan's output, complete; no file is read for that.
+
+    Raises DestinationExistsError if it holds that of another plan.
+    """
+    return _finished_report(plan, root) is not None
+
+
+def _finished_report(plan: ConversionPlan, root: Path) -> Mapping[str, Any] | None:
+    if not all((root / name).is_file() for name in (CONFIG, MANIFEST, REPORT)) or (root / WORK / JOURNAL).exists():
+        return None
+    report = _report(root)
+    if report.get("plan") != plan.digest:
+        raise DestinationExistsError(
+            f"output {quote(root)} holds a finished conversion with other settings, of another source or by another version: "
+            "choose another folder, or overwrite it"
+        )
     return report
 
 

@@ -53,6 +53,7 @@ class Report:
     """The outcome of a conversion. Sizes are in bytes; errors are relative Frobenius norms of weights.
 
     `left_out`: files of the source that were not taken, with their sizes; `fetched_bytes`: what came from the Hub;
+    `unchecked_files`: how many of its files were not read in order, and so not compared with their SHA-256;
     `published`: the address of the commit, where the output was pushed.
     `already_complete`: an earlier run had done everything, and its files proved intact.
     """
@@ -79,6 +80,7 @@ class Report:
     already_complete: bool = False
     left_out: Mapping[str, int] = field(default_factory=dict)
     fetched_bytes: int = 0
+    unchecked_files: int = 0
     published: str = ""
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,10 +37,55 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 
 def test_dry_run_is_plan_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     before = digests(tmp_path)
-    dry, plan = command("convert", source, tmp_path / "out", "--dry-run"), command("plan", source, "--no-estimate")
+    dry = command("convert", source, tmp_path / "out", "--dry-run", COLUMNS="200")
+    plan = command("plan", source, COLUMNS="200")
     assert dry.returncode == plan.returncode == 0
-    assert dry.stdout == plan.stdout
+    lines = [line for line in dry.stdout.splitlines() if line not in plan.stdout.splitlines()]
+    measured = [line for line in lines if "peak memory" in line or "of computing here" in line]
+    [output] = [line for line in lines if line not in measured]
+    assert re.fullmatch(rf"{re.escape(str(tmp_path))}/out: \S+ \S+ needed, \S+ \S+ free", output)
     assert digests(tmp_path) == before
+
+
+def refused(arguments: tuple[object, ...], code: int, message: str) -> None:
+    """Check that a run and its preview say the same, and leave nothing."""
+    for more in ((), ("--dry-run",)):
+        done = command("convert", *arguments, *more)
+        assert done.returncode == code, done.stderr
+        assert message in done.stderr
+
+
+def test_dry_run_finds_what_would_stop_the_run(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    refused((source, tmp_path / "file" / "out"), 5, "is a file")
+    refused((source, tmp_path / "full"), 5, "is not empty and not ours")
+    refused((source, source / "out"), 5, "inside the source")
+    refused((source, "/proc/nothing/out"), 5, "/proc")
+    refused((source, tmp_path / "out", "--max-workers", "0"), 2, "max_workers is 0")
+    refused((source, tmp_path / "out", "--max-memory", "1MB"), 8, "the least that works here")
+    refused((source, tmp_path / "out", "--device", "tpu"), 2, "'tpu' is unknown")
+    refused((source, tmp_path / "out", "--input-scales-kind", "amax"), 2, "says nothing without")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_says_what_is_there_already(source: Path, tmp_path: Path) -> None:
+    assert command("convert", source, tmp_path / "out", "--shards", "1/3").returncode == 0
+    before = digests(tmp_path / "out")
+    assert "1 shard of an earlier run kept" in command("convert", source, tmp_path / "out", "--dry-run").stdout
+    assert digests(tmp_path / "out") == before
+    assert command("convert", source, tmp_path / "out").returncode == 0
+    again = command("convert", source, tmp_path / "out", "--dry-run", COLUMNS="200")
+    assert again.returncode == 0
+    assert "is complete already" in " ".join(again.stdout.split())
+    other = command("convert", source, tmp_path / "out", "--dry-run", "--method", "minmax")
+    assert other.returncode == 5
+    assert "holds a finished conversion with other settings" in other.stderr
+    values = json.loads(command("convert", source, tmp_path / "out", "--dry-run", "--overwrite", "--json").stdout)
+    assert values["output"]["needed_bytes"] > values["output_bytes"]
+    assert values["output"]["free_bytes"] > values["output"]["needed_bytes"]
+    assert values["fetch_bytes"] == 0
 
 
 def test_json_is_all_that_stdout_holds(source: Path, tmp_path: Path) -> None:

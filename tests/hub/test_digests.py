@@ -1,0 +1,71 @@
+"""Files that are read whole are compared with the Hub's digests; of the others their number is said. Plans say what they fetch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import mfptq
+from mfptq.cli.text import preview_lines
+from mfptq.execution.preview import Preview
+from tests.hub.conftest import Run
+from tests.hub.server import REPO, Content, LoopbackHub
+
+LARGE = 5 * 2**20  # more than is read at once
+
+
+def add_tokenizer(hub: LoopbackHub, sent: bytes, name: str = "tokenizer.model") -> None:
+    """Add a commit with a large file whose listing is that of zeros, and whose bytes are `sent`."""
+    content = dataclasses.replace(Content.of(bytes(LARGE)), data=sent)
+    repo = hub.repos[REPO]
+    hub.stored[content.sha256] = content
+    repo.commit({**repo.commits[-1][1], name: content})
+
+
+def test_a_large_companion_is_compared_with_its_sha256(client: LoopbackHub, tmp_path: Path) -> None:
+    add_tokenizer(client, bytes(LARGE - 1) + b"x")
+    with pytest.raises(mfptq.SourceChangedError, match=r"'tokenizer.model' is not what its digest on the Hub says"):
+        mfptq.convert(REPO, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_shards_that_are_not_compared_are_counted(client: LoopbackHub, run: Run, source: Path, tmp_path: Path) -> None:
+    add_tokenizer(client, bytes(LARGE))
+    done = run("convert", REPO, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "3 shards were read out of order" in done.stdout
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == bytes(LARGE)
+    assert mfptq.convert(source, tmp_path / "local").unchecked_files == 0
+
+
+def test_a_plan_says_what_it_would_fetch(client: LoopbackHub, run: Run) -> None:
+    assert "to fetch from the Hub" in run("plan", REPO, "--no-estimate", COLUMNS="200").stdout
+    values = json.loads(run("plan", REPO, "--json").stdout)
+    assert values["fetch_bytes"] == values["source_bytes"]
+    assert values["refetch_bytes"] == 0
+
+
+def test_what_comes_a_second_time_is_said() -> None:
+    assert list(preview_lines(Preview("cpu", "as asked", 2, 10**8, 3_000_000, 1_000_000))) == [
+        "3.00 MB to fetch from the Hub, 1.00 MB of it a second time for want of memory"
+    ]
+
+
+def test_another_commit_is_another_source(client: LoopbackHub, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(event: object) -> None:
+        if isinstance(event, mfptq.ShardFinished):
+            raise Stop
+
+    with pytest.raises(Stop):
+        mfptq.convert(REPO, tmp_path / "out", on_event=stop)
+    repo = client.repos[REPO]
+    repo.commit({**repo.commits[-1][1], "new.txt": Content.of(b"new")})
+    with pytest.raises(mfptq.PlanMismatchError, match="with other commit"):
+        mfptq.convert(REPO, tmp_path / "out")
+    mfptq.convert(REPO, tmp_path / "out", revision=repo.commits[0][0])
