@@ -21,8 +21,7 @@ from .dtypes import DTYPE_BITS
 from .encodings.contents import read_contents, stored_bytes
 from .encodings.fp4 import MXFP4
 from .errors import SourceError
-from .planning.formats import FORMATS
-from .planning.quantization_config import QUANTIZATION_CONFIG
+from .planning.formats import FORMATS, QUANTIZATION_CONFIG
 from .planning.rules import TensorDecision
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ ALLOWED = {
     "engines": "names checkpoint",
     "checking": "checkpoint engines planning",
     "reporting": "storage checkpoint calibration output",
-    "observation": "storage names checkpoint calibration smoothing planning execution",
+    "observation": "storage names checkpoint calibration smoothing planning output execution",
     "conversion verification inspection tensors demo": "storage names checkpoint encodings kernels scales calibration smoothing planning output execution engines checking",
     "cluster": "storage checkpoint planning output execution conversion",
     "cli": "everything",

@@ -1,44 +1,68 @@
-"""Read an NVFP4 output beside its source: which weights are quantized, and what they mean.
+"""Read a quantized output beside its source: which weights are quantized, in which formats, and what they mean.
 
-Called by `evaluate`. Everything is checked from headers before a model is built; values are decoded by the reference in
-`nvfp4`. Tensors that both checkpoints hold under one name, dtype and shape count as kept: `verify` compares their bytes.
+Called by `evaluate`. Everything is checked from headers and config.json before a model is built; values are decoded by plain
+references. Tensors that both checkpoints hold under one name, dtype and shape count as kept: `verify` compares their bytes.
 Of those only what smoothing scaled is read from the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.stored_bytes import read_scalar
 from ..checkpoint.weights import StoredTensor, Weight, candidates
+from ..dtypes import DTYPE_BITS
 from ..errors import SourceError, counted, listed, quote
+from ..execution.stored_weights import StoredWeight
+from ..execution.tiles import tiles
 from ..names.config_sizes import read_sizes
-from ..nvfp4 import BLOCK_SIZE, ByteArray, dequantize
+from ..output.stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups
+from ..planning.formats import GLOBAL_SCALE, TargetFormat
 from ..smoothing.record import read_record
+from .rounded_inputs import rounding
 
 if TYPE_CHECKING:
     import torch
 
-PACKED, SCALE, GLOBAL_SCALE = ".weight_packed", ".weight_scale", ".weight_global_scale"
-INPUT_GLOBAL_SCALE = ".input_global_scale"
 DECODED_AT_ONCE = 2**20  # weights: the reference takes several float32 copies of them
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight `[rows, columns]` of an output; `input_global_scale` is None where its inputs stay as they are."""
+    """A weight `[rows, columns]` of an output; `input_scale` is what the output stores for its inputs, if anything."""
 
-    module: str
-    rows: int
-    columns: int
-    packed: StoredTensor
-    scale: StoredTensor
-    global_scale: float
-    input_global_scale: float | None
+    stored: StoredWeight
+    input_scale: float | None
+
+    @property
+    def module(self) -> str:
+        """Its name."""
+        return self.stored.weight.module
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.stored.weight.rows
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.stored.weight.columns
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether engines round its inputs."""
+        return self.stored.format.inputs is not None
+
+    def round_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return activations `[..., K]` as engines hold them before they multiply, in the same dtype."""
+        return rounding(self.stored.format, self.input_scale)(inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +75,24 @@ class QuantizedCheckpoint:
 
     @property
     def scheme(self) -> str:
-        """NVFP4 (W4A4) where any input is quantized, NVFP4A16 otherwise."""
-        inputs = any(weight.input_global_scale is not None for weight in self.weights.values())
-        return "NVFP4" if inputs else "NVFP4A16"
+        """NVFP4 (W4A4) or NVFP4A16 where nothing else is quantized, else the formats with their numbers of weights.
+
+        Where only some of the NVFP4 weights have input scales, that is NVFP4.
+        """
+        formats = Counter(weight.stored.format.name for weight in self.weights.values())
+        if {weight.stored.format.family for weight in self.weights.values()} == {"nvfp4"}:
+            return max(formats, key=lambda name: name == "nvfp4").upper()
+        return ", ".join(f"{name} {count}" for name, count in formats.most_common())
 
     def decode(self, weight: QuantizedWeight, into: torch.Tensor) -> None:
         """Fill `into` `[rows, columns]` with a weight's values, rounded to its dtype."""
         import torch
 
-        step = max(1, DECODED_AT_ONCE // weight.columns)
-        for start in range(0, weight.rows, step):
-            stop = min(start + step, weight.rows)
-            packed = self._rows(weight.packed, weight.columns // 2, (start, stop))
-            codes = self._rows(weight.scale, weight.columns // BLOCK_SIZE, (start, stop))
-            into[start:stop].copy_(torch.from_numpy(dequantize(packed, codes, weight.global_scale)))
+        flat = into.view(-1)
+        source = weight.stored.weight
+        for tile in tiles(source, DECODED_AT_ONCE * DTYPE_BITS[source.dtype] // 8):
+            values = torch.from_numpy(weight.stored.decode(tile)).reshape(-1)
+            flat[tile.start : tile.start + tile.size].copy_(values)
 
     def values(self, tensor: StoredTensor) -> torch.Tensor:
         """Return the values of a kept tensor, in its dtype."""
@@ -75,12 +103,6 @@ class QuantizedCheckpoint:
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.info.dtype]
         return torch.frombuffer(data, dtype=dtype).reshape(tensor.info.shape)
 
-    def _rows(self, tensor: StoredTensor, width: int, rows: tuple[int, int]) -> ByteArray:
-        start, stop = rows
-        data = np.empty((stop - start) * width, np.uint8)
-        self.checkpoint.source.read_into(tensor.shard, tensor.offset + start * width, data.data)
-        return data.reshape(stop - start, width)
-
 
 def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoint:
     """Return the quantized weights of an output of `source`.
@@ -88,56 +110,74 @@ def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoin
     Raises SourceError where the output holds none, lacks something of the source, or stores it in another format.
     """
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
-    factors = read_record(output.source)
-    found: dict[str, QuantizedWeight] = {}
+    modules, folder = frozenset(quantized_modules(stored)), quote(output.origin)
+    groups, factors = _groups(output) if modules else [], read_record(output.source)
     scaled: dict[str, StoredTensor] = {}
+    found: dict[str, QuantizedWeight] = {}
     others: list[str] = []
     for item in candidates(source.tensors(), read_sizes(source.config)):
         name = item.tensor.info.name
-        kept = stored.pop(name, None)
+        kept = stored.get(name)
         if kept is not None and (kept.info.dtype, kept.info.shape) == (item.tensor.info.dtype, item.tensor.info.shape):
+            del stored[name]
             scaled |= {name: kept} if name in factors else {}
-            continue
-        if kept is not None or not item.weights or any(weight.module + PACKED not in stored for weight in item.weights):
+        elif not item.weights or any(weight.module not in modules for weight in item.weights):
             others.append(name)
-            continue
-        for weight in item.weights:
-            found[weight.module] = _quantized(output, weight, stored)
-    folder = quote(output.origin)
+            stored.pop(name, None)
+        else:
+            found |= {weight.module: _quantized(output, weight, (groups, stored)) for weight in item.weights}
     if others:
         what = counted(len(others), "tensor of the source is", "tensors of the source are")
         raise SourceError(
-            f"{folder}: {what} neither kept nor NVFP4 there: {listed(others)}; is it made from this source?"
+            f"{folder}: {what} neither kept nor quantized there: {listed(others)}; is it made from this source?"
         )
     if stored:
         what = counted(len(stored), "tensor has", "tensors have")
         raise SourceError(f"{folder}: {what} no meaning for an evaluation: {listed(stored)}")
     if not found:
-        raise SourceError(f"{folder} holds no NVFP4 weight: give the folder that a conversion wrote")
+        raise SourceError(f"{folder} holds no quantized weight: give the folder that a conversion wrote")
     return QuantizedCheckpoint(output, found, scaled)
 
 
-def _quantized(output: Checkpoint, weight: Weight, stored: dict[str, StoredTensor]) -> QuantizedWeight:
-    packed, scale, divisor = (stored.pop(weight.module + part, None) for part in (PACKED, SCALE, GLOBAL_SCALE))
-    given = stored.pop(weight.module + INPUT_GLOBAL_SCALE, None)
-    shapes = ((weight.rows, weight.columns // 2), (weight.rows, weight.columns // BLOCK_SIZE))
-    if packed is None or scale is None or divisor is None or (packed.info.shape, scale.info.shape) != shapes:
-        raise SourceError(
-            f"{quote(weight.module)} is not stored as NVFP4 of {weight.rows} x {weight.columns}: verify the output"
-        )
-    scalars = [_scalar(output, tensor) for tensor in (divisor, given) if tensor is not None]
-    return QuantizedWeight(
-        weight.module, weight.rows, weight.columns, packed, scale, scalars[0], scalars[1] if given is not None else None
-    )
+def _groups(output: Checkpoint) -> list[ConfigGroup]:
+    try:
+        return read_groups(config_of(output))
+    except ValueError as error:
+        raise SourceError(f"{quote(output.origin)}: config.json {error}: verify the output") from None
+
+
+def _quantized(
+    output: Checkpoint, weight: Weight, known: tuple[Sequence[ConfigGroup], dict[str, StoredTensor]]
+) -> QuantizedWeight:
+    """Take a weight's tensors out of those that are left."""
+    groups, stored = known
+    group = group_of(weight.module, groups)
+    target = None if group is None else group.format
+    parts = {} if target is None else _parts(weight, target, stored)
+    if target is None or not parts:
+        name = "any format" if target is None else f"{target.name} of {weight.rows} x {weight.columns}"
+        raise SourceError(f"{quote(weight.module)} is not stored as {name}: verify the output")
+    scalars = {
+        suffix: _scalar(output, parts[suffix]) for suffix in (GLOBAL_SCALE, target.input_suffix) if suffix in parts
+    }
+    return QuantizedWeight(StoredWeight(weight, target, parts, output.source), scalars.get(target.input_suffix))
+
+
+def _parts(weight: Weight, target: TargetFormat, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Take out the tensors that a weight has in a format; none where one is missing or of another shape."""
+    expected = {each.suffix: each.shape for each in target.tensors(weight, "search")}
+    parts = {suffix: stored.pop(f"{weight.module}.{suffix}", None) for suffix in expected}
+    fitting = {
+        suffix: part for suffix, part in parts.items() if part is not None and part.info.shape == expected[suffix]
+    }
+    return fitting if fitting.keys() == expected.keys() else {}
 
 
 def _scalar(output: Checkpoint, tensor: StoredTensor) -> float:
     if tensor.info.dtype != "F32" or tensor.info.shape not in ((), (1,)):
         expected = f"is {tensor.info.dtype} {list(tensor.info.shape)}, expected F32 [1]"
         raise SourceError(f"{quote(tensor.info.name)} {expected}: verify the output")
-    data = np.empty(4, np.uint8)
-    output.source.read_into(tensor.shard, tensor.offset, data.data)
-    value = float(data.view("<f4")[0])
+    value = read_scalar(output.source, tensor)
     if not (np.isfinite(value) and value > 0):
         raise SourceError(f"{quote(tensor.info.name)} is {value}, expected a positive number: verify the output")
     return value

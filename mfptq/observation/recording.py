@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..calibration.file import InputInfo, InputStatistics, Int64Array, Level
 from ..errors import ScaleError, counted, listed, quote
@@ -15,7 +16,6 @@ from .inputs import ExpertsInputs, Inputs, LinearInput
 from .sums import InputSums
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -112,3 +112,9 @@ def gated(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
     gate, up = both.chunk(2, dim=-1)
     activated: torch.Tensor = module.act_fn(gate) * up
     return activated
+
+
+def swap_parameter(module: Any, name: str, values: torch.Tensor, stack: ExitStack) -> None:
+    """Give a module other values for one of its parameters until the stack ends."""
+    stack.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, torch.nn.Parameter(values, requires_grad=False))

@@ -19,9 +19,9 @@ from ..errors import ScaleError, quote
 from ..nvfp4 import BLOCK_SIZE, INPUT_SCALE_NUMERATOR
 from .inputs import Inputs, Names
 from .nvfp4_inputs import round_inputs
+from .recording import swap_parameter
 from .residency import Demand
 from .streaming import Runner, StreamingRunner, floats
-from .substitution import swap_parameter
 from .texts import TokenIds
 
 if TYPE_CHECKING:

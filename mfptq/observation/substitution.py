@@ -7,7 +7,7 @@ Nothing here changes a module that holds no quantized weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,15 +19,15 @@ from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP, StoredTensor
 from ..errors import SourceError, quote
 from ..names.engine import experts_parent
 from .inputs import Names, check_stack, is_stack
-from .nvfp4_inputs import round_inputs
 from .quantized import QuantizedCheckpoint, QuantizedWeight
-from .recording import gated
+from .recording import gated, swap_parameter
 
 if TYPE_CHECKING:
     from torch import nn
 
 PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 Expert = dict[str, QuantizedWeight]
+Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -78,8 +78,8 @@ class Substitution:
         values = torch.empty_like(module.weight)
         self.output.decode(weight, values)
         swap_parameter(module, "weight", values, stack)
-        if weight.input_global_scale is not None:
-            hook = partial(_round_first, weight.input_global_scale)
+        if weight.rounds_inputs:
+            hook = partial(_round_first, weight.round_inputs)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _lend_stack(self, module: Any, experts: Mapping[int, Expert], stack: ExitStack) -> None:
@@ -91,7 +91,7 @@ class Substitution:
                 self.output.decode(weight, places[part])
         swap_parameter(module, STACKED_GATE_UP, gate_up, stack)
         swap_parameter(module, STACKED_DOWN, down, stack)
-        if any(weight.input_global_scale is not None for parts in experts.values() for weight in parts.values()):
+        if any(weight.rounds_inputs for parts in experts.values() for weight in parts.values()):
             original = module.forward
             module.forward = _RoundedExperts(module, experts)
             stack.callback(setattr, module, "forward", original)
@@ -166,19 +166,13 @@ def _lies_in(name: str, parent: str) -> bool:
     return name == parent or name.startswith(f"{parent}.")
 
 
-def swap_parameter(module: Any, name: str, values: torch.Tensor, stack: ExitStack) -> None:
-    """Give a module other values for one of its parameters until the stack ends."""
-    stack.callback(setattr, module, name, getattr(module, name))
-    setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
-
-
 def _round_first(
-    scale: float, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    rounded: Rounding, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
-        return (round_inputs(args[0], scale), *args[1:]), kwargs
+        return (rounded(args[0]), *args[1:]), kwargs
     first = next(iter(kwargs))
-    return args, {**kwargs, first: round_inputs(kwargs[first], scale)}
+    return args, {**kwargs, first: rounded(kwargs[first])}
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,5 +198,4 @@ class _RoundedExperts:
 
 
 def _rounded(inputs: torch.Tensor, weight: QuantizedWeight | None) -> torch.Tensor:
-    scale = None if weight is None else weight.input_global_scale
-    return inputs if scale is None else round_inputs(inputs, scale)
+    return inputs if weight is None else weight.round_inputs(inputs)

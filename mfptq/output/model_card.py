@@ -34,7 +34,9 @@ def card_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats], metada
     """Return README.md: metadata for the Hub, what was done with which error, how to serve it, then the source's card."""
     body = _FRONT_MATTER.sub("", source_card)
     name = _model_name(plan, _source_metadata(source_card))
-    parts = [f"---\n{metadata}\n---", _summary(plan, name), _table(plan, statistics), _usage(name), _origin(plan, name)]
+    made = f"{name}-{_suffix(plan)}"
+    parts = [f"---\n{metadata}\n---", _summary(plan, made), _table(plan, statistics), _usage(made)]
+    parts.append(_origin(plan, (name, made)))
     return "\n\n".join([*parts, *([body.strip()] if body.strip() else [])]) + "\n"
 
 
@@ -89,9 +91,15 @@ def _summary(plan: ConversionPlan, name: str) -> str:
     ratio = plan.tensor_bytes / plan.checkpoint.tensor_bytes
     recipe = f", recipe `{plan.settings.recipe.name}`" if plan.settings.recipe is not None else ""
     return (
-        f"# {name}-NVFP4\n\nMade from {source} with mfptq {__version__} (`{plan.method_text}`{recipe}): {_formats_text(plan)}, "
+        f"# {name}\n\nMade from {source} with mfptq {__version__} (`{plan.method_text}`{recipe}): {_formats_text(plan)}, "
         f"{size_text(plan.tensor_bytes)} instead of {size_text(plan.checkpoint.tensor_bytes)} ({ratio:.0%}).{inputs}"
     )
+
+
+def _suffix(plan: ConversionPlan) -> str:
+    """Return what formats add to the model's name: NVFP4, FP8, or NVFP4-FP8."""
+    labels = {FORMATS[name].label for name in plan.formats}
+    return "-".join(sorted(labels, reverse=True))
 
 
 def _formats_text(plan: ConversionPlan) -> str:
@@ -111,7 +119,7 @@ def _table(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) -> str:
 
 
 def _usage(name: str) -> str:
-    return f"```bash\nvllm serve {name}-NVFP4   # this folder or repo\n```"
+    return f"```bash\nvllm serve {name}   # this folder or repo\n```"
 
 
 def _target_options(target: SizeTarget) -> list[str]:
@@ -121,9 +129,9 @@ def _target_options(target: SizeTarget) -> list[str]:
     return size
 
 
-def _origin(plan: ConversionPlan, name: str) -> str:
+def _origin(plan: ConversionPlan, names: tuple[str, str]) -> str:
     """Return the command that makes this output, without paths of the machine that ran it, and which layers stay."""
-    origin, rules = plan.checkpoint.origin, plan.settings.rules
+    origin, rules, (name, made) = plan.checkpoint.origin, plan.settings.rules, names
     source = [origin.repo_id, "--revision", str(origin.revision)] if origin.repo_id else [name]
     options = ["--scheme", plan.scheme, "--method", plan.method]
     options += [part for pattern in rules.ignore for part in ("--ignore", pattern)]
@@ -137,8 +145,8 @@ def _origin(plan: ConversionPlan, name: str) -> str:
     kept = Counter(
         name_pattern(row.name) for row in plan.tensors if row.action == "keep" and row.name.endswith(".weight")
     )
-    names = ", ".join(f"`{pattern}`" for pattern in sorted(kept))
+    listed = ", ".join(f"`{pattern}`" for pattern in sorted(kept))
     return (
-        f"```bash\n{shlex.join(['mfptq', 'convert', *source, f'{name}-NVFP4', *options])}{given}\n```\n\n"
-        f"Kept as they are: {names or 'none'}."
+        f"```bash\n{shlex.join(['mfptq', 'convert', *source, made, *options])}{given}\n```\n\n"
+        f"Kept as they are: {listed or 'none'}."
     )

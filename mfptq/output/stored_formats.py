@@ -14,8 +14,7 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import WEIGHT_SUFFIX, StoredTensor, Weight
 from ..names import REGEX_PREFIX
 from ..planning.config_groups import LINEAR, config_group
-from ..planning.formats import FORMATS, PACKED, SCALE, WEIGHT, TargetFormat
-from ..planning.quantization_config import QUANTIZATION_CONFIG
+from ..planning.formats import FORMATS, PACKED, QUANTIZATION_CONFIG, SCALE, WEIGHT, TargetFormat
 
 CODES = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F16")

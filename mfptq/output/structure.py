@@ -20,8 +20,8 @@ from ..names import REGEX_PREFIX
 from ..names.engine import built_modules, experts_module
 from ..names.fusion import fused_groups, parameters
 from ..planning.defaults import siblings_of
-from ..planning.formats import SCALAR, TargetFormat
-from ..planning.quantization_config import QUANTIZATION_CONFIG, head_targets
+from ..planning.formats import QUANTIZATION_CONFIG, SCALAR, TargetFormat
+from ..planning.quantization_config import head_targets
 from .fault import Fault
 from .stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups, tensor_faults
 

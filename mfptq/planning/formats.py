@@ -19,6 +19,7 @@ from ..nvfp4 import BLOCK_SIZE, E4M3_MAX, INPUT_SCALE_NUMERATOR
 DATA, SCALES, SCALAR = range(3)  # parts of a weight, in the order in which they lie in a file
 PACKED, WEIGHT, SCALE, GLOBAL_SCALE = "weight_packed", "weight", "weight_scale", "weight_global_scale"
 INPUT_GLOBAL_SCALE, INPUT_SCALE = "input_global_scale", "input_scale"
+QUANTIZATION_CONFIG: Final = "quantization_config"  # the key of config.json
 KEEP: Final = "bf16"  # the name under which a weight that stays as it is can be asked for
 
 

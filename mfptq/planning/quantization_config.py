@@ -24,11 +24,10 @@ from ..names.wrappers import logical
 from .config_groups import LINEAR, config_group, config_groups, quantized_layers, top_level_format
 from .defaults import is_kept_stack
 from .format_choice import WITHOUT_INPUTS
-from .formats import FORMATS, KV_CACHE_SCHEMES, TargetFormat
+from .formats import FORMATS, KV_CACHE_SCHEMES, QUANTIZATION_CONFIG, TargetFormat
 from .rules import Rules, Selection
 
 COMPRESSED_TENSORS = "0.20.0"
-QUANTIZATION_CONFIG = "quantization_config"
 _ALL_EXPERTS = r".*\.experts(\..*)?$"
 
 _STORED_AS = ("expert_dtype", "moe_quant_algo")

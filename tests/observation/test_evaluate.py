@@ -280,7 +280,7 @@ def test_text_of_single_tokens_is_refused(dense: Case, tmp_path: Path) -> None:
 
 
 def test_outputs_that_do_not_fit_their_source_are_refused(dense: Case, dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="holds no NVFP4 weight"):
+    with pytest.raises(SourceError, match="holds no quantized weight"):
         evaluate(dense.source, dense.source, dataset)
     with pytest.raises(SourceError, match="is quantized: give the model it was made from"):
         evaluate(dense.output, dense.output, dataset)

@@ -37,3 +37,14 @@ def test_without_a_card_the_config_names_the_model(source: Path, tmp_path: Path)
     front, body = card(tmp_path / "out")
     assert "base_model" not in front
     assert "# Tiny-1B-NVFP4\n" in body
+
+
+def test_a_mixture_is_named_by_all_its_formats_and_says_how_to_make_it_again(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "Tiny-1B"}))
+    mfptq.convert(source, tmp_path / "mixed", target_bits=6, target_formats=["fp8-dynamic"])
+    _, body = card(tmp_path / "mixed")
+    assert "# Tiny-1B-NVFP4-FP8\n" in body
+    assert "Tiny-1B-NVFP4-FP8 --scheme NVFP4A16 --method search --target-bits 6 --target-format fp8-dynamic\n" in body
+    mfptq.convert(source, tmp_path / "fp8", formats=["fp8-dynamic=re:.*"])
+    assert "# Tiny-1B-FP8\n" in card(tmp_path / "fp8")[1]
