@@ -88,8 +88,11 @@ class Contents:
         return replace(self, shards={name: tuple(map(change, tensors)) for name, tensors in self.shards.items()})
 
     def try_out(self, source: Source, scaler: CodeScaler) -> None:
-        """Decode the first values of one weight of each format: what that loads must be in the memory plan."""
-        for tensor in {tensor.encoding.format: tensor for tensor in self if tensor.encoding is not None}.values():
+        """Decode the first values of one vector and one weight of each format: what that loads must be in the memory plan."""
+        encoded = [tensor for tensor in self if tensor.encoding is not None]
+        for tensor in {
+            (each.encoding and each.encoding.format, len(each.info.shape) > 1): each for each in encoded
+        }.values():
             assert tensor.encoding is not None
             width = min(tensor.info.shape[-1], BLOCK_SIZE)
             out = np.empty(width, NUMPY_DTYPES[tensor.info.dtype])

@@ -116,7 +116,7 @@ class Smoothed(Encoding):
         exponent = int(self.powers.of(Region(row, 1, column, 1), self.tensor.matrix.rows)[0, 0])
         return SmoothingError(
             f"{quote(self.tensor.info.name)} in {quote(self.tensor.shard)}: the value in row {row}, column {column} times "
-            f"2^{exponent} is none that {self.tensor.info.dtype} holds: convert without smoothing"
+            f"2^{exponent} is none that {self.tensor.info.dtype} can hold exactly: convert without smoothing"
         )
 
 

@@ -39,13 +39,14 @@ def smoothed_inputs(given: Inputs, config: Mapping[str, Any], settings: Settings
     """Return everything with the inputs smoothed that can be, if that is asked for; `config` is the source's config.json."""
     if not settings.smooth or given.calibration is None:
         return given
-    chosen = [item for item in given.selection.tensors if item.decision.quantize]
-    quantized = {
-        weight.module: weight.columns
-        for item in chosen
-        if FORMATS[item.decision.format].takes_statistics and not isinstance(item.candidate.tensor.encoding, Nvfp4)
-        for weight in item.candidate.weights
-    }
+    quantized: dict[str, int] = {}
+    fixed: set[str] = set()
+    for item in given.selection.tensors:
+        target = FORMATS[item.decision.format] if item.decision.quantize else None
+        if target is not None and target.takes_statistics and not isinstance(item.candidate.tensor.encoding, Nvfp4):
+            quantized.update((weight.module, weight.columns) for weight in item.candidate.weights)
+        elif target is not None and target.needs_input_scales:
+            fixed.update(weight.module for weight in item.candidate.weights)
     modules = [weight.module for item in given.selection.tensors for weight in item.candidate.weights]
     kept = [each for each in (*modules, *_tensors_alone(given.selection)) if each not in quantized]
     smoothing = find_smoothing(
@@ -53,6 +54,7 @@ def smoothed_inputs(given: Inputs, config: Mapping[str, Any], settings: Settings
         {item.candidate.tensor.info.name: item.candidate for item in given.selection.tensors},
         quantized,
         given.calibration.of_model(quantized, kept),
+        fixed=fixed,
     )
     calibration = given.calibration.smoothed(smoothing.inputs)
     scales = given.scales and calibration.input_scales(input_margin(settings, calibration.description.origin))

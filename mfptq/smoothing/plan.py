@@ -76,25 +76,30 @@ def find_smoothing(
     candidates: Mapping[str, Candidate],
     quantized: Collection[str],
     calibration: Calibration,
+    *,
+    fixed: Collection[str] = (),
 ) -> Smoothing:
     """Return the smoothing of all inputs that quantized weights read and that are certain.
 
     `candidates` are the source's tensors by name, `quantized` modules that become FP4 from values, `calibration` knows the
-    source's names.
+    source's names. What modules in `fixed` read is left alone: they have a fixed input scale in another format.
     """
     sums = FactorSums({name: item.tensor for name, item in candidates.items()})
     inputs: dict[str, Exponents] = {}
     reasons: dict[str, str] = {}
     done: set[str] = set()
     for link in structure.links:
-        modules = [name for reader in link.readers for name in _modules(reader, candidates) if name in quantized]
+        every = [weight.module for reader in link.readers for weight in _weights(reader, candidates)]
+        modules = [name for name in every if name in quantized]
         reason = _obstacle(link, candidates) if modules else ""
+        if modules and not reason and not set(every).isdisjoint(fixed):
+            reason = "a layer that reads the same input has a fixed scale in another format"
         if reason or not modules:
             reasons.update(dict.fromkeys(modules, reason))
             continue
         chosen = _factors(link, modules, calibration)
         if chosen is None:
-            reasons.update(dict.fromkeys(modules, "no text of the calibration pass reached it"))
+            reasons.update(dict.fromkeys(modules, "no text of the calibration pass reached them"))
             continue
         sums.add(link, chosen)
         done.update(modules)
@@ -124,22 +129,18 @@ def _weights(reader: Reader, candidates: Mapping[str, Candidate]) -> tuple[Weigh
     return found[reader.expert * each : (reader.expert + 1) * each]
 
 
-def _modules(reader: Reader, candidates: Mapping[str, Candidate]) -> list[str]:
-    return [weight.module for weight in _weights(reader, candidates)]
-
-
 def _obstacle(link: Link, candidates: Mapping[str, Candidate]) -> str:
     """Return why the tensors around an input cannot be multiplied exactly, or ""."""
     for name in [*(maker.tensor for maker in link.makers), *(reader.tensor for reader in link.readers)]:
         item = candidates[name]
         encoding = item.tensor.encoding
         if encoding is not None and encoding.is_nvfp4:
-            return "it, or what makes its input, is NVFP4 already"
+            return "they, or what makes their input, are NVFP4 already"
         if item.tensor.info.dtype not in EXACT_DTYPES:
             return f"factors of {item.tensor.info.dtype} tensors would not be exact"
         stored_plainly = item.weights and not any(weight.pitch for weight in item.weights)
         if len(item.tensor.info.shape) > 1 and not stored_plainly:
-            return "it, or what makes its input, is not stored row by row"
+            return "they, or what makes their input, are not stored row by row"
     return ""
 
 

@@ -224,6 +224,23 @@ def test_what_is_not_certain_is_left_alone_and_told(tmp_path):
     assert left({}, {"model_type": "phi3"}) == {"the model's type is none whose blocks are known": 14}
 
 
+def test_inputs_of_a_layer_with_a_fixed_scale_in_another_format_are_left_alone(tmp_path):
+    source = write_model(tmp_path / "source", MOE)
+    path = calibrate(source, tmp_path / "x.calibration.safetensors")
+    formats = ["fp8-static=re:.*shared_expert.*"]
+    plan = make_plan(source, calibration=path, smooth=True, formats=formats)
+    plain = make_plan(source, calibration=path, formats=formats)
+    [(reason, count)] = plan.smoothing.left.items()
+    assert reason == "a layer that reads the same input has a fixed scale in another format"
+    assert count == 4 * 6 * 2  # gate and up of every routed expert
+    scales = plan.input_scales.global_scales, plain.input_scales.global_scales
+    names = [name for name in scales[0] if "shared_expert" in name]
+    assert names
+    assert all(scales[0][name] == scales[1][name] for name in names)
+    plan.close()
+    plain.close()
+
+
 def test_values_that_cannot_be_multiplied_exactly_stop_the_conversion(tmp_path):
     source = write_model(tmp_path / "source", "llama")
     path = calibrate(source, tmp_path / "x.calibration.safetensors")
@@ -231,7 +248,7 @@ def test_values_that_cannot_be_multiplied_exactly_stop_the_conversion(tmp_path):
     content = load_file(file)
     content["model.layers.1.self_attn.q_proj.weight"][3] = 3e38
     save_file(content, file, {"format": "pt"})
-    with pytest.raises(SmoothingError, match=r"layers\.1\.self_attn\.q_proj.* is none that BF16 holds"):
+    with pytest.raises(SmoothingError, match=r"layers\.1\.self_attn\.q_proj.* is none that BF16 can hold exactly"):
         mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True)
     assert not (tmp_path / "out").exists()
 
