@@ -16,6 +16,12 @@ Made from the program's own help by `python -m tests.generate_cli_docs`.
 
 Data go to stdout, everything else to stderr. [Exit codes](reliability.md#when-a-run-stops) are the same for all commands. Control characters in names of a
 checkpoint are never written raw to the terminal.
+
+Completion of commands and options, for one shell at a time or in its start-up file:
+
+    eval "$(_MFPTQ_COMPLETE=bash_source mfptq)"
+    eval "$(_MFPTQ_COMPLETE=zsh_source mfptq)"
+    _MFPTQ_COMPLETE=fish_source mfptq | source
 """
 
 

@@ -99,13 +99,15 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
         return (
             f"{report.destination} is already complete: {report.source}, {report.scheme}, every file checked by content"
         )
+    weights = counted(report.quantized, "weight", "weights")
     how = f"method {report.method}" if report.method else "nothing quantized anew"
+    error = f", relative error {report.relative_error:.2%}" if report.method else ""
     lines = [
         f"{report.source} -> {report.destination}",
         f"  {formats_text(report.formats)}, {how}, kernel {report.kernel} ({report.device_reason}): "
-        f"{counted(report.quantized, 'weight', 'weights')} quantized, {counted(report.kept, 'tensor', 'tensors')} kept",
+        f"{weights} {'quantized' if report.method else 'taken over'}, {counted(report.kept, 'tensor', 'tensors')} kept",
         f"  {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} "
-        f"({report.output_bytes / report.source_bytes:.1%}), relative error {report.relative_error:.2%}",
+        f"({report.output_bytes / report.source_bytes:.1%}){error}",
         f"  {report.seconds:.1f} s ({size_text(int(report.source_bytes / max(report.seconds, 1e-9)))}/s), "
         f"peak memory {size_text(report.peak_memory)}",
     ]
