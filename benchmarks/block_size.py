@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from calibrated_methods import TEST_TOKENS, replace_marked
+from calibrated_methods import TEST_TOKENS
+from measuring import replace_marked
 from minilm import Grams, MiniLM, output_error
 
 from mfptq.calibration.methods import importance, local_hessian

@@ -8,7 +8,6 @@ embeddings of the whole quantized model; weights alone, and with activations tha
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import replace_marked
 from minilm import Grams, MiniLM, divisor, nvfp4_activations, output_error, output_error_w4a4
 from safetensors.torch import load_file
 
 import mfptq
-from mfptq.calibration.file import Contents, Description, InputInfo, InputStatistics, write_calibration
+from mfptq.calibration.file import (
+    Contents,
+    Description,
+    InputInfo,
+    InputStatistics,
+    factor_rank,
+    write_calibration,
+)
 from mfptq.nvfp4 import dequantize
 
-PLAIN, CALIBRATED = ("minmax", "search"), ("weighted", "hessian", "hessian+")
+PLAIN, CALIBRATED = ("minmax", "search"), ("weighted", "hessian", "hessian+", "gptq")
 TOKENS = (500, 2_000, 20_000)
 TEST_TOKENS = 4_000
 MARK = "calibrated_methods"
@@ -51,11 +58,19 @@ def calibration_file(path: Path, model: MiniLM, grams: dict[str, Grams]) -> Path
         every = (each.xx / each.tokens).numpy().reshape(blocks, 16, blocks, 16)
         hessian = every[np.arange(blocks), :, np.arange(blocks)].astype(np.float32)
         moment = np.ascontiguousarray(np.diagonal(hessian, axis1=1, axis2=2)).reshape(-1)
-        found[InputInfo(name, len(each.xx), members)] = InputStatistics(each.amax, each.tokens, moment, hessian)
+        statistics = InputStatistics(each.amax, each.tokens, moment, hessian, factors(each))
+        found[InputInfo(name, len(each.xx), members)] = statistics
     by_name = {info.name: statistics for info, statistics in found.items()}
-    about = Description("all-MiniLM-L6-v2", "", "hessian", 1, 1, 128, "docstrings")
+    about = Description("all-MiniLM-L6-v2", "", "factors", 1, 1, 128, "docstrings")
     write_calibration(path, Contents(about, tuple(found), lambda info: by_name[info.name], {}))
     return path
+
+
+def factors(grams: Grams) -> np.ndarray:
+    """Return the largest directions of an input; a calibration pass finds nearly the same as it goes."""
+    sizes, directions = torch.linalg.eigh(grams.xx / grams.tokens)
+    found = (directions * sizes.clamp_min(0).sqrt()).T.flip(0)[: factor_rank(len(sizes))]
+    return (found * (1 - 1e-6)).numpy().astype(np.float32)
 
 
 def converted(model: MiniLM, method: str, calibration: Path, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
@@ -167,15 +182,6 @@ def plot(results: list[Result], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(path, dpi=110)
-
-
-def replace_marked(path: Path, mark: str, text: str) -> None:
-    """Put `text` between a page's two marks."""
-    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    page = path.read_text()
-    assert begin in page
-    assert end in page
-    path.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL))
 
 
 def main() -> None:

@@ -15,9 +15,17 @@ from ctypes import c_float, c_int64, c_uint64
 
 import numpy as np
 
-from mfptq.calibration.methods import importance, local_hessian
+from mfptq.calibration.feedback import feedback_statistics
+from mfptq.calibration.methods import importance, local_hessian, shrinkage
 from mfptq.kernels import QuantizeArgs, load_kernel
-from mfptq.kernels.calibrated import CALIBRATED_METHODS, FUNCTIONS, PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import (
+    CALIBRATED_METHODS,
+    FEEDBACK,
+    FUNCTIONS,
+    MAX_RANK,
+    PreparedStatistics,
+    load_calibrated_kernel,
+)
 
 SHAPE = (256, 4096)
 METHODS = ("search", "minmax", *CALIBRATED_METHODS)
@@ -52,7 +60,12 @@ def statistics(columns: int) -> dict[str, PreparedStatistics | None]:
     hessian = (blocks.transpose(0, 2, 1) @ blocks / len(inputs)).astype(np.float32)
     moment = np.diagonal(hessian, axis1=1, axis2=2).reshape(-1)
     local = PreparedStatistics(local_hessian(hessian, 10_000))
-    return {"weighted": PreparedStatistics(importance(moment)), "hessian": local, "hessian+": local}
+    _, sizes, directions = np.linalg.svd(inputs / len(inputs) ** 0.5, full_matrices=False)
+    factors = (sizes[:, None] * directions)[:MAX_RANK].astype(np.float32)
+    feedback = PreparedStatistics(feedback_statistics(hessian, factors, 1 - shrinkage(10_000)))
+    return {
+        "weighted": PreparedStatistics(importance(moment)), "hessian": local, "hessian+": local, FEEDBACK: feedback,
+    }  # fmt: skip
 
 
 class Job:
@@ -86,7 +99,7 @@ def cpu(methods: list[str]) -> None:
 
 
 def gpu(device: str, methods: list[str], *, check: bool) -> None:
-    from mfptq.kernels.cuda import MAX_GRID, STATS_BYTES, THREADS, load_function
+    from mfptq.kernels.cuda import MAX_GRID, STATS_BYTES, THREADS, WARP, load_function
     from mfptq.kernels.driver import DeviceMemory, DeviceStream, open_device
 
     begin = time.perf_counter()
@@ -111,12 +124,13 @@ def gpu(device: str, methods: list[str], *, check: bool) -> None:
                     values = np.ascontiguousarray(known[method].values)
                     stream.upload(held[4].pointer, values)
                     stream.wait()
-                    arguments[4:5] = [places[4], c_int64(blocks), c_int64(width), c_int64(0)]
-                grid = min(MAX_GRID, blocks // THREADS)
-                seconds = on_device(stream, function, grid, tuple(arguments))
+                    last = known[method].rank if method == FEEDBACK else 0
+                    arguments[4:5] = [places[4], c_int64(blocks), c_int64(width), c_int64(last)]
+                items, threads = (shape[0], WARP) if method == FEEDBACK else (blocks, THREADS)
+                seconds = on_device(stream, function, (min(MAX_GRID, items // threads), threads), tuple(arguments))
                 line.append(f"{method} {data.size / seconds / 1e9:.1f} (ready in {ready:.2f} s)")
             amax = load_function(opened, f"amax_{8 * data.itemsize}")
-            seconds = on_device(stream, amax, MAX_GRID, (places[0], c_int64(data.nbytes // 4), places[3]))
+            seconds = on_device(stream, amax, (MAX_GRID, THREADS), (places[0], c_int64(data.nbytes // 4), places[3]))
             print(f"{dtype:8}", "  ".join(line), f" amax {data.size / seconds / 1e9:.1f}", flush=True)
             for memory in held:
                 memory.free()
@@ -133,12 +147,12 @@ def gpu(device: str, methods: list[str], *, check: bool) -> None:
         print("the same bytes as the CPU's")
 
 
-def on_device(stream, function: int, grid: int, arguments: tuple, launches: int = 20) -> float:
+def on_device(stream, function: int, grid: tuple[int, int], arguments: tuple, launches: int = 20) -> float:
     """Return seconds of one launch: many are in flight, so that starting them does not count."""
 
     def run() -> None:
         for _ in range(launches):
-            stream.launch(function, grid, 256, arguments)
+            stream.launch(function, *grid, arguments)
         stream.wait()
 
     return best(run) / launches

@@ -7,6 +7,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -154,3 +155,12 @@ def write_checkpoint(
     (new / "model.safetensors.index.json").write_text(index_text(total, places))
     (new / "config.json").write_text(json.dumps(config))
     new.rename(folder)
+
+
+def replace_marked(path: Path, mark: str, text: str) -> None:
+    """Put `text` between a page's two marks."""
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    page = path.read_text()
+    assert begin in page
+    assert end in page
+    path.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL))

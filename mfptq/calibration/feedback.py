@@ -60,8 +60,9 @@ def _shrunk(blocks: Float64Array, kept: float) -> Float64Array:
 
 def _product(left: Float64Array, right: Float64Array) -> Float64Array:
     """Return the matrix product, of two matrices or of two stacks of them."""
-    product: Float64Array = np.add.reduce(left[..., :, None] * right[..., None, :, :], axis=-2)
-    return product
+    products = np.multiply(left[..., :, None], right[..., None, :, :], order="C")  # so that rows of sums are added up
+    total: Float64Array = np.add.reduce(products, axis=-2)
+    return total
 
 
 def _trace(blocks: Float64Array) -> Float64Array:
@@ -103,7 +104,7 @@ def _backwards(
 
 def _with_row(inverse: Float64Array, row: Float64Array) -> Float64Array:
     """Return the inverse of a matrix to which `row row^T` is added (Sherman and Morrison)."""
-    moved = np.add.reduce(inverse * row[:, None], axis=0)
+    moved = np.add.reduce(np.multiply(inverse, row[:, None], order="C"), axis=0)
     return np.asarray(inverse - moved[:, None] * moved / (1.0 + float(np.add.accumulate(moved * row)[-1])))
 
 

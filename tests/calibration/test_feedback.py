@@ -58,6 +58,27 @@ def test_targets_and_metrics_are_those_of_the_whole_hessian(columns):
         np.testing.assert_allclose(metrics[turn], metric / np.trace(metric) * 16, atol=2e-6)
 
 
+@pytest.mark.parametrize("rank", [5, 16, 64])
+def test_sums_run_in_index_order(rank):
+    """As on every processor: what numpy adds up in another order has other bits."""
+    rng = np.random.default_rng(rank)
+    left, right, row = rng.standard_normal((16, rank)), rng.standard_normal((rank, rank)), rng.standard_normal(rank)
+    for other in (right, right.T, left.T):
+        total = np.zeros((16, other.shape[1]))
+        for k in range(rank):
+            total = total + left[:, k, None] * other[None, k]
+        assert np.array_equal(feedback._product(left, other), total)
+    stack = np.stack([left, left[::-1]])
+    found = feedback._product(stack, stack.transpose(0, 2, 1))
+    assert np.array_equal(found[0], feedback._product(left, left.T))
+    moved, along = np.zeros(rank), 0.0
+    for k in range(rank):
+        moved = moved + right[k] * row[k]
+    for k in range(rank):
+        along = along + moved[k] * row[k]
+    assert np.array_equal(feedback._with_row(right, row), right - moved[:, None] * moved / (1.0 + along))
+
+
 def test_slices_do_not_change_a_bit(monkeypatch):
     found = statistics_of(random_inputs(16 * 23), "factors")
     whole = feedback_statistics(found.hessian, found.factors, KEPT)

@@ -18,7 +18,7 @@ from mfptq.execution import memory_budget
 from mfptq.kernels.calibrated import CALIBRATED_METHODS
 from mfptq.nvfp4 import dequantize
 
-from ..calibration.files import calibrate, stored
+from ..calibration.files import calibrate, described, stored
 from ..conftest import command
 from .checkpoints import (
     E8M0,
@@ -136,7 +136,7 @@ def equal(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("shape", [DENSE, EXPERTS], ids=["dense", "experts"])
 def test_a_release_converts_to_what_its_cast_converts_to(name: str, shape: DemoShape, tmp_path: Path) -> None:
     release, cast = twins(tmp_path, shape, name)
-    calibration = calibrate(cast, tmp_path / "calibration.safetensors")
+    calibration = calibrate(cast, tmp_path / "calibration.safetensors", described("factors"))
     calibrated = CALIBRATED_METHODS if name in ("blocks, F32", "MXFP4") else ()  # decoding knows no methods
     for method in ("search", "minmax", *calibrated):
         known = calibration if method in CALIBRATED_METHODS else None
