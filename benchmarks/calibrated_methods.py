@@ -180,7 +180,7 @@ def plot(results: list[Result], path: Path) -> None:
             )
         panel.set(xscale="log", xlabel="tokens of calibration text", ylabel="mean relative error, %", title=title)
         panel.grid(alpha=0.3)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
 
 
