@@ -189,7 +189,8 @@ def read_values(source: Source, tile: Tile) -> npt.NDArray[Any]:
 
 
 def _squares(values: Float32Array) -> float:
-    return float(np.dot(values, values))
+    wide = values.astype(np.float64)  # squares of large weights are no float32
+    return float(np.dot(wide, wide))
 
 
 def _nvfp4(stored: StoredWeight, tile: Tile) -> Float32Array:
