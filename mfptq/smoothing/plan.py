@@ -7,6 +7,7 @@ what is rounded afterwards, weights and inputs, is rounded better.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..calibration.smoothed import largest
 from ..checkpoint.weights import Candidate, StoredTensor, Weight, name_pattern
 from ..encodings.smoothed import EXACT_DTYPES, Exponents, Powers, smoothed
 from ..errors import ScaleError, counted, printable, quote
@@ -22,8 +24,10 @@ from .structure import Link, Reader, Structure
 from .sums import FactorSums
 
 if TYPE_CHECKING:
+    from ..calibration.file import InputStatistics
     from ..calibration.reading import Calibration
 
+ROOM = 256.0  # a magnitude up to which an input scale has its margin and is not small
 UNKNOWN = "what makes their input is not known for certain"
 
 
@@ -155,16 +159,26 @@ def _factors(link: Link, modules: Collection[str], calibration: Calibration) -> 
 
     Moments of several inputs, as experts record their own, count by their tokens; those of columns that share a channel alike.
     """
+    every = [calibration.read(calibration.inputs[name]) for name in _inputs(modules, calibration)]
+    if not every:
+        return None
     total, tokens = np.zeros(len(link.channels)), 0
-    for name in _inputs(modules, calibration):
-        found = calibration.read(calibration.inputs[name])
+    for found in every:
         if found.second_moment is None:
             raise ScaleError(f"calibration {quote(calibration.path)} has no second moments: smoothing needs them")
         count = found.tokens or 1
         total += found.second_moment.astype(np.float64) * count
         tokens += count
-    if not tokens:
-        return None
     columns = np.bincount(link.channels, minlength=link.count)
     moments = np.bincount(link.channels, total / tokens, link.count) / columns
-    return exponents(moments, offset=link.offset)
+    chosen = exponents(moments, offset=link.offset)
+    return np.asarray(chosen + max(_excess(found, chosen[link.channels]) for found in every), np.int8)
+
+
+def _excess(statistics: InputStatistics, chosen: Exponents) -> int:
+    """Return by which power of two a divided input is still too large: no input scale may become a bad one.
+
+    A factor that all channels share changes nothing else.
+    """
+    times = largest(statistics, chosen) / max(statistics.amax, ROOM)
+    return math.ceil(math.log2(times)) if times > 1 else 0

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mfptq
-from mfptq.calibration.file import InputInfo
+from mfptq.calibration.file import InputInfo, InputStatistics
 from mfptq.calibration.reading import load_calibration
 from mfptq.calibration.smoothed import smoothed
 from mfptq.conversion import make_plan
@@ -21,7 +21,7 @@ from mfptq.demo import write_demo
 from mfptq.errors import PlanMismatchError, ScaleError, SmoothingError, UsageError
 from mfptq.smoothing.record import RECORD
 
-from ..calibration.files import calibrate, described, random_inputs, statistics_of, stored, write_file
+from ..calibration.files import calibrate, described, layers_of, random_inputs, statistics_of, stored, write_file
 from ..conftest import SMALL, SMALL_EXPERTS, command, digests
 from ..encodings.checkpoints import decoded
 from ..models import MOE
@@ -237,6 +237,24 @@ def test_inputs_of_a_layer_with_a_fixed_scale_in_another_format_are_left_alone(t
     names = [name for name in scales[0] if "shared_expert" in name]
     assert names
     assert all(scales[0][name] == scales[1][name] for name in names)
+    plan.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("amax", [40.0, 2400.0])
+def test_input_scales_stay_as_good_as_they_were(amax, tmp_path):
+    """However loud a channel is: what all channels share is chosen so that ranges do not grow beyond what scales can hold."""
+    source = write_model(tmp_path / "source", MOE)
+    rng = np.random.default_rng(4)
+    inputs = {}
+    for name, (columns, members) in layers_of(source).items():
+        moments = np.minimum(rng.lognormal(0, 4, columns), amax**2 / 2).astype(np.float32)
+        inputs[InputInfo(name, columns, members)] = InputStatistics(amax, 10**6, moments)
+    path = write_file(tmp_path / "x.calibration.safetensors", inputs, described("moments"))
+    plan, plain = (make_plan(source, calibration=path, smooth=smooth) for smooth in (True, False))
+    assert plan.smoothing.weights
+    for group, scale in plan.input_scales.global_scales.items():
+        assert scale >= min(plain.input_scales.global_scales[group], 2688 / 256 / 4)
     plan.close()
     plain.close()
 
