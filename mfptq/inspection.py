@@ -22,6 +22,7 @@ from .encodings.contents import read_contents, stored_bytes
 from .encodings.fp4 import MXFP4
 from .errors import SourceError
 from .planning.formats import FORMATS, QUANTIZATION_CONFIG
+from .planning.jobs import CAST
 from .planning.rules import TensorDecision
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def _decoding(plan: ConversionPlan, new: Sequence[Weight]) -> str:
     codes = _codes(new[0].encoding) if new else ""
     if not codes:
         return ""
+    if plan.method_of(new[0]) == CAST:
+        return f", cast from {codes} (lossless where exponents span at most 17: codes go over as they are)"
     fits = codes == MXFP4 and plan.format_of(new[0]).family == "nvfp4" and plan.method_of(new[0]) != "minmax"
     return f", decoded from {codes}" + (" (lossless where exponents span at most 14)" if fits else "")
 

@@ -19,6 +19,7 @@ from ..nvfp4 import E2M1_VALUES, E4M3_VALUES
 
 E4M3, E2M1, INT4, INT8, UINT8 = "E4M3", "E2M1", "INT4", "INT8", "UINT8"
 NAN_BITS: Final = 0x7FC0
+NAN_EXPONENT: Final = 255  # of E8M0
 BF16_NORMALS: Final = 0x7F00  # how many magnitudes of bfloat16 are normal numbers
 _MAGNITUDE, _LEAST_NORMAL = np.uint16(0x7FFF), np.uint16(0x0080)
 _CHUNK: Final = 2**16  # elements decoded at once: temporaries stay in the processor's cache

@@ -11,9 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
+from ..checkpoint.encoding import Region
+from ..checkpoint.source import Source
 from ..checkpoint.weights import StoredTensor
 from ..errors import SourceError, quote
-from ..nvfp4 import BLOCK_SIZE
+from ..nvfp4 import BLOCK_SIZE, ByteArray
 from .codes import E2M1
 from .modules import ONE_BYTE_SCALES, Module, Recognized, recognized
 from .scaled import ScaledCodes
@@ -35,6 +39,23 @@ class Nvfp4(ScaledCodes):
     input_scale: StoredTensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Mxfp4(ScaledCodes):
+    """A weight in MXFP4. NVFP4 has the same codes, so that they may go over as they are."""
+
+    def exponents(self, source: Source, region: Region) -> ByteArray:
+        """Return the E8M0 byte of each 16 values of a region, `[rows, columns / 16]`."""
+        per_row = self.columns // _MX_COLUMNS
+        data = np.empty((region.rows, per_row), np.uint8)
+        first = (self.first_row + region.row) * per_row
+        source.read_into(self.scales.shard, self.scales.offset + first, data.reshape(-1).data)
+        begin = region.column // BLOCK_SIZE
+        found: ByteArray = np.repeat(data, _MX_COLUMNS // BLOCK_SIZE, axis=1)[
+            :, begin : begin + region.columns // BLOCK_SIZE
+        ]
+        return found
+
+
 def mxfp4(module: Module) -> Iterable[Recognized]:
     """Yield the module's weight if it is MXFP4."""
     codes, scales = module.get("weight_packed", "U8"), module.get("weight_scale", *ONE_BYTE_SCALES)
@@ -44,7 +65,7 @@ def mxfp4(module: Module) -> Iterable[Recognized]:
         return
     rows, columns = _shape(codes)
     _check(codes, scales, (rows, columns // _MX_COLUMNS), columns % _MX_COLUMNS == 0)
-    encoding = ScaledCodes(MXFP4, E2M1, codes, scales, rows, columns, 1, _MX_COLUMNS)
+    encoding = Mxfp4(MXFP4, E2M1, codes, scales, rows, columns, 1, _MX_COLUMNS)
     yield recognized(module, codes, (rows, columns), (encoding, scales))
 
 

@@ -74,15 +74,19 @@ class ScaledCodes(Encoding):
         scales = self._scales(source, region)
         size = region.size * CODE_FORMATS[self.codes].bits // 8
         packed = out.view(np.uint8)[out.nbytes - size :]
-        end = 0
-        for offset, length in self.ranges(region):
-            source.read_into(self.weight.shard, offset, packed[end : end + length].data)
-            end += length
+        self.read_codes(source, region, packed)
         values, zeros = out.reshape(region.rows, region.columns), self.zero_points(source, region)
         if zeros is None:
             scaler(self.codes, packed, scales, values, run=self.block_columns)
         else:
             scale_codes(self.codes, packed, scales, values, run=self.block_columns, zeros=zeros)
+
+    def read_codes(self, source: Source, region: Region, packed: npt.NDArray[np.uint8]) -> None:
+        """Fill `packed` with the codes of a region, row after row, as they lie in the file."""
+        end = 0
+        for offset, length in self.ranges(region):
+            source.read_into(self.weight.shard, offset, packed[end : end + length].data)
+            end += length
 
     def zero_points(self, source: Source, region: Region) -> ScaleArray | None:  # noqa: ARG002 - for those that have any
         """Return what is taken from a region's codes before they are scaled, shaped as its scales; None for nothing."""

@@ -24,7 +24,7 @@ from ..output.shard_writer import ShardWriter
 from ..planning.jobs import CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first, stats_key
 from ..storage.partial_file import Piece
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished
-from .families import FAMILIES, TileWork
+from .families import Family, TileWork, family_of
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
 from .reading_order import reading_order
@@ -127,10 +127,9 @@ class Execution:
 
     def _way(self, step: GroupStep) -> Way:
         """Return how a group is converted: in strips, in a batch with others, or after its largest magnitude is known."""
-        target = step.weights[0].format
-        if not target.by_group:
+        if not step.weights[0].format.by_group:
             return self._strips
-        return self._batches if FAMILIES[target.family].batched and self._is_small(step) else self._groups
+        return self._batches if _family(step.weights[0]).batched and self._is_small(step) else self._groups
 
     def _batches(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
         for batch in batches(steps, self._tile_bytes):
@@ -188,13 +187,13 @@ class Execution:
         work = [(each, tile) for each in step.weights for tile in tiles(each.weight, self._tile_bytes)]
         writer.expect(len(work))
         waiter = partial(self._quantize_group, writer, work)
-        rule = partial(FAMILIES[step.weights[0].format.family].scale, self._plan.method)
+        rule = partial(_family(step.weights[0]).scale, self._plan.method)
         if self._scales.begin(step.name, AmaxSearch(members, len(found), rule), waiter):
             self._pool.add(partial(self._find_amax, step, tile) for tile in found)
 
     def _find_amax(self, step: GroupStep, tile: Tile, memory: WorkerMemory) -> None:
         try:
-            found = memory.amax(self._source, tile)
+            found = _family(step.weights[0]).amax(memory, self._source, tile)
         except NonFiniteWeightError:
             for weight in self._plan.members(step.weights[0].weight) if step.is_turned else ():
                 for part in tiles(weight, self._tile_bytes):  # a tile of what is stored says neither which nor where
@@ -209,9 +208,9 @@ class Execution:
     def _quantize_tile(self, writer: ShardWriter, work: WeightTile, scale: float, memory: WorkerMemory) -> None:
         step, tile = work
         data = memory.read(self._source, tile)
-        found = TileWork(step, tile, data, scale, self._statistics(step, tile))
+        found = TileWork(step, tile, data, scale, self._source, self._statistics(step, tile))
         checksum = memory.checksum(tile, data)
-        pieces, stats = FAMILIES[step.format.family].convert(memory, found)
+        pieces, stats = _family(step).convert(memory, found)
         stats.checksum = checksum
         writer.note(stats_key(step), stats)
         self._write(writer, pieces, tile.ranges, memory, keep=tile.weight.pitch > 0)
@@ -255,6 +254,10 @@ class Execution:
             if self._drop and not keep:
                 self._source.drop_cached(writer.job.name, offset, size)
             self._pool.emit(Advanced(size))
+
+
+def _family(step: QuantizeWeight) -> Family:
+    return family_of(step.format, step.method)
 
 
 def _nothing(_memory: WorkerMemory) -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic of each family of formats, for weights whose fused group shares a scale: one table, keyed by `family`.
+"""The arithmetic of each family of formats, for weights whose fused group shares a scale: chosen by `family_of`.
 
 Called by `execution.engine` and `execution.prepare`. Formats whose scales belong to rows are converted by `strips`.
 """
@@ -14,12 +14,15 @@ from ..fp8 import Segments, minmax_scales, search_scales
 from ..kernels import ErrorStats, Kernel, QuantizeArgs, TileArray
 from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics
 from ..kernels.fp8 import quantize_fp8
-from ..nvfp4 import BLOCK_SIZE
-from ..planning.jobs import QuantizeWeight
+from ..nvfp4 import BLOCK_SIZE, ByteArray
+from ..planning.jobs import CAST, QuantizeWeight
 from ..storage.partial_file import Piece
+from .cast import cast_blocks, cast_global_scale, largest_scale, read_codes
 from .global_scales import global_scale, scalar
 
 if TYPE_CHECKING:
+    from ..checkpoint.source import Source
+    from ..planning.formats import TargetFormat
     from .tiles import Tile
     from .worker_memory import WorkerMemory
 
@@ -31,6 +34,7 @@ class TileWork(NamedTuple):
     tile: Tile
     data: TileArray
     scale: float
+    source: Source
     statistics: PreparedStatistics | None = None
 
     def scalars(self) -> Iterator[Piece]:
@@ -44,6 +48,9 @@ class Family(Protocol):
 
     batched: bool  # whether many small groups are converted in one call
 
+    def amax(self, memory: WorkerMemory, source: Source, tile: Tile) -> float:
+        """Return the largest magnitude of a tile, or what else decides the scale of its group: the largest of that."""
+
     def scale(self, method: str, amax: float, dtype: str) -> float:
         """Return the scale of a fused group with that largest magnitude."""
 
@@ -54,7 +61,14 @@ class Family(Protocol):
         """Call the functions that a run will need, for one block of 16."""
 
 
-class _Nvfp4:
+class _OfValues:
+    """A family that is made of a tile's values."""
+
+    def amax(self, memory: WorkerMemory, source: Source, tile: Tile) -> float:
+        return memory.amax(source, tile)
+
+
+class _Nvfp4(_OfValues):
     """Two values to a byte, an E4M3 scale for each 16, and a divisor."""
 
     batched = True
@@ -63,15 +77,9 @@ class _Nvfp4:
         return global_scale(method, amax, dtype)
 
     def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
-        step, start = work.step, work.tile.start
+        step = work.step
         done = memory.quantize(work.data, QuantizeArgs(step.method, work.scale), work.statistics)
-        pieces = [
-            Piece(step.values + start // 2, done.packed.reshape(-1).data),
-            Piece(step.scale + start // BLOCK_SIZE, done.scales.reshape(-1).data),
-            *([Piece(step.global_scale, scalar(work.scale))] if start == 0 else []),
-            *work.scalars(),
-        ]
-        return pieces, done.stats
+        return _nvfp4_pieces(work, done.packed.reshape(-1), done.scales.reshape(-1)), done.stats
 
     def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
         packed, scales = np.empty((1, BLOCK_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
@@ -82,7 +90,42 @@ class _Nvfp4:
             kernel.quantize(block, QuantizeArgs(method, 1.0), packed, scales)
 
 
-class _Fp8:
+def _nvfp4_pieces(work: TileWork, packed: ByteArray, scales: ByteArray) -> list[Piece]:
+    step, start = work.step, work.tile.start
+    return [
+        Piece(step.values + start // 2, packed.data),
+        Piece(step.scale + start // BLOCK_SIZE, scales.data),
+        *([Piece(step.global_scale, scalar(work.scale))] if start == 0 else []),
+        *work.scalars(),
+    ]
+
+
+class _Cast:
+    """NVFP4 whose codes are those of the source, MXFP4; what is found of a group is its largest block scale."""
+
+    batched = False
+
+    def amax(self, memory: WorkerMemory, source: Source, tile: Tile) -> float:
+        with memory.timed("amax"):
+            return largest_scale(source, tile)
+
+    def scale(self, method: str, amax: float, dtype: str) -> float:
+        del method, dtype
+        return cast_global_scale(amax)
+
+    def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
+        codes, scales = memory.room(work.tile)
+        with memory.timed("read"):
+            exponents = read_codes(work.source, work.tile, codes)
+        with memory.timed("quantize"):
+            stats = cast_blocks(codes.reshape(-1, BLOCK_SIZE // 2), exponents, work.scale, scales)
+        return _nvfp4_pieces(work, codes, scales), stats
+
+    def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
+        """Nothing is compiled for it."""
+
+
+class _Fp8(_OfValues):
     """A value to a byte, and a float32 factor."""
 
     batched = False
@@ -110,3 +153,9 @@ class _Fp8:
 
 
 FAMILIES: Mapping[str, Family] = {"nvfp4": _Nvfp4(), "fp8": _Fp8()}
+_CAST: Family = _Cast()
+
+
+def family_of(target: TargetFormat, method: str) -> Family:
+    """Return how weights of a format are converted by a method."""
+    return _CAST if method == CAST else FAMILIES[target.family]

@@ -27,6 +27,7 @@ from ..kernels.fp8 import quantize_fp8
 from ..nvfp4 import BLOCK_SIZE, Float32Array
 from ..planning.allocation import NORM, REFERENCE
 from ..planning.formats import FORMATS, KEEP
+from ..planning.jobs import CAST
 from ..planning.weight_targets import weight_target
 from ..sizes import size_text
 from .events import Advanced, Planned
@@ -127,6 +128,7 @@ class _Pass:
         data = memory.read(self.plan.checkpoint.source, tile)
         largest = float(memory.amax_segments(data, np.array([0, data.size], np.int64), tile)[0])
         method = self.plan.method_of(tile.weight)
+        method = "search" if method == CAST else method  # values that NVFP4 can hold, which `search` finds too
         costs: dict[str, float] = {}
         for name, how in ((group.formats[0], method), (REFERENCE, PLAIN)):
             scale = global_scale(how, largest, tile.weight.dtype)

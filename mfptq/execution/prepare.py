@@ -23,7 +23,7 @@ from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.digest import available_cores
 from .events import Event, OnEvent
-from .families import FAMILIES
+from .families import family_of
 from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_bytes
 
 if TYPE_CHECKING:
@@ -109,10 +109,10 @@ def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel 
         (each.dtype, each.encoding is None, plan.format_of(each).family, plan.method_of(each)): each
         for each in plan.weights()
     }
-    for (dtype, plain, family, method), weight in needed.items():
+    for (dtype, plain, _, method), weight in needed.items():
         block = np.zeros((1, BLOCK_SIZE), NUMPY_DTYPES[dtype])
         with plan.checkpoint.source.reading(weight.shard, weight.offset, block.nbytes if plain else 0) as fd:
             if fd is not None and plain:
                 kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
         kernel.amax(block)
-        FAMILIES[family].try_out(method, block, kernel, calibrated)
+        family_of(plan.format_of(weight), method).try_out(method, block, kernel, calibrated)

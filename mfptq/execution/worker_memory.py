@@ -134,6 +134,10 @@ class WorkerMemory:
                 raise _not_finite(values, tile.weight, tile.start)
         return values
 
+    def room(self, tile: Tile) -> tuple[ByteArray, ByteArray]:
+        """Return the memory for what a tile becomes in NVFP4, packed values and scales, both flat."""
+        return self._packed[: tile.size // 2], self._scales[: tile.size // BLOCK_SIZE]
+
     def checksum(self, tile: Tile, data: TileArray) -> int:
         """Return what a tile's values, as they were read, add to the checksum of its weight."""
         with self.timed("checksum"):

@@ -15,6 +15,7 @@ from .driver import device_count
 # Measured on an H100 and up to 16 virtual cores of its host, 1.3 billion weights, files in the page cache. What both devices
 # take alike is left out. Another processor may be twice as fast: so much may the choice be wrong by.
 CORE_SECONDS = {
+    "cast": 0.3e-9,
     "search": 2.1e-9,
     "minmax": 0.8e-9,
     "weighted": 3.9e-9,

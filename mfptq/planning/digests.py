@@ -30,6 +30,7 @@ def digests_of(
         "input scales": scales.digest if scales is not None else "",
         **({} if found.calibration is None else {"calibration": found.calibration.digest}),
         **found.carried.digests,
+        **({"cast": sha256("\n".join(sorted(found.cast)))} if found.cast else {}),
         **({} if smoothing is None else {"smoothing": smoothing.digest}),
     }
 

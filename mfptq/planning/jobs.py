@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .formats import TargetFormat
 
 
+CAST = "cast"  # the method of weights whose codes go over as they are, MXFP4 to NVFP4
+
+
 @dataclass(frozen=True, slots=True)
 class CopyTensor:
     """Bytes that go over; offsets are in bytes in the source file and in the output file.

@@ -30,7 +30,7 @@ from .carried import Carried, has_input_scales
 from .digests import digests_of, sha256
 from .format_choice import Source, select_formats
 from .formats import FORMATS, GLOBAL_SCALE, SCALE, OutputTensor, TargetFormat
-from .jobs import CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor, plan_shard
+from .jobs import CAST, CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor, plan_shard
 from .output_order import output_specs
 from .quantization_config import Scheme, config_text, index_text, quantization
 from .rules import Selection, TensorDecision
@@ -83,6 +83,7 @@ class ConversionPlan:
     _group_of: Mapping[str, FusedGroup] = field(repr=False)
     _decisions: Mapping[str, TensorDecision] = field(repr=False)
     _formats: Mapping[str, TargetFormat] = field(repr=False)
+    _cast: frozenset[str] = field(repr=False)
     allocation: Allocation | None = None
 
     @property
@@ -161,11 +162,15 @@ class ConversionPlan:
 
     def method_of(self, weight: Weight) -> str:
         """Return what a weight is quantized by: the method asked for, or what its format and the calibration file allow."""
+        if weight.module in self._cast:
+            return CAST
         return weight_target(weight, self._formats[weight.module], self.method, self.calibration).method
 
     def statistics(self, step: QuantizeWeight) -> PreparedStatistics | None:
         """Return what the kernels need to know of a weight's input; None where its method needs nothing."""
-        return None if self.calibration is None else self.calibration.statistics(step.weight.module, step.method)
+        if self.calibration is None or step.method == CAST:
+            return None
+        return self.calibration.statistics(step.weight.module, step.method)
 
     @property
     def statistics_bytes(self) -> int:
@@ -259,7 +264,7 @@ def build_plan(
     given = smoothed_inputs(Inputs(contents, selection, calibration, scales), checkpoint.config, settings)
     contents, selection = given.contents, given.selection
     decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
-    found = choose_targets(checkpoint.source, selection, given.scales, given.calibration)
+    found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.casts)
     group_of = {member: group for group in selection.groups for member in group.members}
     places: dict[str, str] = {}
 
@@ -285,4 +290,5 @@ def build_plan(
         _group_of=group_of,
         _decisions=decisions,
         _formats=found.formats,
+        _cast=found.cast,
     )

@@ -116,6 +116,11 @@ class Settings:
             return "auto" if calibrated else "search"
         return str(self.method)
 
+    @property
+    def casts(self) -> bool:
+        """Whether MXFP4 keeps its codes: so by default, while a method that is asked for holds for every weight."""
+        return self.method in (None, "auto")
+
     def resolve_scheme(self, *, with_input: bool) -> Scheme:
         """Return the scheme; `with_input` says whether input scales are given."""
         if self.scheme == "NVFP4" and not with_input:

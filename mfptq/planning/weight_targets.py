@@ -5,11 +5,11 @@ Called by `plan`. Pure: everything follows from the selection, the method asked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.weights import Weight
-from ..encodings.fp4 import Nvfp4
+from ..encodings.fp4 import Mxfp4, Nvfp4
 from ..errors import RuleError, UsageError, quote
 from ..names.fusion import FusedGroup
 from ..scales.assignment import AssignedScales, assign_input_scales
@@ -43,6 +43,7 @@ class ChosenTargets(NamedTuple):
     weights: Mapping[str, Weight]
     calibration: Calibration | None
     input_scales: AssignedScales | None
+    cast: frozenset[str] = frozenset()
 
 
 def choose_targets(
@@ -50,8 +51,13 @@ def choose_targets(
     selection: Selection,
     scales: InputScales | UncalibratedInputs | None,
     calibration: Calibration | None,
+    *,
+    casts: bool = False,
 ) -> ChosenTargets:
-    """Return what becomes of the modules that were selected; reads scales of what is NVFP4 in the source already."""
+    """Return what becomes of the modules that were selected; reads scales of what is NVFP4 in the source already.
+
+    `casts`: MXFP4 becomes NVFP4 without being quantized anew, where a whole fused group is stored so.
+    """
     _refuse_other_formats(selection)
     chosen = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
     with_input = {module for module, target in formats_of(selection).items() if target.needs_input_scales}
@@ -62,7 +68,17 @@ def choose_targets(
     if calibration is not None:
         calibration = _statistics_of(calibration, weights, formats, kept)
     groups = [group for group in selection.groups if group.members[0] not in carried.weights]
-    return ChosenTargets(formats, carried, weights, calibration, _assign(scales, groups, formats, kept))
+    cast = frozenset(_cast(groups, weights, formats)) if casts else frozenset()
+    return ChosenTargets(formats, carried, weights, calibration, _assign(scales, groups, formats, kept), cast)
+
+
+def _cast(
+    groups: Iterable[FusedGroup], weights: Mapping[str, Weight], formats: Mapping[str, TargetFormat]
+) -> Iterator[str]:
+    """Yield the modules of fused groups that are MXFP4 in the source and become NVFP4."""
+    for group in groups:
+        if all(isinstance(weights[each].encoding, Mxfp4) and formats[each].family == "nvfp4" for each in group.members):
+            yield from group.members
 
 
 def formats_of(selection: Selection) -> dict[str, TargetFormat]:
