@@ -93,6 +93,7 @@ _EXPORTS = {
     "output.fault": "Fault",
     "verification": "Verification verify",
 }
+_EXTRAS = {"torch", "ray"}  # packages that a light installation lacks; extras have their names
 _HOMES = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - names, every one of them in _HOMES
 
@@ -103,7 +104,16 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: `mfptq --help` needs neither numpy nor LLVM."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mfptq' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    home = _HOMES[name]
+    try:
+        value = getattr(importlib.import_module(f".{home}", __name__), name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        extra = "calibrate" if home.startswith("observation.") else missing
+        text = f"mfptq.{name} needs {missing}: pip install 'mfptq[{extra}]'"
+        raise ModuleNotFoundError(text, name=error.name) from None
     globals()[name] = value
     return value
 

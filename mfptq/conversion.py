@@ -255,6 +255,7 @@ def make_plan(source: str | Path, measuring: Measuring | None = None, **decision
     settings = check_decisions(decisions)
     keep = decisions.get("keep_source", False)
     hub = HubOptions(decisions.get("revision"), decisions.get("token"), decisions.get("cache_dir"), keep)
+    beside = replace(hub, revision=None, keep_source=False)  # for repos other than the source
     choice = FileChoice(
         tuple(decisions.get("include_files", ())),
         tuple(decisions.get("skip_files", ())),
@@ -264,11 +265,11 @@ def make_plan(source: str | Path, measuring: Measuring | None = None, **decision
     with ExitStack() as opened:
         if (given := decisions.get("input_scales")) is not None:
             if given != AUTO:
-                scales = given if isinstance(given, InputScales) else read_input_scales(given)
+                scales = given if isinstance(given, InputScales) else read_input_scales(given, hub=beside)
         elif (path := decisions.get("like")) is not None:
             from .scales.sibling import read_sibling
 
-            sibling = read_sibling(path)
+            sibling = read_sibling(path, hub=beside)
             settings = replace(settings, rules=replace(settings.rules, like=sibling))
             scales = sibling.scales
         elif (path := decisions.get("calibration")) is not None:

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint.companions import FileChoice
-from .checkpoint.folder import Checkpoint, Origin, read_checkpoint
-from .checkpoint.hub import HubOptions, open_checkpoint
+from .checkpoint.folder import Checkpoint
+from .checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from .checkpoint.source import Source
 from .checkpoint.stored_bytes import read_scalar
 from .checkpoint.weights import StoredTensor, Weight, candidates, layer_pattern, name_pattern
 from .encodings.contents import Contents, read_contents
 from .encodings.fp4 import Nvfp4
 from .encodings.smoothed import Smoothed, smoothed
-from .errors import MfptqError, SourceError, quote
+from .errors import HubError, MfptqError, SourceError, quote
 from .execution.comparing import compare_parts
 from .execution.events import OnEvent
 from .execution.stored_weights import KeptPart, Part, StoredWeight, WeightPart, kept_parts
@@ -98,17 +98,19 @@ def verify(
 ) -> Verification:
     """Check a converted checkpoint and return what was found; with `source`, also against what it was made from.
 
+    `output` is a folder, or a Hub repo, which goes to the client's cache first, whole.
+
     `revision`, `token` and `cache_dir` are for a source on the Hub, `follow_links` for one whose files are links out of its
     folder. `on_event` is called in this thread with `Planned`, then
     `Advanced`, in bytes of both. Faults are collected, not raised; what is raised, as HubError, is of the source, and
     SourceError for an output that is no folder.
     """
-    if not expanded(output).is_dir():
-        raise SourceError(f"{quote(output)} is no folder: give the folder that a conversion wrote")
+    if not expanded(output).is_dir() and not names_repo(output):
+        raise SourceError(f"{quote(output)} is no folder: give the folder that a conversion wrote, or a Hub repo")
     found = _Findings(Tally(on_event))
     with ExitStack() as opened:
         try:
-            checkpoint = read_checkpoint(Origin(expanded(output)))
+            checkpoint = open_checkpoint(output, HubOptions(None, token, cache_dir, keep_source=True))
             opened.callback(checkpoint.source.close)
             original = None
             if source is not None:
@@ -118,7 +120,7 @@ def verify(
                 opened.callback(original.source.close)
             _check(checkpoint, original, found)
         except MfptqError as error:
-            if source is not None and not isinstance(error, SourceError):
+            if isinstance(error, HubError) or (source is not None and not isinstance(error, SourceError)):
                 raise
             found.faults.append(Fault("", "", str(error)))
     return found.result()

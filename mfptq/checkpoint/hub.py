@@ -56,9 +56,18 @@ def open_checkpoint(source: str | Path, hub: HubOptions | None = None, choice: F
         return read_checkpoint(Origin(folder), choice=choice)
     options = hub or HubOptions()
     repo_id, _, revision = text.removeprefix("hf://").partition("@")
-    if isinstance(source, Path) or not _REPO_ID.fullmatch(repo_id) or text.startswith((".", "/", "~")):
+    if not names_repo(source):
         raise SourceError(f"{quote(text)}: no such folder, and not a Hub repo id (org/name)")
     return _open_repo(repo_id, replace(options, revision=revision or options.revision), choice)
+
+
+def names_repo(source: str | Path) -> bool:
+    """Return whether a text is `org/name` or `hf://org/name`, with or without `@revision`, and nothing here has that name."""
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")):
+        return False
+    is_id = _REPO_ID.fullmatch(text.removeprefix("hf://").partition("@")[0]) is not None
+    return is_id and (text.startswith("hf://") or not expanded(text).exists())
 
 
 def _open_repo(repo_id: str, options: HubOptions, choice: FileChoice | None) -> Checkpoint:

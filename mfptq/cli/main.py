@@ -225,13 +225,13 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output")
 @click.option("--source", help="What it was made from: folder or Hub repo.")
 @source_options
 @links_option
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def verify(output: Path, source: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
+def verify(output: str, source: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check a converted checkpoint; exit code 6 if anything is wrong.
 
     Example: mfptq verify Qwen3.5-27B-NVFP4 --source Qwen/Qwen3.5-27B

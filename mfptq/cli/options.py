@@ -60,9 +60,13 @@ def rule_options(function: Function) -> Function:
         click.option(
             "--input-scales",
             type=click.Path(),
-            help="JSON, safetensors or checkpoint folder, or auto (no calibration): makes W4A4.",
+            help="JSON, safetensors, checkpoint folder or Hub repo, or auto (no calibration): makes W4A4.",
         ),
-        click.option("--like", type=click.Path(), help="An NVFP4 checkpoint: its choice of layers, its input scales."),
+        click.option(
+            "--like",
+            type=click.Path(),
+            help="An NVFP4 checkpoint, folder or Hub repo: its choice of layers, its input scales.",
+        ),
         click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
         click.option("--force", is_flag=True, help="Quantize even what no engine is known to load in FP4."),
         click.option("--no-default-ignore", is_flag=True, help="Drop the default exclusions."),
@@ -192,11 +196,13 @@ def decisions_of(options: dict[str, Any]) -> Decisions:
     options["target_formats"] = options.get("target_formats") or None
     options["formats"] = (*options.get("formats", ()), *(f"fp8-dynamic={each}" for each in options.pop("fp8", ())))
     if kind is not None:
+        from ..checkpoint.hub import HubOptions
         from ..scales.reading import read_input_scales
 
         if options["input_scales"] is None:
             raise UsageError("--input-scales-kind says nothing without --input-scales")
-        options["input_scales"] = read_input_scales(options["input_scales"], kind)
+        hub = HubOptions(token=options["token"], cache_dir=options["cache_dir"])
+        options["input_scales"] = read_input_scales(options["input_scales"], kind, hub)
     if save is not None:
         from .recipe import save_recipe
 

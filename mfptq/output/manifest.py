@@ -20,7 +20,7 @@ from .leftovers import CARD, MANIFEST
 
 def manifest_entries(root: Path) -> dict[str, str] | None:
     """Return the SHA-256 of every file by name, hexadecimal, as the manifest has it; None for a malformed manifest."""
-    *lines, rest = read_small(root / MANIFEST, MAX_INDEX_BYTES).decode(errors="replace").split("\n")
+    *lines, rest = read_small(confined(root, MANIFEST), MAX_INDEX_BYTES).decode(errors="replace").split("\n")
     entries = {line[66:]: line[:64] for line in lines}
     if rest or any(line[64:66] != "  " for line in lines) or len(entries) < len(lines):
         return None

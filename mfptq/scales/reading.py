@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ..checkpoint.folder import Checkpoint, Origin, read_checkpoint, read_shard, stored_tensors
+from ..checkpoint.folder import Checkpoint, read_shard, stored_tensors
+from ..checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from ..checkpoint.source import FolderSource, Source
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..checkpoint.weights import StoredTensor
@@ -41,8 +42,8 @@ class InputScales:
     about: str = "imported"
 
 
-def read_input_scales(path: str | Path, kind: str | None = None) -> InputScales:
-    """Return the input scales in a JSON file, a safetensors file or a checkpoint folder.
+def read_input_scales(path: str | Path, kind: str | None = None, hub: HubOptions | None = None) -> InputScales:
+    """Return the input scales in a JSON file, a safetensors file, or a checkpoint, a folder or a Hub repo.
 
     `kind`, one of `input_global_scale`, `input_scale` and `amax`, says what the numbers are where neither names nor file
     tell. Raises UsageError for another kind, and ScaleError for whatever is missing, malformed, contradictory or out of
@@ -51,7 +52,8 @@ def read_input_scales(path: str | Path, kind: str | None = None) -> InputScales:
     if kind is not None and kind not in SCALE_KINDS:
         raise UsageError(f"kind of input scales {quote(kind)} is unknown, expected one of {', '.join(SCALE_KINDS)}")
     try:
-        found = _read(expanded(path), cast("ScaleKind | None", kind))
+        known = cast("ScaleKind | None", kind)
+        found = _read_repo(str(path), known, hub) if names_repo(path) else _read(expanded(path), known)
     except (SourceError, StrictJsonError, ScaleError) as error:
         raise ScaleError(f"input scales {quote(path)}: {error}") from None
     return InputScales(found, str(path))
@@ -59,13 +61,13 @@ def read_input_scales(path: str | Path, kind: str | None = None) -> InputScales:
 
 def _read(path: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a parent is unreadable
-        return _read_folder(path, scale_kind)
+        return _of_checkpoint(open_checkpoint(path), scale_kind)
     suffix = path.suffix.lower()
     if suffix == ".json":
         return _read_json(path, scale_kind)
     if suffix == ".safetensors":
         return _read_safetensors(path, scale_kind)
-    raise ScaleError("this sort of file is not opened: use .json or .safetensors, or a checkpoint folder")
+    raise ScaleError("this sort of file is not opened: use .json or .safetensors, or a checkpoint folder or Hub repo")
 
 
 def _read_json(path: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
@@ -99,8 +101,11 @@ def _read_safetensors(path: Path, scale_kind: ScaleKind | None) -> dict[str, flo
         source.close()
 
 
-def _read_folder(root: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
-    checkpoint = read_checkpoint(Origin(root))
+def _read_repo(name: str, scale_kind: ScaleKind | None, hub: HubOptions | None) -> dict[str, float]:
+    return _of_checkpoint(open_checkpoint(name, hub), scale_kind)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, scale_kind: ScaleKind | None) -> dict[str, float]:
     try:
         named = [tensor for tensor in checkpoint.tensors() if split_name(tensor.info.name)[1]]
         convention = ScaleConvention(scale_kind, _algorithms(checkpoint, named))

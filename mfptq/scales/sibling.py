@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.folder import Origin, read_checkpoint
 from ..checkpoint.header import TensorInfo
+from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..checkpoint.weights import WEIGHT_SUFFIX
 from ..errors import ScaleError, SourceError, quote
 from ..names.bridge import split_name
-from ..storage.files import expanded
 from .matching import match_names
 from .reading import InputScales, read_input_scales
 
@@ -38,14 +37,13 @@ class SiblingLayers:
         return frozenset(module for module in known if any(True for _ in bridge.names(module)))
 
 
-def read_sibling(path: str | Path, kind: str | None = None) -> SiblingLayers:
-    """Return the NVFP4 layers of a checkpoint folder and their input scales.
+def read_sibling(path: str | Path, kind: str | None = None, hub: HubOptions | None = None) -> SiblingLayers:
+    """Return the NVFP4 layers of a checkpoint, a folder or a Hub repo, and their input scales.
 
-    `kind` says what its scales are where neither names nor config tell. Raises ScaleError for a folder that is no NVFP4
-    checkpoint.
+    `kind` says what its scales are where neither names nor config tell. Raises ScaleError for what is no NVFP4 checkpoint.
     """
     try:
-        checkpoint = read_checkpoint(Origin(expanded(path)))
+        checkpoint = open_checkpoint(path, hub)
     except SourceError as error:
         raise ScaleError(f"checkpoint {quote(path)}: {error}") from None
     try:
@@ -57,7 +55,7 @@ def read_sibling(path: str | Path, kind: str | None = None) -> SiblingLayers:
         raise ScaleError(f"checkpoint {quote(path)} has no NVFP4 layers: weights in U8 with scales in F8_E4M3")
     if not any(split_name(name)[1] and split_name(name)[0] in layers for name in tensors):
         return SiblingLayers(str(path), layers, None)
-    found = read_input_scales(path, kind)
+    found = read_input_scales(path, kind, hub)
     scales = {name: value for name, value in found.global_scales.items() if name in layers}
     return SiblingLayers(str(path), layers, InputScales(scales, found.origin))
 
