@@ -255,7 +255,6 @@ def make_plan(source: str | Path, measuring: Measuring | None = None, **decision
     settings = check_decisions(decisions)
     keep = decisions.get("keep_source", False)
     hub = HubOptions(decisions.get("revision"), decisions.get("token"), decisions.get("cache_dir"), keep)
-    beside = replace(hub, revision=None, keep_source=False)  # for repos other than the source
     choice = FileChoice(
         tuple(decisions.get("include_files", ())),
         tuple(decisions.get("skip_files", ())),
@@ -265,11 +264,15 @@ def make_plan(source: str | Path, measuring: Measuring | None = None, **decision
     with ExitStack() as opened:
         if (given := decisions.get("input_scales")) is not None:
             if given != AUTO:
-                scales = given if isinstance(given, InputScales) else read_input_scales(given, hub=beside)
+                scales = (
+                    given
+                    if isinstance(given, InputScales)
+                    else read_input_scales(given, token=hub.token, cache_dir=hub.cache_dir)
+                )
         elif (path := decisions.get("like")) is not None:
             from .scales.sibling import read_sibling
 
-            sibling = read_sibling(path, hub=beside)
+            sibling = read_sibling(path, token=hub.token, cache_dir=hub.cache_dir)
             settings = replace(settings, rules=replace(settings.rules, like=sibling))
             scales = sibling.scales
         elif (path := decisions.get("calibration")) is not None:

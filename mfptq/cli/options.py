@@ -196,13 +196,12 @@ def decisions_of(options: dict[str, Any]) -> Decisions:
     options["target_formats"] = options.get("target_formats") or None
     options["formats"] = (*options.get("formats", ()), *(f"fp8-dynamic={each}" for each in options.pop("fp8", ())))
     if kind is not None:
-        from ..checkpoint.hub import HubOptions
         from ..scales.reading import read_input_scales
 
         if options["input_scales"] is None:
             raise UsageError("--input-scales-kind says nothing without --input-scales")
-        hub = HubOptions(token=options["token"], cache_dir=options["cache_dir"])
-        options["input_scales"] = read_input_scales(options["input_scales"], kind, hub)
+        login = {name: options[name] for name in ("token", "cache_dir")}
+        options["input_scales"] = read_input_scales(options["input_scales"], kind, **login)
     if save is not None:
         from .recipe import save_recipe
 

@@ -42,7 +42,9 @@ class InputScales:
     about: str = "imported"
 
 
-def read_input_scales(path: str | Path, kind: str | None = None, hub: HubOptions | None = None) -> InputScales:
+def read_input_scales(
+    path: str | Path, kind: str | None = None, *, token: str | None = None, cache_dir: str | Path | None = None
+) -> InputScales:
     """Return the input scales in a JSON file, a safetensors file, or a checkpoint, a folder or a Hub repo.
 
     `kind`, one of `input_global_scale`, `input_scale` and `amax`, says what the numbers are where neither names nor file
@@ -52,8 +54,8 @@ def read_input_scales(path: str | Path, kind: str | None = None, hub: HubOptions
     if kind is not None and kind not in SCALE_KINDS:
         raise UsageError(f"kind of input scales {quote(kind)} is unknown, expected one of {', '.join(SCALE_KINDS)}")
     try:
-        known = cast("ScaleKind | None", kind)
-        found = _read_repo(str(path), known, hub) if names_repo(path) else _read(expanded(path), known)
+        known, hub = cast("ScaleKind | None", kind), HubOptions(token=token, cache_dir=cache_dir)
+        found = _of_checkpoint(open_checkpoint(path, hub), known) if names_repo(path) else _read(expanded(path), known)
     except (SourceError, StrictJsonError, ScaleError) as error:
         raise ScaleError(f"input scales {quote(path)}: {error}") from None
     return InputScales(found, str(path))
@@ -99,10 +101,6 @@ def _read_safetensors(path: Path, scale_kind: ScaleKind | None) -> dict[str, flo
         return _global_scales(_numbers(source, named or tensors), ScaleConvention(scale_kind))
     finally:
         source.close()
-
-
-def _read_repo(name: str, scale_kind: ScaleKind | None, hub: HubOptions | None) -> dict[str, float]:
-    return _of_checkpoint(open_checkpoint(name, hub), scale_kind)
 
 
 def _of_checkpoint(checkpoint: Checkpoint, scale_kind: ScaleKind | None) -> dict[str, float]:

@@ -37,13 +37,15 @@ class SiblingLayers:
         return frozenset(module for module in known if any(True for _ in bridge.names(module)))
 
 
-def read_sibling(path: str | Path, kind: str | None = None, hub: HubOptions | None = None) -> SiblingLayers:
+def read_sibling(
+    path: str | Path, kind: str | None = None, *, token: str | None = None, cache_dir: str | Path | None = None
+) -> SiblingLayers:
     """Return the NVFP4 layers of a checkpoint, a folder or a Hub repo, and their input scales.
 
     `kind` says what its scales are where neither names nor config tell. Raises ScaleError for what is no NVFP4 checkpoint.
     """
     try:
-        checkpoint = open_checkpoint(path, hub)
+        checkpoint = open_checkpoint(path, HubOptions(token=token, cache_dir=cache_dir))
     except SourceError as error:
         raise ScaleError(f"checkpoint {quote(path)}: {error}") from None
     try:
@@ -55,7 +57,7 @@ def read_sibling(path: str | Path, kind: str | None = None, hub: HubOptions | No
         raise ScaleError(f"checkpoint {quote(path)} has no NVFP4 layers: weights in U8 with scales in F8_E4M3")
     if not any(split_name(name)[1] and split_name(name)[0] in layers for name in tensors):
         return SiblingLayers(str(path), layers, None)
-    found = read_input_scales(path, kind, hub)
+    found = read_input_scales(path, kind, token=token, cache_dir=cache_dir)
     scales = {name: value for name, value in found.global_scales.items() if name in layers}
     return SiblingLayers(str(path), layers, InputScales(scales, found.origin))
 
