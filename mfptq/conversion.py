@@ -264,11 +264,7 @@ def make_plan(source: str | Path, measuring: Measuring | None = None, **decision
     with ExitStack() as opened:
         if (given := decisions.get("input_scales")) is not None:
             if given != AUTO:
-                scales = (
-                    given
-                    if isinstance(given, InputScales)
-                    else read_input_scales(given, token=hub.token, cache_dir=hub.cache_dir)
-                )
+                scales = _given_scales(given, hub)
         elif (path := decisions.get("like")) is not None:
             from .scales.sibling import read_sibling
 
@@ -294,3 +290,9 @@ def make_plan(source: str | Path, measuring: Measuring | None = None, **decision
             made = aimed(made, aim, lambda changed: build_plan(checkpoint, changed, found, calibration))
         opened.pop_all()
     return made
+
+
+def _given_scales(given: str | Path | InputScales, hub: HubOptions) -> InputScales:
+    if isinstance(given, InputScales):
+        return given
+    return read_input_scales(given, token=hub.token, cache_dir=hub.cache_dir)
