@@ -238,6 +238,8 @@ def verify(output: str, source: str | None, as_json: bool, quiet: bool, **option
     """
     from dataclasses import asdict
 
+    from ..output.leftovers import REPORT
+    from ..storage.files import expanded
     from ..verification import verify as check
     from . import text
 
@@ -246,7 +248,12 @@ def verify(output: str, source: str | None, as_json: bool, quiet: bool, **option
     click.echo(json.dumps({**asdict(found), "ok": found.ok}) if as_json else text.verification_text(found))
     if not found.ok:
         faults = counted(len(found.faults), "fault", "faults")
-        raise VerificationError(f"{quote(output)} has {faults}: {found.faults[0]}")
+        foreign = (
+            ""
+            if (expanded(output) / REPORT).is_file()
+            else "; without mfptq_report.json it is no output of mfptq: use check"
+        )
+        raise VerificationError(f"{quote(output)} has {faults}: {found.faults[0]}{foreign}")
 
 
 @main.command()

@@ -143,6 +143,8 @@ def compare_text(found: Comparison) -> str:
         f"first:  {size_text(found.first_bytes)}, relative error {found.first_error:.2%}",
         f"second: {size_text(found.second_bytes)}, relative error {found.second_error:.2%}",
     ]
+    if not (found.treated or found.changed or found.equal):
+        lines.append("one of them took its weights over from an NVFP4 source: nothing is known of their errors")
     for rows, title in ((found.treated, "treated otherwise"), (found.changed, "with another error")):
         lines.append(f"{counted(len(rows), 'layer is' if rows is found.treated else 'layer', 'layers')} {title}")
         lines += [_compared(row) for row in rows[:SHOWN]]

@@ -63,6 +63,8 @@ class Comparison:
 def compare(first: ReportData, second: ReportData) -> Comparison:
     """Return how two reports differ, layer by layer; the largest changes first."""
     one, other = ({row.name: row for row in report.layers} for report in (first, second))
+    if not one or not other:
+        one = other = {}  # all weights of one were NVFP4 in its source: nothing is known of their errors
     rows = [_difference(name, one.get(name), other.get(name)) for name in sorted(one.keys() | other.keys())]
     treated = tuple(row for row in rows if row.change is None and (row.first is None or row.second is None))
     changed = [row for row in rows if row.change is not None and abs(row.change) > SAME]

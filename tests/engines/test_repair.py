@@ -99,3 +99,12 @@ def test_experts_that_calibration_never_reached_are_filled(value: float, moe_sou
     set_scalar(written, "model.language_model.layers.3.self_attn.o_proj.input_global_scale", 0.0)
     with pytest.raises(mfptq.SourceError, match=r"o_proj\.input_global_scale' .* is 0\.0, expected a positive number"):
         mfptq.convert(written, tmp_path / "out2", like=written)
+
+
+def test_verify_and_compare_say_what_they_cannot(made: tuple[str, Path, Path], tmp_path: Path) -> None:
+    _, _, written = made
+    assert "it is no output of mfptq: use check" in command("verify", written).stderr
+    command("repair", written, tmp_path / "repaired")
+    shown = command("compare", tmp_path / "repaired", tmp_path / "repaired").stdout
+    assert "nothing is known of their errors" in shown
+    assert "weight_global_scale: 0 of" in shown
