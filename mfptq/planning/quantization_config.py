@@ -15,7 +15,7 @@ from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import Candidate, name_pattern
 from ..encodings.declared import MAX_CONFIG_DEPTH, QUANTIZATION_KEYS
 from ..names import REGEX_PREFIX
-from ..names.engine import built_modules, experts_module
+from ..names.engine import EXPERTS, built_modules, experts_module
 from ..names.fusion import fused_groups
 from ..names.leaves import KEPT, TURNED, Leaf, kept_by, leaf_of
 from ..names.patterns import match_names
@@ -125,7 +125,8 @@ def ignore_list(selection: Selection, rules: Rules, *, fused: bool = False) -> l
 
 def head_targets(modules: Iterable[str]) -> list[str]:
     """Return patterns for those of the quantized modules that engines do not build as linear layers: output heads."""
-    kinds = {name_pattern(logical(name), "0") for name in modules}
+    outside = (name for name in modules if f".{EXPERTS}." not in name)  # heads are no experts, of which there are many
+    kinds = {name_pattern(logical(name), "0") for name in outside}
     heads = {leaf_of(kind) for kind in kinds if any(line.role == "head" for line in kept_by(kind))}
     return [rf"re:(.*\.)?{re.escape(leaf)}$" for leaf in sorted(heads)]
 
