@@ -40,9 +40,12 @@ class FactorSums:
     def _directions(self, factors: torch.Tensor) -> torch.Tensor:
         """Return rows of unit length along the factors; where there are none yet, random ones."""
         length = factors.norm(dim=1, keepdim=True)
+        long = length > _LEAST_LENGTH * length.max()
+        if bool(long.all()):
+            return factors / length
         generator = torch.Generator().manual_seed(_SEED)
         random = torch.randn(factors.shape, generator=generator).to(factors.device)
-        return torch.where(length > _LEAST_LENGTH * length.max(), factors / length, random)
+        return torch.where(long, factors / length, random)
 
     def mean(self, tokens: int) -> npt.NDArray[np.float32]:
         """Return the factors of the mean over so many tokens, float32 `[r, K]`."""
