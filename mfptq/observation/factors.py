@@ -42,7 +42,7 @@ class FactorSums:
         length = factors.norm(dim=1, keepdim=True)
         long = length > _LEAST_LENGTH * length.max()
         if bool(long.all()):
-            return factors / length
+            return factors.div(length)
         generator = torch.Generator().manual_seed(_SEED)
         random = torch.randn(factors.shape, generator=generator).to(factors.device)
         return torch.where(long, factors / length, random)
