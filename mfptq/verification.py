@@ -33,7 +33,7 @@ from .output.fault import Fault
 from .output.leftovers import MANIFEST, REPORT
 from .output.manifest import manifest_faults
 from .output.report import recorded_checksums
-from .output.stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups
+from .output.stored_formats import ConfigGroup, cache_scales, config_of, group_of, quantized_modules, read_groups
 from .output.structure import structure_faults
 from .planning.formats import GLOBAL_SCALE, PACKED, SCALE, TargetFormat
 from .smoothing.record import RECORD, read_record
@@ -144,7 +144,8 @@ def _check(output: Checkpoint, original: Checkpoint | None, found: _Findings) ->
 def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) -> None:
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
     parts = [*_parts(output, original, stored, found.faults)]
-    found.faults += [Fault(name, stored[name].shard, "has no origin in the source") for name in sorted(stored)]
+    foreign = stored.keys() - cache_scales(stored, config_of(output)).keys()
+    found.faults += [Fault(name, stored[name].shard, "has no origin in the source") for name in sorted(foreign)]
     patterns: dict[str, ErrorStats] = {}
     layers: dict[str, ErrorStats] = {}
     kept: dict[str, KeptPart] = {}

@@ -103,3 +103,12 @@ def check_sensitivities(found: Mapping[str, float]) -> None:
     for name, value in found.items():
         if not 0 <= value < np.inf:
             raise ScaleError(f"sensitivity of {quote(name)} is {value}, expected a finite number from 0 on")
+
+
+def check_ranges(found: Mapping[str, tuple[float, float]]) -> None:
+    """Raise ScaleError for ranges of keys and values that no keys and values have."""
+    for name, pair in found.items():
+        if not all(0 <= value < np.inf for value in pair):
+            raise ScaleError(
+                f"ranges of keys and values of {quote(name)} are {list(pair)}, expected finite numbers from 0 on"
+            )

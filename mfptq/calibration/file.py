@@ -11,6 +11,8 @@ For each input, by its name:
     <input>.factors        F32 [r, K]         F with x x^T less F^T F as small as r rows make it, and never negative
     <input>.tokens         I64 [1]            how many tokens that was
     <experts>.routed_tokens  I64 [E]          how many tokens each routed expert was given by its router
+    <module>.k_amax        F32 [1]            largest magnitude of the keys, after their rotation, of an attention layer whose
+                                              keys that module makes; `.v_amax` that of its values
     <input>.sensitivity    F32 [1]            squared relative error of the model's last hidden state where the layers of
                                               this input alone are rounded to plain NVFP4; of a layer's experts together
                                               it is `<experts>.sensitivity`
@@ -43,7 +45,9 @@ FORMAT_VERSION = "1"
 AMAX, MOMENT, HESSIAN, FACTORS = "amax", "second_moment", "hessian", "factors"
 TOKENS, ROUTED = "tokens", "routed_tokens"
 SENSITIVITY = "sensitivity"
+KEYS, VALUES = "k_amax", "v_amax"
 
+_NUMBERS = tuple(f".{each}" for each in (SENSITIVITY, KEYS, VALUES))
 EXTRACT = "extract"  # the origin of files whose ranges come from another checkpoint: no tokens are known
 
 Level = Literal["amax", "moments", "hessian", "factors"]
@@ -138,6 +142,15 @@ class Contents:
     read: Callable[[InputInfo], InputStatistics]
     routed: Mapping[str, Int64Array]
     sensitivities: Mapping[str, float] = field(default_factory=dict)
+    key_values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The tensors of a single number that belong to no input, by name."""
+        found = {f"{name}.{SENSITIVITY}": value for name, value in self.sensitivities.items()}
+        for name, pair in self.key_values.items():
+            found |= {f"{name}.{part}": value for part, value in zip((KEYS, VALUES), pair, strict=True)}
+        return found
 
 
 def write_calibration(path: Path, contents: Contents) -> None:
@@ -146,7 +159,7 @@ def write_calibration(path: Path, contents: Contents) -> None:
     level = contents.description.statistics
     specs = [spec for info in contents.inputs for spec in tensor_specs(info, level, counted=counted)]
     specs += [TensorSpec(f"{name}.{ROUTED}", "I64", counts.shape) for name, counts in contents.routed.items()]
-    specs += [TensorSpec(f"{name}.{SENSITIVITY}", "F32", (1,)) for name in contents.sensitivities]
+    specs += [TensorSpec(name, "F32", (1,)) for name in contents.numbers]
     head, header = encode_header(specs, _metadata(contents.description, contents.inputs))
     places = {info.name: len(head) + info.start for info in header.tensors}
     file = PartialFile(partial_path(path.parent, path.name), path, len(head) + header.data_bytes)
@@ -157,8 +170,8 @@ def write_calibration(path: Path, contents: Contents) -> None:
                 file.write(data, places[f"{info.name}.{part}"])
         for name, counts in contents.routed.items():
             file.write(counts.astype("<i8").tobytes(), places[f"{name}.{ROUTED}"])
-        for name, value in contents.sensitivities.items():
-            file.write(np.array([value], "<f4").tobytes(), places[f"{name}.{SENSITIVITY}"])
+        for name, value in contents.numbers.items():
+            file.write(np.array([value], "<f4").tobytes(), places[name])
         file.commit()
     finally:
         file.discard()
@@ -269,6 +282,6 @@ def check_tensors(tensors: Mapping[str, TensorInfo], inputs: Iterable[InputInfo]
             raise ScaleError(f"tensor {quote(name)} is {got}, expected {spec.dtype} {list(spec.shape)}")
     for name, info in tensors.items():
         routed = name.endswith(f".{ROUTED}") and info.dtype == "I64" and len(info.shape) == 1
-        sensitivity = name.endswith(f".{SENSITIVITY}") and (info.dtype, info.shape) == ("F32", (1,))
-        if name not in expected and not routed and not sensitivity:
+        number = name.endswith(_NUMBERS) and (info.dtype, info.shape) == ("F32", (1,))
+        if name not in expected and not routed and not number:
             raise ScaleError(f"tensor {quote(name)} belongs to no input")

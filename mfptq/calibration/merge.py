@@ -50,7 +50,7 @@ def merged(files: Sequence[Calibration]) -> Contents:
     def read(info: InputInfo) -> InputStatistics:
         return pooled([file.read(info) for file in files if info.name in file.inputs])
 
-    return Contents(description, tuple(infos.values()), read, _routed(files), _sensitivities(files))
+    return Contents(description, tuple(infos.values()), read, _routed(files), _sensitivities(files), _key_values(files))
 
 
 def _together(first: Description, other: Description, path: Path) -> Description:
@@ -105,6 +105,16 @@ def _mean_factors(factors: Sequence[Float32Array], counts: Sequence[int]) -> Flo
     every = np.concatenate([each.astype(np.float64) * share**0.5 for each, share in zip(factors, shares, strict=True)])
     _, directions = np.linalg.eigh(every @ every.T)
     return np.asarray(directions[:, : -len(factors[0]) - 1 : -1].T @ every, np.float32)
+
+
+def _key_values(files: Sequence[Calibration]) -> dict[str, tuple[float, float]]:
+    """Return the largest ranges of keys and values."""
+    found: dict[str, tuple[float, float]] = {}
+    for file in files:
+        for name, (keys, values) in file.key_value_ranges().items():
+            known = found.get(name, (0.0, 0.0))
+            found[name] = (max(known[0], keys), max(known[1], values))
+    return found
 
 
 def _routed(files: Sequence[Calibration]) -> dict[str, Int64Array]:

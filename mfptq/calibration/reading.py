@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,17 @@ from ..scales.reading import InputScales
 from ..scales.values import ScaleConvention
 from ..storage.digest import file_sha256
 from ..storage.files import expanded
-from .checks import check_routed, check_sensitivities, check_statistics
+from .checks import check_ranges, check_routed, check_sensitivities, check_statistics
 from .file import (
     AMAX,
     FACTORS,
     HESSIAN,
+    KEYS,
     MOMENT,
     ROUTED,
     SENSITIVITY,
     TOKENS,
+    VALUES,
     Description,
     InputInfo,
     InputStatistics,
@@ -193,6 +195,22 @@ class Calibration:
         suffix = f".{ROUTED}"
         return {name.removesuffix(suffix): self._array(name, "<i8") for name in self._places if name.endswith(suffix)}
 
+    def key_value_ranges(self, modules: Sequence[str] | None = None) -> dict[str, tuple[float, float]]:
+        """Return the largest magnitudes of keys and of values, by the module that makes keys.
+
+        With `modules`, the source's, by their names; raises ScaleError for a layer of the file that is none of them.
+        """
+        suffix = f".{KEYS}"
+        found = {
+            module: (float(self._array(name, "<f4")[0]), float(self._array(f"{module}.{VALUES}", "<f4")[0]))
+            for name in self._places
+            if name.endswith(suffix) and f"{(module := name.removesuffix(suffix))}.{VALUES}" in self._places
+        }
+        if modules is None or not found:
+            return found
+        bridge = match_names(f"calibration {quote(self.path)}", found, modules)
+        return {module: found[name] for module in modules for name in bridge.names(module)}
+
     def read_sensitivities(self) -> dict[str, float]:
         """Return how much the model's output suffers from each input's layers, or from each layer's experts."""
         suffix = f".{SENSITIVITY}"
@@ -239,6 +257,7 @@ def load_calibration(path: str | Path) -> Calibration:
                 check_statistics(info, calibration.read(info))
             check_routed(calibration.routed())
             check_sensitivities(calibration.sensitivities)
+            check_ranges(calibration.key_value_ranges())
         except BaseException:
             calibration.close()
             raise

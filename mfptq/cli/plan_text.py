@@ -107,6 +107,8 @@ def plan_text(
     lines += ["", *(line for text in _sums(plan, view, seconds) for line in _wrapped(text, columns))]
     if plan.allocation is not None:
         lines += ["", *target_lines(plan.allocation, columns)]
+    if plan.settings.kv_cache is not None:
+        lines += _wrapped(plan.cache_scales.text, columns)
     for warning in plan.warnings:
         lines += _wrapped(f"warning: {warning}", columns)
     if findings:

@@ -171,6 +171,7 @@ def plan_values(plan: ConversionPlan, view: Preview) -> dict[str, Any]:
         "scheme": plan.scheme,
         "formats": dict(plan.formats.most_common()),
         "kv_cache": plan.settings.kv_cache,
+        "kv_cache_scales": plan.cache_scales.layers,
         "method": plan.method,
         "methods": dict(plan.methods.most_common()),
         "smoothing": plan.smoothing.as_dict() if plan.smoothing is not None else None,

@@ -22,6 +22,7 @@ from ..checkpoint.weights import StoredTensor
 from ..dtypes import NUMPY_DTYPES
 from ..errors import SourceError, quote
 from ..limits import MAX_SCALES_BYTES
+from ..names.attention import CACHE_SCALES
 from ..nvfp4 import BLOCK_SIZE
 from .declared import Declared, declared_in_config, read_declared
 from .fp4 import mxfp4, nvfp4
@@ -62,12 +63,14 @@ class Contents:
     """Logical tensors by shard, in the order of the data.
 
     `formats` counts weights by format, `notes` are lines for people, `scale_bytes` is the size of what is no tensor of its own.
+    `cache_scales` are scales of the key-value cache, which are no tensors of its own either.
     """
 
     shards: Mapping[str, tuple[StoredTensor, ...]]
     formats: Mapping[str, int]
     notes: tuple[str, ...]
     scale_bytes: int = 0
+    cache_scales: tuple[StoredTensor, ...] = ()
 
     @property
     def kept_shards(self) -> list[str]:
@@ -147,7 +150,15 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     shards = {name: tuple(_logical(tensors, found, gone)) for name, tensors in stored.items()}
     kept = sum(stored_bytes(tensor) for tensors in shards.values() for tensor in tensors)
     formats = Counter(weight.encoding.format for weight in found.weights.values())
-    return Contents(shards, formats, tuple(_notes(formats, declared, found, unused)), checkpoint.tensor_bytes - kept)
+    cache = tuple(tensor for tensor in everything if tensor.info.name in unused and _is_cache_scale(tensor.info))
+    notes = tuple(_notes(formats, declared, found, unused - {tensor.info.name for tensor in cache}))
+    notes += (f"{len(cache)} scales of the key-value cache go over if that is kept in FP8",) if cache else ()
+    return Contents(shards, formats, notes, checkpoint.tensor_bytes - kept, cache)
+
+
+def _is_cache_scale(info: TensorInfo) -> bool:
+    """Return whether a tensor is a scale of keys or values that an FP8 cache takes."""
+    return info.name.rpartition(".")[2] in (*CACHE_SCALES, "kv_scale") and info.dtype in ("F32", "BF16", "F16")
 
 
 def _is_suspect(info: TensorInfo) -> bool:

@@ -43,8 +43,23 @@ def aimed(plan: ConversionPlan, measuring: Measuring, rebuild: Callable[[Setting
     if not allocation.fixed and all(each.format == KEEP for each in allocation.chosen.values()):
         raise UsageError(f"a target of {target} leaves nothing to quantize: the source is no larger")
     made = rebuild(replace(plan.settings, chosen=_rules(allocation, target)))
-    quantized = allocation.fixed + sum(option.nbytes for option in allocation.chosen.values())
-    return replace(made, allocation=replace(allocation, others=made.output_bytes - quantized))
+    if target.nbytes is not None and made.output_bytes < target.nbytes:
+        made, allocation = _closer(made, allocation, target, rebuild)
+    others = made.output_bytes - allocation.fixed - allocation.size
+    return replace(made, allocation=replace(allocation, others=others))
+
+
+def _closer(
+    made: ConversionPlan, allocation: Allocation, target: SizeTarget, rebuild: Callable[[Settings], ConversionPlan]
+) -> tuple[ConversionPlan, Allocation]:
+    """Return what a second choice gives, which knows how long headers really are; the first if that would be too much."""
+    assert target.nbytes is not None
+    chosen = allocate(allocation.units, allocation.size + target.nbytes - made.output_bytes)
+    again = replace(allocation, chosen=chosen)
+    if chosen == allocation.chosen:
+        return made, allocation
+    other = rebuild(replace(made.settings, chosen=_rules(again, target)))
+    return (other, again) if other.output_bytes <= target.nbytes else (made, allocation)
 
 
 def _allocation(plan: ConversionPlan, target: SizeTarget, layers: Sequence[Layers], errors: Errors) -> Allocation:

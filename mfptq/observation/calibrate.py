@@ -21,6 +21,7 @@ from ..planning.settings import check_decisions
 from ..sizes import parse_size
 from ..storage.files import expanded
 from .inputs import Blocks, find_blocks, find_inputs
+from .key_values import KeyValueRanges
 from .recording import Recorder
 from .texts import Encoder, Samples, read_samples
 
@@ -119,7 +120,8 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
             encoder = encoder if encoder is not None else models.load_encoder(skeleton.folder)
             text = read_samples(expanded(dataset), encoder, samples=samples, max_seq_length=max_seq_length)
             description = _description(plan, options, text)
-            recorder = Recorder(inputs, statistics)
+            modules = (item.candidate.module for item in plan.selection.tensors)
+            recorder = Recorder(inputs, statistics, key_values=KeyValueRanges.of(modules))
             if not overwrite and output.exists():
                 description = resume(output, description, recorder)
             return _Making(skeleton, checkpoint, recorder, options, on_event).run(output, description, text)
@@ -181,6 +183,7 @@ def _take_over(calibration: Calibration, recorder: Recorder) -> None:
         recorder.sums[info.name].restore(calibration.read(info))
     recorder.routed.update(routed)
     recorder.sensitivities.update(calibration.sensitivities)
+    recorder.key_values.found.update(calibration.key_value_ranges())
 
 
 @dataclass(slots=True)
@@ -224,7 +227,7 @@ class _Making:
     def _write(self, output: Path, description: Description) -> None:
         recorder = self.recorder
         contents = Contents(description, recorder.seen(), recorder.statistics, recorder.routed, recorder.sensitivities)
-        write_calibration(output, contents)
+        write_calibration(output, replace(contents, key_values=recorder.key_values.found))
 
     @contextmanager
     def _runner(

@@ -13,6 +13,7 @@ import torch
 from ..calibration.file import InputInfo, InputStatistics, Int64Array, Level
 from ..errors import ScaleError, counted, listed, quote
 from .inputs import ExpertsInputs, Inputs, LinearInput
+from .key_values import KeyValueRanges
 from .sums import InputSums
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Recorder:
     sums: dict[str, InputSums] = field(init=False)
     routed: dict[str, Int64Array] = field(init=False)
     sensitivities: dict[str, float] = field(default_factory=dict)
+    key_values: KeyValueRanges = field(default_factory=lambda: KeyValueRanges(()))
 
     def __post_init__(self) -> None:
         self.sums = {info.name: InputSums(info.name, info.columns, self.level) for info in self.inputs.infos}
@@ -37,6 +39,7 @@ class Recorder:
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Watch the model inside the block."""
         with ExitStack() as stack:
+            stack.enter_context(self.key_values.attached(model))
             for linear in self.inputs.linear:
                 hook = _LinearHook(self, linear)
                 module = model.get_submodule(linear.module)

@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import WEIGHT_SUFFIX, StoredTensor, Weight
 from ..names import REGEX_PREFIX
+from ..names.attention import CACHE_SCALES
 from ..planning.config_groups import LINEAR, config_group
 from ..planning.formats import FORMATS, PACKED, QUANTIZATION_CONFIG, SCALE, WEIGHT, TargetFormat
 
@@ -106,3 +107,10 @@ def tensor_faults(module: str, target: TargetFormat, stored: Mapping[str, Stored
     for suffix in _SUFFIXES:
         if suffix not in expected and f"{module}.{suffix}" in stored:
             yield f"{module}.{suffix}", "does not belong to a quantized module of this scheme"
+
+
+def cache_scales(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Return the scales of keys and values in an output whose config keeps these in FP8, by name."""
+    if not config.get("kv_cache_scheme"):
+        return {}
+    return {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] in CACHE_SCALES}

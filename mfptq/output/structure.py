@@ -23,7 +23,15 @@ from ..planning.defaults import siblings_of
 from ..planning.formats import QUANTIZATION_CONFIG, SCALAR, TargetFormat
 from ..planning.quantization_config import head_targets
 from .fault import Fault
-from .stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups, tensor_faults
+from .stored_formats import (
+    ConfigGroup,
+    cache_scales,
+    config_of,
+    group_of,
+    quantized_modules,
+    read_groups,
+    tensor_faults,
+)
 
 _ANY = Weight("", "", "BF16", 0, 16, 16)  # of which only the names of its tensors are asked
 
@@ -53,12 +61,21 @@ def structure_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         found += [Fault(name, "", what) for name, what in tensor_faults(module, target, stored)]
     found += _ignore_faults(config.get("ignore"), modules, linear)
     found += _head_faults(groups, modules)
+    found += _cache_faults(checkpoint.source, cache_scales(stored, config))
     yield from found or _fusion_faults(checkpoint.source, stored, formats, linear)
     if checkpoint.has_index:
         metadata = read_object(checkpoint.source, INDEX, MAX_INDEX_BYTES).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != checkpoint.tensor_bytes:
             yield Fault("", INDEX, f"says total_size {total}, the tensors have {checkpoint.tensor_bytes}")
+
+
+def _cache_faults(source: Source, scales: Mapping[str, StoredTensor]) -> Iterator[Fault]:
+    for name, tensor in scales.items():
+        if (tensor.info.dtype, tensor.info.shape) != ("F32", (1,)):
+            yield Fault(name, tensor.shard, f"is {tensor.info.dtype} {list(tensor.info.shape)}, expected F32 [1]")
+        elif not 0 < (value := read_scalar(source, tensor)) < math.inf:
+            yield Fault(name, tensor.shard, f"is {value}, expected a positive number")
 
 
 def _ignore_faults(ignore: object, modules: Iterable[str], linear: Iterable[str]) -> Iterator[Fault]:

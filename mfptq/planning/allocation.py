@@ -162,6 +162,11 @@ class Allocation:
         return self.fixed_elements + sum(unit.elements for unit in self.units)
 
     @property
+    def size(self) -> int:
+        """The bytes of the units as they were chosen."""
+        return sum(option.nbytes for option in self.chosen.values())
+
+    @property
     def row(self) -> FrontierRow:
         """What was chosen."""
         return self._row(self.chosen)

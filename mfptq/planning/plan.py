@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.folder import Checkpoint
@@ -26,6 +27,7 @@ from ..scales.assignment import AssignedScales
 from ..scales.reading import InputScales
 from ..scales.uncalibrated import UncalibratedInputs
 from ..smoothing.plan import Smoothing
+from .cache_scales import CacheScales, cache_scales
 from .carried import Carried, has_input_scales
 from .digests import digests_of, sha256
 from .format_choice import Source, select_formats
@@ -37,7 +39,7 @@ from .rules import Selection, TensorDecision
 from .settings import Settings, unreached
 from .share import Share, share_of
 from .smoothed_inputs import Inputs, smoothed_inputs
-from .weight_targets import WeightTarget, choose_targets, weight_target
+from .weight_targets import ChosenTargets, WeightTarget, choose_targets, weight_target
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -85,6 +87,7 @@ class ConversionPlan:
     _formats: Mapping[str, TargetFormat] = field(repr=False)
     _cast: frozenset[str] = field(repr=False)
     allocation: Allocation | None = None
+    cache_scales: CacheScales = field(default_factory=lambda: CacheScales({}))
 
     @property
     def digest(self) -> str:
@@ -228,6 +231,7 @@ class ConversionPlan:
                 widened.append(WidenTensor(tensor.matrix, next(places)))
             else:
                 copies.append(CopyTensor(tensor.info.name, tensor.offset, next(places), tensor.info.nbytes))
+        scalars += [Scalar(next(places), each.value) for each in self.cache_scales.of(shard.name)]
         parts = (tuple(copies), tuple(weights), tuple(widened), tuple(scalars))
         return ShardJob(shard.name, shard.head, shard.size, *parts)
 
@@ -267,14 +271,13 @@ def build_plan(
     found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.casts)
     group_of = {member: group for group in selection.groups for member in group.members}
     places: dict[str, str] = {}
-
-    def target_of(weight: Weight) -> WeightTarget:
-        return weight_target(weight, found.formats[weight.module], method, found.calibration)
-
-    shards = tuple(
-        plan_shard(name, [*output_specs(contents.shards[name], decisions, group_of, target_of)], places)
+    target_of = partial(_target_of, found, method)
+    cache = cache_scales(contents, settings, calibration, given.smoothing, source=checkpoint.source)
+    listed = (
+        (name, [*output_specs(contents.shards[name], decisions, group_of, target_of), *cache.specs(name)])
         for name in contents.kept_shards
     )
+    shards = tuple(plan_shard(name, specs, places) for name, specs in listed)
     config = config_text(checkpoint.config, quantization(selection, settings.rules, found.formats, settings.kv_cache))
     index = index_text(sum(shard.tensor_bytes for shard in shards), places) if checkpoint.has_index else None
     return ConversionPlan(
@@ -285,10 +288,15 @@ def build_plan(
         shards=shards,
         config_text=config,
         index_text=index,
-        digests=digests_of(checkpoint, (method, config), found, given.smoothing) | contents.digests,
+        digests=digests_of(checkpoint, (method, config), found, given.smoothing) | contents.digests | cache.digests,
+        cache_scales=cache,
         _weights=found.weights,
         _group_of=group_of,
         _decisions=decisions,
         _formats=found.formats,
         _cast=found.cast,
     )
+
+
+def _target_of(found: ChosenTargets, method: str, weight: Weight) -> WeightTarget:
+    return weight_target(weight, found.formats[weight.module], method, found.calibration)

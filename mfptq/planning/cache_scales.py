@@ -1,0 +1,146 @@
+"""Scales of an FP8 cache of keys and values: the source's own, or those that ranges of a calibration file give.
+
+Called by `plan`. A scale is the factor that engines multiply by: the largest magnitude over 448. They look for
+`<attention>.k_scale` and `<attention>.v_scale`, and take 1.0 for a layer that has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..checkpoint.header import TensorSpec
+from ..checkpoint.stored_bytes import read_bytes
+from ..checkpoint.weights import StoredTensor
+from ..dtypes import NUMPY_DTYPES
+from ..errors import SourceError, counted, quote
+from ..names.attention import CACHE_SCALES, attention_of, key_modules
+from ..nvfp4 import E4M3_MAX, as_float32
+
+if TYPE_CHECKING:
+    from ..calibration.reading import Calibration
+    from ..checkpoint.source import Source
+    from ..encodings.contents import Contents
+    from ..smoothing.plan import Smoothing
+    from .settings import Settings
+
+
+class CacheScale(NamedTuple):
+    """A tensor `[1]` that is written, float32."""
+
+    name: str
+    value: float
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor that is written, among the first of its file."""
+        return TensorSpec(self.name, "F32", (1,))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheScales:
+    """The scales of each output shard, in the order in which they are written; `origin` says where they are from."""
+
+    shards: Mapping[str, tuple[CacheScale, ...]]
+    origin: str = ""
+
+    def of(self, shard: str) -> tuple[CacheScale, ...]:
+        """Return those of one output shard."""
+        return self.shards.get(shard, ())
+
+    def specs(self, shard: str) -> Iterator[TensorSpec]:
+        """Yield the tensors of one output shard."""
+        return (each.spec for each in self.of(shard))
+
+    @property
+    def layers(self) -> int:
+        """How many layers have scales."""
+        return len({attention_of(each.name) for scales in self.shards.values() for each in scales})
+
+    @property
+    def text(self) -> str:
+        """What is written, in words."""
+        if not self.shards:
+            return "keys and values in FP8 without scales: engines take 1.0"
+        return f"keys and values in FP8, with scales of {counted(self.layers, 'layer', 'layers')} {self.origin}"
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What decides the bytes of the scales, as a SHA-256, hexadecimal; nothing where there are none."""
+        lines = [f"{each.name} {each.value!r}" for scales in self.shards.values() for each in scales]
+        return {"cache scales": hashlib.sha256("\n".join(lines).encode()).hexdigest()} if lines else {}
+
+
+def cache_scales(
+    contents: Contents,
+    settings: Settings,
+    calibration: Calibration | None,
+    smoothing: Smoothing | None,
+    *,
+    source: Source,
+) -> CacheScales:
+    """Return the scales of keys and values; none unless these are kept in FP8.
+
+    Ranges of a calibration file come first, then the source's own scales. Values that smoothing scales have the largest range
+    that they can have then. Raises SourceError for scales that are no positive numbers.
+    """
+    if settings.kv_cache is None:
+        return CacheScales({})
+    shards = {tensor.info.name: shard for shard, tensors in contents.shards.items() for tensor in tensors}
+    homes = {name.removesuffix(".weight"): shard for name, shard in shards.items()}
+    layers = {attention_of(module): homes[module] for module in key_modules(homes)}
+    found: dict[str, tuple[float, float]] = {}
+    origin = ""
+    ranges = {} if calibration is None else calibration.key_value_ranges(list(key_modules(homes)))
+    if ranges:
+        found = {
+            attention_of(module): (keys / E4M3_MAX, values / E4M3_MAX) for module, (keys, values) in ranges.items()
+        }
+        origin = "from the calibration file"
+    elif contents.cache_scales:
+        found, origin = _of_source(source, contents.cache_scales), "of the source"
+    stored = {name for name in shards if name.rpartition(".")[2] in CACHE_SCALES}
+    by_shard: dict[str, list[CacheScale]] = {}
+    for layer, values in found.items():
+        if layer in layers:
+            factors = 1.0, _largest_factor(smoothing, f"{layer}.v_proj.weight")
+            new = [
+                CacheScale(f"{layer}.{leaf}", _positive(value * factor))
+                for leaf, value, factor in zip(CACHE_SCALES, values, factors, strict=True)
+            ]
+            by_shard.setdefault(layers[layer], []).extend(each for each in new if each.name not in stored)
+    return CacheScales({shard: tuple(scales) for shard, scales in by_shard.items()}, origin)
+
+
+def _positive(value: float) -> float:
+    """Return a scale as float32; 1 where all keys or values were 0."""
+    return float(np.float32(value)) or 1.0
+
+
+def _largest_factor(smoothing: Smoothing | None, name: str) -> float:
+    """Return by how much smoothing makes the values of a layer larger, at most."""
+    powers = None if smoothing is None else smoothing.powers.get(name)
+    return 1.0 if powers is None or powers.rows is None else 2.0 ** int(powers.rows.max())
+
+
+def _of_source(source: Source, tensors: Iterable[StoredTensor]) -> dict[str, tuple[float, float]]:
+    """Return the source's scales by attention layer; one for both, as older files have it, counts twice."""
+    values: dict[str, dict[str, float]] = {}
+    for tensor in tensors:
+        data = read_bytes(source, tensor, 0, tensor.info.nbytes)
+        value = float(as_float32(data.view(NUMPY_DTYPES[tensor.info.dtype])).reshape(-1)[0])
+        if not math.isfinite(value) or value <= 0:
+            raise SourceError(
+                f"{quote(tensor.info.name)} in {quote(tensor.shard)} is {value}, expected a positive number"
+            )
+        leaf = tensor.info.name.rpartition(".")[2]
+        names = CACHE_SCALES if leaf == "kv_scale" else (leaf,)
+        values.setdefault(attention_of(tensor.info.name), {}).update(dict.fromkeys(names, value))
+    return {
+        layer: (found.get(CACHE_SCALES[0], 1.0), found.get(CACHE_SCALES[1], 1.0)) for layer, found in values.items()
+    }
