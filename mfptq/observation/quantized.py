@@ -22,7 +22,7 @@ from ..errors import SourceError, counted, listed, quote
 from ..execution.stored_weights import StoredWeight
 from ..execution.tiles import tiles
 from ..names.config_sizes import read_sizes
-from ..output.stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups
+from ..output.stored_formats import ConfigGroup, cache_scales, config_of, group_of, quantized_modules, read_groups
 from ..planning.formats import GLOBAL_SCALE, TargetFormat
 from ..smoothing.record import read_record
 from .rounded_inputs import rounding
@@ -131,6 +131,8 @@ def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoin
         raise SourceError(
             f"{folder}: {what} neither kept nor quantized there: {listed(others)}; is it made from this source?"
         )
+    for name in cache_scales(stored, config_of(output)):  # engines round keys and values, which is not looked at here
+        del stored[name]
     if stored:
         what = counted(len(stored), "tensor has", "tensors have")
         raise SourceError(f"{folder}: {what} no meaning for an evaluation: {listed(stored)}")

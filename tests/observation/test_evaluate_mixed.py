@@ -12,8 +12,12 @@ import pytest
 import torch
 
 import mfptq
+from mfptq.calibration.file import Contents
+from mfptq.calibration.file import write_calibration as write_file
+from mfptq.calibration.reading import load_calibration
 from mfptq.errors import SourceError
 from mfptq.observation.evaluate import evaluate
+from tests.calibration.files import calibrate as write_calibration
 from tests.clients.dequantize import read_tensors
 from tests.models import DENSE, MOE
 from tests.observation.test_evaluate import OPTIONS, Case, dataset, load, one_thread, windows
@@ -104,3 +108,19 @@ def test_a_config_that_does_not_say_what_is_stored_is_refused(dataset: Path, tmp
     config.write_text(config.read_text().replace('"strategy": "channel"', '"strategy": "row"'))
     with pytest.raises(SourceError, match="of no known format: verify the output"):
         evaluate(case.output, case.source, dataset, **OPTIONS)
+
+
+def test_scales_of_the_cache_are_no_fault(dataset: Path, tmp_path: Path) -> None:
+    case = Case(tmp_path, DENSE)
+    layer = "model.language_model.layers.3.self_attn"
+    known = load_calibration(write_calibration(case.source, tmp_path / "inputs.safetensors"))
+    contents = Contents(
+        known.description, tuple(known.inputs.values()), known.read, {}, key_values={f"{layer}.k_proj": (1, 2)}
+    )
+    write_file(tmp_path / "c.safetensors", contents)
+    known.close()
+    decisions = {"calibration": tmp_path / "c.safetensors", "scheme": "NVFP4A16", "method": "search"}
+    mfptq.convert(case.source, tmp_path / "cached", kv_cache="fp8", **decisions)
+    assert any(name == f"{layer}.v_scale" for name in read_tensors(tmp_path / "cached"))
+    found = [evaluate(each, case.source, dataset, **OPTIONS) for each in (case.output, tmp_path / "cached")]
+    assert found[0].kl_divergence == found[1].kl_divergence
