@@ -147,6 +147,47 @@ def test_blocks_of_search_have_powers_of_two_that_keep_all_in_range(tmp_path: Pa
         assert top / 448 <= scale[row, column] < top / 224
 
 
+def random_block(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Return magnitudes of a 128x128 block of bfloat16 weights."""
+    values = rng.standard_normal((128, 128))
+    if kind == "rows apart":
+        values *= np.exp2(rng.integers(-8, 8, (128, 1)))
+    elif kind == "outliers":
+        values[rng.random(values.shape) < 0.002] *= rng.uniform(5, 300)
+    elif kind == "heavy tails":
+        values = rng.standard_t(2, values.shape)
+    elif kind == "wide":
+        values *= np.exp2(rng.uniform(-12, 2, values.shape))
+    weight = torch.from_numpy(values * 2.0 ** rng.uniform(-10, 3)).to(torch.bfloat16)
+    return np.abs(weight.float().numpy())
+
+
+def served(values: np.ndarray, stored: np.ndarray, *, exact: bool) -> np.ndarray:
+    """Return what engines compute with whose kernels need powers of two: the stored block, rounded again to such a scale."""
+    once = fp8.dequantize(fp8.encode(values, stored, "BF16", exact=exact), stored)
+    scale = power_scales(np.array([once.max()], np.float32))
+    return fp8.dequantize(fp8.encode(once, scale, "F32", exact=False), scale)
+
+
+@pytest.mark.parametrize("kind", ["normal", "rows apart", "outliers", "heavy tails", "wide"])
+def test_blocks_of_search_are_served_as_they_are_and_no_worse_than_those_of_minmax(kind: str) -> None:
+    rng, errors = np.random.default_rng(5), {"search": 0.0, "minmax": 0.0}
+    for _ in range(60):
+        values = random_block(kind, rng)
+        amax = np.array([values.max()], np.float32)
+        ours, theirs = power_scales(amax), minmax_scales(amax, "BF16")
+        found = served(values, ours, exact=False)
+        assert np.array_equal(found, fp8.dequantize(fp8.encode(values, ours, "BF16", exact=False), ours))
+        one, other = (
+            float(np.square(each - values, dtype=np.float64).sum())
+            for each in (found, served(values, theirs, exact=True))
+        )
+        assert one <= other
+        errors["search"] += one / float(np.square(values, dtype=np.float64).sum())
+        errors["minmax"] += other / float(np.square(values, dtype=np.float64).sum())
+    assert errors["search"] < errors["minmax"]
+
+
 def stored_forms(values: np.ndarray) -> dict[str, np.ndarray]:
     bf16 = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     return {"BF16": bf16, "F16": np.clip(values, -6e4, 6e4).astype(np.float16), "F32": values}
