@@ -28,6 +28,7 @@ from .prepare import Measuring
 
 ERRORS_FORMAT = 1
 MAX_FILE_BYTES = 2**28
+HEADER_SPARES = (4096, 1024, 256, 0)  # by how many bytes headers may get shorter where layers have fewer tensors
 
 
 def aimed(plan: ConversionPlan, measuring: Measuring, rebuild: Callable[[Settings], ConversionPlan]) -> ConversionPlan:
@@ -52,14 +53,16 @@ def aimed(plan: ConversionPlan, measuring: Measuring, rebuild: Callable[[Setting
 def _closer(
     made: ConversionPlan, allocation: Allocation, target: SizeTarget, rebuild: Callable[[Settings], ConversionPlan]
 ) -> tuple[ConversionPlan, Allocation]:
-    """Return what a second choice gives, which knows how long headers really are; the first if that would be too much."""
+    """Return what a choice gives that counts on shorter headers, the largest that fits; the first where none does."""
     assert target.nbytes is not None
-    chosen = allocate(allocation.units, allocation.size + target.nbytes - made.output_bytes)
-    again = replace(allocation, chosen=chosen)
-    if chosen == allocation.chosen:
-        return made, allocation
-    other = rebuild(replace(made.settings, chosen=_rules(again, target)))
-    return (other, again) if other.output_bytes <= target.nbytes else (made, allocation)
+    left = allocation.size + target.nbytes - made.output_bytes
+    for spare in HEADER_SPARES:
+        again = replace(allocation, chosen=allocate(allocation.units, left + spare))
+        if again.chosen != allocation.chosen:
+            other = rebuild(replace(made.settings, chosen=_rules(again, target)))
+            if other.output_bytes <= target.nbytes:
+                return other, again
+    return made, allocation
 
 
 def _allocation(plan: ConversionPlan, target: SizeTarget, layers: Sequence[Layers], errors: Errors) -> Allocation:

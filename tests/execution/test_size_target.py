@@ -120,6 +120,17 @@ def test_a_size_in_bytes_is_not_exceeded_and_used_as_far_as_layers_allow(source:
     assert size - largest < shard_bytes(tmp_path / "out") <= size
 
 
+def test_a_choice_predicts_no_more_error_than_a_rule_of_the_same_size(source: Path) -> None:
+    with mfptq.plan(source, formats=[f"{FP8}=re:.*(self_attn|linear_attn).*"]) as rule:
+        size = rule._planned.output_bytes
+    with mfptq.plan(source, target_size=size) as plan:
+        allocation = plan._planned.allocation
+        assert plan._planned.output_bytes <= size
+    by_rule = sum(unit.options["attn" in unit.name].error for unit in allocation.units)
+    assert [unit.options[1].format for unit in allocation.units] == [FP8] * len(allocation.units)
+    assert allocation.row.error * allocation.base_error <= by_rule * (1 + 1e-12)
+
+
 def test_the_least_target_is_the_plain_conversion_and_less_is_refused(source: Path, tmp_path: Path) -> None:
     with mfptq.plan(source) as plan:
         size = plan._planned.output_bytes
