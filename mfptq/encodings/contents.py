@@ -20,7 +20,7 @@ from ..checkpoint.header import TensorInfo, tensor_bytes
 from ..checkpoint.source import Source
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import NUMPY_DTYPES
-from ..errors import SourceError, quote
+from ..errors import SourceError, counted, quote
 from ..limits import MAX_SCALES_BYTES
 from ..names.attention import CACHE_SCALES
 from ..nvfp4 import BLOCK_SIZE
@@ -152,7 +152,9 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     formats = Counter(weight.encoding.format for weight in found.weights.values())
     cache = tuple(tensor for tensor in everything if tensor.info.name in unused and _is_cache_scale(tensor.info))
     notes = tuple(_notes(formats, declared, found, unused - {tensor.info.name for tensor in cache}))
-    notes += (f"{len(cache)} scales of the key-value cache go over if that is kept in FP8",) if cache else ()
+    if cache:
+        what = counted(len(cache), "scale of the key-value cache goes", "scales of the key-value cache go")
+        notes += (f"{what} over if that is kept in FP8",)
     return Contents(shards, formats, notes, checkpoint.tensor_bytes - kept, cache)
 
 
