@@ -39,7 +39,7 @@ from .rules import Selection, TensorDecision
 from .settings import Settings, unreached
 from .share import Share, share_of
 from .smoothed_inputs import Inputs, smoothed_inputs
-from .weight_targets import ChosenTargets, WeightTarget, choose_targets, weight_target
+from .weight_targets import choose_targets, target_of_weight, weight_target
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -271,7 +271,7 @@ def build_plan(
     found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.casts)
     group_of = {member: group for group in selection.groups for member in group.members}
     places: dict[str, str] = {}
-    target_of = partial(_target_of, found, method)
+    target_of = partial(target_of_weight, found, method)
     cache = cache_scales(contents, settings, calibration, given.smoothing, source=checkpoint.source)
     listed = (
         (name, [*output_specs(contents.shards[name], decisions, group_of, target_of), *cache.specs(name)])
@@ -296,7 +296,3 @@ def build_plan(
         _formats=found.formats,
         _cast=found.cast,
     )
-
-
-def _target_of(found: ChosenTargets, method: str, weight: Weight) -> WeightTarget:
-    return weight_target(weight, found.formats[weight.module], method, found.calibration)

@@ -159,3 +159,8 @@ def weight_target(weight: Weight, target: TargetFormat, method: str, calibration
     if not target.takes_statistics:
         return WeightTarget(target, "minmax" if method == "minmax" else "search")
     return WeightTarget(target, method if calibration is None else calibration.method(weight.module, method))
+
+
+def target_of_weight(found: ChosenTargets, method: str, weight: Weight) -> WeightTarget:
+    """Return what one of the modules that were chosen becomes."""
+    return weight_target(weight, found.formats[weight.module], method, found.calibration)
