@@ -19,7 +19,7 @@ from .engines.tables import ENGINES, Engine
 from .errors import UsageError, counted
 from .execution.events import Advanced, Event, OnEvent
 from .execution.executors import Executor, Order, Request, ThreadExecutor
-from .execution.memory_budget import INTERPRETER, memory_errors, peak_bytes, resident_bytes
+from .execution.memory_budget import caller_bytes, memory_errors, peak_bytes
 from .execution.prepare import Measuring, Resources, prepare
 from .output.finished import finished_by, finished_report
 from .output.publish import Publisher, PushTarget, push
@@ -191,7 +191,7 @@ def plan(
     unless `format_errors` has what is needed; the other keywords are for that, as those of `convert`.
     Close the plan, or use it in a `with` block.
     """
-    held = max(0, resident_bytes() - INTERPRETER)
+    held = caller_bytes()
     resources = Resources(max_memory, max_workers, device)
     measuring = Measuring(resources, on_event or _ignore, held, decisions.get("format_errors"))
     given = cast("Decisions", {name: tuple(v) if isinstance(v, Iterator) else v for name, v in decisions.items()})

@@ -164,16 +164,19 @@ def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
     """Print a plan, and whether a run of it would begin; `shown` are the resources and what the options ask of the text."""
     from ..checking import check_plan
     from ..conversion import make_plan
+    from ..execution.memory_budget import caller_bytes
     from ..execution.prepare import Measuring, Resources
     from ..execution.preview import preview
     from . import plan_text, text
 
     own = shown if shown.get("executor") is None else {**shown, "max_workers": None, "device": "cpu"}  # those of tasks
     resources = Resources(*(own[name] for name in RESOURCES))
-    measuring = Measuring(resources, path=decisions.get("format_errors"))
+    measuring = Measuring(resources, held=caller_bytes(), path=decisions.get("format_errors"))
     with closing(make_plan(model, measuring, **decisions)) as made:
         findings = check_plan(made, judges(shown["engine"]))
-        view = preview(made, resources, shown.get("output"), overwrite=shown.get("overwrite", False))
+        view = preview(
+            made, resources, shown.get("output"), overwrite=shown.get("overwrite", False), held=measuring.held
+        )
         if shown["as_json"]:
             values = text.plan_values(made, view)
             click.echo(json.dumps({**values, "findings": [each.as_dict() for each in findings]}))

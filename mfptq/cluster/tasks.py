@@ -20,7 +20,7 @@ from .._version import __version__
 from ..errors import DestinationError, MfptqError, PlanMismatchError, quote
 from ..execution.events import Event
 from ..execution.executors import Request
-from ..execution.memory_budget import INTERPRETER, memory_errors, resident_bytes
+from ..execution.memory_budget import caller_bytes, memory_errors
 from ..execution.prepare import Resources, prepare
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
 Answer = dict[str, Any]
-_HELD = max(0, resident_bytes() - INTERPRETER)  # by the cluster's own libraries, before anything of ours
+_HELD = caller_bytes()  # by the cluster's own libraries, before anything of ours
 
 
 @lru_cache(maxsize=1)

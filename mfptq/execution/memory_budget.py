@@ -31,6 +31,11 @@ def resident_bytes() -> int:
     return peak_bytes()
 
 
+def caller_bytes() -> int:
+    """Return what this process holds beyond a bare interpreter, in bytes: the calling program's own."""
+    return max(0, resident_bytes() - INTERPRETER)
+
+
 def peak_bytes() -> int:
     """Return the most memory that this process has held, in bytes."""
     status = Path("/proc/self/status")

@@ -55,13 +55,18 @@ class Preview:
 
 
 def preview(
-    plan: ConversionPlan, resources: Resources, destination: str | Path | None = None, *, overwrite: bool = False
+    plan: ConversionPlan,
+    resources: Resources,
+    destination: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    held: int = 0,
 ) -> Preview:
-    """Return what a run would use and find, with an output folder if one is named.
+    """Return what a run would use and find, with an output folder if one is named; `held` as in `prepare`.
 
     Raises UsageError, MemoryBudgetError, DestinationError and its subclasses, StorageError.
     """
-    run = prepare(plan, resources)
+    run = prepare(plan, resources, held)
     fetch = bytes_to_fetch(plan, run.memory.spare) if plan.checkpoint.source.is_remote else 0
     return Preview(
         kernel=run.kernel.name,
