@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from ..errors import quote
@@ -24,7 +25,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _integer(digits: str) -> int:
+def _integer(digits: str) -> int | float:
+    if digits == "-0":
+        return -0.0  # no whole number has a sign and no value: safetensors takes it for a float too
     if len(digits) > MAX_INTEGER_DIGITS + 1:
         raise StrictJsonError(f"an integer of {len(digits)} digits, expected at most {MAX_INTEGER_DIGITS}")
     return int(digits)
@@ -42,6 +45,7 @@ def _constant(name: str) -> NoReturn:
 
 
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_NEGATIVE_ZERO = re.compile(rb"-0(?![\d.eE])")
 _LONG_NUMBER = b"0" * (MAX_INTEGER_DIGITS + 1)  # with zeros for its digits
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant)
 _SHORT = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
@@ -53,7 +57,8 @@ def parse_json(raw: bytes, *, infinity: bool = False) -> Any:
 
     With `infinity`, NaN and Infinity are numbers: Hugging Face configs hold them (`time_step_limit` of Mamba models).
     """
-    strict = _STRICT if _LONG_NUMBER in raw.translate(_ZEROS) else _SHORT  # a call for each number takes longer
+    is_plain = _LONG_NUMBER not in raw.translate(_ZEROS) and not _NEGATIVE_ZERO.search(raw)
+    strict = _SHORT if is_plain else _STRICT  # a call for each number takes longer
     try:
         return (_WITH_INFINITY if infinity else strict).decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -81,6 +81,7 @@ BAD: dict[str, Malformed] = {
     "negative": Malformed(13, shard({"a": entry(shape=(-2, -1))}, 8)),
     "negative_zero_offset": Malformed(13, shard({"a": entry(offsets=(-8, 0))}, 8)),
     "float_offset": Malformed(13, shard({"a": entry(offsets=(0, 8.0))}, 8)),
+    "negative_zero": Malformed(13, shard(None, 8, raw=b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}')),
     "bool_offset": Malformed(13, shard({"a": entry(dtype="U8", shape=(1,), offsets=(False, True))}, 1)),
     "digits": Malformed(14, shard(None, raw=b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 5000))),
     "twenty_digits": Malformed(14, shard(None, raw=b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}' % (b"9" * 20))),
