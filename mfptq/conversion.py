@@ -17,7 +17,7 @@ from .checkpoint.hub import HubOptions, open_checkpoint
 from .engines.findings import Finding
 from .engines.tables import ENGINES, Engine
 from .errors import UsageError, counted
-from .execution.events import Advanced, Event, OnEvent
+from .execution.events import Advanced, OnEvent, ignore
 from .execution.executors import Executor, Order, Request, ThreadExecutor
 from .execution.memory_budget import caller_bytes, memory_errors, peak_bytes
 from .execution.prepare import Measuring, Resources, prepare
@@ -103,7 +103,7 @@ class Plan:
         """Carry the plan out into a folder, and return what was done; see `convert`. `push_to` says where it is published."""
         from .execution.carrying_out import carry_out
 
-        root, tell, planned = expanded(destination), on_event or _ignore, self._planned
+        root, tell, planned = expanded(destination), on_event or ignore, self._planned
         if discard_output and push_to is None:
             raise UsageError("discard_output is true, but nothing is pushed to a repo: the output would be lost")
         doing, resources = executor or ThreadExecutor(), Resources(max_memory, max_workers, device)
@@ -146,7 +146,7 @@ class Plan:
         chosen = part if isinstance(part, Part) else Part.parse(part)
         with memory_errors():
             run = prepare(self._planned, Resources(max_memory, max_workers, device), self._held)
-            return run_shards(run, expanded(destination), chosen.of(self._planned), on_event or _ignore)
+            return run_shards(run, expanded(destination), chosen.of(self._planned), on_event or ignore)
 
     def finish(
         self, destination: str | Path, *, max_memory: str | int = "1GiB", on_event: OnEvent | None = None
@@ -157,7 +157,7 @@ class Plan:
         """
         from .execution.carrying_out import carry_out
 
-        root, tell, resources = expanded(destination), on_event or _ignore, Resources(max_memory)
+        root, tell, resources = expanded(destination), on_event or ignore, Resources(max_memory)
         with memory_errors():
             finished = finished_by(self._planned, root, lambda: tell(Advanced(0)))
             if finished is not None:
@@ -193,7 +193,7 @@ def plan(
     """
     held = caller_bytes()
     resources = Resources(max_memory, max_workers, device)
-    measuring = Measuring(resources, on_event or _ignore, held, decisions.get("format_errors"))
+    measuring = Measuring(resources, on_event or ignore, held, decisions.get("format_errors"))
     given = cast("Decisions", {name: tuple(v) if isinstance(v, Iterator) else v for name, v in decisions.items()})
     with memory_errors():
         planned = make_plan(source, measuring, **given)
@@ -243,10 +243,6 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
         )
 
 
-def _ignore(_event: Event) -> None:
-    """Take no notice of an event."""
-
-
 def make_plan(source: str | Path, measuring: Measuring | None = None, **decisions: Unpack[Decisions]) -> ConversionPlan:
     """Return the plan with everything that the later stages need; `plan` wraps it for the public.
 
@@ -255,11 +251,8 @@ def make_plan(source: str | Path, measuring: Measuring | None = None, **decision
     settings = check_decisions(decisions)
     keep = decisions.get("keep_source", False)
     hub = HubOptions(decisions.get("revision"), decisions.get("token"), decisions.get("cache_dir"), keep)
-    choice = FileChoice(
-        tuple(decisions.get("include_files", ())),
-        tuple(decisions.get("skip_files", ())),
-        follow_links=decisions.get("follow_links", False),
-    )
+    included, skipped = tuple(decisions.get("include_files", ())), tuple(decisions.get("skip_files", ()))
+    choice = FileChoice(included, skipped, follow_links=decisions.get("follow_links", False))
     scales, calibration = None, None
     with ExitStack() as opened:
         if (given := decisions.get("input_scales")) is not None:

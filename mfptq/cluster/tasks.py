@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..errors import DestinationError, MfptqError, PlanMismatchError, quote
-from ..execution.events import Event
+from ..execution.events import ignore
 from ..execution.executors import Request
 from ..execution.memory_budget import caller_bytes, memory_errors
 from ..execution.prepare import Resources, prepare
@@ -98,7 +98,9 @@ def make(request: bytes, digests: Mapping[str, str], destination: str, order: Ma
             run = prepare(plan, Resources(**order["resources"]), _HELD)
             shards = tuple(shard for shard in plan.shards if shard.name in order["shards"])
             try:
-                report = run_shards(run, Path(destination), shards, _ignore, on_done=done.update)
+                report = run_shards(
+                    run, Path(destination), shards, ignore, on_done=done.update
+                )  # it tells of whole shards
             except BaseException:
                 _forget(plan)  # its source may have been told to stop reading
                 raise
@@ -110,7 +112,3 @@ def make(request: bytes, digests: Mapping[str, str], destination: str, order: Ma
         "seconds": time.monotonic() - begun,
         "peak_memory": report.peak_memory,
     })  # fmt: skip
-
-
-def _ignore(_event: Event) -> None:
-    """Take no notice: the driver hears of whole shards."""

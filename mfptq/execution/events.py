@@ -30,3 +30,7 @@ class ShardFinished:
 
 Event = Planned | Advanced | ShardFinished
 OnEvent = Callable[[Event], object]
+
+
+def ignore(_event: Event) -> None:
+    """Take no notice of an event."""

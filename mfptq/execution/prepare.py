@@ -22,7 +22,7 @@ from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.digest import available_cores
-from .events import Event, OnEvent
+from .events import OnEvent, ignore
 from .families import family_of
 from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_bytes
 
@@ -41,10 +41,6 @@ class Resources:
     device: str = "cpu"
 
 
-def _ignore(_event: Event) -> None:
-    """Take no notice of an event."""
-
-
 @dataclass(frozen=True, slots=True)
 class Measuring:
     """What a pass over the weights may use before a plan stands: `held` bytes of the process are the caller's own.
@@ -53,7 +49,7 @@ class Measuring:
     """
 
     resources: Resources = field(default_factory=Resources)
-    on_event: OnEvent = _ignore
+    on_event: OnEvent = ignore
     held: int = 0
     path: str | Path | None = None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from .events import Advanced, Event, OnEvent
+from .events import Advanced, Event, OnEvent, ignore
 
 State = TypeVar("State")
 Task = Callable[[State], None]
@@ -66,7 +66,7 @@ class WorkerPool(Generic[State]):
             self._deliver(on_event)
         except BaseException as error:
             self._error = self._error or error
-            self._deliver(_ignore)
+            self._deliver(ignore)
             raise
         if self._error is not None:
             raise self._error
@@ -129,7 +129,3 @@ class WorkerPool(Generic[State]):
             return task
         self._finish()
         return self._next()
-
-
-def _ignore(_event: Event) -> None:
-    """Take no notice of an event."""

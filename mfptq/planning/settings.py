@@ -148,13 +148,9 @@ def check_decisions(decisions: Decisions) -> Settings:
         decisions = cast("Decisions", with_recipe(decisions, recipe))
     method, scheme = decisions.get("method"), decisions.get("scheme")
     if method is not None and method.lower() not in METHODS:
-        raise UsageError(
-            f"method {quote(method)} is unknown, expected one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}"
-        )
+        raise _unknown("method", method, did_you_mean(method, METHODS), METHODS)
     if scheme is not None and scheme.upper() not in SCHEMES:
-        raise UsageError(
-            f"scheme {quote(scheme)} is unknown, expected one of {', '.join(SCHEMES)}{did_you_mean(scheme.upper(), SCHEMES)}"
-        )
+        raise _unknown("scheme", scheme, did_you_mean(scheme.upper(), SCHEMES), SCHEMES)
     margin = _margin(decisions)
     given = [name for name in INPUT_SOURCES if decisions.get(name) is not None]
     if len(given) > 1:
@@ -174,6 +170,10 @@ def check_decisions(decisions: Decisions) -> Settings:
         target=target,
         chosen=_chosen(decisions.get("chosen_formats"), target),
     )
+
+
+def _unknown(what: str, given: str, hint: str, known: Iterable[str]) -> UsageError:
+    return UsageError(f"{what} {quote(given)} is unknown, expected one of {', '.join(known)}{hint}")
 
 
 def _margin(decisions: Decisions) -> float | None:

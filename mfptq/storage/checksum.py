@@ -17,9 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 WORD_BYTES = 8
-RUN_WORDS = (
-    2**10
-)  # words that have factors of their own, few enough for the nearest cache; each further run has the same
+RUN_WORDS = 2**10  # words with factors of their own, few enough for the nearest cache; each further run has the same
 RUN_FACTOR = 0xD1342543DE82EF95  # times a power of this
 MODULUS = 2**64
 _GOLDEN = 0x9E3779B97F4A7C15
