@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from .planning.plan import PlannedTensor
     from .planning.quantization_config import quantization_config
     from .planning.settings import Decisions
-    from .scales.reading import InputScales, read_input_scales
+    from .scales.input_scales import InputScales
+    from .scales.reading import read_input_scales
     from .tensors import Nvfp4Tensor, dequantize_nvfp4, quantize_nvfp4, quantize_state_dict
     from .verification import Verification, verify
 
@@ -88,7 +89,8 @@ _EXPORTS = {
     "planning.plan": "PlannedTensor",
     "planning.quantization_config": "quantization_config",
     "planning.settings": "Decisions",
-    "scales.reading": "InputScales read_input_scales",
+    "scales.input_scales": "InputScales",
+    "scales.reading": "read_input_scales",
     "tensors": "Nvfp4Tensor dequantize_nvfp4 quantize_nvfp4 quantize_state_dict",
     "output.fault": "Fault",
     "verification": "Verification verify",

@@ -6,31 +6,25 @@ The two public functions, `plan` and `convert`, and the object between them. Not
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .checking import check_plan
-from .checkpoint.companions import FileChoice
-from .checkpoint.hub import HubOptions, open_checkpoint
 from .engines.findings import Finding
 from .engines.tables import ENGINES, Engine
-from .errors import UsageError, counted
-from .execution.events import Advanced, OnEvent, ignore
+from .errors import counted
+from .execution.events import OnEvent, ignore
 from .execution.executors import Executor, Order, Request, ThreadExecutor
-from .execution.memory_budget import caller_bytes, memory_errors, peak_bytes
+from .execution.memory_budget import caller_bytes, memory_errors
 from .execution.prepare import Measuring, Resources, prepare
-from .output.finished import finished_by, finished_report
-from .output.publish import Publisher, PushTarget, push
+from .output.publish import PushTarget
 from .output.report import Report
-from .output.uploads import Uploads, published_report
+from .planner import make_plan
 from .planning.parts import Part
-from .planning.plan import ConversionPlan, PlannedTensor, build_plan
-from .planning.settings import Decisions, check_decisions, input_margin
+from .planning.plan import ConversionPlan, PlannedTensor
+from .planning.settings import Decisions
 from .planning.size_target import with_errors_beside
-from .scales.reading import AUTO, InputScales, read_input_scales
-from .scales.uncalibrated import UncalibratedInputs
 from .sizes import size_text
 from .storage.files import expanded
 
@@ -101,31 +95,14 @@ class Plan:
         executor: Executor | None = None,
     ) -> Report:
         """Carry the plan out into a folder, and return what was done; see `convert`. `push_to` says where it is published."""
-        from .execution.carrying_out import carry_out
+        from .execution.carrying_out import Target, run_whole
 
-        root, tell, planned = expanded(destination), on_event or ignore, self._planned
-        if discard_output and push_to is None:
-            raise UsageError("discard_output is true, but nothing is pushed to a repo: the output would be lost")
+        target = Target(expanded(destination), overwrite=overwrite, push_to=push_to, discard=discard_output)
         doing, resources = executor or ThreadExecutor(), Resources(max_memory, max_workers, device)
-        if discard_output and doing.remote:
-            raise UsageError("discard_output is true, but other machines do the work: they do not wait for uploads")
+        target.check(doing)
         with memory_errors():
-            finished = None if overwrite else finished_by(planned, root, lambda: tell(Advanced(0)))
-            if finished is not None:
-                report = finished_report(planned, root, finished, peak_memory=peak_bytes())
-                return report if push_to is None else replace(report, published=push(root, push_to).url)
-            uploads = None
-            if push_to is not None:
-                publisher = Publisher(root, push_to)
-                publisher.open()
-                published = published_report(publisher)
-                if discard_output and published.get("plan") == planned.digest:
-                    return finished_report(planned, root, published, peak_memory=peak_bytes())
-                publisher.refuse_foreign()
-                uploads = Uploads(publisher, discard=discard_output)
-            run = prepare(planned, Resources(max_memory) if doing.remote else resources, self._held)
-            order = Order(run, self._request, resources)
-            return carry_out(order, root, doing, overwrite=overwrite, on_event=tell, uploads=uploads)
+            order = partial(self._order, resources, remote=doing.remote)
+            return run_whole(self._planned, target, doing, order, on_event=on_event or ignore)
 
     def run_part(
         self,
@@ -155,15 +132,18 @@ class Plan:
 
         Raises DestinationError for shards that are missing or damaged, PlanMismatchError for parts of another plan.
         """
-        from .execution.carrying_out import carry_out
+        from .execution.carrying_out import carry_out, complete_already
 
-        root, tell, resources = expanded(destination), on_event or ignore, Resources(max_memory)
+        root, tell = expanded(destination), on_event or ignore
         with memory_errors():
-            finished = finished_by(self._planned, root, lambda: tell(Advanced(0)))
-            if finished is not None:
-                return finished_report(self._planned, root, finished, peak_memory=peak_bytes())
-            order = Order(prepare(self._planned, resources, self._held), self._request, resources)
-            return carry_out(order, root, ThreadExecutor(), complete=True, on_event=tell)
+            if (done := complete_already(self._planned, root, tell)) is not None:
+                return done
+            return carry_out(self._order(Resources(max_memory)), root, ThreadExecutor(), complete=True, on_event=tell)
+
+    def _order(self, resources: Resources, *, remote: bool = False) -> Order:
+        """Return the run with the memory it takes; where other machines do the work, `resources` are theirs."""
+        own = Resources(resources.max_memory) if remote else resources
+        return Order(prepare(self._planned, own, self._held), self._request, resources)
 
     def close(self) -> None:
         """Close the source's files and the calibration file."""
@@ -241,51 +221,3 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
             discard_output=discard_output,
             executor=executor,
         )
-
-
-def make_plan(source: str | Path, measuring: Measuring | None = None, **decisions: Unpack[Decisions]) -> ConversionPlan:
-    """Return the plan with everything that the later stages need; `plan` wraps it for the public.
-
-    `measuring` is what the pass over the weights may use that a target for the size takes.
-    """
-    settings = check_decisions(decisions)
-    keep = decisions.get("keep_source", False)
-    hub = HubOptions(decisions.get("revision"), decisions.get("token"), decisions.get("cache_dir"), keep)
-    included, skipped = tuple(decisions.get("include_files", ())), tuple(decisions.get("skip_files", ()))
-    choice = FileChoice(included, skipped, follow_links=decisions.get("follow_links", False))
-    scales, calibration = None, None
-    with ExitStack() as opened:
-        if (given := decisions.get("input_scales")) is not None:
-            if given != AUTO:
-                scales = _given_scales(given, hub)
-        elif (path := decisions.get("like")) is not None:
-            from .scales.sibling import read_sibling
-
-            sibling = read_sibling(path, token=hub.token, cache_dir=hub.cache_dir)
-            settings = replace(settings, rules=replace(settings.rules, like=sibling))
-            scales = sibling.scales
-        elif (path := decisions.get("calibration")) is not None:
-            from .calibration.reading import load_calibration
-
-            calibration = load_calibration(path)
-            opened.callback(calibration.close)
-            scales = calibration.input_scales(input_margin(settings, calibration.description.origin))
-        if settings.scheme == "NVFP4A16" and given is None:
-            scales = None  # the rest of what `like` or `calibration` tells is of use without them
-        checkpoint = open_checkpoint(source, hub, choice)
-        opened.callback(checkpoint.source.close)
-        found = UncalibratedInputs(checkpoint) if given == AUTO else scales
-        made = build_plan(checkpoint, settings, found, calibration)
-        if settings.target is not None and settings.chosen is None:
-            from .execution.size_target import aimed
-
-            aim = measuring or Measuring(path=decisions.get("format_errors"))
-            made = aimed(made, aim, lambda changed: build_plan(checkpoint, changed, found, calibration))
-        opened.pop_all()
-    return made
-
-
-def _given_scales(given: str | Path | InputScales, hub: HubOptions) -> InputScales:
-    if isinstance(given, InputScales):
-        return given
-    return read_input_scales(given, token=hub.token, cache_dir=hub.cache_dir)

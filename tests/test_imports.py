@@ -35,8 +35,9 @@ ALLOWED = {
     "checking": "checkpoint engines planning",
     "reporting": "storage checkpoint calibration output",
     "observation": "storage names checkpoint calibration smoothing planning output execution",
-    "conversion verification inspection tensors demo": "storage names checkpoint encodings kernels scales calibration smoothing planning output execution engines checking",
-    "cluster": "storage checkpoint planning output execution conversion",
+    "planner": "storage checkpoint scales calibration planning execution",
+    "conversion verification inspection tensors demo": "planner storage names checkpoint encodings kernels scales calibration smoothing planning output execution engines checking",
+    "cluster": "storage checkpoint planning output execution planner conversion",
     "cli": "everything",
     "__init__ __main__": "everything",
 }

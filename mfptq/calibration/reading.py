@@ -24,8 +24,8 @@ from ..checkpoint.source import FolderSource
 from ..errors import ScaleError, SourceError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
 from ..names.engine import experts_parent
+from ..scales.input_scales import InputScales
 from ..scales.matching import check_complete, match_names, names_error
-from ..scales.reading import InputScales
 from ..scales.values import ScaleConvention
 from ..storage.digest import file_sha256
 from ..storage.files import expanded

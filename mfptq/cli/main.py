@@ -163,10 +163,10 @@ def convert(model: str, output: Path, **options: Any) -> None:
 def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
     """Print a plan, and whether a run of it would begin; `shown` are the resources and what the options ask of the text."""
     from ..checking import check_plan
-    from ..conversion import make_plan
     from ..execution.memory_budget import caller_bytes
     from ..execution.prepare import Measuring, Resources
     from ..execution.preview import preview
+    from ..planner import make_plan
     from . import plan_text, text
 
     own = shown if shown.get("executor") is None else {**shown, "max_workers": None, "device": "cpu"}  # those of tasks

@@ -75,7 +75,7 @@ def check(name: str, model: str | None) -> None:
     if model is None:
         click.echo(f"{found.name}: no fault")
         return
-    from ..conversion import make_plan
+    from ..planner import make_plan
     from .text import formats_text
 
     with closing(make_plan(model, recipe=name)) as made:

@@ -34,7 +34,7 @@ _HELD = caller_bytes()  # by the cluster's own libraries, before anything of our
 @lru_cache(maxsize=1)
 def _plan(request: bytes) -> ConversionPlan:
     """Return the plan; a process keeps it, since it makes many shards of one plan."""
-    from ..conversion import make_plan
+    from ..planner import make_plan
 
     asked: Request = pickle.loads(request)  # noqa: S301 - written by our own driver, through the cluster
     return make_plan(asked.source, **asked.decisions)

@@ -1,25 +1,78 @@
-"""Carry out a plan: claim the output, let an executor make the shards, finish with config.json, and report.
+"""Carry out a plan: claim the output, let an executor make the shards, finish with config.json, publish, and report.
 
-Called by `conversion`, and by nothing else.
+Called by `conversion`, and by nothing else. An output that is complete already is checked and left as it is.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from ..output.destination import Destination, open_destination
 from ..output.finish import finish, source_card
+from ..output.finished import finished_by, finished_report
 from ..output.leftovers import OutputClaim, abandon
 from ..output.model_card import card_metadata, card_text
+from ..output.publish import Publisher, PushTarget, push
 from ..output.report import Report, gather, pattern_reports, suspicions, total_error
-from ..output.uploads import MAX_WAITING, Uploads, uploading
+from ..output.uploads import MAX_WAITING, Uploads, published_report, uploading
 from .events import Advanced, Event, OnEvent, ShardFinished
 from .executors import Executed, Executor, Order
 from .memory_budget import peak_bytes
 from .prepare import Run
+
+if TYPE_CHECKING:
+    from ..planning.plan import ConversionPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an output goes: a folder, which `overwrite` clears of an older one, and a repo where `push_to` names one.
+
+    `discard` removes from the folder what the repo has.
+    """
+
+    root: Path
+    overwrite: bool = False
+    push_to: PushTarget | None = None
+    discard: bool = False
+
+    def check(self, executor: Executor) -> None:
+        """Raise UsageError for what cannot be had together."""
+        if self.discard and self.push_to is None:
+            raise UsageError("discard_output is true, but nothing is pushed to a repo: the output would be lost")
+        if self.discard and executor.remote:
+            raise UsageError("discard_output is true, but other machines do the work: they do not wait for uploads")
+
+
+def run_whole(
+    plan: ConversionPlan, target: Target, executor: Executor, order: Callable[[], Order], *, on_event: OnEvent
+) -> Report:
+    """Carry a plan out and return what was done; `order` is called where there is something to do, and takes the memory."""
+    done = None if target.overwrite else complete_already(plan, target.root, on_event)
+    if done is not None:
+        return done if target.push_to is None else replace(done, published=push(target.root, target.push_to).url)
+    uploads = None
+    if target.push_to is not None:
+        publisher = Publisher(target.root, target.push_to)
+        publisher.open()
+        published = published_report(publisher)
+        if target.discard and published.get("plan") == plan.digest:
+            return finished_report(plan, target.root, published, peak_memory=peak_bytes())
+        publisher.refuse_foreign()
+        uploads = Uploads(publisher, discard=target.discard)
+    return carry_out(order(), target.root, executor, overwrite=target.overwrite, on_event=on_event, uploads=uploads)
+
+
+def complete_already(plan: ConversionPlan, root: Path, on_event: OnEvent) -> Report | None:
+    """Return the report of an output that an earlier run completed, every file checked; None where there is none."""
+    finished = finished_by(plan, root, lambda: on_event(Advanced(0)))
+    return None if finished is None else finished_report(plan, root, finished, peak_memory=peak_bytes())
 
 
 def carry_out(

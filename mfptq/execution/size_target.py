@@ -1,6 +1,6 @@
 """Turn a target for the output's size into a format for each layer.
 
-Called by `conversion.make_plan` with the plan that the other decisions lead to. Errors of formats are taken from a file where
+Called by `planner.make_plan` with the plan that the other decisions lead to. Errors of formats are taken from a file where
 it has them, else found by one pass over the weights and kept there.
 """
 

@@ -16,7 +16,8 @@ from ..checkpoint.folder import Checkpoint, read_shard
 from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..checkpoint.source import FolderSource
 from ..errors import ScaleError, UsageError, quote
-from ..planning.plan import ConversionPlan, build_plan
+from ..planning.building import build_plan
+from ..planning.plan import ConversionPlan
 from ..planning.settings import check_decisions
 from ..sizes import parse_size
 from ..storage.files import expanded

@@ -1,6 +1,6 @@
 """Scales of an FP8 cache of keys and values: the source's own, or those that ranges of a calibration file give.
 
-Called by `plan`. A scale is the factor that engines multiply by: the largest magnitude over 448. They look for
+Called by `building`. A scale is the factor that engines multiply by: the largest magnitude over 448. They look for
 `<attention>.k_scale` and `<attention>.v_scale`, and take 1.0 for a layer that has none.
 """
 

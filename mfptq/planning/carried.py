@@ -1,6 +1,6 @@
 """Weights that are NVFP4 already: what goes over as it is, and what fused partners need so that they share their scales.
 
-Called by `planning.plan`. Codes are never changed. A scale of ModelOpt multiplies and becomes 1/x; partners with unequal scales
+Called by `weight_targets`. Codes are never changed. A scale of ModelOpt multiplies and becomes 1/x; partners with unequal scales
 take the smallest, and their block scales are rounded anew, which engines would otherwise do silently, or not at all.
 """
 

@@ -1,6 +1,6 @@
 """Name what the output of a plan depends on, so that a resumed run can say what changed.
 
-Called by `planning.plan`. Two plans with equal digests make the same bytes.
+Called by `building`. Two plans with equal digests make the same bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Plan every output file exactly: header, size and steps, from the source's headers alone.
+"""The plan of a conversion: every output file exactly, its header, size and steps.
 
-Called by `conversion.make_plan`; read by everything that comes after. Reads no weight and writes nothing.
+Made by `building.build_plan`; read by everything that comes after. Holds no weight and writes nothing.
 
 `formats` says which tensors a weight becomes. Output shards are one to one with the source's and keep their
 names; a tensor never moves between shards.
@@ -12,37 +12,29 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint.folder import Checkpoint
 from ..checkpoint.header import tensor_bytes
-from ..checkpoint.weights import Weight, candidates
-from ..encodings.contents import Contents, read_contents
+from ..checkpoint.weights import Weight
 from ..kernels.calibrated import PreparedStatistics
-from ..names.adapters import check_merged
-from ..names.config_sizes import read_sizes
 from ..names.fusion import FusedGroup
-from ..scales.assignment import AssignedScales
-from ..scales.reading import InputScales
-from ..scales.uncalibrated import UncalibratedInputs
-from ..smoothing.plan import Smoothing
-from .cache_scales import CacheScales, cache_scales
-from .carried import Carried, has_input_scales
-from .digests import digests_of, sha256
-from .format_choice import Source, select_formats
+from .cache_scales import CacheScales
+from .carried import Carried
+from .digests import sha256
 from .formats import FORMATS, GLOBAL_SCALE, SCALE, OutputTensor, TargetFormat
-from .jobs import CAST, CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor, plan_shard
-from .output_order import output_specs
-from .quantization_config import Scheme, config_text, index_text, quantization
+from .jobs import CAST, CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor
+from .quantization_config import Scheme
 from .rules import Selection, TensorDecision
 from .settings import Settings, unreached
 from .share import Share, share_of
-from .smoothed_inputs import Inputs, smoothed_inputs
-from .weight_targets import choose_targets, target_of_weight, weight_target
+from .weight_targets import weight_target
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
+    from ..checkpoint.folder import Checkpoint
+    from ..encodings.contents import Contents
+    from ..scales.assignment import AssignedScales
+    from ..smoothing.plan import Smoothing
     from .allocation import Allocation
 
 
@@ -245,54 +237,3 @@ class ConversionPlan:
         return QuantizeWeight(
             weight, group, target, method, at[target.data_suffix], at[SCALE], at.get(GLOBAL_SCALE, -1), given
         )
-
-
-def build_plan(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    scales: InputScales | UncalibratedInputs | None = None,
-    calibration: Calibration | None = None,
-) -> ConversionPlan:
-    """Return the plan of a conversion; reads nothing but what is held already, and norms for uncalibrated scales.
-
-    Raises SourceError, RuleError, ScaleError for whatever would stop the conversion later.
-    """
-    contents = read_contents(checkpoint)
-    carries_inputs = has_input_scales(contents) and settings.scheme != "NVFP4A16"
-    scheme = settings.resolve_scheme(with_input=scales is not None or carries_inputs)
-    method = settings.resolve_method(calibrated=calibration is not None)
-    sizes = read_sizes(checkpoint.config)
-    check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
-    source = Source(tuple(candidates(contents, sizes)), checkpoint.config)
-    selection = select_formats(source, settings.rules, settings.all_formats, FORMATS[scheme.lower()])
-    given = smoothed_inputs(Inputs(contents, selection, calibration, scales), checkpoint.config, settings)
-    contents, selection = given.contents, given.selection
-    decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
-    found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.casts)
-    group_of = {member: group for group in selection.groups for member in group.members}
-    places: dict[str, str] = {}
-    target_of = partial(target_of_weight, found, method)
-    cache = cache_scales(contents, settings, calibration, given.smoothing, source=checkpoint.source)
-    listed = (
-        (name, [*output_specs(contents.shards[name], decisions, group_of, target_of), *cache.specs(name)])
-        for name in contents.kept_shards
-    )
-    shards = tuple(plan_shard(name, specs, places) for name, specs in listed)
-    config = config_text(checkpoint.config, quantization(selection, settings.rules, found.formats, settings.kv_cache))
-    index = index_text(sum(shard.tensor_bytes for shard in shards), places) if checkpoint.has_index else None
-    return ConversionPlan(
-        *(checkpoint, contents, settings, scheme, selection, method, found.calibration),
-        input_scales=found.input_scales,
-        carried=found.carried,
-        smoothing=given.smoothing,
-        shards=shards,
-        config_text=config,
-        index_text=index,
-        digests=digests_of(checkpoint, (method, config), found, given.smoothing) | contents.digests | cache.digests,
-        cache_scales=cache,
-        _weights=found.weights,
-        _group_of=group_of,
-        _decisions=decisions,
-        _formats=found.formats,
-        _cast=found.cast,
-    )

@@ -19,7 +19,7 @@ from .rules import Rules
 from .size_target import SizeTarget, size_target
 
 if TYPE_CHECKING:
-    from ..scales.reading import InputScales
+    from ..scales.input_scales import InputScales
     from .quantization_config import Scheme
 
 PLAIN_METHODS = ("search", "minmax")

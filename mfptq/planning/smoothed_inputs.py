@@ -1,6 +1,6 @@
 """Put smoothing into a plan: the source as it is to be read, and what its calibration file says then.
 
-Called by `planning.plan` before formats and scales are assigned, so that nothing behind it needs to know of factors.
+Called by `building` before formats and scales are assigned, so that nothing behind it needs to know of factors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..checkpoint.weights import candidates
 from ..encodings.contents import Contents
 from ..encodings.fp4 import Nvfp4
 from ..names.config_sizes import read_sizes
-from ..scales.reading import InputScales
+from ..scales.input_scales import InputScales
 from ..scales.uncalibrated import UncalibratedInputs
 from ..smoothing.plan import Smoothing, find_smoothing
 from ..smoothing.structure import find_links

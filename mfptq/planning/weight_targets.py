@@ -1,6 +1,6 @@
 """Say of each weight what it becomes, by which method, and with which input scale.
 
-Called by `plan`. Pure: everything follows from the selection, the method asked for, and what the calibration file holds.
+Called by `building`. Pure: everything follows from the selection, the method asked for, and what the calibration file holds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..encodings.fp4 import Mxfp4, Nvfp4
 from ..errors import RuleError, UsageError, quote
 from ..names.fusion import FusedGroup
 from ..scales.assignment import AssignedScales, assign_input_scales
-from ..scales.reading import InputScales
+from ..scales.input_scales import InputScales
 from ..scales.uncalibrated import UncalibratedInputs, resolved
 from .carried import Carried, carried_weights
 from .format_choice import WITHOUT_INPUTS

@@ -14,8 +14,8 @@ from ..names.bridge import Bridge
 from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
 from .experts import fill_experts, is_calibrated
+from .input_scales import AUTO, InputScales
 from .matching import check_complete, match_names, names_error
-from .reading import AUTO, InputScales
 
 
 @dataclass(frozen=True, slots=True)

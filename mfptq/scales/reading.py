@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -22,24 +21,11 @@ from ..errors import ScaleError, SourceError, UsageError, quote
 from ..limits import MAX_SCALES_BYTES
 from ..names.bridge import ScaleKind, split_name
 from ..storage.files import expanded, read_small
+from .input_scales import InputScales
 from .stored_as import agreed_algorithms
 from .values import Algorithms, ScaleConvention, algorithms, check_scalar, number_in_json, number_in_tensor
 
 SCALE_KINDS: tuple[str, ...] = get_args(ScaleKind)
-AUTO = "auto"  # in place of a path: scales without calibration
-
-
-@dataclass(frozen=True, slots=True)
-class InputScales:
-    """`input_global_scale` (2688 / amax, float32) by module name as written in `origin`, a path.
-
-    0, NaN, infinity and exactly 1 are what tools write for a module that calibration never reached. `about` says how the
-    numbers came about, for people.
-    """
-
-    global_scales: Mapping[str, float]
-    origin: str
-    about: str = "imported"
 
 
 def read_input_scales(

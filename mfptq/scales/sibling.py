@@ -16,8 +16,9 @@ from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..checkpoint.weights import WEIGHT_SUFFIX
 from ..errors import ScaleError, SourceError, quote
 from ..names.bridge import split_name
+from .input_scales import InputScales
 from .matching import match_names
-from .reading import InputScales, read_input_scales
+from .reading import read_input_scales
 
 _WEIGHT_AND_SCALE = ((".weight_packed", ".weight_scale"), (WEIGHT_SUFFIX, ".weight_scale"), ("", "_weight_scale"))
 

@@ -20,7 +20,7 @@ from ..dtypes import NUMPY_DTYPES
 from ..names.fusion import FusedGroup
 from ..names.norms import BEFORE_ATTENTION, Norms, known_norms
 from ..nvfp4 import INPUT_SCALE_NUMERATOR, as_float32
-from .reading import AUTO, InputScales
+from .input_scales import AUTO, InputScales
 
 CONSTANT = 4.0  # inputs up to 672; on Gemma 3 270M, 4 to 16 for all layers are as good as calibrated scales
 LOWEST = 2.0  # below, blocks of ordinary size would meet subnormal scales; 1 is a mark of no calibration besides

@@ -15,12 +15,12 @@ from compressed_tensors.quantization.utils import generate_gparam
 
 import mfptq
 from mfptq.calibration.reading import load_calibration
-from mfptq.conversion import make_plan
 from mfptq.errors import MemoryBudgetError, PlanMismatchError, ScaleError, SourceChangedError, UsageError
 from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, RESERVE, plan_memory, worker_bytes
 from mfptq.execution.prepare import longest_row
 from mfptq.kernels import QuantizeArgs
 from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, load_calibrated_kernel
+from mfptq.planner import make_plan
 
 from ..conftest import command, digests
 from .files import calibrate, described, layers_of, stored

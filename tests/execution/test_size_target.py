@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import mfptq
-from mfptq.conversion import make_plan
 from mfptq.errors import UsageError
 from mfptq.execution import size_target
 from mfptq.execution.executors import Request
 from mfptq.execution.format_errors import measure_errors
 from mfptq.execution.memory_budget import INTERPRETER, resident_bytes
 from mfptq.execution.prepare import Measuring, Resources
+from mfptq.planner import make_plan
 from mfptq.planning.allocation import NORM, REFERENCE
 from mfptq.planning.size_units import changeable_layers
 from tests.calibration.files import calibrate, random_inputs, statistics_of, stored

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mfptq
-from mfptq.conversion import make_plan
+from mfptq.planner import make_plan
 from tests.conftest import digests
 from tests.hub.conftest import hub_environment
 from tests.hub.server import REPO, LoopbackHub

@@ -21,12 +21,12 @@ import torch
 import mfptq.observation.residency as residency_module
 from mfptq.calibration.file import LEVELS
 from mfptq.calibration.reading import Calibration, load_calibration
-from mfptq.conversion import make_plan
 from mfptq.errors import MemoryBudgetError, ScaleError, SourceError, UsageError
 from mfptq.names.engine import experts_parent
 from mfptq.observation import models
 from mfptq.observation.calibrate import CalibrationProgress, calibrate
 from mfptq.observation.residency import Residency
+from mfptq.planner import make_plan
 from tests.models import DENSE, MOE, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 import mfptq
 from mfptq.checkpoint import header
-from mfptq.conversion import make_plan
 from mfptq.errors import SourceError, UsageError
+from mfptq.planner import make_plan
 from mfptq.planning import digests, jobs
 from mfptq.planning import plan as planning
 from mfptq.planning.jobs import CopyTensor, InputScale, copy_runs

@@ -18,9 +18,9 @@ from mfptq.checkpoint.header import tensor_bytes
 from mfptq.checkpoint.source import FolderSource
 from mfptq.errors import MfptqError
 from mfptq.execution.tiles import batches, group_steps, tiles
+from mfptq.planning.building import build_plan
 from mfptq.planning.formats import FormatRule
 from mfptq.planning.jobs import ShardJob, copy_runs
-from mfptq.planning.plan import build_plan
 from mfptq.planning.settings import Settings
 from mfptq.scales.reading import read_input_scales
 from tests.faults.conversions import Example, examples, write

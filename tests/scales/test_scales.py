@@ -21,7 +21,8 @@ from mfptq.limits import MAX_SCALES_BYTES
 from mfptq.names.bridge import PREFIXES, bridge_names, split_name
 from mfptq.names.fusion import FusedGroup, fused_groups
 from mfptq.scales.assignment import assign_input_scales
-from mfptq.scales.reading import InputScales, read_input_scales
+from mfptq.scales.input_scales import InputScales
+from mfptq.scales.reading import read_input_scales
 from mfptq.scales.values import ScaleConvention
 
 LAYER = "model.language_model.layers.3"

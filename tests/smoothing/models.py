@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from mfptq.checkpoint.encoding import Region
-from mfptq.conversion import make_plan
 from mfptq.dtypes import NUMPY_DTYPES
 from mfptq.kernels.decode import load_decoder
+from mfptq.planner import make_plan
 
 from ..calibration.files import calibrate
 from ..models import DENSE, MOE, write_checkpoint

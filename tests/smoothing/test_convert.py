@@ -16,9 +16,9 @@ import mfptq
 from mfptq.calibration.file import InputInfo, InputStatistics
 from mfptq.calibration.reading import load_calibration
 from mfptq.calibration.smoothed import smoothed
-from mfptq.conversion import make_plan
 from mfptq.demo import write_demo
 from mfptq.errors import PlanMismatchError, ScaleError, SmoothingError, UsageError
+from mfptq.planner import make_plan
 from mfptq.smoothing.record import RECORD
 
 from ..calibration.files import calibrate, described, layers_of, random_inputs, statistics_of, stored, write_file

@@ -8,8 +8,8 @@ import re
 import pytest
 
 import mfptq
-from mfptq.conversion import make_plan
 from mfptq.names.engine import experts_parent
+from mfptq.planner import make_plan
 from mfptq.planning.defaults import UNKNOWN
 from tests.sweep.tiny import build, types
 

@@ -1,0 +1,88 @@
+"""Plan every output file exactly: header, size and steps, from the source's headers alone.
+
+Called by `planner.make_plan`, and by calibration for the layers that would be quantized. Reads no weight and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.header import TensorSpec
+from ..checkpoint.weights import candidates
+from ..encodings.contents import read_contents
+from ..names.adapters import check_merged
+from ..names.config_sizes import read_sizes
+from ..scales.input_scales import InputScales
+from ..scales.uncalibrated import UncalibratedInputs
+from .cache_scales import cache_scales
+from .carried import has_input_scales
+from .digests import digests_of
+from .format_choice import Source, select_formats
+from .formats import FORMATS
+from .jobs import ShardPlan, plan_shard
+from .output_order import output_specs
+from .plan import ConversionPlan
+from .quantization_config import config_text, index_text, quantization
+from .settings import Settings
+from .smoothed_inputs import Inputs, smoothed_inputs
+from .weight_targets import choose_targets, target_of_weight
+
+if TYPE_CHECKING:
+    from ..calibration.reading import Calibration
+
+
+def build_plan(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    scales: InputScales | UncalibratedInputs | None = None,
+    calibration: Calibration | None = None,
+) -> ConversionPlan:
+    """Return the plan of a conversion; reads nothing but what is held already, and norms for uncalibrated scales.
+
+    Raises SourceError, RuleError, ScaleError for whatever would stop the conversion later.
+    """
+    stored = read_contents(checkpoint)
+    with_input = scales is not None or (has_input_scales(stored) and settings.scheme != "NVFP4A16")
+    scheme = settings.resolve_scheme(with_input=with_input)
+    method = settings.resolve_method(calibrated=calibration is not None)
+    sizes = read_sizes(checkpoint.config)
+    check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
+    source = Source(tuple(candidates(stored, sizes)), checkpoint.config)
+    selection = select_formats(source, settings.rules, settings.all_formats, FORMATS[scheme.lower()])
+    given = smoothed_inputs(Inputs(stored, selection, calibration, scales), checkpoint.config, settings)
+    contents, selection = given.contents, given.selection
+    decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
+    found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.casts)
+    group_of = {member: group for group in selection.groups for member in group.members}
+    cache = cache_scales(contents, settings, calibration, given.smoothing, source=checkpoint.source)
+    specs = partial(
+        output_specs, decisions=decisions, group_of=group_of, target_of=partial(target_of_weight, found, method)
+    )
+    shards, index = _lay_out(contents.kept_shards, lambda name: [*specs(contents.shards[name]), *cache.specs(name)])
+    config = config_text(checkpoint.config, quantization(selection, settings.rules, found.formats, settings.kv_cache))
+    return ConversionPlan(
+        *(checkpoint, contents, settings, scheme, selection, method, found.calibration),
+        input_scales=found.input_scales,
+        carried=found.carried,
+        smoothing=given.smoothing,
+        shards=shards,
+        config_text=config,
+        index_text=index if checkpoint.has_index else None,
+        digests=digests_of(checkpoint, (method, config), found, given.smoothing) | contents.digests | cache.digests,
+        cache_scales=cache,
+        _weights=found.weights,
+        _group_of=group_of,
+        _decisions=decisions,
+        _formats=found.formats,
+        _cast=found.cast,
+    )
+
+
+def _lay_out(names: Iterable[str], specs: Callable[[str], list[TensorSpec]]) -> tuple[tuple[ShardPlan, ...], str]:
+    """Return the output's shards, one for each of the source's, and the index over them."""
+    places: dict[str, str] = {}
+    shards = tuple(plan_shard(name, specs(name), places) for name in names)
+    return shards, index_text(sum(shard.tensor_bytes for shard in shards), places)
