@@ -20,7 +20,6 @@ from .execution.memory_budget import caller_bytes, memory_errors
 from .execution.prepare import Measuring, Resources, prepare
 from .output.publish import PushTarget
 from .output.report import Report
-from .planner import make_plan
 from .planning.parts import Part
 from .planning.plan import ConversionPlan, PlannedTensor
 from .planning.settings import Decisions
@@ -171,6 +170,8 @@ def plan(
     unless `format_errors` has what is needed; the other keywords are for that, as those of `convert`.
     Close the plan, or use it in a `with` block.
     """
+    from .planner import make_plan
+
     held = caller_bytes()
     resources = Resources(max_memory, max_workers, device)
     measuring = Measuring(resources, on_event or ignore, held, decisions.get("format_errors"))

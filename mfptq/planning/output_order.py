@@ -17,7 +17,7 @@ from .formats import SCALAR, OutputTensor
 from .rules import TensorDecision
 
 if TYPE_CHECKING:
-    from .weight_targets import Targets
+    from .method_choice import Targets
 
 _SCALAR_BYTES = 4  # a float32 must lie at a multiple of its size
 _LARGE = 2**20  # weights of so many elements have their scales right behind their values

@@ -16,18 +16,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.header import tensor_bytes
 from ..checkpoint.weights import Weight
-from ..kernels.calibrated import PreparedStatistics
+from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
 from ..names.fusion import FusedGroup
 from .cache_scales import CacheScales
 from .carried import Carried
 from .digests import sha256
 from .formats import FORMATS, GLOBAL_SCALE, SCALE, OutputTensor, TargetFormat
 from .jobs import CAST, CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor
-from .quantization_config import Scheme
+from .method_choice import weight_target
 from .rules import Selection, TensorDecision
-from .settings import Settings, unreached
 from .share import Share, share_of
-from .weight_targets import weight_target
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     from ..scales.assignment import AssignedScales
     from ..smoothing.plan import Smoothing
     from .allocation import Allocation
+    from .quantization_config import Scheme
+    from .settings import Settings
 
 
 class PlannedTensor(NamedTuple):
@@ -103,7 +103,7 @@ class ConversionPlan:
         chosen = Counter(
             self.method_of(each) for each in self._weights.values() if self.format_of(each).takes_statistics
         )
-        return (*filter(None, [self.share.warning]), *self.carried.warnings, *scales, *unreached(self.method, chosen))
+        return (*filter(None, [self.share.warning]), *self.carried.warnings, *scales, *_unreached(self.method, chosen))
 
     @property
     def share(self) -> Share:
@@ -237,3 +237,13 @@ class ConversionPlan:
         return QuantizeWeight(
             weight, group, target, method, at[target.data_suffix], at[SCALE], at.get(GLOBAL_SCALE, -1), given
         )
+
+
+def _unreached(method: str, methods: Mapping[str, int]) -> tuple[str, ...]:
+    """Return a warning if a method that needs statistics could not be had for some weights."""
+    searched = methods.get("search", 0)
+    if method not in ("auto", *CALIBRATED_METHODS) or not searched or len(methods) == 1:
+        return ()
+    return (
+        f"{searched} of {sum(methods.values())} weights use `search`: their experts received no calibration tokens",
+    )

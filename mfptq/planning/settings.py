@@ -205,16 +205,6 @@ def _patterns(given: Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def unreached(method: str, methods: Mapping[str, int]) -> tuple[str, ...]:
-    """Return a warning if a method that needs statistics could not be had for some weights."""
-    searched = methods.get("search", 0)
-    if method in PLAIN_METHODS or not searched or len(methods) == 1:
-        return ()
-    return (
-        f"{searched} of {sum(methods.values())} weights use `search`: their experts received no calibration tokens",
-    )
-
-
 def input_margin(settings: Settings, origin: str) -> float:
     """Return by how much the ranges of a calibration file are widened; `origin` is how the file came about.
 

@@ -16,7 +16,7 @@ from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
 from .allocation import NORM, REFERENCE, Option, Unit
 from .formats import FORMATS, KEEP
-from .weight_targets import weight_target
+from .method_choice import weight_target
 
 if TYPE_CHECKING:
     from .plan import ConversionPlan

@@ -10,19 +10,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.weights import candidates
-from ..encodings.contents import Contents
 from ..encodings.fp4 import Nvfp4
 from ..names.config_sizes import read_sizes
 from ..scales.input_scales import InputScales
 from ..scales.uncalibrated import UncalibratedInputs
-from ..smoothing.plan import Smoothing, find_smoothing
-from ..smoothing.structure import find_links
 from .formats import FORMATS
 from .rules import Selection, TensorDecision
 from .settings import Settings, input_margin
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
+    from ..encodings.contents import Contents
+    from ..smoothing.plan import Smoothing
 
 
 class Inputs(NamedTuple):
@@ -39,6 +38,9 @@ def smoothed_inputs(given: Inputs, config: Mapping[str, Any], settings: Settings
     """Return everything with the inputs smoothed that can be, if that is asked for; `config` is the source's config.json."""
     if not settings.smooth or given.calibration is None:
         return given
+    from ..smoothing.plan import find_smoothing
+    from ..smoothing.structure import find_links
+
     quantized: dict[str, int] = {}
     fixed: set[str] = set()
     for item in given.selection.tensors:

@@ -5,7 +5,7 @@ Called by `building`. Pure: everything follows from the selection, the method as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.weights import Weight
@@ -18,21 +18,12 @@ from ..scales.uncalibrated import UncalibratedInputs, resolved
 from .carried import Carried, carried_weights
 from .format_choice import WITHOUT_INPUTS
 from .formats import FORMATS, TargetFormat
+from .method_choice import WeightTarget, weight_target
 from .rules import Selection
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
     from ..checkpoint.source import Source
-
-
-class WeightTarget(NamedTuple):
-    """What a weight becomes: its format, and the method, which decides the dtype of some scales."""
-
-    format: TargetFormat
-    method: str
-
-
-Targets = Callable[[Weight], WeightTarget]
 
 
 class ChosenTargets(NamedTuple):
@@ -152,13 +143,6 @@ def _assign(
         )
     others = [module for module, target in formats.items() if not target.needs_input_scales]
     return assign_input_scales(given, needed, kept=[*kept, *others])
-
-
-def weight_target(weight: Weight, target: TargetFormat, method: str, calibration: Calibration | None) -> WeightTarget:
-    """Return what a weight becomes, and by which method: the one asked for, or what format and calibration file allow."""
-    if not target.takes_statistics:
-        return WeightTarget(target, "minmax" if method == "minmax" else "search")
-    return WeightTarget(target, method if calibration is None else calibration.method(weight.module, method))
 
 
 def target_of_weight(found: ChosenTargets, method: str, weight: Weight) -> WeightTarget:
