@@ -1,4 +1,4 @@
-"""Take the input ranges out of an NVFP4 checkpoint, as a calibration file.
+"""Take the input ranges out of a checkpoint in NVFP4 or FP8, as a calibration file.
 
 `extract_scales` is public; `mfptq calibration extract` calls it. The checkpoint is only read.
 """
@@ -19,7 +19,7 @@ from .file import Contents, Description, InputInfo, InputStatistics, write_calib
 
 
 def extract_scales(path: str | Path, output: str | Path, kind: str | None = None) -> Description:
-    """Write the input ranges of an NVFP4 checkpoint as a calibration file with statistics `amax`.
+    """Write the input ranges of a checkpoint in NVFP4 or FP8 as a calibration file with statistics `amax`.
 
     `kind` says what its scales are where neither names nor config tell. A layer whose scale is a mark of no calibration
     (0, NaN, infinity or 1) is left out. Raises ScaleError for a checkpoint without input scales.

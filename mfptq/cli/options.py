@@ -65,7 +65,7 @@ def rule_options(function: Function) -> Function:
         click.option(
             "--like",
             type=click.Path(),
-            help="An NVFP4 checkpoint, folder or Hub repo: its choice of layers, its input scales.",
+            help="A checkpoint in NVFP4 or FP8, folder or Hub repo: its choice of layers, its input scales.",
         ),
         click.option("--calibration", type=click.Path(), help="A calibration file: W4A4, and better weights."),
         click.option("--force", is_flag=True, help="Quantize even what no engine is known to load in FP4."),

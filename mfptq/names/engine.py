@@ -43,14 +43,14 @@ def experts_module(name: str, shape: tuple[int, ...]) -> str:
 def built_modules(name: str, shape: tuple[int, ...]) -> Iterator[str]:
     """Yield the names of the layers that engines may build for a tensor; none for what is no matrix.
 
-    Of experts that lie in one flat matrix only the first is named: engines ask for no other.
+    Of experts that lie in one flat matrix only the first is named: engines ask for no other. Shared experts in a stack are
+    one layer, of its name.
     """
-    experts = experts_module(name, shape)
+    experts, leaf = experts_module(name, shape), name.removesuffix(WEIGHT_SUFFIX).rpartition(".")[2]
     if experts:
-        leaf = name.removesuffix(WEIGHT_SUFFIX).rpartition(".")[2]
         for number in range(shape[0] if len(shape) == 3 else 1):
             yield from (f"{experts}.{number}.{projection}" for projection in STACKED[leaf])
-    elif name.endswith(WEIGHT_SUFFIX) and len(shape) >= 2:
+    elif (name.endswith(WEIGHT_SUFFIX) and len(shape) >= 2) or (len(shape) == 3 and leaf in STACKED):
         yield name.removesuffix(WEIGHT_SUFFIX)
 
 

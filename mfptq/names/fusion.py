@@ -12,7 +12,7 @@ from functools import cache
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
-from .leaves import FUSED_LAYERS, fused_into
+from .leaves import FUSED_LAYERS, fused_into, parent_and_leaf
 from .wrappers import logical
 
 Item = TypeVar("Item")
@@ -89,7 +89,7 @@ def _by_parent(modules: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, 
         if own != module:
             own = module if own in names or own in written else own
             written[own] = module
-        parent, _, leaf = own.rpartition(".")
+        parent, leaf = parent_and_leaf(own)
         leaves[parent].append(leaf)
     return leaves, written
 

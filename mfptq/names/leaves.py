@@ -113,7 +113,9 @@ _ROWS_OF = {
     for names in FUSED_LAYERS.values()
     for name in names
 }
-LINEAR_LEAVES = frozenset(name for leaf in LEAVES if leaf.role == LINEAR for name in leaf.names)
+_LINEAR = {name for leaf in LEAVES if leaf.role == LINEAR for name in leaf.names}
+LINEAR_LEAVES = frozenset(name.rpartition(".")[2] for name in _LINEAR)
+_BELOW = {last: first for first, _, last in (name.rpartition(".") for name in _LINEAR) if first}
 
 
 @cache
@@ -127,6 +129,15 @@ def fused_into(leaf: str, siblings: frozenset[str]) -> Mapping[str, bool]:
         if row.holds(beside):
             found[row.fused] = found.get(row.fused, False) or not row.apart
     return MappingProxyType(found)
+
+
+def parent_and_leaf(module: str) -> tuple[str, str]:
+    """Return a module's parent and its name in the table; some are named with a module that lies between (`indexer.index_qk_proj`)."""
+    parent, _, leaf = module.rpartition(".")
+    between = _BELOW.get(leaf)
+    if between is not None and parent.rpartition(".")[2] == between:
+        return parent.rpartition(".")[0], f"{between}.{leaf}"
+    return parent, leaf
 
 
 def leaf_of(module: str) -> str:

@@ -15,14 +15,14 @@ from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import Candidate, name_pattern
 from ..encodings.declared import MAX_CONFIG_DEPTH, QUANTIZATION_KEYS
 from ..names import REGEX_PREFIX
-from ..names.engine import EXPERTS, built_modules, experts_module
-from ..names.fusion import fused_groups
+from ..names.engine import EXPERTS, built_modules, experts_module, experts_parent
+from ..names.fusion import parameters
 from ..names.leaves import KEPT, TURNED, Leaf, kept_by, leaf_of
 from ..names.patterns import match_names
 from ..names.structure import Structure, block_of
 from ..names.wrappers import logical
 from .config_groups import LINEAR, config_group, config_groups, quantized_layers, top_level_format
-from .defaults import is_kept_stack
+from .defaults import is_kept_stack, siblings_of
 from .format_choice import WITHOUT_INPUTS
 from .formats import FORMATS, KV_CACHE_SCHEMES, QUANTIZATION_CONFIG, TargetFormat
 from .rules import Rules, Selection
@@ -84,7 +84,7 @@ def quantization(
     return _config(
         groups,
         top_level_format(found),
-        ignore_list(selection, rules, fused="group_0" in groups and not (len(found) == 1 or single)),
+        ignore_list(selection, rules),
         kv_cache,
     )
 
@@ -100,11 +100,10 @@ def _lacking(selection: Selection, formats: Mapping[str, TargetFormat]) -> froze
     )
 
 
-def ignore_list(selection: Selection, rules: Rules, *, fused: bool = False) -> list[str]:
+def ignore_list(selection: Selection, rules: Rules) -> list[str]:
     """Return the regexes, then the explicit names, of what is kept: some readers know only one of the two.
 
-    `fused` adds the names of the layers that engines fuse from what is kept, which a config without `Linear` needs.
-
+    Last come the names of layers that engines fuse from what is kept, where no regex matches them.
     A regex is listed if something kept matches it and nothing quantized does, so that config and tensors always agree.
     Heads' are listed even where tied embeddings leave no tensor: models still build the layer.
     """
@@ -119,8 +118,16 @@ def ignore_list(selection: Selection, rules: Rules, *, fused: bool = False) -> l
     listed += _experts_patterns(selection.structure, stacks, quantized)
     listed += _draft_patterns(selection.structure, quantized)
     listed += _tower_patterns(selection.structure, kept, quantized)
-    layers = [group.name for group in fused_groups(kept) if len(group.members) > 1] if fused else []
-    return [*dict.fromkeys(listed), *kept, *layers]
+    return [*dict.fromkeys(listed), *kept, *_fused_names(selection, kept, listed)]
+
+
+def _fused_names(selection: Selection, kept: Sequence[str], listed: Sequence[str]) -> Iterator[str]:
+    """Yield the names of parameters that engines build of kept layers; of experts they ask for the members."""
+    siblings = siblings_of(item.candidate.tensor.info.name for item in selection.tensors)
+    regexes = [re.compile(pattern.removeprefix(REGEX_PREFIX)) for pattern in listed]
+    for group in parameters([name for name in kept if experts_parent(name) is None], siblings):
+        if not any(regex.match(group.name) for regex in regexes):
+            yield group.name
 
 
 def head_targets(modules: Iterable[str]) -> list[str]:

@@ -179,9 +179,9 @@ def _decide(item: Candidate, asked: tuple[_Hits, Collection[str] | None], rules:
         _check_loadable(item, pattern, rules, defaults)
         decision = Decision(True, "targeted as asked", pattern)
     elif alike is not None:
-        if not any(weight.module in alike for weight in item.weights):
-            return Decision(False, "kept in the checkpoint to be like, as asked", "like")
-        decision = Decision(True, "quantized in the checkpoint to be like, as asked", "like")
+        decision = _as_in(alike, item, "" if rules.force else defaults.unloadable(item))
+        if not decision.quantize:
+            return decision
     else:
         kept = defaults.kept(item) if rules.use_defaults or (defaults.unloadable(item) and not rules.force) else None
         if kept is not None:
@@ -193,6 +193,14 @@ def _decide(item: Candidate, asked: tuple[_Hits, Collection[str] | None], rules:
             f"expected one of {', '.join(SOURCE_DTYPES)}: ignore it to keep it as it is"
         )
     return decision
+
+
+def _as_in(alike: Collection[str], item: Candidate, unloadable: str) -> Decision:
+    if not any(weight.module in alike for weight in item.weights):
+        return Decision(False, "kept in the checkpoint to be like, as asked", "like")
+    if unloadable:  # of FP8 checkpoints: engines build some layers in FP8 that they never build in FP4
+        return Decision(False, f"{unloadable}, although quantized in the checkpoint to be like")
+    return Decision(True, "quantized in the checkpoint to be like, as asked", "like")
 
 
 def _check_loadable(item: Candidate, pattern: str, rules: Rules, defaults: Defaults) -> None:

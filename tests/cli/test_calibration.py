@@ -154,7 +154,7 @@ def test_scales_that_mark_no_calibration_are_left_out(tmp_path):
 
 def test_a_checkpoint_without_scales_has_nothing_to_extract(source, tmp_path):
     mfptq.convert(source, tmp_path / "weights")
-    for folder, problem in ((tmp_path / "weights", "it is weight-only"), (source, "has no NVFP4 layers")):
+    for folder, problem in ((tmp_path / "weights", "it is weight-only"), (source, "has no layers in NVFP4 or FP8")):
         done = command("calibration", "extract", folder, "--output", tmp_path / "taken.safetensors")
         assert done.returncode == 4
         assert problem in done.stderr
@@ -223,7 +223,7 @@ def test_like_of_another_model_or_of_half_a_group_is_refused(source, path, tmp_p
     half = checkpoint(tmp_path / "half", {name: value for name, value in tensors.items() if not name.startswith(K)})
     with pytest.raises(RuleError, match="splits fused group"):
         mfptq.convert(source, tmp_path / "out", like=half)
-    with pytest.raises(ScaleError, match="has no NVFP4 layers"):
+    with pytest.raises(ScaleError, match="has no layers in NVFP4 or FP8"):
         mfptq.convert(source, tmp_path / "out", like=source)
     with pytest.raises(ScaleError, match="checkpoint "):
         mfptq.convert(source, tmp_path / "out", like=tmp_path / "nowhere")
@@ -241,3 +241,14 @@ def test_help_names_the_commands():
         done = command("calibration", name, "--help")
         assert done.returncode == 0
         assert "Example: mfptq calibration" in done.stdout
+
+
+def test_like_of_an_fp8_checkpoint_takes_its_layers_but_none_that_no_engine_has_in_fp4(source, tmp_path):
+    tensors = stored(source)
+    fp8 = {name: value for name, value in tensors.items() if not name.startswith(Q)}
+    for module in (Q, K, V):
+        fp8[f"{module}.weight"] = torch.zeros_like(tensors[f"{module}.weight"]).to(torch.float8_e4m3fn)
+        fp8[f"{module}.weight_scale"] = torch.ones(1)
+    theirs = checkpoint(tmp_path / "fp8", fp8)
+    mfptq.convert(source, tmp_path / "out", like=theirs)
+    assert quantized(tmp_path / "out") == {Q, K, V}

@@ -162,7 +162,7 @@ def test_the_command_repairs(ours: Path, tmp_path: Path) -> None:
     assert equal(stored(ours), stored(tmp_path / "out"))
     plain = command("repair", tmp_path / "demo", tmp_path / "other")
     assert plain.returncode == 4
-    assert "has no NVFP4 layers" in plain.stderr
+    assert "has no layers in NVFP4 or FP8" in plain.stderr
 
 
 def test_a_group_that_is_nvfp4_in_part_is_refused(ours: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ BUILT = [
     "q_proj k_proj v_proj b_proj f_a_proj g_a_proj", "q_proj k_proj v_proj b_proj f_proj g_proj",
     "q_proj k_proj v_proj g_proj sparse_indexer_q sparse_indexer_k sparse_indexer_z",
     "q_proj k_proj v_proj a_proj b_proj g_proj", "to_q to_k to_v", "linear_q linear_k linear_v", "fc11 fc12",
+    "q_proj k_proj v_proj indexer.index_qk_proj",
 ]  # fmt: skip
 
 
@@ -59,11 +60,15 @@ def test_a_scale_is_not_a_fate() -> None:
     }
     assert fates("q_proj", "k_proj", "b_proj", "f_a_proj") == {("b_proj", "f_a_proj", "k_proj", "q_proj")}
     assert fates("q_proj", "k_proj", "index_q_proj") == {("k_proj", "q_proj")}
+    assert ("b_proj", "f_proj", "k_proj", "q_proj") in fates("q_proj", "k_proj", "b_proj", "f_proj")
+    assert fates("q_proj", "k_proj", "indexer.index_qk_proj") == {("indexer.index_qk_proj", "k_proj", "q_proj")}
+    assert fates("kv_a_proj_with_mqa", "q_a_proj", "g_proj") == {("g_proj", "kv_a_proj_with_mqa", "q_a_proj")}
+    assert fates("kv_a_proj_with_mqa", "q_a_proj", "g_proj", beside=("dense",)) == {("kv_a_proj_with_mqa", "q_a_proj")}
     assert fates("gate_proj", "up_proj", "down_proj") == {("gate_proj", "up_proj")}
 
 
 def test_every_fused_layer_is_linear() -> None:
-    assert {leaf for names in FUSED_LAYERS.values() for leaf in names} <= LINEAR_LEAVES
+    assert {leaf.rpartition(".")[2] for names in FUSED_LAYERS.values() for leaf in names} <= LINEAR_LEAVES
 
 
 def test_names_of_training_tools() -> None:
@@ -116,6 +121,11 @@ def test_experts_have_the_names_of_engines(name: str, shape: tuple, experts: str
     found = list(built_modules(name, shape))
     assert found[: len(projections)] == [f"{experts}.0.{projection}" for projection in projections]
     assert len(found) == len(projections) * (shape[0] if len(shape) == 3 else 1)
+
+
+def test_shared_experts_in_a_stack_are_one_layer() -> None:
+    assert list(built_modules("l.mlp.shared_experts.gate_proj", (2, 8, 8))) == ["l.mlp.shared_experts.gate_proj"]
+    assert list(built_modules("l.mlp.experts.gate_up_proj_bias", (2, 8, 8))) == []
 
 
 @pytest.mark.parametrize("name", ["l.mlp.shared_experts.gate_proj", "l.conv1d.weight", "l.mlp.gate_proj.weight"])

@@ -319,12 +319,12 @@ KEPT = [
     ("proj_out", "output head",
      r"re:(.*\.)?(lm_head\..*|proj_out|vocab_projector|lm_loss|decoder|pred_layer\.proj)$"),
     ("transformer.output_layer", "output head",
-     r"re:(.*\.)?(output_layer|score|classifier|classification_head|v_head|unembed|embed_out)$"),
+     r"re:(.*\.)?(output_layer|score|classifier|classification_head|v_head|unembed|embed_out|cls)$"),
     ("l.altup.modality_router", "router",
      r"re:(.*\.)?(gate\.wg|gate\.router_mlp.*|(mlp|moe|ffn)\.gate\.down_proj|modality_router|v_router)$"),
     ("l.mlp.gate.other", "router", r"re:(.*\.)?(experts|mlp|moe|ffn|feed_forward)\.(classifier|router\.layer|gate\..*)$"),
     ("l.self_attn.indexer.wk", "sparse attention's indexer, engines keep it unquantized",
-     r"re:(.*\.)?indexer\.(wk|weights_proj|weight_proj|kv_proj|gate_proj|scorer\..*)$"),
+     r"re:(.*\.)?indexer\.(wk|weights_proj|wk_weights_proj|weight_proj|kv_proj|gate_proj|scorer\..*)$"),
     ("l.compressor.wgate", "compressor, engines keep it unquantized",
      r"re:(.*\.)?compressor\.(wkv|wgate|kv_proj|gate_proj)$"),
     ("l.mlp_res_proj", "residual gate, engines keep it unquantized", r"re:(.*\.)?\w*_res_proj$"),
@@ -450,6 +450,51 @@ def test_a_gate_for_each_head_is_kept_alone() -> None:
     assert fate(P + "self_attn.g_proj", (32, 32), config).quantize
     found = decide({**ATTENTION, P + "self_attn.g_proj.weight": (32, 32)}, ignore=("re:.*g_proj",))
     assert decisions(found)[P + "self_attn.q_proj"]
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def quantized_beside(config: dict | None = None, **others: tuple[int, ...]) -> set[str]:
+    """Return which layers of an attention become FP4 beside others."""
+    shapes = {f"{P}self_attn.{leaf}.weight": (32, 32) for leaf in PROJECTIONS}
+    shapes |= {f"{P}self_attn.{leaf}{'' if len(shape) == 1 else '.weight'}": shape for leaf, shape in others.items()}
+    shapes[P + "mlp.down_proj.weight"] = (32, 32)
+    found = decisions(decide(shapes, config=config))
+    return {module.rpartition(".")[2] for module, quantized in found.items() if quantized and "self_attn" in module}
+
+
+def test_gates_that_one_engine_joins_and_the_other_keeps_take_their_partners_along() -> None:
+    gates = {"b_proj": (4, 32), "f_proj": (32, 32), "g_proj": (32, 32), "A_log": (4,)}
+    assert quantized_beside(**gates) == {"o_proj"}
+    low_rank = {"b_proj": (16, 32), "f_a_proj": (16, 32), "f_b_proj": (32, 16), "A_log": (4,)}
+    assert quantized_beside(**low_rank) == {*PROJECTIONS, "b_proj", "f_a_proj"}
+
+
+def test_a_gate_of_latent_attention_is_kept_where_the_output_is_called_dense() -> None:
+    latent = {"kv_a_proj_with_mqa": (48, 32), "g_proj": (32, 32)}
+    assert quantized_beside(**latent) == {*PROJECTIONS, "kv_a_proj_with_mqa", "g_proj"}
+    assert quantized_beside(**latent, dense=(32, 32)) == {*PROJECTIONS, "kv_a_proj_with_mqa", "dense"}
+
+
+def test_an_attention_that_an_engine_does_not_quantize_is_kept() -> None:
+    assert quantized_beside({"model_type": "olmo"}) == set()
+    assert quantized_beside({"model_type": "olmo2"}) == set(PROJECTIONS)
+    assert quantized_beside(A_log=(4,), a_proj=(4, 32)) == {"q_proj", "k_proj", "v_proj", "a_proj"}
+
+
+def test_parameters_that_engines_fuse_from_kept_layers_are_ignored() -> None:
+    index = "self_attn.indexer."
+    shapes = {P + index + leaf + ".weight": (32, 32) for leaf in ("wk", "weights_proj", "wq_b")}
+    shapes |= {f"{P}self_attn.{leaf}.weight": (32, 32) for leaf in PROJECTIONS} | {P + "mlp.down_proj.weight": (32, 32)}
+    names = [f"{P}self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")]
+    ignored = ignore_list(decide(shapes, ignore=names), Rules(ignore=tuple(names)))
+    assert {*names, P + "self_attn.qkv_proj"} <= set(ignored)
+    assert re.match(next(each[3:] for each in ignored if "indexer" in each), P + index + "wk_weights_proj")
+    apart = [f"{P}self_attn.{leaf}" for leaf in ("index_q_proj", "index_k_proj")]
+    shapes |= {f"{name}.weight": (32, 32) for name in apart}
+    ignored = ignore_list(decide(shapes, ignore=apart), Rules(ignore=tuple(apart)))
+    assert P + "self_attn.qkv_proj" not in ignored
 
 
 def test_the_matrix_that_absorbs_is_kept_where_inputs_are_quantized() -> None:
