@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from .execution.partial_run import PartReport
     from .inspection import Inspection, TensorSummary, inspect
     from .kernels import ErrorStats
-    from .observation.calibrate import CalibrationProgress, calibrate
+    from .observation.calibrate import calibrate
+    from .observation.calibration_pass import CalibrationProgress
     from .observation.comparison import Estimate
     from .observation.evaluate import Evaluation, EvaluationProgress, evaluate
     from .output.fault import Fault
@@ -81,7 +82,8 @@ _EXPORTS = {
     "execution.partial_run": "PartReport",
     "inspection": "Inspection TensorSummary inspect",
     "kernels": "ErrorStats",
-    "observation.calibrate": "CalibrationProgress calibrate",
+    "observation.calibrate": "calibrate",
+    "observation.calibration_pass": "CalibrationProgress",
     "observation.comparison": "Estimate",
     "observation.evaluate": "Evaluation EvaluationProgress evaluate",
     "output.report": "PatternReport Report",

@@ -37,7 +37,7 @@ ALLOWED = {
     "observation": "storage names checkpoint calibration smoothing planning output execution",
     "planner": "storage checkpoint scales calibration planning execution",
     "conversion verification inspection tensors demo": "planner storage names checkpoint encodings kernels scales calibration smoothing planning output execution engines checking",
-    "cluster": "storage checkpoint planning output execution planner conversion",
+    "cluster": "storage checkpoint planning output execution observation planner",
     "cli": "everything",
     "__init__ __main__": "everything",
 }

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import counted
+from .cluster import cluster_options, executor_of
 from .options import forward_options, source_options
 from .process import deferred_signals
 
 if TYPE_CHECKING:
-    from ..observation.calibrate import CalibrationProgress
+    from ..observation.calibration_pass import CalibrationProgress
 
 
 @click.command()
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Include what a default keeps.")
 @click.option("--overwrite", is_flag=True, help="Discard an existing output and start over.")
 @source_options
+@cluster_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     """Run MODEL (folder or Hub repo) over text and record what reaches its linear layers; rerun to resume.
@@ -52,7 +54,7 @@ def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     require_extra()  # before the next import, which needs torch
     from ..observation.calibrate import calibrate as run_calibration
 
-    quiet = options.pop("quiet")
+    quiet, options["executor"] = options.pop("quiet"), executor_of(options)
     with _progress(output, quiet=quiet) as show, deferred_signals() as check:
         done = run_calibration(model, dataset, output, on_event=lambda event: (check(), show(event)), **options)
     if not quiet:
@@ -86,16 +88,14 @@ def _progress(output: Path, *, quiet: bool) -> Iterator[Callable[[CalibrationPro
 
 
 def _say_what_is_kept(output: Path, requested: int) -> None:
-    """Ask the file itself: a signal can come between its writing and the report of it."""
-    from ..errors import MfptqError
-    from ..observation.calibrate import read_description
+    """Ask the files themselves: a signal can come between their writing and the report of it."""
+    from ..observation.calibration_parts import description_of, parts_of, samples_kept
 
-    try:
-        found = read_description(output) if output.exists() else None
-    except MfptqError:  # what --overwrite was to replace is none of ours
-        found = None
-    if found is None or found.requested != requested:
+    found, kept, place = description_of(output), samples_kept(output), parts_of(output)
+    if not kept and found is not None and found.requested == requested:
+        kept, place = found.samples, output
+    if not kept:
         click.echo(f"mfptq: no batch was finished, 0 of {requested} samples are kept", err=True)
     else:
-        kept = f"{found.samples} of {requested} samples are kept in {output}"
-        click.echo(f"mfptq: {kept}: rerun the same command to go on", err=True)
+        text = f"{kept} of {requested} samples are kept in {place}"
+        click.echo(f"mfptq: {text}: rerun the same command to go on", err=True)

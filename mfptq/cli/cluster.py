@@ -13,17 +13,21 @@ from .options import Function, decisions_of, file_options, format_options, rule_
 from .process import deferred_signals
 
 if TYPE_CHECKING:
+    from ..cluster.ray_executor import RayExecutor
     from ..conversion import Plan
-    from ..execution.executors import Executor
     from ..execution.partial_run import PartReport
     from ..output.report import Report
     from ..planning.parts import Part
 
 
+shards_option = click.option(
+    "--shards", metavar="I/N", help="Make only part I of N, on any machine; then: mfptq finish."
+)
+
+
 def cluster_options(function: Function) -> Function:
     """Add the options of a cluster."""
     for option in (
-        click.option("--shards", metavar="I/N", help="Make only part I of N, on any machine; then: mfptq finish."),
         click.option("--gpus-per-task", type=int, help="With ray: GPUs of each task."),
         click.option("--cpus-per-task", type=int, help="With ray: cores of each task; 4 by default."),
         click.option(
@@ -44,7 +48,7 @@ def cluster_options(function: Function) -> Function:
     return function
 
 
-def executor_of(options: dict[str, Any]) -> Executor | None:
+def executor_of(options: dict[str, Any]) -> RayExecutor | None:
     """Return the executor that options name, None for threads."""
     name = options.pop("executor")
     keywords = {"address": "ray_address", "max_nodes": "nodes_max"}

@@ -21,7 +21,7 @@ from ..execution.memory_budget import memory_errors
 from .calibration import calibration
 from .check import check as check_command
 from .check import engine_option, judges, refuse_findings, refuse_unloadable
-from .cluster import carry_out, check_part_options, cluster_options, executor_of, finish, summary
+from .cluster import carry_out, check_part_options, cluster_options, executor_of, finish, shards_option, summary
 from .groups import Commands
 from .options import (
     decisions_of,
@@ -114,6 +114,7 @@ for command in (calibration, check_command, compare, finish, recipe, report):
 @publish_options
 @engine_option
 @cluster_options
+@shards_option
 @click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, check all that a run would need, and write nothing.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")

@@ -109,6 +109,13 @@ class Cluster:
                 found.append(Node(node["NodeID"], self._names[node["NodeID"]], slots))
         return sorted(found, key=lambda node: (-node.slots, node.key))
 
+    def share_memory(self) -> int:
+        """Give each task an equal share of its node's memory, of the node that has least for one; return it, in bytes."""
+        slots = {node.key: node.slots for node in self.nodes()}
+        has = {node["NodeID"]: node["Resources"].get("memory", 0) for node in self._ray.nodes()}
+        self._needs["memory"] = min(int(has[key] // count) for key, count in slots.items())
+        return int(self._needs["memory"])
+
     def window(self) -> int:
         """Return how many tasks may be in flight: what fits into the nodes, or into `max_nodes` of them."""
         return sum(node.slots for node in self.nodes()[: self._max_nodes])

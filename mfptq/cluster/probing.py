@@ -1,4 +1,4 @@
-"""Look, before any work, whether every node of a cluster can take part. Called by `cluster.ray_executor`."""
+"""Look, before any work, whether every node of a cluster can take part. Called by `cluster.ray_executor` and `cluster.calibrating`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from .. import errors
 from .._version import __version__
@@ -14,9 +15,6 @@ from ..errors import DestinationError, MfptqError, UsageError, quote
 from ..output.leftovers import WORK
 from ..storage.files import storage_errors
 from .connection import Answer, Cluster, Node, TaskLostError
-
-if TYPE_CHECKING:
-    from ..output.destination import Destination
 
 PROBE_SECONDS = 300
 POLL_SECONDS = 0.2
@@ -30,21 +28,23 @@ def error_of(node: str, answer: Answer) -> MfptqError:
     return made
 
 
-def probe_nodes(cluster: Cluster, arguments: tuple[Any, ...], out: Destination, poll: Callable[[], object]) -> None:
-    """Raise the error of the first node that has another version, reads another plan, or does not share the folders."""
+def probe_nodes(cluster: Cluster, plan: tuple[Any, ...], root: Path, poll: Callable[[], object]) -> None:
+    """Raise the error of the first node that has another version, reads another plan, or does not share the folders.
+
+    `plan` is what a task gets of it: the request as stored in the cluster, and the digests. `root` is the output's folder.
+    """
     from .tasks import probe
 
     token = f"probe.{secrets.token_hex(8)}"
-    folder = out.root.absolute() / WORK
+    folder = root.absolute() / WORK
     with storage_errors("write into", folder):
         (folder / token).touch()
     try:
-        request, digests, _ = arguments
-        asked = {cluster.submit_on(node, probe, request, digests, str(folder), token): node for node in cluster.nodes()}
+        asked = {cluster.submit_on(node, probe, *plan, str(folder), token): node for node in cluster.nodes()}
         end = time.monotonic() + PROBE_SECONDS
         while asked:
             for ref in cluster.wait(asked, POLL_SECONDS):
-                _check(cluster, ref, asked.pop(ref), out)
+                _check(cluster, ref, asked.pop(ref), root)
             if time.monotonic() > end:
                 raise UsageError(f"node {quote(next(iter(asked.values())).name)} did not answer in {PROBE_SECONDS} s")
             poll()
@@ -54,7 +54,7 @@ def probe_nodes(cluster: Cluster, arguments: tuple[Any, ...], out: Destination, 
                 path.unlink()
 
 
-def _check(cluster: Cluster, ref: Any, node: Node, out: Destination) -> None:
+def _check(cluster: Cluster, ref: Any, node: Node, root: Path) -> None:
     try:
         _, answer = cluster.answer(ref)
     except TaskLostError:
@@ -63,7 +63,7 @@ def _check(cluster: Cluster, ref: Any, node: Node, out: Destination) -> None:
         raise error_of(node.name, answer)
     if answer["version"] != __version__:
         raise UsageError(f"node {quote(node.name)} has mfptq {answer['version']}, this machine {__version__}")
-    if not (out.root / WORK / answer["seen"]).exists():
+    if not (root / WORK / answer["seen"]).exists():
         raise DestinationError(
-            f"node {quote(node.name)} has a folder {quote(out.root)} of its own: the output must be shared"
+            f"node {quote(node.name)} has a folder {quote(root)} of its own: the output must be shared"
         )

@@ -11,13 +11,11 @@ import logging
 import os
 import pickle
 import time
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import DestinationError, SourceError, UsageError, counted, listed, quote
+from ..errors import DestinationError, SourceError, UsageError, counted, quote
 from ..execution.events import Advanced, OnEvent, Planned, ShardFinished
 from ..execution.executors import Executed, Order
 from ..execution.memory_budget import INTERPRETER
@@ -25,22 +23,19 @@ from ..output.journal import ShardResult
 from ..planning.jobs import ShardPlan, largest_first
 from ..sizes import parse_size
 from ..storage.files import open_regular
-from .connection import Answer, Cluster, TaskLostError, connected
-from .probing import error_of, probe_nodes
+from .attempts import POLL_SECONDS, SEEN_SECONDS, Names, TaskLoop
+from .connection import Answer, Cluster, Ref, connected
+from .probing import probe_nodes
 
 if TYPE_CHECKING:
+    from ..observation.calibration_parts import CalibrationOrder, PartsFolder
+    from ..observation.calibration_pass import OnProgress
     from ..output.destination import Destination
     from ..planning.plan import ConversionPlan
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 4  # at one task, before the fault is taken for the task's own
-POLL_SECONDS = 0.2
-SEEN_SECONDS = 60  # so much later a shared file system may show a finished file
-STUCK = 2.0  # a task that has taken so many times the median is begun a second time when nothing else is left
-STUCK_SECONDS = 10.0  # and at least so long
-AGAIN = {"StorageError", "MemoryBudgetError"}  # answers that another attempt may better
-Shards = tuple[str, ...]
+PASSING = frozenset({"StorageError", "MemoryBudgetError"})  # errors that another attempt may better
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +83,30 @@ class RayExecutor:
             on_event(ShardFinished(name, resumed=True))
         with connected(self.address, needs, self.max_nodes) as cluster:
             arguments = (cluster.put(pickle.dumps(order.request)), dict(plan.digests), str(out.root.absolute()))
-            probe_nodes(cluster, arguments, out, lambda: on_event(Advanced(0)))
+            probe_nodes(cluster, arguments[:2], out.root, lambda: on_event(Advanced(0)))
             run = RayRun(cluster, plan, out, on_event)
-            run.finish_all(grouped(plan, out.done, self.task_bytes), arguments, resources)
+            loop = run.finish_all(grouped(plan, out.done, self.task_bytes), arguments, resources)
         kernel = " and ".join(sorted(run.kernels)) or order.run.kernel.name
-        return Executed(kernel, f"Ray, {counted(len(run.nodes), 'node', 'nodes')}", {"tasks": run.seconds}, 0)
+        return Executed(kernel, f"Ray, {counted(len(loop.nodes), 'node', 'nodes')}", {"tasks": loop.seconds}, 0)
+
+    def calibrate(self, order: CalibrationOrder, folder: PartsFolder, on_event: OnProgress) -> None:
+        """Make every part of a calibration that is not whole, a task for each; see `mfptq.calibrate`.
+
+        Without `max_memory`, the tasks that fit on a node share its memory.
+        """
+        from .calibrating import CalibrationRun
+
+        asked = order.options
+        device = self._device(asked.device) if asked.device.startswith("cuda") or self.gpus_per_task else asked.device
+        memory = 0 if asked.max_memory is None else parse_size(asked.max_memory)
+        needs = {"num_cpus": self.cpus_per_task, "num_gpus": self.gpus_per_task, "memory": memory}
+        with connected(self.address, needs, self.max_nodes) as cluster:
+            resources = {
+                "device": device,
+                "threads": self.cpus_per_task,
+                "max_memory": memory or cluster.share_memory(),
+            }
+            CalibrationRun(cluster, order, folder, on_event).make_all(resources)
 
     def _device(self, device: str) -> str:
         """Return where a task quantizes: Ray shows it no GPU but its own."""
@@ -103,7 +117,7 @@ class RayExecutor:
         return "cpu"
 
 
-def grouped(plan: ConversionPlan, done: Collection[str], task_bytes: int) -> list[Shards]:
+def grouped(plan: ConversionPlan, done: Collection[str], task_bytes: int) -> list[Names]:
     """Return the shards that are left, as tasks take them, large ones first; neighbours share a task if they are small."""
     groups: list[list[ShardPlan]] = []
     room = 0
@@ -117,98 +131,35 @@ def grouped(plan: ConversionPlan, done: Collection[str], task_bytes: int) -> lis
     return [tuple(shard.name for shard in group) for group in groups]
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """An attempt at some shards, begun at `begun`, in seconds of a monotonic clock."""
-
-    shards: Shards
-    begun: float
-
-
 class RayRun:
     """The tasks of one run. For one thread."""
 
     def __init__(self, cluster: Cluster, plan: ConversionPlan, out: Destination, on_event: OnEvent) -> None:
-        self.nodes: set[str] = set()
         self.kernels: set[str] = set()
-        self.seconds = 0.0
         self._cluster = cluster
         self._plan = plan
         self._out = out
         self._tell = on_event
-        self._running: dict[Any, _Attempt] = {}
-        self._superseded: list[Any] = []
-        self._failures: Counter[Shards] = Counter()
-        self._took: list[float] = []
 
-    def finish_all(self, todo: list[Shards], arguments: tuple[Any, ...], resources: dict[str, Any]) -> None:
-        """Run everything; raise the first error that another attempt cannot better. No task runs after this returns."""
+    def finish_all(self, todo: list[Names], arguments: tuple[Any, ...], resources: dict[str, Any]) -> TaskLoop:
+        """Run everything and return the loop that did; raise the first error that another attempt cannot better."""
         from .tasks import make
 
-        todo = todo[::-1]
-        try:
-            while todo or self._running:
-                room = self._cluster.window() - len(self._running)
-                if room < 1 and not self._running:
-                    raise DestinationError("no node of the cluster is left that can take a task; rerun to resume")
-                for shards in [todo.pop() for _ in range(min(room, len(todo)))] or self._stuck(room):
-                    ref = self._cluster.submit(make, *arguments, {"shards": shards, "resources": resources})
-                    self._running[ref] = _Attempt(shards, time.monotonic())
-                for ref in self._cluster.wait(self._running, POLL_SECONDS):
-                    todo += self._take(ref)
-                self._tell(Advanced(0))
-        finally:
-            self._cluster.cancel([*self._running, *self._superseded])
+        def begin(shards: Names) -> Ref:
+            return self._cluster.submit(make, *arguments, {"shards": shards, "resources": resources})
 
-    def _stuck(self, room: int) -> list[Shards]:
-        """Return what deserves a second attempt, since it takes much longer than the others and there is room."""
-        if room < 1 or not self._took:
-            return []
-        late = time.monotonic() - max(STUCK * median(self._took), STUCK_SECONDS)
-        attempts = Counter(attempt.shards for attempt in self._running.values())
-        found = [each.shards for each in self._running.values() if each.begun < late and attempts[each.shards] == 1]
-        return found[:room]
+        def poll() -> None:
+            self._tell(Advanced(0))
 
-    def _take(self, ref: Any) -> list[Shards]:
-        """Take in a task that has ended; return what must be done again."""
-        attempt = self._running.pop(ref, None)
-        if attempt is None:
-            return []  # a second attempt that the first has made needless
-        try:
-            key, answer = self._cluster.answer(ref)
-        except TaskLostError as lost:
-            return self._again(
-                attempt.shards, DestinationError(f"the task for {listed(attempt.shards)} was lost: {lost}")
-            )
-        node = self._cluster.name(key)
-        if not answer["ok"]:
-            error = error_of(node, answer)
-            if answer["error"] not in AGAIN:
-                raise error
-            return self._again(attempt.shards, error)
+        loop = TaskLoop(self._cluster, begin, self._take, poll, passing=PASSING, twice=True)
+        loop.finish_all(todo)
+        return loop
+
+    def _take(self, node: str, answer: Answer) -> None:
+        """Take in what a task has made."""
+        self.kernels.add(answer["kernel"])
         for result in answer["results"]:
             self._record(node, ShardResult(**result))
-        self._note(key, attempt, answer)
-        return []
-
-    def _again(self, shards: Shards, error: Exception) -> list[Shards]:
-        """Return the shards for another attempt, or raise when there were enough."""
-        self._failures[shards] += 1
-        logger.warning("attempt %d at %s failed: %s", self._failures[shards], listed(shards), error)
-        if self._failures[shards] >= ATTEMPTS:
-            raise error
-        return [] if any(each.shards == shards for each in self._running.values()) else [shards]
-
-    def _note(self, key: str, attempt: _Attempt, answer: Answer) -> None:
-        """Note how a task went, and stop a second attempt at the same."""
-        self.nodes.add(key)
-        self.kernels.add(answer["kernel"])
-        self.seconds += answer["seconds"]
-        self._took.append(time.monotonic() - attempt.begun)
-        others = [ref for ref, each in self._running.items() if each.shards == attempt.shards]
-        for ref in others:
-            del self._running[ref]
-        self._superseded += others
 
     def _record(self, node: str, result: ShardResult) -> None:
         """Record a shard that a node has finished, once it is seen here with its size."""

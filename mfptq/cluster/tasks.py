@@ -1,6 +1,6 @@
-"""What a node of a cluster does: look whether it can take part, and make shards.
+"""What a node of a cluster does: look whether it can take part, make shards, and make a part of a calibration.
 
-Called by `cluster.ray_executor` through the cluster, in a process of the node. Takes and returns plain values: what another
+Called by `cluster.ray_executor` and `cluster.calibrating` through the cluster, in a process of the node. Takes and returns plain values: what another
 process raises does not always survive the way back. The node plans by itself, from headers, and compares digests.
 """
 
@@ -10,7 +10,8 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -24,10 +25,13 @@ from ..execution.memory_budget import caller_bytes, memory_errors
 from ..execution.prepare import Resources, prepare
 
 if TYPE_CHECKING:
+    from ..observation.calibration_pass import CalibrationProgress, Share
     from ..output.journal import ShardResult
     from ..planning.plan import ConversionPlan
 
 Answer = dict[str, Any]
+PROGRESS = ".progress"  # beside a part, how far its task is: samples, all of them, steps, all of them
+PROGRESS_SECONDS = 1.0
 _HELD = caller_bytes()  # by the cluster's own libraries, before anything of ours
 
 
@@ -43,13 +47,20 @@ def _plan(request: bytes) -> ConversionPlan:
 def checked_plan(request: bytes, digests: Mapping[str, str]) -> ConversionPlan:
     """Return the plan as this node reads it, or raise PlanMismatchError if it is not the driver's."""
     plan = _plan(request)
+    try:
+        _check_digests(plan, digests)
+    except PlanMismatchError:
+        _forget(plan)
+        raise
+    return plan
+
+
+def _check_digests(plan: ConversionPlan, digests: Mapping[str, str]) -> None:
     changed = [name for name in {**plan.digests, **digests} if plan.digests.get(name) != digests.get(name)]
     if changed:
-        _forget(plan)
         raise PlanMismatchError(
             f"{' and '.join(changed)} as read there differ: give all nodes the same files and versions of mfptq"
         )
-    return plan
 
 
 def _forget(plan: ConversionPlan) -> None:
@@ -112,3 +123,56 @@ def make(request: bytes, digests: Mapping[str, str], destination: str, order: Ma
         "seconds": time.monotonic() - begun,
         "peak_memory": report.peak_memory,
     })  # fmt: skip
+
+
+def calibrate_part(
+    request: bytes, digests: Mapping[str, str], job: Mapping[str, Any], options: Mapping[str, Any]
+) -> Answer:
+    """Make the part of a calibration that `job` names, or go on with it; `options` are those of the pass."""
+    from ..observation.models import check_device, quiet_transformers, require_extra
+
+    path, begun = Path(job["path"]), time.monotonic()
+    try:
+        require_extra()
+        from ..observation.calibration_pass import CalibrationOptions, run_pass
+
+        _use_threads(options["threads"])
+        made = CalibrationOptions(**{name: value for name, value in options.items() if name != "threads"})
+        check_device(made.device)
+        with memory_errors(), quiet_transformers(), closing(_plan_of_files(request)) as plan:
+            _check_digests(plan, digests)
+            share: Share = pickle.loads(job["share"])  # noqa: S301 - written by our own driver, through the cluster
+            run_pass(plan, share, path, made, on_event=_progress_note(path))
+    except MfptqError as error:
+        return _failure(error)
+    return _answer({"part": path.name, "seconds": time.monotonic() - begun})
+
+
+def _plan_of_files(request: bytes) -> ConversionPlan:
+    """Return the plan of a source whose files are all here: transformers reads no ranges."""
+    from ..planner import make_plan
+
+    asked: Request = pickle.loads(request)  # noqa: S301 - written by our own driver, through the cluster
+    return make_plan(asked.source, **asked.decisions, keep_source=True)
+
+
+def _use_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _progress_note(path: Path) -> Callable[[CalibrationProgress], None]:
+    """Return what writes progress beside a part, once a second, for the driver to read; it may find it half written."""
+    note, latest = path.with_name(f"{path.name}{PROGRESS}"), 0.0
+
+    def write(event: CalibrationProgress) -> None:
+        nonlocal latest
+        if time.monotonic() > latest + PROGRESS_SECONDS or event.samples == event.requested:
+            latest = time.monotonic()
+            with suppress(OSError):  # what is only told must not stop the work
+                note.write_text(
+                    f"{event.samples} {event.requested} {event.steps} {event.total_steps}\n", encoding="ascii"
+                )
+
+    return write

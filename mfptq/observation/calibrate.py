@@ -1,71 +1,22 @@
-"""Make a calibration file: run the model on text and sum up what reaches its linear layers."""
+"""Make a calibration file: run the model on text and sum up what reaches its linear layers, here or on many machines.
+
+`calibrate` is public. It reads the text and plans; the work is done by `calibration_pass`, or spread by `calibration_parts`.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
 
-from ..calibration.file import Contents, Description, Level, check_output, parse_description, write_calibration
-from ..calibration.reading import Calibration, load_calibration
-from ..checkpoint.folder import Checkpoint, read_shard
+from ..calibration.file import Description, Level, check_output
 from ..checkpoint.hub import HubOptions, open_checkpoint
-from ..checkpoint.source import FolderSource
-from ..errors import ScaleError, UsageError, quote
+from ..execution.executors import Request
 from ..planning.building import build_plan
-from ..planning.plan import ConversionPlan
-from ..planning.settings import check_decisions
-from ..sizes import parse_size
+from ..planning.settings import Decisions, check_decisions
 from ..storage.files import expanded
-from .inputs import Blocks, find_blocks, find_inputs
-from .key_values import KeyValueRanges
-from .recording import Recorder
-from .texts import Encoder, Samples, read_samples
-
-if TYPE_CHECKING:
-    from .models import Skeleton
-    from .streaming import Runner
-
-DTYPES = ("auto", "bfloat16", "float32")
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationProgress:
-    """How far a calibration is: samples that are in the file, and steps (a block run for a sample) done of all."""
-
-    samples: int
-    requested: int
-    steps: int
-    total_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """How a calibration is made: the keywords of `calibrate` that are no decisions, checked."""
-
-    samples: int = 256
-    max_seq_length: int = 4096
-    batch_size: int | None = None
-    statistics: Level = "hessian"
-    device: str = "cpu"
-    max_memory: str | int | None = None
-    dtype: str = "auto"
-    all_experts: bool = True
-    sensitivities: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "max_seq_length", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1")
-        if self.statistics not in get_args(Level):
-            raise UsageError(f"statistics {quote(self.statistics)} are unknown, expected {', '.join(get_args(Level))}")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype {quote(self.dtype)} is unknown, expected one of {', '.join(DTYPES)}")
+from .calibration_parts import CalibrationExecutor, CalibrationOrder, calibrate_in_parts
+from .calibration_pass import CalibrationOptions, OnProgress, Share, run_pass
+from .texts import Encoder, read_samples
 
 
 def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
@@ -89,7 +40,8 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     cache_dir: str | Path | None = None,
     overwrite: bool = False,
     encoder: Encoder | None = None,
-    on_event: Callable[[CalibrationProgress], object] | None = None,
+    on_event: OnProgress | None = None,
+    executor: CalibrationExecutor | None = None,
 ) -> Description:
     """Run a model over text and write the statistics of its linear layers' inputs; returns what was done.
 
@@ -100,172 +52,31 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     state changes where the layers of each input alone are rounded. `encoder` is a tokenizer or processor of transformers, the
     checkpoint's own by default. The file is written anew after every batch of samples, so it can be used at any time.
 
+    `executor` spreads the samples over a cluster, as `RayExecutor`; memory is then that of each task, by default a node's
+    in equal shares, and the file appears when all of it is done.
+
     Raises MfptqError and its subclasses; UsageError if transformers and accelerate are not installed.
     """
     from . import models
 
-    options = _Options(
+    options = CalibrationOptions(
         samples, max_seq_length, batch_size, statistics, device, max_memory, dtype, all_experts, sensitivities
     )
     output = expanded(output)
-    check_output(output, overwrite=True)
+    check_output(output, overwrite=overwrite or executor is None)
     models.require_extra()
-    models.check_device(device)
-    settings = check_decisions({"ignore": ignore, "targets": targets})
+    if executor is None:
+        models.check_device(device)
+    decisions: Decisions = {"ignore": tuple(ignore), "targets": tuple(targets), "cache_dir": cache_dir}
     checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir, keep_source=True))
     try:
         with models.quiet_transformers():
-            plan = build_plan(checkpoint, settings)
-            skeleton = models.build_skeleton(checkpoint, dtype)
-            inputs = find_inputs(plan, skeleton.model, all_experts=all_experts)
-            encoder = encoder if encoder is not None else models.load_encoder(skeleton.folder)
+            plan = build_plan(checkpoint, check_decisions(decisions))
+            encoder = encoder if encoder is not None else models.load_encoder(checkpoint.origin.local)
             text = read_samples(expanded(dataset), encoder, samples=samples, max_seq_length=max_seq_length)
-            description = _description(plan, options, text)
-            modules = (item.candidate.module for item in plan.selection.tensors)
-            recorder = Recorder(inputs, statistics, key_values=KeyValueRanges.of(modules))
-            if not overwrite and output.exists():
-                description = resume(output, description, recorder)
-            return _Making(skeleton, checkpoint, recorder, options, on_event).run(output, description, text)
+            if executor is None:
+                return run_pass(plan, Share.whole(text), output, options, overwrite=overwrite, on_event=on_event)
+            order = CalibrationOrder(plan, Request.of(plan, decisions), options, text)
+            return calibrate_in_parts(order, output, executor, overwrite=overwrite, on_event=on_event)
     finally:
         checkpoint.source.close()
-
-
-def _description(plan: ConversionPlan, options: _Options, samples: Samples) -> Description:
-    origin = plan.checkpoint.origin
-    return Description(
-        model=origin.name,
-        revision=origin.revision or "",
-        statistics=options.statistics,
-        requested=len(samples.ids),
-        max_seq_length=options.max_seq_length,
-        dataset=samples.digest,
-    )
-
-
-def resume(output: Path, description: Description, recorder: Recorder) -> Description:
-    """Take an unfinished file's sums over, and return what has been done; raises UsageError if it is of another run."""
-    calibration = load_calibration(output)
-    try:
-        found = calibration.description
-        if found.is_complete:
-            check_output(output, overwrite=False)
-        if replace(found, samples=0) != description:
-            fields = ("origin", "model", "revision", "statistics", "requested", "max_seq_length", "dataset")
-            other = next(name for name in fields if getattr(found, name) != getattr(description, name))
-            raise UsageError(
-                f"output {quote(output)} holds an unfinished run with another {other}: choose another name, or overwrite it"
-            )
-        _take_over(calibration, recorder)
-        return found
-    finally:
-        calibration.close()
-
-
-def read_description(path: Path) -> Description:
-    """Return what a file says of its making, without checking the statistics in it."""
-    source = FolderSource(path.parent)
-    try:
-        return parse_description(read_shard(source, path.name).header.metadata)
-    finally:
-        source.close()
-
-
-def _take_over(calibration: Calibration, recorder: Recorder) -> None:
-    known = {info.name: info for info in recorder.inputs.infos}
-    routed = calibration.routed()
-    if (
-        any(known.get(name) != info for name, info in calibration.inputs.items())
-        or routed.keys() != recorder.routed.keys()
-    ):
-        raise UsageError(
-            f"output {quote(calibration.path)} holds an unfinished run with other inputs: choose another name, or overwrite it"
-        )
-    for info in calibration.inputs.values():
-        recorder.sums[info.name].restore(calibration.read(info))
-    recorder.routed.update(routed)
-    recorder.sensitivities.update(calibration.sensitivities)
-    recorder.key_values.found.update(calibration.key_value_ranges())
-
-
-@dataclass(slots=True)
-class _Making:
-    skeleton: Skeleton
-    checkpoint: Checkpoint
-    recorder: Recorder
-    options: _Options
-    on_event: Callable[[CalibrationProgress], object] | None
-    steps: int = 0
-
-    def run(self, output: Path, description: Description, samples: Samples) -> Description:
-        """Run the samples that are left, batch by batch, and write the file after each."""
-        from . import models
-
-        models.check_vocabulary(self.skeleton.model, samples.highest)
-        blocks = find_blocks(self.skeleton.model, self.recorder.inputs)
-        count = len(blocks.names)
-        self.steps = description.samples * count
-
-        def report(steps: int) -> None:
-            self.steps += steps
-            self._report(description, count)
-
-        with self._runner(output.parent, blocks, samples, report) as (runner, batch):
-            while not description.is_complete:
-                done = description.samples
-                part = samples.ids[done : done + batch]
-                runner.run(part)
-                self.recorder.check_reached()
-                description = replace(description, samples=done + len(part))
-                self._write(output, description)
-                self._report(description, count)
-        return description
-
-    def _report(self, description: Description, blocks: int) -> None:
-        if self.on_event is not None:
-            requested = description.requested
-            self.on_event(CalibrationProgress(description.samples, requested, self.steps, requested * blocks))
-
-    def _write(self, output: Path, description: Description) -> None:
-        recorder = self.recorder
-        contents = Contents(description, recorder.seen(), recorder.statistics, recorder.routed, recorder.sensitivities)
-        write_calibration(output, replace(contents, key_values=recorder.key_values.found))
-
-    @contextmanager
-    def _runner(
-        self, folder: Path, blocks: Blocks, samples: Samples, report: Callable[[int], None]
-    ) -> Iterator[tuple[Runner, int]]:
-        """Load the model, and lend what runs it and how many samples it takes at a time."""
-        from . import models
-        from .residency import choose_residency, measure_demand
-        from .sensitivity import Walk, short_texts, variants, with_walk
-        from .streaming import Runner, open_stream
-
-        options, infos = self.options, self.recorder.inputs.infos
-        longest = max(len(ids) for ids in samples.ids)
-        asked = variants(self.recorder.inputs, self.skeleton.model) if options.sensitivities else []
-        demand = measure_demand(self.skeleton, self.checkpoint, infos, level=options.statistics, length=longest)
-        demand = with_walk(demand, len(asked), longest) if asked else demand
-        budget = parse_size(options.max_memory) if options.max_memory is not None else None
-        residency = choose_residency(demand, budget, options.batch_size, options.device)
-        with ExitStack() as stack:
-            if residency.streamed and blocks.outside:
-                raise ScaleError(
-                    f"{quote(blocks.outside[0])} lies outside of the repeated blocks that are streamed: raise max_memory "
-                    "to hold the model, or ignore it"
-                )
-            if residency.streamed:
-                offload = stack.enter_context(tempfile.TemporaryDirectory(prefix=".mfptq-", dir=folder))
-                model = models.load_on_disk(self.skeleton, Path(offload))
-                runner: Runner = open_stream(
-                    model, blocks.names, self.checkpoint, device=options.device, dtype=options.dtype
-                )
-            else:
-                runner = Runner(models.load_whole(self.skeleton, options.device), blocks.names, options.device)
-                runner.to_end = bool(blocks.outside)
-            stack.enter_context(runner.engaged())
-            if asked and not self.recorder.sensitivities:
-                walk = Walk(runner, short_texts(samples.ids), partial(report, 0))
-                self.recorder.sensitivities.update(walk.run(asked))
-            runner.tick = partial(report, 1)
-            stack.enter_context(self.recorder.attached(runner.model))
-            yield runner, residency.batch

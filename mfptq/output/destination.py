@@ -128,7 +128,7 @@ def open_destination(
     if complete:
         _check_complete(root, claim, found.state.done)
     create_folders(root)
-    with _locked(root):
+    with locked(root):
         done = take_over(root, claim, inspect_output(root, claim, overwrite=overwrite), poll)
         if complete:
             _check_complete(root, claim, done)
@@ -256,7 +256,7 @@ def _check_complete(root: Path, claim: OutputClaim, done: Mapping[str, ShardResu
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
     """Hold the folder's lock; where the file system has none, unique temporaries and equal bytes still protect it."""
     lock, owner = FileLock(root / WORK / "lock"), root / WORK / "pid"
     try:

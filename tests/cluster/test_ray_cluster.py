@@ -20,7 +20,7 @@ import pytest
 ray = pytest.importorskip("ray")
 
 import mfptq  # noqa: E402
-from mfptq.cluster import connection  # noqa: E402
+from mfptq.cluster import attempts, connection  # noqa: E402
 from mfptq.errors import DestinationError, SourceError, UsageError  # noqa: E402
 from tests.conftest import command, digests  # noqa: E402
 
@@ -93,7 +93,8 @@ def test_tasks_that_die_are_lost_not_answered(cluster) -> None:
 
 
 def test_a_node_that_dies_in_the_middle(source, tmp_path, cluster, executor, expected, monkeypatch, caplog) -> None:
-    """Its task is in flight when the node goes; another node takes it."""
+    """Its task is in flight when the node goes; another node takes it, once the cluster has noticed."""
+    monkeypatch.setattr(attempts, "STUCK_SECONDS", 1e6)  # no second attempt before that
     doomed = cluster.add_node(num_cpus=1, object_store_memory=STORE, node_name="doomed")
     submitted: list[object] = []
     real = connection.Cluster.submit_on

@@ -2,91 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 import mfptq
-from mfptq.cluster import connection, probing, ray_executor
-from mfptq.cluster.connection import Node, TaskLostError
+from mfptq.cluster import attempts, connection, probing, ray_executor
+from mfptq.cluster.connection import TaskLostError
 from mfptq.cluster.ray_executor import RayExecutor, grouped
 from mfptq.errors import DestinationError, NonFiniteWeightError, PlanMismatchError, SourceError, UsageError
+from tests.cluster.fake import FakeCluster
 from tests.conftest import command, digests
-
-
-class FakeCluster:
-    """Tasks end when they are waited for, the oldest first; `break_` decides what becomes of an attempt."""
-
-    def __init__(self, slots: int = 2, names: tuple[str, ...] = ("red", "blue")) -> None:
-        self.slots = slots
-        self.names = names
-        self.submitted: list[tuple[str, ...]] = []
-        self.most = 0
-        self.left: list[Any] = []
-        self.break_: Callable[[int, tuple[str, ...]], dict[str, Any] | Exception | None] = lambda _number, _shards: None
-        self.held: set[int] = set()  # numbers of tasks that never end
-        self._tasks: dict[int, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
-        self._numbers = itertools.count(1)
-
-    def put(self, value: object) -> object:
-        return value
-
-    def nodes(self) -> list[Node]:
-        return [Node(name, name, self.slots) for name in self.names]
-
-    def window(self) -> int:
-        return self.slots * len(self.names)
-
-    def name(self, key: str) -> str:
-        return key
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> int:
-        number = next(self._numbers)
-        self._tasks[number] = pickle.loads(pickle.dumps((function, arguments)))
-        self.submitted.append(arguments[-1]["shards"])
-        self.most = max(self.most, len(self._tasks))
-        return number
-
-    def submit_on(self, node: Node, function: Callable[..., Any], *arguments: Any) -> int:
-        number = next(self._numbers)
-        self._tasks[number] = (function, arguments)
-        return number
-
-    def wait(self, refs: Any, _seconds: float) -> list[int]:
-        return [ref for ref in refs if ref not in self.held][:1]
-
-    def answer(self, ref: int) -> tuple[str, dict[str, Any]]:
-        function, arguments = self._tasks.pop(ref)
-        if isinstance(order := arguments[-1], dict):
-            broken = self.break_(len(self.submitted), order["shards"])
-            if isinstance(broken, Exception):
-                raise broken
-            if broken is not None:
-                return "red", broken
-        return self.names[ref % len(self.names)], function(*arguments)
-
-    def cancel(self, refs: Any) -> None:
-        self.left += refs
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
-    made = FakeCluster()
-
-    @contextmanager
-    def connected(_address: object, needs: dict[str, float], _max_nodes: object) -> Iterator[FakeCluster]:
-        made.needs = needs
-        yield made
-
-    monkeypatch.setattr(ray_executor, "connected", connected)
-    return made
 
 
 @pytest.fixture
@@ -152,7 +80,7 @@ def test_a_task_that_is_always_lost_ends_the_run_and_a_rerun_resumes(
     cluster.break_ = lambda _number, shards: TaskLostError("OutOfMemoryError") if bad in shards else None
     with pytest.raises(DestinationError, match=f"{bad}.*lost: OutOfMemoryError"):
         mfptq.convert(source, tmp_path / "out", executor=ONE_EACH)
-    assert cluster.submitted.count((bad,)) == ray_executor.ATTEMPTS
+    assert cluster.submitted.count((bad,)) == attempts.ATTEMPTS
     assert not (tmp_path / "out" / "config.json").exists()
     cluster.break_ = lambda _number, _shards: None
     assert mfptq.convert(source, tmp_path / "out", executor=ONE_EACH).resumed_shards == 2
@@ -185,8 +113,8 @@ def test_errors_of_a_machine_are_tried_elsewhere(kind: str, source, tmp_path, cl
 
 
 def test_a_stuck_task_is_begun_a_second_time(source, tmp_path, cluster, expected, monkeypatch) -> None:
-    monkeypatch.setattr(ray_executor, "STUCK_SECONDS", 0.0)
-    monkeypatch.setattr(ray_executor, "STUCK", 0.0)
+    monkeypatch.setattr(attempts, "STUCK_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "STUCK", 0.0)
     cluster.held = {3}  # 1 and 2 are the probes
     mfptq.convert(source, tmp_path / "out", executor=ONE_EACH)
     assert cluster.submitted.count(cluster.submitted[0]) == 2

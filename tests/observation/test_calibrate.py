@@ -24,7 +24,8 @@ from mfptq.calibration.reading import Calibration, load_calibration
 from mfptq.errors import MemoryBudgetError, ScaleError, SourceError, UsageError
 from mfptq.names.engine import experts_parent
 from mfptq.observation import models
-from mfptq.observation.calibrate import CalibrationProgress, calibrate
+from mfptq.observation.calibrate import calibrate
+from mfptq.observation.calibration_pass import CalibrationProgress
 from mfptq.observation.residency import Residency
 from mfptq.planner import make_plan
 from tests.models import DENSE, MOE, write_checkpoint
