@@ -17,7 +17,7 @@ from ..observation.calibration_pass import CalibrationProgress, OnProgress, Shar
 from .attempts import POLL_SECONDS, SEEN_SECONDS, Names, TaskLoop
 from .connection import Answer, Cluster, Ref
 from .probing import probe_nodes
-from .tasks import PROGRESS, calibrate_part
+from .progress import told
 
 if TYPE_CHECKING:
     from ..observation.calibration_parts import CalibrationOrder, PartsFolder
@@ -42,6 +42,8 @@ class CalibrationRun:
 
     def make_all(self, resources: Mapping[str, Any]) -> None:
         """Make every part that is not whole; raise the first error that another attempt cannot better."""
+        from .tasks import calibrate_part
+
         options = {**asdict(self._order.options), **resources}
         plan = (self._cluster.put(pickle.dumps(self._order.request)), dict(self._order.plan.digests))
         probe_nodes(self._cluster, plan, self._folder.path, self._poll)
@@ -74,17 +76,9 @@ class CalibrationRun:
 
     def _sum(self) -> CalibrationProgress | None:
         """Return the progress of all parts together; None before any task has told of its own."""
-        told = [numbers for name in self._shares if (numbers := self._told(name)) is not None]
-        if not told:
+        known = [numbers for name in self._shares if (numbers := told(self._folder.path / name)) is not None]
+        if not known:
             return None
-        samples, requested, steps, blocks = (sum(column) for column in zip(*told, strict=True))
+        samples, requested, steps, blocks = (sum(column) for column in zip(*known, strict=True))
         total = len(self._order.samples.ids)
         return CalibrationProgress(samples, total, steps, blocks * total // requested)
-
-    def _told(self, name: str) -> list[int] | None:
-        """Return what a task has written last: samples, all of its samples, steps, all of its steps."""
-        try:
-            found = (self._folder.path / f"{name}{PROGRESS}").read_text(encoding="ascii").split()
-        except (OSError, ValueError):
-            return None
-        return [int(each) for each in found] if len(found) == 4 and all(map(str.isdigit, found)) else None

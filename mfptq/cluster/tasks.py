@@ -10,8 +10,8 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -23,15 +23,14 @@ from ..execution.events import ignore
 from ..execution.executors import Request
 from ..execution.memory_budget import caller_bytes, memory_errors
 from ..execution.prepare import Resources, prepare
+from .progress import progress_note
 
 if TYPE_CHECKING:
-    from ..observation.calibration_pass import CalibrationProgress, Share
+    from ..observation.calibration_pass import Share
     from ..output.journal import ShardResult
     from ..planning.plan import ConversionPlan
 
 Answer = dict[str, Any]
-PROGRESS = ".progress"  # beside a part, how far its task is: samples, all of them, steps, all of them
-PROGRESS_SECONDS = 1.0
 _HELD = caller_bytes()  # by the cluster's own libraries, before anything of ours
 
 
@@ -142,7 +141,7 @@ def calibrate_part(
         with memory_errors(), quiet_transformers(), closing(_plan_of_files(request)) as plan:
             _check_digests(plan, digests)
             share: Share = pickle.loads(job["share"])  # noqa: S301 - written by our own driver, through the cluster
-            run_pass(plan, share, path, made, on_event=_progress_note(path))
+            run_pass(plan, share, path, made, on_event=progress_note(path))
     except MfptqError as error:
         return _failure(error)
     return _answer({"part": path.name, "seconds": time.monotonic() - begun})
@@ -160,19 +159,3 @@ def _use_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
-
-
-def _progress_note(path: Path) -> Callable[[CalibrationProgress], None]:
-    """Return what writes progress beside a part, once a second, for the driver to read; it may find it half written."""
-    note, latest = path.with_name(f"{path.name}{PROGRESS}"), 0.0
-
-    def write(event: CalibrationProgress) -> None:
-        nonlocal latest
-        if time.monotonic() > latest + PROGRESS_SECONDS or event.samples == event.requested:
-            latest = time.monotonic()
-            with suppress(OSError):  # what is only told must not stop the work
-                note.write_text(
-                    f"{event.samples} {event.requested} {event.steps} {event.total_steps}\n", encoding="ascii"
-                )
-
-    return write
