@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..calibration.file import Description, Level, check_output
 from ..checkpoint.hub import HubOptions, open_checkpoint
@@ -14,9 +15,11 @@ from ..execution.executors import Request
 from ..planning.building import build_plan
 from ..planning.settings import Decisions, check_decisions
 from ..storage.files import expanded
-from .calibration_parts import CalibrationExecutor, CalibrationOrder, calibrate_in_parts
 from .calibration_pass import CalibrationOptions, OnProgress, Share, run_pass
 from .texts import Encoder, read_samples
+
+if TYPE_CHECKING:
+    from .calibration_parts import CalibrationExecutor
 
 
 def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
@@ -76,6 +79,8 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
             text = read_samples(expanded(dataset), encoder, samples=samples, max_seq_length=max_seq_length)
             if executor is None:
                 return run_pass(plan, Share.whole(text), output, options, overwrite=overwrite, on_event=on_event)
+            from .calibration_parts import CalibrationOrder, calibrate_in_parts
+
             order = CalibrationOrder(plan, Request.of(plan, decisions), options, text)
             return calibrate_in_parts(order, output, executor, overwrite=overwrite, on_event=on_event)
     finally:
