@@ -148,6 +148,8 @@ def _decoding(plan: ConversionPlan, new: Sequence[Weight]) -> str:
     codes = _codes(new[0].encoding) if new else ""
     if not codes:
         return ""
+    if plan.method_of(new[0]) == CAST and plan.format_of(new[0]).family == "fp8":
+        return f", {codes} (lossless: codes go over as they are)"
     if plan.method_of(new[0]) == CAST:
         return f", cast from {codes} (lossless where exponents span at most 17: codes go over as they are)"
     fits = codes == MXFP4 and plan.format_of(new[0]).family == "nvfp4" and plan.method_of(new[0]) != "minmax"

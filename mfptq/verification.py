@@ -150,15 +150,19 @@ def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) ->
     layers: dict[str, ErrorStats] = {}
     kept: dict[str, KeptPart] = {}
     changed: dict[str, KeptPart] = {}
+    differing: dict[str, WeightPart] = {}
     for part, result in compare_parts(original.source, parts, found.tally):
         if isinstance(part, WeightPart):
             weight = part.stored.weight
             patterns.setdefault(name_pattern(weight.module), ErrorStats()).add(result.stats)
             if not isinstance(weight.encoding, Nvfp4):
                 layers.setdefault(layer_pattern(weight.module), ErrorStats()).add(result.stats)
+            if not result.same:
+                differing[weight.module] = part
         elif isinstance(part, KeptPart):
             (kept if result.same else changed)[part.first.info.name] = part
     found.faults += [_difference(part) for part in changed.values()]
+    found.faults += [_other_codes(part) for part in differing.values()]
     found.scaled = sum(_is_scaled(part) for name, part in kept.items() if name not in changed)
     found.errors = {pattern: stats.relative_error for pattern, stats in sorted(patterns.items())}
     found.faults += _error_faults(found.errors)
@@ -178,6 +182,15 @@ def _is_scaled(part: KeptPart) -> bool:
 def _difference(part: KeptPart) -> Fault:
     what = f"differs from the source{' times its factors' if _is_scaled(part) else ''}, which it should be equal to"
     return Fault(part.first.info.name, part.second.shard, what)
+
+
+def _other_codes(part: WeightPart) -> Fault:
+    stored = part.stored.parts[part.stored.format.data_suffix]
+    return Fault(
+        part.stored.weight.module,
+        stored.shard,
+        "has other codes or scales than in the source, from which they went over",
+    )
 
 
 def _error_faults(errors: Mapping[str, float]) -> Iterator[Fault]:

@@ -92,6 +92,15 @@ class ScaledCodes(Encoding):
         """Return what is taken from a region's codes before they are scaled, shaped as its scales; None for nothing."""
         return None
 
+    def segment_scales(self, source: Source, region: Region, segment: tuple[int, int]) -> ScaleArray:
+        """Return the float32 scale of each segment of `segment` rows and columns in some whole rows.
+
+        No segment may have values of two blocks.
+        """
+        height, width = segment
+        blocks = np.arange(0, region.columns, width) // self.block_columns
+        return np.ascontiguousarray(self._scales(source, region)[::height, blocks])
+
     def _scales(self, source: Source, region: Region) -> ScaleArray:
         """Return the float32 scales of a region: one row for each of its rows, one column for each block it touches."""
         per_row = math.ceil(self.columns / self.block_columns)

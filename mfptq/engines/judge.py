@@ -197,19 +197,26 @@ def _part_faults(module: Module, built: Scheme, model: Architecture) -> Iterator
 
 def _draft_faults(drafts: Iterable[Module], reader: Resolver, model: Architecture) -> Iterator[Fault]:
     quantized = Text(
-        "a drafter's layer (MTP) is quantized",
+        "a drafter's layer (MTP) is quantized to 4 bits",
         "the model loads, but speculative decoding with it fails or accepts few tokens",
         "keep the drafter unquantized, and name it in ignore",
     )
     for module in drafts:
-        if module.scheme is not None:
+        stored = module.scheme
+        if stored is not None and stored.format != "fp8":
             yield _fault("quantized-draft", model, module, quantized, severe=False)
-        elif _may_be_linear(module):
+        elif stored is not None or _may_be_linear(module):
             try:
                 built = reader.scheme(module.name, "unknown")
             except CannotLoadError:
                 continue
-            if built is not None:
+            if stored is not None and (built is None or built.format != stored.format):
+                what = f"a drafter's layer (MTP) is stored as {stored}, but would be built {built or 'unquantized'}"
+                told = Text(
+                    what, "the model loads, but its drafter does not", "name it in the targets of its own group"
+                )
+                yield _fault("other-draft", model, module, told, severe=False)
+            elif stored is None and built is not None:
                 what = f"a drafter's layer (MTP) is kept and not ignored: it would be built as {built}"
                 told = Text(what, "the model loads, but its drafter does not", DRAFT_REMEDY)
                 yield _fault("draft-not-ignored", model, module, told, severe=False)

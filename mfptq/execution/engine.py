@@ -19,10 +19,12 @@ from ..errors import NonFiniteWeightError
 from ..fp8 import stored_scales
 from ..kernels import WeightBatch
 from ..kernels.calibrated import PreparedStatistics
+from ..nvfp4 import Float32Array
 from ..output.destination import Destination
 from ..output.shard_writer import ShardWriter
-from ..planning.jobs import CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first, stats_key
+from ..planning.jobs import CAST, CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first, stats_key
 from ..storage.partial_file import Piece
+from .carried_codes import carried, read_codes, strip_scales
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished
 from .families import Family, TileWork, family_of
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
@@ -141,8 +143,9 @@ class Execution:
 
     def _strips(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
         for step in (each for group in steps for each in group.weights):
+            convert = self._carry_strip if step.method == CAST else self._convert_strip
             for strip in strips(step.weight, step.format.segment, self._tile_bytes):
-                yield partial(self._convert_strip, writer, (step, strip))
+                yield partial(convert, writer, (step, strip))
 
     def _is_small(self, step: GroupStep) -> bool:
         """Return whether a group is read once, with others: it fits into a tile, has one dtype, and lies in one shard."""
@@ -233,8 +236,28 @@ class Execution:
             writer.note(stats_key(step), done.stats)
             piece = Piece(step.values + tile.start, done.codes.data)
             self._write(writer, [piece], tile.ranges, memory, keep=tile.weight.pitch > 0)
-        stored = stored_scales(chosen, step.format.scale_dtype(step.weight, step.method))
-        size = len(stored) // chosen.size
+        self._write_scales(writer, work, chosen, memory)
+
+    def _carry_strip(self, writer: ShardWriter, work: tuple[QuantizeWeight, Strip], memory: WorkerMemory) -> None:
+        """Take over rows whose codes are those of their format already."""
+        step, strip = work
+        scales = strip_scales(self._source, strip)
+        for tile in strip.tiles:
+            codes, parts = np.frombuffer(memory.bytes, np.uint8)[: tile.size], strip.parts(tile)
+            with memory.timed("read"):
+                read_codes(self._source, tile, codes)
+            with memory.timed("copy"):
+                writer.note(stats_key(step), carried(tile, codes, parts, parts.of(scales)))
+            self._write(writer, [Piece(step.values + tile.start, codes.data)], tile.ranges, memory)
+        self._write_scales(writer, work, scales, memory)
+
+    def _write_scales(
+        self, writer: ShardWriter, work: tuple[QuantizeWeight, Strip], scales: Float32Array, memory: WorkerMemory
+    ) -> None:
+        """Write the scales of a strip's segments."""
+        step, strip = work
+        stored = stored_scales(scales, step.format.scale_dtype(step.weight, step.method))
+        size = len(stored) // scales.size
         self._write(writer, [Piece(step.scale + strip.scale_index * size, stored)], (), memory)
 
     def _statistics(self, step: QuantizeWeight, tile: Tile) -> PreparedStatistics | None:

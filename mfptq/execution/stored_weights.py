@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import fp8
+from ..checkpoint.encoding import Region
 from ..checkpoint.source import Source
 from ..checkpoint.stored_bytes import read_bytes, read_scalar
 from ..checkpoint.weights import StoredTensor, Weight
 from ..dtypes import NUMPY_DTYPES
 from ..encodings.codes import E2M1
+from ..encodings.scaled import ScaledCodes
 from ..kernels import ErrorStats
 from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE, E4M3_VALUES, Float32Array, as_float32
@@ -77,8 +79,14 @@ class StoredWeight:
 
     def split(self) -> Iterator[WeightPart]:
         """Yield the weight in parts."""
+        kind = CarriedPart if self.is_carried else WeightPart
         for rows in _runs(self.weight):
-            yield WeightPart(self, rows)
+            yield kind(self, rows)
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether its codes are those of the source, since they were FP8 of this very kind."""
+        return self.format.family == "fp8" and self.format.takes_codes(self.weight)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,32 @@ class WeightPart:
             total.add(ErrorStats(tile.size, _squares(difference), _squares(exact), checksum=tile.checksum(values)))
             after_tile(weight.shard, tile.ranges)
         return Comparison(same=True, stats=total)
+
+
+class CarriedPart(WeightPart):
+    """Some rows of a weight whose codes and scales went over as they are."""
+
+    def compare(self, original: Source, after_tile: AfterTile) -> Comparison:
+        """Look whether both files hold the same codes and scales, and find the codes' checksum."""
+        stored, total = self.stored, ErrorStats()
+        encoding = stored.weight.encoding
+        assert isinstance(encoding, ScaledCodes)
+        same = self.rows.start > 0 or self._same_scales(encoding, original)
+        for tile in tiles(stored.weight, TILE_BYTES, self.rows):
+            codes = np.empty(tile.size, np.uint8)
+            encoding.read_codes(original, tile.region, codes)
+            same = same and np.array_equal(
+                codes, read_bytes(stored.source, stored.parts[WEIGHT], tile.start, tile.size)
+            )
+            total.add(ErrorStats(tile.size, checksum=tile.checksum(codes)))
+            after_tile(stored.weight.shard, tile.ranges)
+        return Comparison(same, total)
+
+    def _same_scales(self, encoding: ScaledCodes, original: Source) -> bool:
+        weight, (height, width) = self.stored.weight, self.stored.format.segment
+        region = Region(0, weight.rows, 0, weight.columns)
+        exact = encoding.segment_scales(original, region, (height, width or weight.columns))
+        return np.array_equal(exact, self.stored.scales)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..checkpoint.weights import layer_pattern, name_pattern
 from ..errors import SourceError
 from ..kernels import ErrorStats
 from ..limits import MAX_INDEX_BYTES
+from ..planning.formats import FORMATS
 from .journal import ShardResult
 from .leftovers import REPORT
 
@@ -189,7 +190,7 @@ def tensor_rows(plan: ConversionPlan) -> list[list[Any]]:
     sums: dict[tuple[str, str, str, str], list[int]] = {}
     for item in plan.selection.tensors:
         info, decision = item.candidate.tensor.info, item.decision
-        action = "NVFP4" if decision.quantize else "keep"
+        action = FORMATS[decision.format].label if decision.quantize else "keep"
         row = sums.setdefault((name_pattern(info.name), action, decision.rule, plan.reason(item)), [0, 0])
         row[0] += 1
         row[1] += info.nbytes

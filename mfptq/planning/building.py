@@ -23,6 +23,7 @@ from .digests import digests_of
 from .format_choice import Source, select_formats
 from .formats import FORMATS
 from .jobs import ShardPlan, plan_shard
+from .kept_codes import with_kept_codes
 from .output_order import output_specs
 from .plan import ConversionPlan
 from .quantization_config import config_text, index_text, quantization
@@ -53,7 +54,7 @@ def build_plan(
     source = Source(tuple(candidates(stored, sizes)), checkpoint.config)
     selection = select_formats(source, settings.rules, settings.all_formats, FORMATS[scheme.lower()])
     given = smoothed_inputs(Inputs(stored, selection, calibration, scales), checkpoint.config, settings)
-    contents, selection = given.contents, given.selection
+    contents, selection = given.contents, with_kept_codes(given.selection)
     decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
     found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.casts)
     group_of = {member: group for group in selection.groups for member in group.members}

@@ -19,6 +19,7 @@ from ..names.leaves import FUSED_LAYERS
 from .formats import TargetFormat
 
 LINEAR = "Linear"
+_RENAMED = (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head"))  # by vLLM
 
 
 class Layer(NamedTuple):
@@ -128,11 +129,19 @@ def _numbers(layers: Iterable[Layer]) -> dict[tuple[str, str], set[str]]:
 
 def _pattern(key: tuple[str, str, str, frozenset[str]], leaves: Sequence[str]) -> str:
     above, container, inner, numbers = key
-    parts = [re.escape(above)] if above else []
+    parts = [_above(above)] if above else []
     if numbers:
         parts += [container, f"({'|'.join(sorted(numbers, key=int))})"]
     parts += [inner] if inner else []
     return REGEX_PREFIX + ".*" + r"\.".join([*parts, _either(_ordered(leaves))]) + "$"
+
+
+def _above(above: str) -> str:
+    """Return what lies above a layer as a regex, under the names that engines know it by."""
+    written, asked = (prefix.removesuffix(".") for prefix in _RENAMED[0])
+    if above != written and not above.startswith(f"{written}."):
+        return re.escape(above)
+    return f"({re.escape(written)}|{re.escape(asked)}){re.escape(above.removeprefix(written))}"
 
 
 def _ordered(leaves: Sequence[str]) -> list[str]:
@@ -175,6 +184,6 @@ def _asked(layer: Layer) -> Iterator[str]:
     if layer.members and experts_parent(layer.members[0]) is not None:
         return
     yield layer.name
-    for written, asked in (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")):
+    for written, asked in _RENAMED:
         if layer.name.startswith(written):
             yield asked + layer.name.removeprefix(written)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..checkpoint.weights import Candidate
+from ..checkpoint.weights import Candidate, Weight
 from ..errors import RuleError, UnsupportedTensorError, quote
 from ..fp8 import TILE_SIDE
 from ..names.engine import experts_parent
@@ -24,6 +24,7 @@ WITHOUT_INPUTS = {
     "nvfp4": "nvfp4a16"
 }  # what a format becomes where a layer's inputs cannot be quantized by a fixed scale
 LATENT = "kv_b_proj"
+LAST_MEMBER = "kv_a_proj_with_mqa"  # of its fused layer: nothing follows its last rows
 LATENT_REASON = "engines multiply this matrix by an identity, which a fixed input scale would distort"
 
 
@@ -96,25 +97,29 @@ def _unquantized(selection: Selection, matched: Mapping[str, Collection[str]]) -
 
 
 def _with_formats(selection: Selection, matches: _Matches, base: TargetFormat) -> Selection:
-    tensors = tuple(_given(item, matches, base) if item.decision.quantize else item for item in selection.tensors)
-    found = {weight.module: item for item in tensors if item.decision.format for weight in item.candidate.weights}
-    for name, members in _undivided(selection.groups):
+    tensors = tuple(
+        _given(item, matches, base) if item.decision.quantize else _kept(item, matches) for item in selection.tensors
+    )
+    chosen = {
+        weight.module for item in selection.tensors if item.decision.quantize for weight in item.candidate.weights
+    }
+    found = {each.module: item for item in tensors for each in item.candidate.weights if each.module in chosen}
+    for name, members in undivided(selection.groups):
         _check_one_format(name, [found[member] for member in members])
     for group in selection.groups:
         _check_shapes(group, found)
     groups = tuple(group for group in selection.groups if found[group.members[0]].decision.quantize)
     if not groups:
         raise RuleError("nothing is left to quantize: every weight is kept in bfloat16 by a rule")
-    return replace(selection, tensors=_without_formats(tensors), groups=groups)
+    return replace(selection, tensors=tensors, groups=groups)
 
 
-def _without_formats(tensors: Iterable[TensorDecision]) -> tuple[TensorDecision, ...]:
-    """Return the decisions with no format where a weight is kept."""
-    return tuple(item if item.decision.quantize else _kept(item) for item in tensors)
-
-
-def _kept(item: TensorDecision) -> TensorDecision:
-    return TensorDecision(item.candidate, replace(item.decision, format="")) if item.decision.format else item
+def _kept(item: TensorDecision, matches: _Matches) -> TensorDecision:
+    """Return what is kept anyway, with the format `bf16` where the user asked for that."""
+    rule = matches.of(item.candidate)
+    if rule is None or rule.format != KEEP:
+        return item
+    return TensorDecision(item.candidate, replace(item.decision, format=KEEP))
 
 
 def _given(item: TensorDecision, matches: _Matches, base: TargetFormat) -> TensorDecision:
@@ -136,7 +141,7 @@ def _given(item: TensorDecision, matches: _Matches, base: TargetFormat) -> Tenso
     return TensorDecision(candidate, Decision(True, rule.reason, rule.shown, target.name))
 
 
-def _undivided(groups: Iterable[FusedGroup]) -> list[tuple[str, list[str]]]:
+def undivided(groups: Iterable[FusedGroup]) -> list[tuple[str, list[str]]]:
     """Return the sets of modules that share one format: fused layers, and the routed experts of a layer."""
     found = [(group.name, list(group.members)) for group in groups if len(group.members) > 1]
     experts: dict[str, list[str]] = {}
@@ -160,15 +165,20 @@ def _check_one_format(name: str, items: Sequence[TensorDecision]) -> None:
     )
 
 
+def is_cut(weight: Weight, group: FusedGroup, target: TargetFormat) -> bool:
+    """Return whether a member of a fused layer ends inside a block of rows that the layer's next member would share."""
+    shared = target.segment[0] > 1 and len(group.members) > 1
+    return shared and weight.rows % TILE_SIDE != 0 and not weight.module.endswith(LAST_MEMBER)
+
+
 def _check_shapes(group: FusedGroup, found: Mapping[str, TensorDecision]) -> None:
     """Refuse a fused layer whose members' blocks of rows would not lie where the layer's do."""
     target = FORMATS.get(found[group.members[0]].decision.format)
-    if target is None or target.segment[0] < 2 or len(group.members) < 2:
+    if target is None:
         return
     for member in group.members:
         weight = next(each for each in found[member].candidate.weights if each.module == member)
-        last = "kv_a_proj_with_mqa"
-        if weight.rows % TILE_SIDE and not member.endswith(last):
+        if is_cut(weight, group, target):
             raise UnsupportedTensorError(
                 f"{quote(member)} cannot be {target.name}: it is fused into {quote(group.name)}, and its {weight.rows} rows "
                 f"are not a multiple of {TILE_SIDE}: use fp8-dynamic"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .formats import TargetFormat
 
 
-CAST = "cast"  # the method of weights whose codes go over as they are, MXFP4 to NVFP4
+CAST = "cast"  # the method of weights whose codes go over as they are: FP8, and MXFP4 to NVFP4
 
 
 @dataclass(frozen=True, slots=True)

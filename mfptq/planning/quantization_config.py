@@ -110,7 +110,7 @@ def ignore_list(selection: Selection, rules: Rules) -> list[str]:
     kept = sorted({name for item in selection.tensors if not item.decision.quantize for name in _built(item.candidate)})
     joined = sorted({group.name for group in selection.groups if len(group.members) > 1})
     quantized = [*joined, *(member for group in selection.groups for member in group.members)]
-    asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], joined)
+    asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], quantized)
     listed = [pattern for pattern, swallowed in asked.items() if not swallowed]
     if rules.use_defaults:
         listed += _default_patterns(kept, {name_pattern(logical(name), "0") for name in quantized})

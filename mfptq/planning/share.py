@@ -69,7 +69,7 @@ def share_of(selection: Selection) -> Share:
 
 def formats_label(selection: Selection) -> str:
     """Return what quantized weights become, in a word or two: FP4, FP8, or both."""
-    found = {FORMATS[item.decision.format].family for item in selection.tensors if item.decision.format}
+    found = {FORMATS[item.decision.format].family for item in selection.tensors if item.decision.quantize}
     return " or ".join(word for family, word in (("nvfp4", "FP4"), ("fp8", "FP8")) if family in found) or "FP4"
 
 

@@ -63,7 +63,7 @@ def changeable_layers(plan: ConversionPlan) -> list[Layers]:
     found = []
     for name, groups in sorted(together.items()):
         members = [items[member] for group in groups for member in group.members]
-        fixed = any(item.decision.is_asked for item in members)
+        fixed = any(item.decision.is_asked or FORMATS[item.decision.format].family != "nvfp4" for item in members)
         modules = [member for group in groups for member in group.members]
         if not fixed and plan.carried.weights.keys().isdisjoint(modules):
             candidates = {item.candidate.module: item.candidate for item in members}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.weights import Weight
-from ..encodings.fp4 import Mxfp4, Nvfp4
+from ..encodings.fp4 import Nvfp4
 from ..errors import RuleError, UsageError, quote
 from ..names.fusion import FusedGroup
 from ..scales.assignment import AssignedScales, assign_input_scales
@@ -18,6 +18,7 @@ from ..scales.uncalibrated import UncalibratedInputs, resolved
 from .carried import Carried, carried_weights
 from .format_choice import WITHOUT_INPUTS
 from .formats import FORMATS, TargetFormat
+from .jobs import CAST
 from .method_choice import WeightTarget, weight_target
 from .rules import Selection
 
@@ -47,7 +48,7 @@ def choose_targets(
 ) -> ChosenTargets:
     """Return what becomes of the modules that were selected; reads scales of what is NVFP4 in the source already.
 
-    `casts`: MXFP4 becomes NVFP4 without being quantized anew, where a whole fused group is stored so.
+    What is stored in the codes of its format goes over as it is: FP8 always, MXFP4 that becomes NVFP4 with `casts`.
     """
     _refuse_other_formats(selection)
     chosen = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
@@ -59,17 +60,18 @@ def choose_targets(
     if calibration is not None:
         calibration = _statistics_of(calibration, weights, formats, kept)
     groups = [group for group in selection.groups if group.members[0] not in carried.weights]
-    cast = frozenset(_cast(groups, weights, formats)) if casts else frozenset()
+    cast = frozenset(_cast(groups, weights, formats, casts=casts))
     return ChosenTargets(formats, carried, weights, calibration, _assign(scales, groups, formats, kept), cast)
 
 
 def _cast(
-    groups: Iterable[FusedGroup], weights: Mapping[str, Weight], formats: Mapping[str, TargetFormat]
+    groups: Iterable[FusedGroup], weights: Mapping[str, Weight], formats: Mapping[str, TargetFormat], *, casts: bool
 ) -> Iterator[str]:
-    """Yield the modules of fused groups that are MXFP4 in the source and become NVFP4."""
+    """Yield the modules whose codes go over: where a fused group shares a scale, that of all its members."""
     for group in groups:
-        if all(isinstance(weights[each].encoding, Mxfp4) and formats[each].family == "nvfp4" for each in group.members):
-            yield from group.members
+        found = [each for each in group.members if formats[each].takes_codes(weights[each])]
+        if not formats[group.members[0]].by_group or (casts and len(found) == len(group.members)):
+            yield from found
 
 
 def formats_of(selection: Selection) -> dict[str, TargetFormat]:
@@ -147,4 +149,6 @@ def _assign(
 
 def target_of_weight(found: ChosenTargets, method: str, weight: Weight) -> WeightTarget:
     """Return what one of the modules that were chosen becomes."""
+    if weight.module in found.cast:
+        return WeightTarget(found.formats[weight.module], CAST)
     return weight_target(weight, found.formats[weight.module], method, found.calibration)

@@ -1,0 +1,112 @@
+"""Let weights that are kept stay FP8, bit for bit, where the source stores them so and engines load that.
+
+Called by `planning.building`, once everything else is decided. Such a weight gets the format of the table that takes its codes as
+they are, and so a config group, as if a rule had asked for it. All other kept weights that are stored as codes are widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from ..checkpoint.weights import Candidate, Weight
+from ..encodings.scaled import ScaledCodes
+from ..names.fusion import fused_groups
+from ..names.leaves import LINEAR_LEAVES, leaf_of
+from ..names.structure import DRAFTER
+from ..names.wrappers import logical
+from ..nvfp4 import BLOCK_SIZE
+from .defaults import Defaults, siblings_of
+from .format_choice import is_cut, undivided
+from .formats import FORMATS, KEEP, TargetFormat
+from .rules import Decision, Selection, TensorDecision
+
+REASON = "FP8 already, goes over as it is"
+_HEAD, _LINEAR = "head", ("", "drafter")  # roles of layers that engines build quantized
+
+
+def with_kept_codes(selection: Selection) -> Selection:
+    """Return the decisions with a format for each kept weight whose codes stay as they are."""
+    stored = [item for item in selection.tensors if _is_stored(item)]
+    if not stored:
+        return selection
+    siblings = siblings_of(item.candidate.tensor.info.name for item in selection.tensors)
+    defaults = Defaults(selection.structure, siblings, activations=False)
+    found = ((item, _format(item, defaults)) for item in stored)
+    chosen = {weight.module: target for item, target in found if target for weight in item.candidate.weights}
+    chosen = _whole(selection, chosen) if chosen else chosen
+    if not chosen:
+        return selection
+    tensors = tuple(_carried(item, chosen) for item in selection.tensors)
+    modules = [weight.module for item in tensors if item.decision.quantize for weight in item.candidate.weights]
+    return replace(selection, tensors=tensors, groups=tuple(fused_groups(modules)))
+
+
+def _is_stored(item: TensorDecision) -> bool:
+    """Return whether a tensor is kept, not in bfloat16 as asked, and holds weights in codes."""
+    kept = not item.decision.quantize and item.decision.format != KEEP
+    return kept and bool(item.candidate.weights) and isinstance(item.candidate.tensor.encoding, ScaledCodes)
+
+
+def _format(item: TensorDecision, defaults: Defaults) -> TargetFormat | None:
+    """Return the format that a kept tensor's codes have already; None where there is none, or engines would not read it."""
+    candidate = item.candidate
+    role = _role(candidate, defaults)
+    if role is None or candidate.weights[0].columns % BLOCK_SIZE:
+        return None
+    fitting = [each for each in FORMATS.values() if all(map(each.takes_codes, candidate.weights))]
+    if role == _HEAD:  # SGLang reads no blocks there
+        fitting = [each for each in fitting if each.segment[0] == 1]
+    own = _block(candidate.weights[0])
+    return min((each for each in fitting if each.family == "fp8"), key=lambda each: each.segment != own, default=None)
+
+
+def _role(candidate: Candidate, defaults: Defaults) -> str | None:
+    """Return the role of a layer that engines build quantized if its config group says so, else None."""
+    line = defaults.line(candidate)
+    role = line.role if line is not None else ""
+    if role == _HEAD:
+        return None if defaults.structure.sizes.is_tied else role
+    inside = defaults.structure.outside(candidate.module) in ("", DRAFTER)
+    known = candidate.is_stack or leaf_of(logical(candidate.module)) in LINEAR_LEAVES
+    return role if role in _LINEAR and inside and known else None
+
+
+def _block(weight: Weight) -> tuple[int, int]:
+    assert isinstance(weight.encoding, ScaledCodes)
+    return weight.encoding.block_rows, weight.encoding.block_columns
+
+
+def _whole(selection: Selection, chosen: Mapping[str, TargetFormat]) -> dict[str, TargetFormat]:
+    """Return the choices without those that would give parts of one fused layer, or experts of one layer, two formats."""
+    weights = {weight.module: weight for item in selection.tensors for weight in item.candidate.weights}
+    formats = dict(chosen)
+    for item in selection.tensors:
+        if item.decision.quantize:
+            formats.update((each.module, FORMATS[item.decision.format]) for each in item.candidate.weights)
+    groups = fused_groups(weights)
+    sets = [members for _, members in undivided(groups)]
+    sets += [[each.module for each in item.candidate.weights] for item in selection.tensors if item.candidate.is_stack]
+    members = ((name, group) for group in groups for name in group.members if name in chosen)
+    wrong = [name for name, group in members if is_cut(weights[name], group, chosen[name])]
+    while wrong := wrong or _split(sets, formats, chosen):
+        for name in wrong:
+            del formats[name]
+        wrong = []
+    return {name: target for name, target in formats.items() if name in chosen}
+
+
+def _split(
+    sets: Iterable[list[str]], formats: Mapping[str, TargetFormat], chosen: Mapping[str, TargetFormat]
+) -> list[str]:
+    """Return the modules among `chosen` that have another format than one that they must share it with."""
+    mixed = (members for members in sets if len({formats.get(name) for name in members}) > 1)
+    return list(dict.fromkeys(name for members in mixed for name in members if name in chosen and name in formats))
+
+
+def _carried(item: TensorDecision, chosen: Mapping[str, TargetFormat]) -> TensorDecision:
+    weights, decision = item.candidate.weights, item.decision
+    if decision.quantize or not weights or weights[0].module not in chosen:
+        return item
+    reason = f"{REASON}: {decision.reason}"
+    return TensorDecision(item.candidate, Decision(True, reason, decision.rule, chosen[weights[0].module].name))
