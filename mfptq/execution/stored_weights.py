@@ -25,6 +25,7 @@ from ..kernels import ErrorStats
 from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE, E4M3_VALUES, Float32Array, as_float32
 from ..planning.formats import GLOBAL_SCALE, PACKED, SCALE, WEIGHT, TargetFormat
+from ..planning.stored_codes import takes_codes
 from .strips import Strip
 from .tiles import Tile, tiles
 from .turned import read_turned
@@ -86,7 +87,7 @@ class StoredWeight:
     @property
     def is_carried(self) -> bool:
         """Whether its codes are those of the source, since they were FP8 of this very kind."""
-        return self.format.family == "fp8" and self.format.takes_codes(self.weight)
+        return self.format.family == "fp8" and takes_codes(self.format, self.weight)
 
 
 @dataclass(frozen=True)

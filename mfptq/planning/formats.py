@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from ..checkpoint.weights import Weight
-from ..encodings.codes import E4M3
-from ..encodings.fp4 import Mxfp4
-from ..encodings.scaled import ScaledCodes
 from ..errors import UsageError, quote
 from ..fp8 import TILE_SIDE
 from ..nvfp4 import BLOCK_SIZE, E4M3_MAX, INPUT_SCALE_NUMERATOR
@@ -70,21 +67,6 @@ class TargetFormat:
     def needs_input_scales(self) -> bool:
         """Whether the values of inputs are scaled by a calibrated number."""
         return bool(self.input_suffix)
-
-    def takes_codes(self, weight: Weight) -> bool:
-        """Return whether a weight that is stored as codes can go over without being decoded.
-
-        So it is where its codes are those of the format, and no segment of the format has two of its scales.
-        """
-        stored = weight.encoding
-        if self.family == "nvfp4":
-            return isinstance(stored, Mxfp4)
-        if self.by_group or not isinstance(stored, ScaledCodes) or stored.codes != E4M3 or stored.factor is not None:
-            return False
-        height, width = self.segment[0], self.segment[1] or stored.columns
-        first = stored.first_row % stored.rows
-        rows = stored.block_rows >= stored.rows or (stored.block_rows % height == 0 and first % height == 0)
-        return rows and (stored.block_columns >= stored.columns or stored.block_columns % width == 0)
 
     def grid(self, weight: Weight) -> tuple[int, int]:
         """Return how many scales a weight has, in rows and columns."""

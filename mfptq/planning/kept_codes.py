@@ -20,6 +20,7 @@ from .defaults import Defaults, siblings_of
 from .format_choice import is_cut, undivided
 from .formats import FORMATS, KEEP, TargetFormat
 from .rules import Decision, Selection, TensorDecision
+from .stored_codes import takes_codes
 
 REASON = "FP8 already, goes over as it is"
 _HEAD, _LINEAR = "head", ("", "drafter")  # roles of layers that engines build quantized
@@ -54,7 +55,7 @@ def _format(item: TensorDecision, defaults: Defaults) -> TargetFormat | None:
     role = _role(candidate, defaults)
     if role is None or candidate.weights[0].columns % BLOCK_SIZE:
         return None
-    fitting = [each for each in FORMATS.values() if all(map(each.takes_codes, candidate.weights))]
+    fitting = [each for each in FORMATS.values() if all(takes_codes(each, weight) for weight in candidate.weights)]
     if role == _HEAD:  # SGLang reads no blocks there
         fitting = [each for each in fitting if each.segment[0] == 1]
     own = _block(candidate.weights[0])

@@ -21,6 +21,7 @@ from .formats import FORMATS, TargetFormat
 from .jobs import CAST
 from .method_choice import WeightTarget, weight_target
 from .rules import Selection
+from .stored_codes import takes_codes
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -69,7 +70,7 @@ def _cast(
 ) -> Iterator[str]:
     """Yield the modules whose codes go over: where a fused group shares a scale, that of all its members."""
     for group in groups:
-        found = [each for each in group.members if formats[each].takes_codes(weights[each])]
+        found = [each for each in group.members if takes_codes(formats[each], weights[each])]
         if not formats[group.members[0]].by_group or (casts and len(found) == len(group.members)):
             yield from found
 
