@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread for BLAS and torch, here and in processes that tests start: on arrays this small, others only wait, and waiting
+# in a loop costs more than all the rest. Must come before the first import of numpy.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+
 from mfptq.demo import DemoShape, write_demo
 
 SMALL = DemoShape(hidden=64, intermediate=64, layers=4, vocabulary=64)
