@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError, VerificationError, counted, printable, quote
+from .columns import width, wrapped
 from .options import source_options
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..engines.findings import Finding
     from ..engines.tables import Engine
 
-NARROWEST, WIDEST = 40, 110
 SHOWN_PATTERNS = 6
 
 
@@ -93,13 +92,6 @@ def check(checkpoint: str, engine: str, as_json: bool, **options: Any) -> None:
         raise VerificationError(f"{quote(checkpoint)} has {counted(found.errors, 'error', 'errors')}: {first.what}")
 
 
-def width() -> int:
-    """Return the columns of the terminal, within what can be read."""
-    import shutil
-
-    return max(NARROWEST, min(WIDEST, shutil.get_terminal_size((80, 24)).columns))
-
-
 def check_text(found: Check, columns: int) -> str:
     """Return findings for people, in at most that many columns, and a last line that sums them up."""
     warnings = len(found.findings) - found.errors
@@ -110,7 +102,7 @@ def check_text(found: Check, columns: int) -> str:
         else f"{counted(found.errors, 'error', 'errors')}, {counted(warnings, 'warning', 'warnings')}"
     )
     last = f"checked {found.tensors} tensors for {' and '.join(found.engines) or 'transformers'} in {found.seconds:.1f} s: {said}"
-    return "\n".join([*lines, *textwrap.wrap(last, columns)])
+    return "\n".join([*lines, *wrapped(last, columns, "")])
 
 
 def findings_lines(findings: Iterable[Finding], columns: int) -> list[str]:
@@ -129,6 +121,6 @@ def findings_lines(findings: Iterable[Finding], columns: int) -> list[str]:
         )
         for paragraph in paragraphs:
             indent = "  " if not paragraph.startswith(" ") else "    "
-            lines += textwrap.wrap(paragraph, columns, subsequent_indent=indent, break_on_hyphens=False)
+            lines += wrapped(paragraph, columns, indent)
         lines.append("")
     return lines

@@ -1,4 +1,4 @@
-"""Define the commands `convert`, `plan`, `inspect`, `verify` and `demo`, and turn every error into one line.
+"""Put the commands together, define `inspect`, `verify` and `demo`, and turn every error into one line.
 
 Thin: options become keywords of the library's functions. Data goes to stdout, everything else to stderr. Nothing heavy may
 be imported before a command needs it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +20,11 @@ from ..errors import MfptqError, UsageError, VerificationError, counted, quote
 from ..execution.memory_budget import memory_errors
 from .calibration import calibration
 from .check import check as check_command
-from .check import engine_option, judges, refuse_findings, refuse_unloadable
-from .cluster import carry_out, check_part_options, cluster_options, executor_of, finish, shards_option, summary
+from .cluster import finish
+from .convert import convert, plan
 from .groups import Commands
 from .options import (
-    decisions_of,
-    file_options,
-    format_options,
     links_option,
-    resource_options,
-    rule_options,
     source_options,
 )
 from .process import (
@@ -41,14 +36,12 @@ from .process import (
     set_up_logging,
     tune_interpreter,
 )
-from .push import publish_options, push
+from .push import push
 from .recipe import recipe
 from .report import compare, report
 
 if TYPE_CHECKING:
-    from ..planning.settings import Decisions
-
-RESOURCES = ("max_memory", "max_workers", "device")
+    pass
 
 
 def run() -> None:
@@ -99,114 +92,8 @@ def main(verbose: bool, log_level: str | None) -> None:
     set_up_logging(log_level or ("info" if verbose else "warning"))
 
 
-for command in (calibration, check_command, compare, finish, recipe, report):
+for command in (calibration, check_command, compare, convert, finish, plan, recipe, report):
     main.add_command(command)
-
-
-@main.command()
-@click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
-@source_options
-@rule_options
-@format_options
-@file_options
-@resource_options
-@publish_options
-@engine_option
-@cluster_options
-@shards_option
-@click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
-@click.option("--dry-run", is_flag=True, help="Show the plan, check all that a run would need, and write nothing.")
-@click.option("--timings", is_flag=True, help="Show where the time went.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
-def convert(model: str, output: Path, **options: Any) -> None:
-    """Convert MODEL (folder or Hub repo) into the folder OUTPUT; rerun to resume.
-
-    Example: mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4 --max-memory 2GB
-    """
-    from ..conversion import plan as make_plan
-    from ..output.publish import PushTarget
-    from ..planning.size_target import with_errors_beside
-    from . import text
-
-    engine = options.pop("engine")
-    resources = {name: options.pop(name) for name in RESOURCES}
-    publishing = {name: options.pop(name) for name in ("push_to_hub", "private", "discard_output")}
-    overwrite, dry_run, timings = (options.pop(name) for name in ("overwrite", "dry_run", "timings"))
-    as_json, quiet = options.pop("as_json"), options.pop("quiet")
-    part = check_part_options(options.pop("shards"), overwrite=overwrite, dry_run=dry_run, **publishing)
-    executor, decisions = executor_of(options), with_errors_beside(decisions_of(options), output)
-    if dry_run:
-        shown = {**resources, "engine": engine, "as_json": as_json, "estimate": True}
-        _show_plan(model, decisions, shown | {"output": output, "overwrite": overwrite, "executor": executor})
-        return
-    with ExitStack() as opened:
-        show, check = opened.enter_context(text.progress(quiet=quiet)), opened.enter_context(deferred_signals())
-        resources["on_event"] = lambda event: (check(), show(event))
-        made = opened.enter_context(make_plan(model, **resources, **decisions))
-        if not decisions.get("force"):
-            refuse_unloadable(made, engine)
-        repo, private, discard = publishing.values()
-        keywords = {
-            "overwrite": overwrite,
-            "push_to": PushTarget(repo, private, token=decisions.get("token")) if repo else None,
-            "discard_output": discard,
-            "executor": executor,
-        }
-        report = carry_out(made, output, part, {**resources, **(keywords if part is None else {})})
-    if as_json:
-        click.echo(json.dumps(report.as_dict()))
-    elif not quiet:
-        click.echo(summary(report, timings=timings))
-
-
-def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
-    """Print a plan, and whether a run of it would begin; `shown` are the resources and what the options ask of the text."""
-    from ..checking import check_plan
-    from ..execution.memory_budget import caller_bytes
-    from ..execution.prepare import Measuring, Resources
-    from ..execution.preview import preview
-    from ..planner import make_plan
-    from . import plan_text, text
-
-    own = shown if shown.get("executor") is None else {**shown, "max_workers": None, "device": "cpu"}  # those of tasks
-    resources = Resources(*(own[name] for name in RESOURCES))
-    measuring = Measuring(resources, held=caller_bytes(), path=decisions.get("format_errors"))
-    with closing(make_plan(model, measuring, **decisions)) as made:
-        findings = check_plan(made, judges(shown["engine"]))
-        view = preview(
-            made, resources, shown.get("output"), overwrite=shown.get("overwrite", False), held=measuring.held
-        )
-        if shown["as_json"]:
-            values = text.plan_values(made, view)
-            click.echo(json.dumps({**values, "findings": [each.as_dict() for each in findings]}))
-        else:
-            click.echo(plan_text.rendered(made, view, findings, shown))
-        if shown.get("output") is not None and not decisions.get("force"):
-            refuse_findings(findings, shown["engine"])
-
-
-@main.command()
-@click.argument("model")
-@source_options
-@rule_options
-@format_options
-@file_options
-@resource_options
-@engine_option
-@click.option("--explain", metavar="NAME", help="Say why one tensor gets what it gets.")
-@click.option("--all", "every", is_flag=True, help="A line for every tensor.")
-@click.option("--estimate/--no-estimate", default=True, help="Measure for half a second how long it will take.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def plan(model: str, **options: Any) -> None:
-    """Show what converting MODEL would do, and write nothing.
-
-    Example: mfptq plan Qwen/Qwen3.5-27B --ignore 're:.*linear_attn.*'
-    """
-    names = (*RESOURCES, "engine", "explain", "every", "estimate", "as_json")
-    shown = {name: options.pop(name) for name in names}
-    _show_plan(model, decisions_of(options), shown)
 
 
 @main.command()

@@ -5,9 +5,6 @@ Called by `plan` and `convert --dry-run`, which print what comes back. Programs 
 
 from __future__ import annotations
 
-import difflib
-import textwrap
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,25 +13,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.weights import name_pattern
 from ..engines.findings import Finding
-from ..errors import UsageError, counted, printable, quote
+from ..errors import counted, printable
 from ..inspection import TensorSummary, planned_summary
 from ..sizes import size_text
-from .check import findings_lines, width
-from .target_text import explained_lines, target_lines
+from .check import findings_lines
+from .columns import width, wrapped
+from .duration import duration, expected_seconds
+from .explain_text import explain_text
+from .target_text import target_lines
 from .text import formats_text, left_out_lines, preview_lines
 
 if TYPE_CHECKING:
     from ..execution.preview import Preview
     from ..planning.plan import ConversionPlan
-    from ..planning.rules import TensorDecision
 
 FP4, KEPT = "FP4", "kept"
 SMALL_BYTES, SMALL_SHARE = (
     2**20,
     0.02,
 )  # kept tensors of a pattern below both, the second of all that is kept, share a line
-MEASURED_BYTES = 8 * 2**20
-MEASURED_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -91,33 +88,29 @@ def plan_text(
     """Return a plan as text of at most that many columns; `every` lists each tensor, `seconds` is an estimate."""
     groups = _groups(plan, every=every)
     prefix = _common(groups[FP4].values())
-    lines = _wrapped(_title(plan) + (f"; names without {prefix}" if prefix else ""), columns)
-    lines += _wrapped(str(plan.share), columns)
+    lines = wrapped(_title(plan) + (f"; names without {prefix}" if prefix else ""), columns)
+    lines += wrapped(str(plan.share), columns)
     for text in plan.smoothing.lines if plan.smoothing is not None else ():
-        lines += _wrapped(text, columns)
+        lines += wrapped(text, columns)
     for note in plan.contents.notes:
-        lines += _wrapped(f"source: {note}", columns)
+        lines += wrapped(f"source: {note}", columns)
     for fate in (FP4, KEPT):
         rows = sorted(groups[fate].values(), key=lambda group: (-group.source_bytes, group.pattern))
         reasons = Counter(row.why for row in rows)
         usual = reasons.most_common(1)[0][0] if fate == FP4 and reasons else ""
         lines += ["", *_section(fate, rows, Shown(columns, prefix, usual, plan.share.into), every=every)]
     for left_out in left_out_lines(plan.checkpoint.left_out):
-        lines += _wrapped(left_out, columns)
-    lines += ["", *(line for text in _sums(plan, view, seconds) for line in _wrapped(text, columns))]
+        lines += wrapped(left_out, columns)
+    lines += ["", *(line for text in _sums(plan, view, seconds) for line in wrapped(text, columns))]
     if plan.allocation is not None:
         lines += ["", *target_lines(plan.allocation, columns)]
     if plan.settings.kv_cache is not None:
-        lines += _wrapped(plan.cache_scales.text, columns)
+        lines += wrapped(plan.cache_scales.text, columns)
     for warning in plan.warnings:
-        lines += _wrapped(f"warning: {warning}", columns)
+        lines += wrapped(f"warning: {warning}", columns)
     if findings:
         lines += ["", "what engines would find:", *findings_lines(findings, columns)]
     return "\n".join(lines)
-
-
-def _wrapped(text: str, columns: int, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, columns, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _title(plan: ConversionPlan) -> str:
@@ -172,7 +165,7 @@ def _section(fate: str, rows: list[Group], shown: Shown, *, every: bool) -> Iter
     sizes = f"{size_text(before)} -> {size_text(after)}" if fate == FP4 else size_text(before)
     usual = f": {printable(shown.usual)}" if shown.usual else ""
     title = shown.into if fate == FP4 else fate
-    yield from _wrapped(f"{title}: {counted(count, 'tensor', 'tensors')}, {sizes}{usual}", shown.columns)
+    yield from wrapped(f"{title}: {counted(count, 'tensor', 'tensors')}, {sizes}{usual}", shown.columns)
     least = min(SMALL_BYTES, SMALL_SHARE * before)
     listed = [row for row in rows if every or fate == FP4 or row.source_bytes >= least]
     for row in listed:
@@ -182,7 +175,7 @@ def _section(fate: str, rows: list[Group], shown: Shown, *, every: bool) -> Iter
         tensors = counted(sum(row.count for row in small), "small tensor", "small tensors")
         size = size_text(sum(row.source_bytes for row in small))
         reasons = "; ".join(dict.fromkeys(row.why for row in small))
-        yield from _wrapped(
+        yield from wrapped(
             f"  {size:>8}  {tensors} (norms, biases and the like): {printable(reasons)}", shown.columns, " " * 12
         )
 
@@ -197,7 +190,7 @@ def _row(row: Group, fate: str, shown: Shown) -> list[str]:
         name = name.replace("*", ranges(row.layers), 1)
     why = "" if row.why == shown.usual else f": {printable(row.why)}"
     text = f"  {sizes}  {printable(name)}{why}"
-    return textwrap.wrap(text, shown.columns, subsequent_indent=" " * 12, break_on_hyphens=False)
+    return wrapped(text, shown.columns, " " * 12)
 
 
 def _sums(plan: ConversionPlan, view: Preview, seconds: float | None) -> Iterator[str]:
@@ -217,13 +210,6 @@ def _sums(plan: ConversionPlan, view: Preview, seconds: float | None) -> Iterato
         yield f"about {duration(seconds)} of computing here; a slow disk or network takes longer"
 
 
-def duration(seconds: float) -> str:
-    """Return a time as people say it."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def decode_bytes(plan: ConversionPlan) -> int:
     """Return how many bytes of weights one token reads: of routed experts only those that a token is sent to."""
     inner = plan.checkpoint.config.get("text_config")
@@ -240,60 +226,3 @@ def decode_bytes(plan: ConversionPlan) -> int:
                 continue
             total += group.output_bytes * (share if ".experts" in group.pattern else 1.0)
     return int(total)
-
-
-def expected_seconds(plan: ConversionPlan, workers: int) -> float:
-    """Return how long computing will take on these cores, from half a second of quantizing; reading is not counted."""
-    import numpy as np
-
-    from ..kernels import QuantizeArgs, load_kernel
-
-    methods = plan.methods
-    method = methods.most_common(1)[0][0] if methods else "minmax"
-    measured = method if method in ("search", "minmax") else "search"
-    kernel, rows = load_kernel("cpu"), MEASURED_BYTES // 2 // 4096
-    tile = np.full((rows, 4096), 0x3C23, np.uint16)  # BF16 of one value: times do not depend on values
-    packed, scales = np.empty((rows, 2048), np.uint8), np.empty((rows, 256), np.uint8)
-    kernel.quantize(tile, QuantizeArgs(measured, 1.0), packed, scales)
-    begun, done = time.monotonic(), 0
-    while time.monotonic() - begun < MEASURED_SECONDS:
-        kernel.quantize(tile, QuantizeArgs(measured, 1.0), packed, scales)
-        done += tile.size
-    speed = done / (time.monotonic() - begun)
-    return sum(weight.size for weight in plan.weights()) / speed / max(1, workers)
-
-
-def explain_text(plan: ConversionPlan, name: str, findings: Sequence[Finding], columns: int) -> str:
-    """Return why one tensor gets what it gets, or raise UsageError with the nearest names."""
-    items = {item.candidate.tensor.info.name: item for item in plan.selection.tensors}
-    item = items.get(name) or items.get(f"{name}.weight")
-    if item is None:
-        alike = difflib.get_close_matches(name, items, n=3) or [each for each in items if name in each][:3]
-        near = ", ".join(map(quote, alike))
-        raise UsageError(f"{quote(name)} is no tensor of this checkpoint" + (f"; near names: {near}" if near else ""))
-    own = [each for each in findings if name_pattern(item.candidate.module) in each.patterns]
-    told = [line for text in _explained(plan, item) for line in _wrapped(text, columns, "    ")]
-    if plan.allocation is not None:
-        told += explained_lines(plan.allocation, item.candidate.module, columns)
-    return "\n".join([*told, *findings_lines(own, columns)])
-
-
-def _label(plan: ConversionPlan, item: TensorDecision) -> str:
-    """Return what a tensor becomes: FP4, or the exact format where there are others."""
-    return "FP4" if plan.share.into == "FP4" else plan.format_of(item.candidate.weights[0]).name
-
-
-def _explained(plan: ConversionPlan, item: TensorDecision) -> Iterator[str]:
-    info, decision, weights = item.candidate.tensor.info, item.decision, item.candidate.weights
-    yield f"{printable(info.name)}: {info.dtype} {list(info.shape)}, {size_text(info.nbytes)}"
-    yield f"  {f'becomes {_label(plan, item)}' if decision.quantize else 'kept as it is'}: {printable(plan.reason(item))}"
-    yield f"  rule: {printable(decision.rule) if decision.rule else 'none named it'}"
-    if item.candidate.obstacle:
-        yield f"  layout: {item.candidate.obstacle}"
-    if decision.quantize:
-        partners = [name for name in plan.group_of(weights[0]).members if name != weights[0].module]
-        yield f"  method: {plan.method_of(weights[0])}"
-        if plan.format_of(weights[0]).by_group:
-            yield f"  one global scale with: {', '.join(map(printable, partners)) or 'no other weight'}"
-        if len(weights) > 1:
-            yield f"  split into {len(weights)} weights, the first is {printable(weights[0].module)}"

@@ -5,12 +5,12 @@ Called by `plan_text`, and by `text` for `--json`.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import printable
 from ..sizes import size_text
+from .columns import wrapped
 
 if TYPE_CHECKING:
     from ..planning.allocation import Allocation, FrontierRow
@@ -35,7 +35,7 @@ def _fitting(texts: Iterable[str], columns: int) -> list[str]:
     """Return lines as they stand where they fit, since wrapping would close the gaps between the columns of a table."""
     found: list[str] = []
     for text in texts:
-        long = textwrap.wrap(text, columns, subsequent_indent="      ", break_on_hyphens=False)
+        long = wrapped(text, columns, "      ")
         found += [text] if len(text) <= columns else long
     return found
 
