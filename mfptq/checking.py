@@ -15,9 +15,10 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.folder import Checkpoint, read_object
+from .checkpoint.folder import Checkpoint
 from .checkpoint.header import PREFIX_BYTES, parse_header
 from .checkpoint.hub import HubOptions, open_checkpoint
+from .checkpoint.small_files import read_object
 from .checkpoint.weights import StoredTensor
 from .engines.block_scales import block_faults
 from .engines.files import HF_QUANT_CONFIG, file_faults

@@ -15,30 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HeaderError, IndexMismatchError, SourceError, listed, quote
-from ..limits import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_TENSORS
-from ..storage.files import plain_name, relative_name
+from ..limits import MAX_CONFIG_BYTES
+from ..storage.files import relative_name
 from .companions import (
     CONFIG,
     INDEX,
     MODULES,
     REPLACED_FOLDED,
-    SHARD_SUFFIX,
     SINGLE,
     FileChoice,
-    find_index,
     sort_files,
     unindexed_shards,
     unnamed_shards,
 )
 from .header import PREFIX_BYTES, ShardHeader, header_length, parse_header
+from .index import check_tensors, read_weight_map
+from .small_files import POINTER_BYTES, read_file, read_object, refuse_pointer
 from .source import FolderSource, Source
 from .strict_json import StrictJsonError, parse_json
 from .weights import StoredTensor
 
 __all__ = ["CONFIG", "INDEX", "SINGLE"]
 HEADERS_AT_ONCE = 8
-_POINTER = b"version https://git-lfs.github.com/spec/"
-_POINTER_BYTES = 1024  # more than any pointer has
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +142,10 @@ def _read_checkpoint(origin: Origin, source: Source, choice: FileChoice) -> Chec
     if CONFIG not in files:
         raise SourceError(_no_config(origin, files))
     config = read_object(source, CONFIG, MAX_CONFIG_BYTES)
-    weight_map = _weight_map(source, files)
+    weight_map = read_weight_map(source, files)
     indexed = unindexed_shards(files, choice) if weight_map is None else sorted(set(weight_map.values()))
     shards = read_shards(source, indexed)
-    _check_tensors(shards, weight_map)
+    check_tensors(shards, weight_map)
     shards = _with_unnamed(source, shards, choice)
     names = [shard.name for shard in shards]
     found = sort_files(files, names, _module_folders(source, files))
@@ -158,41 +156,13 @@ def _read_checkpoint(origin: Origin, source: Source, choice: FileChoice) -> Chec
     return Checkpoint(origin, source, shards, config, found.companions, found.left_out, has_index)
 
 
-def read_file(source: Source, name: str, limit: int) -> bytes:
-    """Return a whole small file of the source; refuses, before reading, one of more than `limit` bytes."""
-    size = source.size(name)
-    if size > limit:
-        raise SourceError(f"{quote(name)} is {size} bytes, expected at most {limit}")
-    data = bytearray(size)
-    source.read_into(name, 0, memoryview(data))
-    return bytes(data)
-
-
-def read_object(source: Source, name: str, limit: int) -> dict[str, Any]:
-    """Return the JSON object in a file of the source; Infinity and NaN are taken as configs hold them."""
-    raw = read_file(source, name, limit)
-    _refuse_pointer(name, raw)
-    try:
-        value = parse_json(raw, infinity=True)
-    except StrictJsonError as error:
-        raise SourceError(f"{quote(name)}: {error}") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{quote(name)} is not a JSON object")
-    return value
-
-
-def _refuse_pointer(name: str, data: bytes) -> None:
-    if data.startswith(_POINTER):
-        raise SourceError(f"{quote(name)} is a git-lfs pointer, not the file itself: run `git lfs pull` in the source")
-
-
 def _check_companion(source: Source, name: str) -> None:
     """Raise SourceError for a companion that cannot be copied, before anything is written."""
     relative_name(name)
     if isinstance(source, FolderSource):  # what the Hub serves is never a pointer
         size = source.size(name)
-        if size <= _POINTER_BYTES:
-            _refuse_pointer(name, read_file(source, name, _POINTER_BYTES))
+        if size <= POINTER_BYTES:
+            refuse_pointer(name, read_file(source, name, POINTER_BYTES))
 
 
 def _module_folders(source: Source, files: Mapping[str, int]) -> set[str]:
@@ -206,23 +176,6 @@ def _module_folders(source: Source, files: Mapping[str, int]) -> set[str]:
     entries = found if isinstance(found, list) else []
     paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
     return {path.partition("/")[0] for path in paths if isinstance(path, str) and path}
-
-
-def _weight_map(source: Source, files: Mapping[str, int]) -> dict[str, str] | None:
-    if find_index(files) is None:
-        return None
-    weight_map = read_object(source, INDEX, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise IndexMismatchError(f"{INDEX}: weight_map is missing or does not map tensor names to file names")
-    if not weight_map:
-        raise IndexMismatchError(f"{INDEX}: weight_map is empty")
-    for name in set(weight_map.values()):
-        plain_name(name)
-        if not name.endswith(SHARD_SUFFIX):
-            raise IndexMismatchError(f"{INDEX}: {quote(name)} is not a safetensors file")
-        if name not in files:
-            raise IndexMismatchError(f"{INDEX} names shard {quote(name)}, which is missing: download it again")
-    return weight_map
 
 
 def read_shards(source: Source, names: Iterable[str]) -> tuple[Shard, ...]:
@@ -244,8 +197,8 @@ def read_shard(source: Source, name: str) -> Shard:
             source.read_into(name, PREFIX_BYTES, memoryview(raw))
         header = parse_header(bytes(raw), size)
     except HeaderError as error:
-        if size <= _POINTER_BYTES:
-            _refuse_pointer(name, read_file(source, name, _POINTER_BYTES))
+        if size <= POINTER_BYTES:
+            refuse_pointer(name, read_file(source, name, POINTER_BYTES))
         raise HeaderError(f"{quote(name)}: {error}") from None
     return Shard(name, size, header, hashlib.sha256(raw).hexdigest())
 
@@ -266,28 +219,8 @@ def _with_unnamed(source: Source, shards: tuple[Shard, ...], choice: FileChoice)
                 "say whether to include the file or to skip it"
             )
     together = tuple(sorted((*shards, *added), key=attrgetter("name")))
-    _check_tensors(together, None)
+    check_tensors(together, None)
     return together
-
-
-def _check_tensors(shards: tuple[Shard, ...], weight_map: dict[str, str] | None) -> None:
-    home: dict[str, str] = {}
-    for shard in shards:
-        for info in shard.header.tensors:
-            if info.name in home:
-                places = f"{quote(home[info.name])} and {quote(shard.name)}"
-                raise IndexMismatchError(f"tensor {quote(info.name)} is in two shards: {places}")
-            home[info.name] = shard.name
-    if len(home) > MAX_TENSORS:
-        raise SourceError(f"{len(home)} tensors, expected at most {MAX_TENSORS}")
-    if weight_map is None or weight_map == home:
-        return
-    for name, shard_name in weight_map.items():
-        if home.get(name) != shard_name:
-            found = f"found in {quote(home[name])}" if name in home else "not found in any shard"
-            raise IndexMismatchError(f"{INDEX} puts tensor {quote(name)} in {quote(shard_name)}, {found}")
-    extra = next(name for name in home if name not in weight_map)
-    raise IndexMismatchError(f"tensor {quote(extra)} of {quote(home[extra])} is missing from {INDEX}")
 
 
 def _check_case(names: list[str]) -> None:

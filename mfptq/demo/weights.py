@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.folder import CONFIG, INDEX
+from ..checkpoint.companions import CONFIG, INDEX
 from ..checkpoint.header import TensorSpec, encode_header
 from ..checkpoint.strict_json import dump_json
 from ..nvfp4 import round_bf16

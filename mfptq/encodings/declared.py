@@ -9,10 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoint.folder import CONFIG, Checkpoint, read_object
+from ..checkpoint.companions import CONFIG
+from ..checkpoint.small_files import read_object
 from ..limits import MAX_CONFIG_BYTES
+
+if TYPE_CHECKING:
+    from ..checkpoint.folder import Checkpoint
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")

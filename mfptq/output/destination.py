@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from ..checkpoint.folder import CONFIG
+from ..checkpoint.companions import CONFIG
 from ..checkpoint.source import Source
 from ..errors import (
     DestinationError,

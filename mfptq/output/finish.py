@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ..checkpoint.acceptance import refusal
-from ..checkpoint.folder import CONFIG, INDEX, read_file
+from ..checkpoint.companions import CONFIG, INDEX
+from ..checkpoint.small_files import read_file
 from ..errors import SourceError, VerificationError, quote
 from ..kernels import ErrorStats
 from ..limits import MAX_CONFIG_BYTES

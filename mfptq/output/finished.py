@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.folder import CONFIG
+from ..checkpoint.companions import CONFIG
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..errors import DestinationExistsError, MfptqError, SourceError, quote
 from ..limits import MAX_CONFIG_BYTES

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.folder import CONFIG, INDEX
+from ..checkpoint.companions import CONFIG, INDEX
 from ..errors import SourceError, UnsafePathError
 from ..limits import MAX_INDEX_BYTES
 from ..smoothing.record import RECORD

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..checkpoint.folder import CONFIG
+from ..checkpoint.companions import CONFIG
 from ..checkpoint.hub_errors import hub_errors
 from ..errors import DestinationError, HubError, VerificationError, quote
 from ..limits import MAX_COMPANION_BYTES

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..checkpoint.folder import read_object
+from ..checkpoint.small_files import read_object
 from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import layer_pattern, name_pattern
 from ..errors import SourceError

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..checkpoint.acceptance import refusal
-from ..checkpoint.folder import CONFIG, INDEX, Checkpoint, read_object
+from ..checkpoint.companions import CONFIG, INDEX
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.small_files import read_object
 from ..checkpoint.source import Source
 from ..checkpoint.stored_bytes import read_scalar
 from ..checkpoint.weights import StoredTensor, Weight

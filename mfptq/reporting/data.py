@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..checkpoint.folder import read_object
+from ..checkpoint.small_files import read_object
 from ..checkpoint.source import FolderSource
 from ..checkpoint.weights import name_pattern
 from ..errors import SourceError, counted, quote

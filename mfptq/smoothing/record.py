@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.folder import read_object
+from ..checkpoint.small_files import read_object
 from ..checkpoint.source import Source
 from ..checkpoint.strict_json import dump_json
 from ..encodings.smoothed import Exponents, Powers

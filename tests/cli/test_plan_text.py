@@ -9,8 +9,8 @@ import pytest
 
 import mfptq
 from mfptq.checking import unloadable
-from mfptq.cli.main import main
 from mfptq.cli.duration import duration
+from mfptq.cli.main import main
 from mfptq.cli.plan_text import ranges
 from mfptq.engines.findings import Finding
 from tests.conftest import command
