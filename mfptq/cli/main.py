@@ -11,22 +11,21 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .._version import __version__
 from ..errors import MfptqError, UsageError, VerificationError, counted, quote
 from ..execution.memory_budget import memory_errors
+from .calibrate import calibrate
 from .calibration import calibration
 from .check import check as check_command
 from .cluster import finish
 from .convert import convert, plan
+from .evaluate import evaluate
 from .groups import Commands
-from .options import (
-    links_option,
-    source_options,
-)
+from .options import links_option, source_options
 from .process import (
     LOG_LEVELS,
     STOPPED,
@@ -38,10 +37,8 @@ from .process import (
 )
 from .push import push
 from .recipe import recipe
+from .repair import repair
 from .report import compare, report
-
-if TYPE_CHECKING:
-    pass
 
 
 def run() -> None:
@@ -92,7 +89,10 @@ def main(verbose: bool, log_level: str | None) -> None:
     set_up_logging(log_level or ("info" if verbose else "warning"))
 
 
-for command in (calibration, check_command, compare, convert, finish, plan, recipe, report):
+CONVERTING = (convert, plan, finish, push, recipe)
+CALIBRATING = (calibrate, calibration)
+CHECKING = (check_command, repair, evaluate, report, compare)
+for command in (*CONVERTING, *CALIBRATING, *CHECKING):
     main.add_command(command)
 
 
@@ -172,13 +172,3 @@ def demo(output: Path) -> None:
         if not found.ok:
             raise VerificationError(str(found.faults[0]))
     click.echo(text.after_demo(output))
-
-
-from .calibrate import calibrate  # noqa: E402 - imports nothing but click
-from .evaluate import evaluate  # noqa: E402
-from .repair import repair  # noqa: E402
-
-main.add_command(calibrate)
-main.add_command(push)
-main.add_command(repair)
-main.add_command(evaluate)
