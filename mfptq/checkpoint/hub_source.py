@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import HubError, SourceChangedError, SourceError, quote
-from .ranges import HubFile, RangeReader
+from .file_digests import FileDigests, HubFile, new_digest
+from .ranges import RangeReader
 from .reads import ByteRange, ReadAhead, ReadUnit
 from .source import FolderSource
 from .window import Window
@@ -39,6 +39,13 @@ class HubSource:
         self._listing = listing
         self._local = local or LocalFiles()
         self._window: Window | None = None
+        self._digests = FileDigests(listing)
+        self._checked: set[str] = set()
+
+    @property
+    def checked_files(self) -> Collection[str]:
+        """The files whose digest was compared with the listing's."""
+        return self._checked
 
     @property
     def fetched_bytes(self) -> int:
@@ -76,6 +83,7 @@ class HubSource:
             if not size:
                 size = len(rest) if self._window is None else self._window.gap(name, offset + done, len(rest))
                 self.reader.read_into(file, offset + done, rest[:size])
+                self._digests.take(name, offset + done, rest[:size])
             done += size
         if len(buffer) == file.size:
             _check_content(file, buffer)
@@ -94,10 +102,18 @@ class HubSource:
             yield fd
 
     def check_unchanged(self, name: str) -> None:
-        """Check a file in the cache; a commit never changes, and every answer was compared with its listing."""
+        """Check a file in the cache, and the digest of one that was fetched whole and in order.
+
+        Of the others every answer was compared with the listing, and a commit never changes.
+        """
         local = self._in_cache(name)
         if local is not None:
             local.check_unchanged(name)
+            return
+        if self._window is not None:
+            self._window.hash_ready(name, wait=True)
+        if self._digests.is_whole(name):
+            self._checked.add(name)
 
     def drop_cached(self, name: str, offset: int, size: int) -> None:
         """Free the memory that holds a range."""
@@ -108,7 +124,8 @@ class HubSource:
         """Begin to fetch what will be read."""
         if self._window is not None:
             self._window.close()
-        self._window = Window(self._fetch, ReadAhead(self._remote(ahead.order), ahead.budget))
+        digests = self._digests if ahead.digests else None
+        self._window = Window(self._fetch, ReadAhead(self._remote(ahead.order), ahead.budget), digests)
 
     def _remote(self, order: Iterator[tuple[str, Sequence[ReadUnit]]]) -> Iterator[tuple[str, Sequence[ReadUnit]]]:
         """Yield what is announced, without the files that are in the cache."""
@@ -137,9 +154,7 @@ class HubSource:
 
 def _check_content(file: HubFile, data: memoryview) -> None:
     """Raise SourceChangedError unless a whole file is what the listing says."""
-    digest = hashlib.sha256()
-    if file.sha256 is None:  # a Git object: its digest begins with its kind and length
-        digest = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)
+    digest = new_digest(file)
     digest.update(data)
     if digest.hexdigest() != file.etag:
         raise SourceChangedError(f"{quote(file.name)} is not what its digest on the Hub says: try again")

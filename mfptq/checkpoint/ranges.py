@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import HubError, SourceChangedError, quote
+from .file_digests import HubFile
 from .hub_errors import hub_errors, reason
 
 logger = logging.getLogger(__name__)
@@ -29,21 +30,6 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}
 _MOVED = {401, 403, 404, 410}  # what a signed address says when its time is over
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _RATE_LIMIT = re.compile(r"\bt=(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file in a repo's listing: `sha256` only of large files, `oid` the Git object of the others, hexadecimal."""
-
-    name: str
-    size: int
-    oid: str
-    sha256: str | None = None
-
-    @property
-    def etag(self) -> str:
-        """What the Hub calls this content."""
-        return self.sha256 or self.oid
 
 
 @dataclass(slots=True)

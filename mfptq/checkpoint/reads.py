@@ -13,12 +13,17 @@ SEGMENT_BYTES = 4 * 2**20  # of one request
 
 
 class ByteRange(NamedTuple):
-    """Bytes `start` to `end` of a file; `later` if they are read now, and once more in the turn of another file."""
+    """Bytes `start` to `end` of a file.
+
+    `later`: they are read now, and once more in the turn of another file. `shared`: other tiles need some of the same bytes,
+    so that they are dropped with their file only.
+    """
 
     name: str
     start: int
     end: int
     later: bool = False
+    shared: bool = False
 
     @property
     def size(self) -> int:
@@ -26,13 +31,11 @@ class ByteRange(NamedTuple):
         return self.end - self.start
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, slots=True)
 class ReadUnit:
-    """Ranges that are needed together: the weights of a fused group, or a run of copied tensors."""
+    """Ranges that are needed together, in the order in which they are fetched: the weights of a fused group, or copied tensors."""
 
     ranges: tuple[ByteRange, ...]
-    taken: bool = False
-    dropped: int = 0
 
     @property
     def size(self) -> int:
@@ -42,7 +45,11 @@ class ReadUnit:
 
 @dataclass(frozen=True, slots=True)
 class ReadAhead:
-    """What will be read, file by file in the order of the work, and how many bytes may be held in memory."""
+    """What will be read, file by file in the order of the work, and how many bytes may be held in memory.
+
+    `digests`: files that are read whole are to be compared with what whoever stores them says is their digest.
+    """
 
     order: Iterator[tuple[str, Sequence[ReadUnit]]]
     budget: int
+    digests: bool = False

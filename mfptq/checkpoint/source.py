@@ -9,7 +9,7 @@ import contextlib
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -40,6 +40,11 @@ class Source(Protocol):
         """How many bytes came over a network so far."""
         ...
 
+    @property
+    def checked_files(self) -> Collection[str]:
+        """The files that `check_unchanged` found to be whole, and compared with the digest that `sha256` names."""
+        ...
+
     def files(self) -> Mapping[str, int]:
         """Return every file's name and size, in name order; files and folders whose names begin with a dot are left out."""
         ...
@@ -61,7 +66,10 @@ class Source(Protocol):
         ...
 
     def check_unchanged(self, name: str) -> None:
-        """Raise SourceChangedError if a file is no longer what it was when it was first looked at."""
+        """Raise SourceChangedError if a file is no longer what it was when it was first looked at.
+
+        Of a remote file that was read whole and in order, the digest is compared.
+        """
         ...
 
     def drop_cached(self, name: str, offset: int, size: int) -> None:
@@ -107,6 +115,7 @@ class FolderSource:
 
     is_remote = False
     fetched_bytes = 0
+    checked_files: Collection[str] = ()
 
     def __init__(self, root: Path, *, follow_links: bool = False) -> None:
         self.root = root

@@ -1,23 +1,23 @@
 """Hold ranges of remote files in memory, from the moment they are fetched until they are dropped, within a budget.
 
-`hub_source` reads through it. The work announces what it will read (`ReadAhead`); connections fetch that in its order, a
-little ahead. What is asked for before its turn goes first. What fits into no budget is not held: the reader fetches it
-itself, as often as it reads it. So a reader never waits for memory, and no order of reads can stop the run.
+`hub_source` reads through it. The work announces what it will read (`ReadAhead`); connections fetch that in its order, as
+far ahead as AHEAD_BYTES or the largest unit allow. What is asked for before its turn goes first. What fits into no budget is
+not held: the reader fetches it itself, as often as it reads it. So a reader never waits for memory, and no order of reads can
+stop the run.
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
-from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from collections.abc import Callable
 
-from .reads import SEGMENT_BYTES, ByteRange, ReadAhead, ReadUnit
+from .file_digests import FileDigests
+from .reads import SEGMENT_BYTES, ByteRange, ReadAhead
+from .segments import Segment, SegmentTable, overlap
 
-AHEAD_BYTES = 32 * 2**20  # fetched, or being fetched, before any of it was asked for
+AHEAD_BYTES = 32 * 2**20  # held of what is read once, or on its way; a larger unit may take its size instead
 CONNECTIONS = 8
 NOTICE_BYTES = 2**20  # readers of a segment are woken this often
 
@@ -25,41 +25,29 @@ NOTICE_BYTES = 2**20  # readers of a segment are woken this often
 Fetch = Callable[[ByteRange, memoryview, Callable[[int], None]], None]
 
 
-@dataclass(eq=False, slots=True)
-class _Segment:
-    """One request: `filled` bytes of `place` are there; `dropped` bytes will not be read again."""
-
-    place: ByteRange
-    data: mmap.mmap | None = None
-    filled: int = 0
-    dropped: int = 0
-    touched: bool = False
-    released: bool = False
-    error: BaseException | None = None
-
-
-_start = attrgetter("place.start")
-_first = itemgetter(0)
-
-
 class Window:
     """Ranges in memory. `copy` and `drop` are called from any thread, `_work` runs in the window's own.
 
-    `_changed` guards all state but the bytes of a segment, which one connection writes and readers read up to `filled`.
+    `_changed` guards all state but the bytes of a segment, which one connection writes and others read up to `filled`.
     `fetch` fills a buffer from a range and reports how many bytes are there; it is called by several threads at once.
+    `digests` takes every file's bytes in order; of what is dropped before its turn, AHEAD_BYTES at most stay until then.
     """
 
-    def __init__(self, fetch: Fetch, ahead: ReadAhead, connections: int = CONNECTIONS) -> None:
+    def __init__(
+        self, fetch: Fetch, ahead: ReadAhead, digests: FileDigests | None = None, *, connections: int = CONNECTIONS
+    ) -> None:
         self._fetch = fetch
         self._order = ahead.order
         self._budget = ahead.budget
+        self._digests = digests
         self._changed = threading.Condition()
-        self._segments: dict[str, list[_Segment]] = {}
-        self._pending: dict[str, list[tuple[int, int, ReadUnit]]] = {}
+        self._table = SegmentTable()
         self._pulled: set[str] = set()
-        self._queue: deque[ReadUnit] = deque()
-        self._waiting: deque[_Segment] = deque()
-        self._held = self._untouched = self._later = 0
+        self._queue: deque[Segment] = deque()  # announced, in the order in which they are fetched
+        self._demanded: deque[Segment] = deque()  # asked for before their turn
+        self._held = self._lasting = self._later = self._unhashed = self._largest = 0  # bytes
+        self._hashing: set[str] = set()  # files whose digest a thread is at
+        self._unchecked: set[str] = set()  # files whose bytes do not come in order
         self._closed = self._announced = False
         self._threads = [
             threading.Thread(target=self._work, name="mfptq-fetch", daemon=True) for _ in range(connections)
@@ -73,10 +61,12 @@ class Window:
         Returns how many bytes of `buffer` were filled.
         """
         with self._changed:
-            segment = self._find(name, offset) or self._demand(name, offset)
-            if segment is None:
+            segment = self._find(name, offset)
+            while segment is not None and not segment.allocated and self._is_digest_behind(name, segment.place.size):
+                self._changed.wait()
+            if segment is None or not (segment.allocated or self._demand(segment)):
                 return 0
-            self._touch(segment)
+            self._note_read(segment)
             begin = offset - segment.place.start
             size = min(len(buffer), segment.place.end - offset)
             while segment.filled < begin + size and not segment.released:
@@ -92,22 +82,38 @@ class Window:
     def gap(self, name: str, offset: int, limit: int) -> int:
         """Return how many bytes from `offset` on, at most `limit`, lie before the next range that is held."""
         with self._changed:
-            held = self._segments.get(name, [])
-            place = bisect_right(held, offset, key=_start)
-            return min(limit, held[place].place.start - offset) if place < len(held) else limit
+            return self._table.gap(name, offset, limit)
 
     def drop(self, name: str, offset: int, size: int) -> None:
         """Let go of a range; of the whole file for a size of 0."""
         with self._changed:
             end = offset + size if size else 2**63
-            overlapping = [each for each in self._segments.get(name, []) if _overlap(each.place, offset, end) > 0]
-            for segment in overlapping:
-                segment.dropped += _overlap(segment.place, offset, end)
-                if segment.dropped >= segment.place.size:
+            for segment in self._table.overlapping(name, offset, end):
+                was_spent = segment.is_spent
+                segment.dropped += overlap(segment.place, offset, end)
+                if segment.released:  # with others of its file, which is unchecked now
+                    continue
+                if segment.is_spent and not (size and self._awaits_digest(segment)):
                     self._release(segment)
-            if not overlapping:
-                self._skip(name, offset, end)
+                elif segment.is_spent and not was_spent:
+                    self._keep_for_digest(segment)
             self._changed.notify_all()
+
+    def hash_ready(self, name: str, *, wait: bool = False) -> None:
+        """Have a file's digest take what is there and comes next; `wait` for the thread that is at it, else leave it to that."""
+        while (segment := self._next_to_hash(name, wait=wait)) is not None:
+            assert self._digests is not None
+            assert segment.data is not None
+            end = 0
+            try:
+                end = self._digests.take(name, segment.place.start, memoryview(segment.data))
+            finally:
+                with self._changed:
+                    self._hashing.discard(name)
+                    segment.hashed = end >= segment.place.end
+                    if segment.is_spent and not segment.released:
+                        self._release(segment)
+                    self._changed.notify_all()
 
     def close(self) -> None:
         """End all fetching and let go of everything; readers that wait get the error of what they wait for."""
@@ -119,137 +125,145 @@ class Window:
         """Begin no other fetch, and raise `error` in every reader that waits."""
         with self._changed:
             self._closed = True
-            self._waiting.clear()
-            for segment in [each for held in self._segments.values() for each in held]:
+            for segment in self._table:
                 segment.error = segment.error or error
             self._changed.notify_all()
 
-    def _find(self, name: str, offset: int) -> _Segment | None:
-        held = self._segments.get(name, [])
-        place = bisect_right(held, offset, key=_start) - 1
-        return held[place] if place >= 0 and held[place].place.end > offset else None
-
-    def _demand(self, name: str, offset: int) -> _Segment | None:
-        """Fetch, before anything else, the unit that a reader asks for before its turn, if there is room for it."""
-        while (unit := self._unit_at(name, offset)) is None and name not in self._pulled and self._pull():
+    def _find(self, name: str, offset: int) -> Segment | None:
+        while (found := self._table.find(name, offset)) is None and name not in self._pulled and self._pull():
             pass
-        if self._closed or unit is None or unit.taken or self._held + unit.size > self._budget:
-            return None
-        self._waiting.extendleft(reversed(self._allocate(unit)))
-        self._changed.notify_all()
-        return self._find(name, offset)
-
-    def _unit_at(self, name: str, offset: int) -> ReadUnit | None:
-        places = self._pending.get(name, [])
-        place = bisect_right(places, offset, key=_first) - 1
-        return places[place][2] if place >= 0 and places[place][1] > offset else None
+        return found
 
     def _pull(self) -> bool:
         """Take note of what is read of the next file; return whether there is one."""
-        if self._announced:
-            return False
-        found = next(self._order, None)
+        found = None if self._announced else next(self._order, None)
         if found is None:
             self._announced = True
             return False
         name, units = found
         self._pulled.add(name)
-        self._queue.extend(units)
         for unit in units:
-            for each in unit.ranges:
-                self._pending.setdefault(each.name, []).append((each.start, each.end, unit))
-        for places in self._pending.values():
-            places.sort(key=_first)
+            self._queue.extend(self._table.announce(unit, SEGMENT_BYTES))
+            if unit.size <= self._budget:
+                self._largest = max(self._largest, unit.size)
         return True
 
-    def _allocate(self, unit: ReadUnit) -> list[_Segment]:
-        unit.taken = True
-        made: list[_Segment] = []
-        for wanted in unit.ranges:
-            if wanted.later and self._later + wanted.size > self._budget // 4:
-                continue  # read now and again later, by whoever needs it
-            for place in self._missing(wanted):
-                made.append(_Segment(place))
-                self._held += place.size
-                self._untouched += place.size
-                self._later += place.size if place.later else 0
-        for segment in made:
-            insort(self._segments.setdefault(segment.place.name, []), segment, key=_start)
-        return made
+    def _demand(self, segment: Segment) -> bool:
+        """Fetch a segment before all that was not asked for yet; return whether there is room for it."""
+        if self._closed or not self._allocate(segment):
+            return False
+        self._demanded.append(segment)
+        self._changed.notify_all()
+        return True
 
-    def _missing(self, wanted: ByteRange) -> Iterator[ByteRange]:
-        """Yield the parts of a range that are not held yet, in pieces of one request each."""
-        begin = wanted.start
-        while begin < wanted.end:
-            known = self._find(wanted.name, begin)
-            if known is not None:
-                begin = known.place.end
-                continue
-            end = min(begin + SEGMENT_BYTES, wanted.end)
-            held = self._segments.get(wanted.name, [])
-            place = bisect_right(held, begin, key=_start)
-            if place < len(held):
-                end = min(end, held[place].place.start)
-            yield ByteRange(wanted.name, begin, end, wanted.later)
-            begin = end
+    def _allocate(self, segment: Segment) -> bool:
+        """Make room for a segment of a unit that can be held; return whether there is any."""
+        size = segment.place.size
+        if segment.unit.size > self._budget or self._held + size > self._budget:
+            return False
+        if segment.place.later and self._later + size > self._budget // 4:
+            self._release(segment)  # read now and again later, by whoever needs it
+            return False
+        segment.allocated = True
+        self._held += size
+        self._later += size if segment.place.later else 0
+        return True
 
-    def _touch(self, segment: _Segment) -> None:
-        if not segment.touched:
-            segment.touched = True
-            self._untouched -= segment.place.size
-            self._changed.notify_all()
+    def _note_read(self, segment: Segment) -> None:
+        if (segment.place.later or segment.place.shared) and not segment.lasting:
+            segment.lasting = True
+            self._lasting += segment.place.size
 
-    def _release(self, segment: _Segment) -> None:
-        self._touch(segment)
-        self._segments[segment.place.name].remove(segment)
-        self._held -= segment.place.size
-        self._later -= segment.place.size if segment.place.later else 0
-        segment.data, segment.released = None, True
-        if segment in self._waiting:
-            self._waiting.remove(segment)
+    def _awaits_digest(self, segment: Segment) -> bool:
+        return self._digests is not None and not segment.hashed and segment.place.name not in self._unchecked
 
-    def _skip(self, name: str, offset: int, end: int) -> None:
-        """Note that announced bytes were read without us: they need not be fetched ahead."""
-        unit = self._unit_at(name, offset)
-        if unit is not None:
-            unit.dropped += sum(max(0, _overlap(each, offset, end)) for each in unit.ranges if each.name == name)
-            unit.taken = unit.taken or unit.dropped >= unit.size
+    def _is_digest_behind(self, name: str, more: int) -> bool:
+        """Return whether a file's digest waits for bytes that are on their way, and much is held for it meanwhile."""
+        if self._digests is None or self._closed or self._unhashed + more <= AHEAD_BYTES or name in self._unchecked:
+            return False
+        missing = self._table.find(name, self._digests.end(name))
+        return missing is not None and missing.allocated and missing.error is None
+
+    def _keep_for_digest(self, segment: Segment) -> None:
+        """Hold what nobody reads any more until the digest has it; where that becomes too much, leave the file unchecked."""
+        if not segment.allocated:  # the readers fetched it themselves
+            self._release(segment)
+            return
+        self._forget_lasting(segment)
+        segment.retained = True
+        self._unhashed += segment.place.size
+        if self._unhashed > AHEAD_BYTES:
+            self._unchecked.add(segment.place.name)
+            for each in [each for each in self._table.overlapping(segment.place.name, 0, 2**63) if each.is_spent]:
+                self._release(each)
+
+    def _next_to_hash(self, name: str, *, wait: bool) -> Segment | None:
+        """Return the segment that holds the byte that the digest of a file lacks, for this thread to take it from."""
+        with self._changed:
+            while wait and name in self._hashing:
+                self._changed.wait()
+            if self._digests is None or name in self._hashing or name in self._unchecked:
+                return None
+            segment = self._table.find(name, self._digests.end(name))
+            if segment is None or segment.data is None or segment.filled < segment.place.size:
+                return None
+            self._hashing.add(name)
+            return segment
+
+    def _release(self, segment: Segment) -> None:
+        self._table.remove(segment)
+        segment.released = True
+        if not segment.allocated:
+            return
+        size, segment.data = segment.place.size, None
+        self._forget_lasting(segment)
+        self._held -= size
+        self._later -= size if segment.place.later else 0
+        self._unhashed -= size if segment.retained else 0
+
+    def _forget_lasting(self, segment: Segment) -> None:
+        self._lasting -= segment.place.size if segment.lasting else 0
+        segment.lasting = False
 
     def _work(self) -> None:
         """Fetch one segment after the other, until the window is closed."""
         try:
             while (segment := self._wait_for_next()) is not None:
                 self._fill(segment)
+                self.hash_ready(segment.place.name)
         except BaseException as error:  # of what announces the reads
             self.stop(error)
 
-    def _wait_for_next(self) -> _Segment | None:
+    def _wait_for_next(self) -> Segment | None:
         with self._changed:
-            while (segment := self._next()) is None and not self._closed:
+            while not self._closed:
+                if (segment := self._next()) is not None:
+                    return segment
                 self._changed.wait()
-            return segment
+            return None
 
-    def _next(self) -> _Segment | None:
-        if not self._waiting and not self._closed:
-            self._look_ahead()
-        return self._waiting.popleft() if self._waiting else None
-
-    def _look_ahead(self) -> None:
-        """Allocate the unit whose turn it is, if there is room."""
+    def _next(self) -> Segment | None:
+        """Return what to fetch next: what was asked for, else what is announced, if there is room ahead of the work."""
+        while self._demanded:
+            if not (segment := self._demanded.popleft()).released:
+                return segment
         while self._queue or self._pull():
             if not self._queue:
                 continue
-            unit = self._queue[0]
-            if not unit.taken and unit.size <= self._budget:
-                ahead = self._untouched + unit.size
-                if (self._untouched and ahead > AHEAD_BYTES) or self._held + unit.size > self._budget:
-                    return
-                self._waiting.extend(self._allocate(unit))
+            segment = self._queue[0]
+            if not (segment.allocated or segment.released) and segment.unit.size <= self._budget:
+                if not self._has_room(segment):
+                    return None
+                if self._allocate(segment):
+                    return self._queue.popleft()
             self._queue.popleft()
-            if self._waiting:
-                return
+        return None
 
-    def _fill(self, segment: _Segment) -> None:
+    def _has_room(self, segment: Segment) -> bool:
+        working = self._held - self._lasting + segment.place.size
+        return working <= max(AHEAD_BYTES, self._largest) and self._held + segment.place.size <= self._budget
+
+    def _fill(self, segment: Segment) -> None:
         noted = 0
 
         def note(filled: int) -> None:
@@ -261,7 +275,8 @@ class Window:
                     self._changed.notify_all()
 
         try:
-            data = mmap.mmap(-1, segment.place.size)  # which goes back to the system at once when it is let go
+            # Private memory of its own, which goes back to the system at once when it is let go.
+            data = mmap.mmap(-1, segment.place.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with self._changed:
                 segment.data = None if segment.released else data
             self._fetch(segment.place, memoryview(data), note)
@@ -269,7 +284,3 @@ class Window:
             with self._changed:
                 segment.error = error
                 self._changed.notify_all()
-
-
-def _overlap(place: ByteRange, start: int, end: int) -> int:
-    return min(place.end, end) - max(place.start, start)

@@ -118,9 +118,7 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
         lines.append(f"  {size_text(report.fetched_bytes)} fetched from the Hub")
     if report.unchecked_files:
         shards = counted(report.unchecked_files, "shard was", "shards were")
-        lines.append(
-            f"  {shards} read out of order: lengths and ETags were checked, the SHA-256 of the whole unchecked"
-        )
+        lines.append(f"  {shards} not read whole and in order: lengths and ETags were checked, the SHA-256 unchecked")
     lines += [f"  warning: {text}" for text in report.warnings]
     lines += [f"  {line}" for line in left_out_lines(report.left_out)]
     if timings:

@@ -153,5 +153,12 @@ def _report(run: Run, out: Destination, executed: Executed, resumed: int) -> Rep
         timings={**executed.timings, "wait": wait},
         left_out=plan.checkpoint.left_out,
         fetched_bytes=plan.checkpoint.source.fetched_bytes,
-        unchecked_files=len(plan.shards) - resumed if plan.checkpoint.source.is_remote else 0,
+        unchecked_files=_unchecked(plan, resumed),
     )
+
+
+def _unchecked(plan: ConversionPlan, resumed: int) -> int:
+    """Return how many files of a remote source were read in this run and not compared with their digests."""
+    source = plan.checkpoint.source
+    checked = sum(shard.name in source.checked_files for shard in plan.shards)
+    return max(0, len(plan.shards) - resumed - checked) if source.is_remote else 0

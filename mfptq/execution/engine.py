@@ -29,12 +29,12 @@ from .events import Advanced, Event, OnEvent, Planned, ShardFinished
 from .families import Family, TileWork, family_of
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
-from .reading_order import reading_order
+from .reading_order import reading_order, work_order
 from .strips import Strip, segments, strips
-from .tiles import Batch, GroupStep, Tile, batches, group_steps, tiles
+from .tiles import Batch, GroupStep, Tile, batches, tiles
 from .turned import amax_tiles
 from .worker_memory import WorkerMemory
-from .worker_pool import Task, WorkerPool
+from .worker_pool import POLL_SECONDS, Task, WorkerPool
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
@@ -69,7 +69,8 @@ class Execution:
         """
         shards = [self._plan.checkpoint.shard(shard.name) for shard in self._plan.shards]
         on_event(Planned(sum(shard.header.data_bytes for shard in shards)))
-        self._source.read_ahead(ReadAhead(reading_order(self._plan, set(self._destination.done)), held_bytes))
+        order = reading_order(self._plan, set(self._destination.done), held_bytes)
+        self._source.read_ahead(ReadAhead(order, held_bytes, digests=True))
 
         def watched(event: Event) -> None:
             try:
@@ -118,14 +119,14 @@ class Execution:
         self._pool.emit(ShardFinished(name))
 
     def _shard_tasks(self, writer: ShardWriter) -> Iterator[MemoryTask]:
-        for run in copy_runs(writer.job.copies, self._tile_bytes):
-            yield partial(self._copy, writer, run)
         if writer.job.scalars:
             yield partial(self._write_scalars, writer)
-        for kept in writer.job.widened:
-            yield from (partial(self._widen, writer, kept, tile) for tile in tiles(kept.weight, self._tile_bytes))
-        for way, steps in groupby(group_steps(writer.job.weights), self._way):
-            yield from way(writer, steps)
+        for work in work_order(writer.job, by_source=self._source.is_remote):
+            yield from (partial(self._copy, writer, run) for run in copy_runs(work.copies, self._tile_bytes))
+            for kept in work.widened:
+                yield from (partial(self._widen, writer, kept, tile) for tile in tiles(kept.weight, self._tile_bytes))
+            for way, steps in groupby(work.groups, self._way):
+                yield from way(writer, steps)
 
     def _way(self, step: GroupStep) -> Way:
         """Return how a group is converted: in strips, in a batch with others, or after its largest magnitude is known."""
@@ -140,6 +141,8 @@ class Execution:
     def _groups(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
         for step in steps:
             yield partial(self._find_scale, writer, step)
+            while self._source.is_remote and self._scales.is_searching:  # what is held of one group is much already
+                yield self._await_scale
 
     def _strips(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
         for step in (each for group in steps for each in group.weights):
@@ -193,6 +196,9 @@ class Execution:
         rule = partial(_family(step.weights[0]).scale, self._plan.method)
         if self._scales.begin(step.name, AmaxSearch(members, len(found), rule), waiter):
             self._pool.add(partial(self._find_amax, step, tile) for tile in found)
+
+    def _await_scale(self, _memory: WorkerMemory) -> None:
+        self._scales.wait(POLL_SECONDS)
 
     def _find_amax(self, step: GroupStep, tile: Tile, memory: WorkerMemory) -> None:
         try:

@@ -54,11 +54,25 @@ class GlobalScales:
     def __init__(self) -> None:
         self._groups: dict[str, AmaxSearch] = {}
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._searching = 0
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether the scale of any group that was begun is not known yet."""
+        return self._searching > 0
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the scale of a group is found, so long at most."""
+        with self._lock:
+            if self._searching:
+                self._settled.wait(seconds)
 
     def begin(self, name: str, search: AmaxSearch, waiter: ScaleWaiter) -> bool:
         """Call `waiter` with the group's scale as soon as it is known; return whether the caller must find it."""
         with self._lock:
             group = self._groups.setdefault(name, search)
+            self._searching += group is search
             if group.scale is None:
                 group.waiting.append(waiter)
                 return group is search
@@ -75,5 +89,7 @@ class GlobalScales:
                 return
             group.scale = group.scale_of(group.amax, common_dtype(weight.dtype for weight in group.members))
             waiting, group.waiting = group.waiting, []
+            self._searching -= 1
+            self._settled.notify_all()
         for waiter in waiting:
             waiter(group.scale)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
 TALLER = 8
+REMOTE_TILE = 2**20  # bytes; what is fetched ahead takes memory too, and the network is slower than small tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,11 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     _try_out(plan, kernel, calibrated)
-    # A row of a tile is a separate read of each column where a weight is stored transposed: taller tiles need fewer.
-    largest = kernel.tile_bytes * (TALLER if any(weight.pitch for weight in plan.weights()) else 1)
+    largest = kernel.tile_bytes
+    if any(weight.pitch for weight in plan.weights()):
+        largest *= TALLER  # a row of a tile is a separate read of each column: taller tiles need fewer
+    elif plan.checkpoint.source.is_remote and not is_cuda(choice.device):
+        largest = min(largest, REMOTE_TILE)
     memory = plan_memory(
         budget, resident_bytes(), workers, statistics=statistics, largest_tile=largest, row=longest_row(plan)
     )

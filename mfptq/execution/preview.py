@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.window import AHEAD_BYTES
 from ..output.destination import examine
 from ..output.finished import is_finished
 from ..output.leftovers import OutputClaim
 from ..storage.files import expanded
 from .prepare import Resources, prepare
-from .reading_order import bytes_to_fetch
+from .reading_order import bytes_to_fetch, largest_group
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
@@ -67,12 +68,14 @@ def preview(
     Raises UsageError, MemoryBudgetError, DestinationError and its subclasses, StorageError.
     """
     run = prepare(plan, resources, held)
-    fetch = bytes_to_fetch(plan, run.memory.spare) if plan.checkpoint.source.is_remote else 0
+    spare, remote = run.memory.spare, plan.checkpoint.source.is_remote
+    fetch = bytes_to_fetch(plan, spare) if remote else 0
+    window = min(spare, max(AHEAD_BYTES, largest_group(plan, spare))) if remote else 0
     return Preview(
         kernel=run.kernel.name,
         device_reason=run.device_reason,
         workers=run.memory.workers,
-        peak_memory=run.memory.peak,
+        peak_memory=run.memory.peak + window,
         fetch_bytes=fetch,
         refetch_bytes=max(0, fetch - plan.checkpoint.tensor_bytes),
         output=None if destination is None else _look_at(plan, expanded(destination), overwrite=overwrite),

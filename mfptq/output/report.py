@@ -54,7 +54,7 @@ class Report:
     """The outcome of a conversion. Sizes are in bytes; errors are relative Frobenius norms of weights.
 
     `left_out`: files of the source that were not taken, with their sizes; `fetched_bytes`: what came from the Hub;
-    `unchecked_files`: how many of its files were not read in order, and so not compared with their SHA-256;
+    `unchecked_files`: how many shards this run read there without comparing their SHA-256, as they did not come whole and in order;
     `published`: the address of the commit, where the output was pushed.
     `already_complete`: an earlier run had done everything, and its files proved intact.
     """

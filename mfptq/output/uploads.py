@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.file_digests import HubFile
 from ..checkpoint.hub_errors import hub_errors
-from ..checkpoint.ranges import HubFile, RangeReader
+from ..checkpoint.ranges import RangeReader
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..errors import HubError, StorageError
 from .journal import ShardResult
