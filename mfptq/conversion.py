@@ -98,7 +98,7 @@ class Plan:
 
         target = Target(expanded(destination), overwrite=overwrite, push_to=push_to, discard=discard_output)
         doing, resources = executor or ThreadExecutor(), Resources(max_memory, max_workers, device)
-        target.check(doing)
+        target.check()
         with memory_errors():
             order = partial(self._order, resources, remote=doing.remote)
             return run_whole(self._planned, target, doing, order, on_event=on_event or ignore)

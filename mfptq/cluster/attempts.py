@@ -42,7 +42,7 @@ class TaskLoop:
 
     `begin` begins an attempt; `record` takes in the name of a node and its answer; `poll` is called often, and what it raises
     ends the run. `passing` are the errors, by class name, that another attempt may better. `twice`: two attempts at once are
-    harmless.
+    harmless. While `has_room` says no, none is begun.
     """
 
     cluster: Cluster
@@ -51,6 +51,7 @@ class TaskLoop:
     poll: Callable[[], object]
     passing: frozenset[str]
     twice: bool
+    has_room: Callable[[], bool] = lambda: True
     nodes: set[str] = field(default_factory=set)
     seconds: float = 0.0
     _running: dict[Ref, _Attempt] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class TaskLoop:
                 room = self.cluster.window() - len(self._running)
                 if room < 1 and not self._running:
                     raise DestinationError("no node of the cluster is left that can take a task; rerun to resume")
+                room = room if self.has_room() else 0
                 for names in [todo.pop() for _ in range(min(room, len(todo)))] or self._stuck(room):
                     self._running[self.begin(names)] = _Attempt(names, time.monotonic())
                 for ref in self.cluster.wait(self._running, POLL_SECONDS):

@@ -151,7 +151,9 @@ class RayRun:
         def poll() -> None:
             self._tell(Advanced(0))
 
-        loop = TaskLoop(self._cluster, begin, self._take, poll, passing=PASSING, twice=True)
+        loop = TaskLoop(
+            self._cluster, begin, self._take, poll, passing=PASSING, twice=True, has_room=self._out.has_room
+        )
         loop.finish_all(todo)
         return loop
 

@@ -42,12 +42,10 @@ class Target:
     push_to: PushTarget | None = None
     discard: bool = False
 
-    def check(self, executor: Executor) -> None:
+    def check(self) -> None:
         """Raise UsageError for what cannot be had together."""
         if self.discard and self.push_to is None:
             raise UsageError("discard_output is true, but nothing is pushed to a repo: the output would be lost")
-        if self.discard and executor.remote:
-            raise UsageError("discard_output is true, but other machines do the work: they do not wait for uploads")
 
 
 def run_whole(
@@ -111,7 +109,7 @@ def carry_out(
 
 def _feeding(uploads: Uploads, out: Destination, on_event: OnEvent) -> OnEvent:
     """Start uploading, and return what is to be called with the run's events: it hands on every finished shard."""
-    out.before_shard = uploads.wait_for_room
+    out.before_shard, out.has_room = uploads.wait_for_room, uploads.has_room
     uploads.begin()
 
     def feed(event: Event) -> None:

@@ -1,6 +1,6 @@
 """Convert some of a plan's shards into a folder that other machines write into as well.
 
-Called by `conversion` and, on each node of a cluster, by `execution.ray_tasks`. Shards depend on nothing but the plan, so no
+Called by `conversion` and, on each node of a cluster, by `cluster.tasks`. Shards depend on nothing but the plan, so no
 machine waits for another: a fused group that reaches into other shards has its largest magnitude found again by each part.
 """
 

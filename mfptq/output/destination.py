@@ -52,6 +52,7 @@ class Destination:
         self._journal = journal
         self._temporaries = temporaries or root / WORK
         self.before_shard: Callable[[], None] = lambda: None  # may wait until there is room for another
+        self.has_room: Callable[[], bool] = lambda: True  # the same, for who cannot wait
 
     def create(self, name: str, size: int) -> PartialFile:
         """Return a new temporary of `size` bytes that will become `name`."""

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.1
 class Uploads:
     """Uploads by one thread of its own.
 
-    Threads: `add` and `finish` from the caller, `wait_for_room` from workers. `_changed` guards `_queue`, `_busy` and `_error`.
+    Threads: `add`, `has_room` and `finish` from the caller, `wait_for_room` from workers. `_changed` guards `_queue`, `_busy` and `_error`.
     """
 
     def __init__(self, publisher: Publisher, *, discard: bool) -> None:
@@ -68,12 +68,21 @@ class Uploads:
                 self._changed.notify_all()
 
     def wait_for_room(self) -> None:
-        """Return when another shard may be begun: where shards are discarded, few may wait for that."""
+        """Return when another shard may be begun."""
         with self._changed:
-            while self.discard and len(self._queue) + self._busy >= MAX_WAITING and not self._error:
+            while not self._has_room():
                 self._changed.wait(POLL_SECONDS)
-            if self._error is not None:
-                raise self._error
+
+    def has_room(self) -> bool:
+        """Return whether another shard may be begun."""
+        with self._changed:
+            return self._has_room()
+
+    def _has_room(self) -> bool:
+        """Return whether another shard may be begun: where shards are discarded, few may wait for that."""
+        if self._error is not None:
+            raise self._error
+        return not self.discard or len(self._queue) + self._busy < MAX_WAITING
 
     def finish(self, poll: Callable[[], object]) -> None:
         """Return when everything is uploaded; raises what went wrong, and what `poll` raises meanwhile."""
