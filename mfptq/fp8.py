@@ -40,6 +40,39 @@ class Segments(NamedTuple):
     exact: bool
 
 
+class Candidates(NamedTuple):
+    """Two scales for each of m blocks, float32 `[m]`, and what each has cost so far, float64 `[m, 2, LANES]`.
+
+    Squared errors are summed lane by lane, in the order of the values: so they do not depend on how a block is cut.
+    """
+
+    scales: Float32Array
+    others: Float32Array
+    sums: Float64Array
+
+    @classmethod
+    def of(cls, scales: Float32Array, others: Float32Array) -> Candidates:
+        """Return candidates that have cost nothing yet; of any shape."""
+        return cls(scales.reshape(-1), others.reshape(-1), np.zeros((scales.size, 2, LANES)))
+
+    @property
+    def best(self) -> Float32Array:
+        """The other scale where it costs less, else the first: float32 `[m]`."""
+        one, two = np.cumsum(self.sums, axis=2)[:, :, -1].T
+        return np.where(two < one, self.others, self.scales)
+
+
+def add_errors(values: npt.NDArray[np.generic], starts: Int64Array, places: Int64Array, candidates: Candidates) -> None:
+    """Add the squared errors of flat values to the sums of candidates: segment i, as in Segments, is of block `places[i]`."""
+    x = np.abs(as_float32(values))
+    for begin, end, place in zip(starts[:-1], starts[1:], places, strict=True):
+        for row, scale in enumerate((candidates.scales[place], candidates.others[place])):
+            squares = _squares(x[begin:end], scale, "F32", exact=False)
+            candidates.sums[place, row] = np.cumsum(
+                np.concatenate([candidates.sums[place, row][None], squares]), axis=0
+            )[-1]
+
+
 def round_to(values: Float32Array, dtype: str) -> Float32Array:
     """Return float32 values rounded to BF16, F16 or F32 (nearest, ties to even), still as float32."""
     if dtype == "BF16":
@@ -108,6 +141,12 @@ def quantize(values: npt.NDArray[np.generic], segments: Segments) -> tuple[ByteA
 
 
 def _error(x: Float32Array, scale: Any, dtype: str, exact: bool) -> float:  # noqa: FBT001 - a field, passed on
-    difference = (dequantize(encode(x, scale, dtype, exact=exact), scale) - x).astype(np.float64)
-    lanes = np.cumsum((difference * difference).reshape(-1, LANES), axis=0)[-1]
+    lanes = np.cumsum(_squares(x, scale, dtype, exact=exact), axis=0)[-1]
     return float(np.cumsum(lanes)[-1])
+
+
+def _squares(x: Float32Array, scale: Any, dtype: str, *, exact: bool) -> Float64Array:
+    """Return the squared errors of magnitudes at a scale, LANES to a row."""
+    difference = (dequantize(encode(x, scale, dtype, exact=exact), scale) - x).astype(np.float64)
+    found: Float64Array = np.square(difference).reshape(-1, LANES)
+    return found

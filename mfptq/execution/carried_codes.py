@@ -24,7 +24,7 @@ AT_ONCE: Final = 2**17  # codes: temporaries stay in the processor's cache
 _SQUARES: Final = np.square(E4M3_VALUES, dtype=np.float32)  # NaN for the codes of NaN
 
 
-def strip_scales(source: Source, strip: Strip) -> Float32Array:
+def carried_scales(source: Source, strip: Strip) -> Float32Array:
     """Return the scales of a strip's segments, `[rows, columns]` of them."""
     region = Region(strip.first, strip.rows, 0, strip.weight.columns)
     return _encoding(strip.weight.encoding).segment_scales(source, region, strip.segment)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint.reads import ReadAhead
 from ..errors import NonFiniteWeightError
-from ..fp8 import stored_scales
+from ..fp8 import Candidates, stored_scales
 from ..kernels import WeightBatch
 from ..kernels.calibrated import PreparedStatistics
 from ..nvfp4 import Float32Array
@@ -24,13 +24,13 @@ from ..output.destination import Destination
 from ..output.shard_writer import ShardWriter
 from ..planning.jobs import CAST, CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first, stats_key
 from ..storage.partial_file import Piece
-from .carried_codes import carried, read_codes, strip_scales
+from .carried_codes import carried, carried_scales, read_codes
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished
 from .families import Family, TileWork, family_of
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
 from .reading_order import reading_order, work_order
-from .strips import Strip, segments, strips
+from .strips import Strip, strip_scales, strips
 from .tiles import Batch, GroupStep, Tile, batches, tiles
 from .turned import amax_tiles
 from .worker_memory import WorkerMemory
@@ -231,12 +231,19 @@ class Execution:
         for tile in strip.tiles:
             data, parts = memory.read(self._source, tile), strip.parts(tile)
             parts.merge(amax, memory.amax_segments(data, parts.starts, tile))
-        chosen = np.empty(strip.shape, np.float32)
+        scales, chosen = strip_scales(step, amax), np.empty(strip.shape, np.float32)
+        if scales.by_block:
+            candidates = Candidates.of(scales.scales, scales.others)
+            for tile in strip.tiles:
+                data = memory.read(self._source, tile) if data is None or len(strip.tiles) > 1 else data
+                parts = strip.parts(tile)
+                memory.add_errors(data, parts.starts, parts.places, candidates)
+            scales = scales.settled(candidates)
         for tile in strip.tiles:
             data = memory.read(self._source, tile) if data is None or len(strip.tiles) > 1 else data
             parts = strip.parts(tile)
             checksum = memory.checksum(tile, data)  # before the codes take the place of the values
-            done = memory.quantize_segments(data, segments(step, parts, amax))
+            done = memory.quantize_segments(data, scales.segments(parts))
             done.stats.checksum = checksum
             parts.put(chosen, done.scales)
             writer.note(stats_key(step), done.stats)
@@ -247,7 +254,7 @@ class Execution:
     def _carry_strip(self, writer: ShardWriter, work: tuple[QuantizeWeight, Strip], memory: WorkerMemory) -> None:
         """Take over rows whose codes are those of their format already."""
         step, strip = work
-        scales = strip_scales(self._source, strip)
+        scales = carried_scales(self._source, strip)
         for tile in strip.tiles:
             codes, parts = np.frombuffer(memory.bytes, np.uint8)[: tile.size], strip.parts(tile)
             with memory.timed("read"):

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..checkpoint.weights import Weight
 from ..dtypes import DTYPE_BITS
-from ..fp8 import Int64Array, Segments, minmax_scales, power_scales, search_scales
+from ..fp8 import Candidates, Int64Array, Segments, minmax_scales, power_scales, search_scales
 from ..nvfp4 import Float32Array
 from ..planning.jobs import QuantizeWeight
 from .memory_budget import MIN_TILE
@@ -53,15 +53,19 @@ class Strip:
         edges = np.array([column, *range((column // width + 1) * width, end, width), end], np.int64)
         sizes = np.tile(np.diff(edges), tile.rows)
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return Parts(starts, (row - self.first + np.arange(tile.rows)) // height, edges[:-1] // width)
+        return Parts(starts, (row - self.first + np.arange(tile.rows)) // height, edges[:-1] // width, self.shape[1])
 
 
 class Parts(NamedTuple):
-    """The segments of a tile, row by row: where they begin and the last one ends, and the places of their scales."""
+    """The segments of a tile, row by row: where they begin and the last one ends, and the places of their scales.
+
+    `width` is how many scales all rows of scales have.
+    """
 
     starts: Int64Array
     rows: Int64Array
     columns: Int64Array
+    width: int
 
     def merge(self, grid: Float32Array, amax: Float32Array) -> None:
         """Take the segments' largest magnitudes into the grid of those of all scales."""
@@ -73,6 +77,11 @@ class Parts(NamedTuple):
     def put(self, grid: Float32Array, scales: Float32Array) -> None:
         """Put the segments' scales into the grid of all scales."""
         grid[np.ix_(self.rows, self.columns)] = scales.reshape(len(self.rows), len(self.columns))
+
+    @property
+    def places(self) -> Int64Array:
+        """Which of all scales, counted row by row, each segment has."""
+        return (self.rows[:, None] * self.width + self.columns).reshape(-1)
 
     def of(self, grid: Float32Array) -> Float32Array:
         """Return each segment's scale."""
@@ -88,19 +97,39 @@ def strips(weight: Weight, segment: tuple[int, int], tile_bytes: int) -> Iterato
         yield Strip(weight, (height, width), first, rows, tuple(tiles(weight, tile_bytes, range(first, first + rows))))
 
 
-def segments(step: QuantizeWeight, parts: Parts, amax: Float32Array) -> Segments:
-    """Return how to quantize a tile's segments, of the grid of its strip's largest magnitudes.
+class StripScales(NamedTuple):
+    """The scales of a strip's segments, `[rows, columns]` of them, and others that are taken where they cost less.
 
-    `minmax` does what compressed-tensors does. `search` scales exactly to the top, or as compressed-tensors where the error
-    of a row is less so; that only in rows that are never cut, since where they are cut depends on the memory.
+    `exact` asks for the roundings of compressed-tensors. `by_block`: a scale holds for several rows, which choose together.
+    """
+
+    scales: Float32Array
+    others: Float32Array
+    exact: bool
+    by_block: bool
+
+    def segments(self, parts: Parts) -> Segments:
+        """Return how to quantize a tile's segments."""
+        return Segments(parts.starts, parts.of(self.scales), parts.of(self.others), self.exact)
+
+    def settled(self, chosen: Candidates) -> StripScales:
+        """Return the scales that blocks have chosen."""
+        best = chosen.best.reshape(self.scales.shape)
+        return StripScales(best, best, self.exact, by_block=False)
+
+
+def strip_scales(step: QuantizeWeight, amax: Float32Array) -> StripScales:
+    """Return the scales that follow from a strip's largest magnitudes.
+
+    `minmax` does what compressed-tensors does. `search` never errs more, since the scale of compressed-tensors is among those
+    that it tries, and it rounds once: blocks get a power of two where that is no worse, rows an exact scale, but for rows so
+    long that they may be cut, where the memory would decide.
     """
     weight = step.weight
+    theirs = minmax_scales(amax, weight.dtype)
     if step.method == "minmax":
-        scales = parts.of(minmax_scales(amax, weight.dtype))
-        return Segments(parts.starts, scales, scales, exact=True)
+        return StripScales(theirs, theirs, exact=True, by_block=False)
     if step.format.power_of_two:
-        scales = parts.of(power_scales(amax))
-        return Segments(parts.starts, scales, scales, exact=False)
-    scales = parts.of(search_scales(amax))
+        return StripScales(power_scales(amax), theirs, exact=False, by_block=True)
     whole = weight.nbytes // weight.rows <= MIN_TILE
-    return Segments(parts.starts, scales, parts.of(minmax_scales(amax, weight.dtype)) if whole else scales, exact=False)
+    return StripScales(search_scales(amax) if whole else theirs, theirs, exact=False, by_block=False)

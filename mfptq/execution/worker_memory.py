@@ -17,11 +17,11 @@ from ..checkpoint.source import Source
 from ..checkpoint.weights import Weight
 from ..dtypes import NUMPY_DTYPES
 from ..errors import NonFiniteWeightError, quote
-from ..fp8 import Segments
+from ..fp8 import Candidates, Segments
 from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..kernels.calibrated import CalibratedKernel, PreparedStatistics
 from ..kernels.decode import load_decoder
-from ..kernels.fp8 import quantize_fp8
+from ..kernels.fp8 import add_errors, quantize_fp8
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array, as_float32
 from ..planning.jobs import QuantizeWeight
 from .tiles import Batch, Tile, whole
@@ -178,6 +178,11 @@ class WorkerMemory:
         if not np.isfinite(found).all():
             raise _not_finite(data.reshape(-1), tile.weight, tile.start)
         return found
+
+    def add_errors(self, data: TileArray, starts: Int64Array, places: Int64Array, candidates: Candidates) -> None:
+        """Add what both scales of each block cost in a tile to the sums of candidates; segment i is of block `places[i]`."""
+        with self.timed("quantize"):
+            add_errors(data.reshape(-1), starts, places, candidates)
 
     def quantize_segments(self, data: TileArray, segments: Segments) -> QuantizedSegments:
         """Return what the segments of a tile become; their codes take the place of the tile's values."""

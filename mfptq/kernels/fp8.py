@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..fp8 import NUMPY_CODES, Segments, dequantize, quantize
+from ..fp8 import NUMPY_CODES, Candidates, Segments, dequantize, quantize
+from ..fp8 import add_errors as reference_errors
 from ..nvfp4 import ByteArray, Float32Array, as_float32
-from . import TileArray, has_compiler
+from . import Int64Array, TileArray, has_compiler
 from .stats import ERROR_FIELDS, ErrorStats
 
 
@@ -41,6 +42,17 @@ def quantize_fp8(data: TileArray, segments: Segments, codes: ByteArray) -> tuple
     arrays = (data, codes, stats, segments.starts, scales, segments.others)
     run(*(each.__array_interface__["data"][0] for each in arrays), len(scales))
     return scales, ErrorStats.from_array(data.size, stats)
+
+
+def add_errors(data: TileArray, starts: Int64Array, places: Int64Array, candidates: Candidates) -> None:
+    """Add the squared errors of flat values at both scales of their blocks to the sums of candidates; as `fp8.add_errors`."""
+    functions = _functions()
+    if functions is None:
+        reference_errors(data, starts, places, candidates)
+        return
+    run = functions[f"fp8_errors_{NUMPY_CODES[data.dtype.char]}"]
+    arrays = (data, candidates.sums, starts, places, candidates.scales, candidates.others)
+    run(*(each.__array_interface__["data"][0] for each in arrays), len(places))
 
 
 def _plain(data: TileArray, segments: Segments, codes: ByteArray) -> tuple[Float32Array, ErrorStats]:

@@ -13,9 +13,10 @@ from llvmlite import ir
 from ..fp8 import LANES
 from ..nvfp4 import E4M3_MAX
 from .blocks import F16_TO_F32, rounded_scale
-from .vector import BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Floats, Words
+from .vector import BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Floats, Variable, Words
 
 _GRID = 2.0**14  # added to it, a value below 2**-6 is rounded to the step of subnormal codes, 2**-9
+ERRORS = "fp8_errors_"
 _BIAS = 960  # the code of a normal E4M3 value is its float32 bits >> 20, less this
 
 
@@ -25,6 +26,9 @@ def emit(module: ir.Module, name: str) -> None:
     Its arguments: (source, codes, stats [7], where each segment begins and the last one ends [n + 1], their scales [n], other
     scales [n], n). A segment whose error is less at its other scale is quantized by it, and has it among the scales then.
     """
+    if name.startswith(ERRORS):
+        _emit_errors(module, name)
+        return
     dtype, exact = name.rpartition("_")[2], "exact" in name
     element = WORD if dtype == "F32" else HALF
     pointers = [each.as_pointer() for each in (element, BYTE, DOUBLE, LONG, FLOAT, FLOAT)]
@@ -38,6 +42,44 @@ def emit(module: ir.Module, name: str) -> None:
         _choose(values, ends, place, code.load(code.at(others, number), FLOAT, 4))
         _quantize(values, ends, code.spread(code.load(place, FLOAT, 4)), (codes, stats))
     code.build.ret_void()
+
+
+def _emit_errors(module: ir.Module, name: str) -> None:
+    """Write a function that adds errors to the sums of blocks, lane by lane: fp8_errors_BF16.
+
+    Its arguments: (source, sums [m, 2, 16], where each segment begins and the last one ends [n + 1], its block [n], the blocks'
+    scales [m], other scales [m], n).
+    """
+    dtype = name.removeprefix(ERRORS)
+    element = WORD if dtype == "F32" else HALF
+    pointers = [each.as_pointer() for each in (element, DOUBLE, LONG, LONG, FLOAT, FLOAT)]
+    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG]), name)
+    source, sums, starts, places, scales, others, count = function.args
+    code = Code(function, LANES, fused=False)
+    values, build = _Values(code, source, dtype, exact=False), code.build
+    held = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
+    with code.loop(LONG(0), count, LONG(1)) as number:
+        ends = [code.load(code.at(starts, build.add(number, LONG(k))), LONG, 8) for k in (0, 1)]
+        block = code.load(code.at(places, number), LONG, 8)
+        factors = [code.spread(code.load(code.at(each, block), FLOAT, 4)) for each in (scales, others)]
+        first = code.at(sums, build.mul(block, LONG(2 * LANES)))
+        rows = [code.at(first, LONG(row * LANES)) for row in range(2)]
+        for variable, row in zip(held, rows, strict=True):
+            variable.set(code.load(row, code.typed(DOUBLE), 8))
+        _add_errors(values, ends, factors, held)
+        for variable, row in zip(held, rows, strict=True):
+            code.store(variable.get(), row, 8)
+    build.ret_void()
+
+
+def _add_errors(values: _Values, ends: list[Any], scales: list[Floats], sums: list[Variable]) -> None:
+    """Add the squared errors of a segment at some scales to their sums, lane by lane."""
+    code = values.code
+    with code.loop(ends[0], ends[1], LONG(LANES)) as index:
+        x, _ = values.read(index)
+        for held, scale in zip(sums, scales, strict=True):
+            difference = values.rounded(x, scale)[1] * scale - x
+            held.set(code.build.fadd(held.get(), _square(difference)))
 
 
 class _Values:
@@ -104,11 +146,7 @@ def _choose(values: _Values, ends: list[Any], place: Any, other: Any) -> None:
         scales = [code.spread(each) for each in (first, other)]
         for held in sums:
             held.set(code.constant(DOUBLE, 0.0))
-        with code.loop(ends[0], ends[1], LONG(LANES)) as index:
-            x, _ = values.read(index)
-            for held, scale in zip(sums, scales, strict=True):
-                difference = values.rounded(x, scale)[1] * scale - x
-                held.set(code.build.fadd(held.get(), _square(difference)))
+        _add_errors(values, ends, scales, sums)
         one, two = (_total(code, held.get()) for held in sums)
         code.store(code.build.select(code.build.fcmp_ordered("<", two, one), other, first), place, 4)
 
