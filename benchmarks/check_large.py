@@ -7,7 +7,6 @@ tensors, and that nothing is found but the tokenizer, are compared with what mus
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 
 from measuring import apart, measure, table
-from plan_large import make
+from plan_large import begin
 
 import mfptq
 from mfptq.checkpoint.header import PREFIX_BYTES, parse_header
@@ -45,15 +44,7 @@ def write_output(source: Path, folder: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=60)
-    parser.add_argument("--shards", type=int, default=94)
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
-    folder = options.folder / f"layers-{options.layers}-{options.shards}"
-    if not (folder / "expected.json").exists():
-        apart(make, folder, options.layers, options.shards)
+    folder, options = begin(__doc__)
     out = folder / "output"
     if not out.exists():
         apart(write_output, folder / "source", out)

@@ -112,8 +112,9 @@ def make(folder: Path, layers: int, shards: int) -> None:
     (folder / "expected.json").write_text(json.dumps({"modules": len(modules), "kept": kept}))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def begin(description: str | None) -> tuple[Path, argparse.Namespace]:
+    """Return a folder with the large model's headers, made now where they are not there yet, and the options given."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--shards", type=int, default=94)
@@ -122,6 +123,11 @@ def main() -> None:
     folder = options.folder / f"layers-{options.layers}-{options.shards}"
     if not (folder / "expected.json").exists():
         apart(make, folder, options.layers, options.shards)
+    return folder, options
+
+
+def main() -> None:
+    folder, options = begin(__doc__)
     source, scales = folder / "source", folder / "scales.json"
     expected = json.loads((folder / "expected.json").read_text())
     plan = [sys.executable, "-m", "mfptq", "plan", str(source), "--json"]

@@ -13,7 +13,6 @@ from llvmlite import ir
 
 from .vector import HALF, LONG, VOID, WORD, Code
 
-NAME = "shift_bf16"
 LANES = 32
 _MAGNITUDE, _LEAST_NORMAL = 0x7FFF, 0x0080
 

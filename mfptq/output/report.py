@@ -30,7 +30,6 @@ LAYER_COLUMNS = (
     "name", "elements", "relative_error", "worst_block", "zeroed", "saturated_blocks", "zero_blocks", "checksum",
     "source_bytes", "output_bytes",
 )  # fmt: skip
-TENSOR_COLUMNS = ("pattern", "action", "count", "source_bytes", "rule", "reason")
 SUSPICIOUS_ERROR = 0.10
 SUSPICIOUS_BLOCK = 0.20
 SUSPICIOUS_CALIBRATED_ERROR = 0.20  # methods that spare the outputs let the weights' own errors grow
@@ -186,7 +185,7 @@ def recorded_checksums(output: Source) -> dict[str, int]:
 
 
 def tensor_rows(plan: ConversionPlan) -> list[list[Any]]:
-    """Return what became of each pattern of source tensors and why, large ones first, with the columns of TENSOR_COLUMNS."""
+    """Return what became of each pattern of source tensors and why, large ones first: name, action, count, bytes, rule, reason."""
     sums: dict[tuple[str, str, str, str], list[int]] = {}
     for item in plan.selection.tensors:
         info, decision = item.candidate.tensor.info, item.decision

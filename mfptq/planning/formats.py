@@ -7,7 +7,7 @@ Only formats that both vLLM and SGLang load are here: SGLang reads no MXFP8, and
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -164,11 +164,6 @@ def format_named(name: str) -> TargetFormat:
         hint = f"; did you mean {near[0]}?" if near and name else ""
         raise UsageError(f"format {quote(name)} is unknown, expected one of {', '.join([*FORMATS, KEEP])}{hint}")
     return FORMATS[name]
-
-
-def data_suffixes(formats: Iterable[TargetFormat] = tuple(FORMATS.values())) -> tuple[str, ...]:
-    """Return the suffixes under which formats keep values, each once."""
-    return tuple(dict.fromkeys(each.data_suffix for each in formats))
 
 
 class FormatRule(NamedTuple):
