@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,32 @@ def moe_source(tmp_path: Path) -> Path:
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `mfptq` as a user does, but in this process: a new one takes most of a second to import what it needs.
+
+    Use `command_apart` where a process of its own matters: signals, memory, locks, the Hub's environment, closed streams.
+    """
+    from huggingface_hub import constants
+
+    from mfptq.cli import duration, main
+
+    words, said, told = ["mfptq", *map(str, arguments)], io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(told):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(duration, "MEASURED_SECONDS", 0.01)
+        patch.setattr(sys, "argv", words)
+        patch.setattr(main, "tune_interpreter", lambda: None)
+        patch.setattr(main, "handle_signals", lambda: None)
+        try:
+            main.run()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return subprocess.CompletedProcess(words, code, said.getvalue(), told.getvalue())
+
+
+def command_apart(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `mfptq` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", "from mfptq.cli.main import run; run()", *map(str, arguments)],

@@ -22,7 +22,7 @@ from mfptq.kernels import QuantizeArgs
 from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, load_calibrated_kernel
 from mfptq.planner import make_plan
 
-from ..conftest import command, digests
+from ..conftest import command, command_apart, digests
 from .files import calibrate, described, layers_of, stored
 
 MERGED = "abcd" * 16
@@ -287,12 +287,12 @@ def test_a_run_with_wide_inputs_keeps_its_ceiling(level, tmp_path):
 
     subprocess.run([sys.executable, "-c", _WIDE, str(tmp_path), level], check=True, timeout=60)
     options = ("--calibration", tmp_path / "wide.calibration.safetensors", "--max-workers", 4, "--json")
-    refused = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", "50MB")
+    refused = command_apart("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", "50MB")
     assert refused.returncode == 8
     least = (
         int(float(refused.stderr.rpartition("here is ")[2].split()[0])) + 3
     )  # what a process begins with varies a little
-    done = command("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", f"{least}MB")
+    done = command_apart("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", f"{least}MB")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["method"] == ("hessian+" if level == "hessian" else FEEDBACK)

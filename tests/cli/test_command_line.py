@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 import mfptq
-from mfptq.cli import process
 from mfptq.cli.main import main
-from mfptq.cli.process import Interrupted, deferred_signals
+from mfptq.cli.process import Interrupted, _on_signal, _Request, deferred_signals
 from mfptq.errors import StorageError
-from tests.conftest import command, digests
+from tests.conftest import command, command_apart, digests
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -131,7 +130,7 @@ def test_a_folder_that_is_not_there_is_said_to_be(tmp_path: Path) -> None:
     done = command("plan", tmp_path / "nowhere")
     assert done.returncode == 3
     assert "no such folder" in done.stderr
-    done = command("plan", "someone/nowhere", HF_HOME=str(tmp_path))
+    done = command_apart("plan", "someone/nowhere", HF_HOME=str(tmp_path))
     assert done.returncode == 7
     assert "no folder 'someone/nowhere'" in done.stderr
 
@@ -190,30 +189,30 @@ def test_the_help_names_kinds_everywhere() -> None:
 
 
 def test_max_memory_that_cannot_work_is_refused_with_the_least_that_does(source: Path, tmp_path: Path) -> None:
-    done = command("convert", source, tmp_path / "out", "--max-memory", "20MB")
+    done = command_apart("convert", source, tmp_path / "out", "--max-memory", "20MB")
     assert done.returncode == 8
     least = done.stderr.rpartition(" is ")[2].strip()
     assert least.endswith(" MB")
     assert not (tmp_path / "out").exists()
     room = f"{float(least.split()[0]) + 8}MB"  # what a fresh process holds differs a little from run to run
-    assert command("convert", source, tmp_path / "out", "--max-memory", room, "-q").returncode == 0
+    assert command_apart("convert", source, tmp_path / "out", "--max-memory", room, "-q").returncode == 0
 
 
 def test_a_first_signal_is_noted_while_a_run_defers_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.setattr("os.write", lambda *_: 0)
-    monkeypatch.setattr(process._Request, "number", 0)
+    monkeypatch.setattr(_Request, "number", 0)
     with deferred_signals() as check:
         check()
-        process._on_signal(signal.SIGTERM, None)
+        _on_signal(signal.SIGTERM, None)
         with pytest.raises(Interrupted) as caught:
             check()
         assert (caught.value.exit_code, ended) == (143, [])
-        process._on_signal(signal.SIGINT, None)
+        _on_signal(signal.SIGINT, None)
         assert ended == [130], "the second does not wait"
-    monkeypatch.setattr(process._Request, "number", 0)
-    process._on_signal(signal.SIGHUP, None)
+    monkeypatch.setattr(_Request, "number", 0)
+    _on_signal(signal.SIGHUP, None)
     assert ended == [130, 129], "where nothing is half done, the first does not either"
 
 

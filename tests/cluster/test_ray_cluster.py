@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray")
 import mfptq  # noqa: E402
 from mfptq.cluster import attempts, connection  # noqa: E402
 from mfptq.errors import DestinationError, SourceError, UsageError  # noqa: E402
-from tests.conftest import command, digests  # noqa: E402
+from tests.conftest import command_apart, digests  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -69,7 +69,7 @@ def test_the_bytes_are_those_of_one_run(source, tmp_path, executor, expected) ->
 
 def test_the_command_line(source, tmp_path, cluster, expected) -> None:
     words = ["--executor", "ray", "--ray-address", cluster.address, "--cpus-per-task", 1]
-    done = command("convert", source, tmp_path / "out", *words)
+    done = command_apart("convert", source, tmp_path / "out", *words)
     assert done.returncode == 0, done.stderr
     assert "Ray, 1 node" in done.stdout, "small shards share a task"
     assert digests(tmp_path / "out") == expected

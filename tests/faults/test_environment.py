@@ -16,7 +16,7 @@ import pytest
 import mfptq
 from mfptq.demo import DemoShape, write_demo
 from mfptq.errors import DestinationLockedError, MemoryBudgetError
-from tests.conftest import SMALL, command, digests
+from tests.conftest import SMALL, command_apart, digests
 
 RUN = "from mfptq.cli.main import run; run()"
 STOPPED = "mfptq: error: stopped; rerun the same command to resume\n"
@@ -72,7 +72,7 @@ def test_a_second_signal_stops_at_once(number: int, code: int, big: Path, tmp_pa
     out, text = process.communicate(timeout=5)
     assert (process.returncode, text, out) == (code, STOPPED, "")
     assert not (tmp_path / "out" / "config.json").exists()
-    assert command("convert", big, tmp_path / "out").returncode == 0
+    assert command_apart("convert", big, tmp_path / "out").returncode == 0
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
@@ -122,7 +122,7 @@ def test_modes_are_as_umask_says(mask: int, mode: int, source: Path, tmp_path: P
 def test_a_second_run_is_refused_by_pid_and_harms_nothing(big: Path, tmp_path: Path) -> None:
     first = begun(big, tmp_path / "out")
     first.send_signal(signal.SIGSTOP)  # it may not finish before the second begins
-    second = command("convert", big, tmp_path / "out")
+    second = command_apart("convert", big, tmp_path / "out")
     first.send_signal(signal.SIGCONT)
     first.communicate(timeout=120)
     assert second.returncode == 5, second.stderr
@@ -144,7 +144,7 @@ def test_two_runs_with_locks_that_do_nothing(source: Path, tmp_path: Path) -> No
         runs = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(3)]
         ends = [(run.communicate(timeout=60)[1], run.returncode) for run in runs]
         assert all(code in (0, 5) for _, code in ends), ends
-        last = command("convert", source, out)
+        last = command_apart("convert", source, out)
         assert last.returncode == 0 or "finished conversion" in last.stderr, last.stderr
         shutil.rmtree(out / ".mfptq", ignore_errors=True)
         assert digests(out) == expected, ends
@@ -156,7 +156,7 @@ def test_a_lock_left_by_a_killed_run_is_taken_over(big: Path, tmp_path: Path) ->
     process.kill()
     process.communicate(timeout=60)
     assert (tmp_path / "out" / ".mfptq" / "lock").exists()
-    assert command("convert", big, tmp_path / "out").returncode == 0
+    assert command_apart("convert", big, tmp_path / "out").returncode == 0
     assert mfptq.verify(tmp_path / "out", big).ok
 
 
@@ -290,7 +290,7 @@ def test_many_more_shards_need_hardly_more_memory(tmp_path: Path) -> None:
         folder = tmp_path / f"s{shards}"
         folder.mkdir()
         write_shards(folder, shards)
-        done = command("convert", folder, tmp_path / f"o{shards}", "--json", "--max-workers", "2")
+        done = command_apart("convert", folder, tmp_path / f"o{shards}", "--json", "--max-workers", "2")
         assert done.returncode == 0, done.stderr
         peaks.append(int(re.findall(r'"peak_memory": (\d+)', done.stdout)[0]))
     assert peaks[1] <= peaks[0] + 5 * 2**20, peaks  # a shard's plan is some kilobytes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import command
+from tests.conftest import command_apart
 from tests.hub.server import LoopbackHub, serving
 
 TOKEN = "hf_secretsecretsecretsecretsecretsecret"
@@ -31,7 +31,7 @@ def run(hub: LoopbackHub, tmp_path: Path) -> Run:
     """Run the command line against the Hub, with a cache of its own."""
 
     def run_command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        return command(*arguments, **{**hub_environment(hub, tmp_path), **environment})
+        return command_apart(*arguments, **{**hub_environment(hub, tmp_path), **environment})
 
     return run_command
 

@@ -8,7 +8,7 @@ import pytest
 import mfptq
 from mfptq.checkpoint.hub import open_checkpoint
 from mfptq.errors import HubError, MfptqError, SourceChangedError
-from tests.conftest import command, digests
+from tests.conftest import command_apart, digests
 from tests.hub.conftest import TOKEN
 from tests.hub.server import REPO, Content, LoopbackHub, Repo, serving
 
@@ -174,7 +174,7 @@ def test_a_failure_is_one_line_and_exit_code_7(hub: LoopbackHub, run, tmp_path: 
 def test_nobody_listens_and_nothing_is_cached(source: Path, tmp_path: Path) -> None:
     with serving(LoopbackHub()) as gone:
         pass
-    done = command(
+    done = command_apart(
         "convert", REPO, tmp_path / "out", HF_ENDPOINT=gone.address, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path)
     )
     assert done.returncode == 7, done.stderr
