@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from ..fp8 import Segments, minmax_scales
+from ..fp8 import Candidates, Segments, minmax_scales
 from ..kernels import ErrorStats, Kernel, QuantizeArgs, TileArray
 from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics
-from ..kernels.fp8 import quantize_fp8
+from ..kernels.fp8 import add_errors
 from ..nvfp4 import BLOCK_SIZE, ByteArray
 from ..planning.jobs import CAST, QuantizeWeight
 from ..storage.partial_file import Piece
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..planning.formats import TargetFormat
     from .tiles import Tile
     from .worker_memory import WorkerMemory
+
+_TRIED = 256  # segments, as few as a GPU takes
 
 
 class TileWork(NamedTuple):
@@ -136,9 +138,9 @@ class _Fp8(_OfValues):
         return float(minmax_scales(np.array([amax], np.float32), dtype)[0])
 
     def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
-        step, scales = work.step, np.array([work.scale], np.float32)
-        whole = np.array([0, work.data.size], np.int64)
-        done = memory.quantize_segments(work.data, Segments(whole, scales, scales, step.method == "minmax"))
+        step, scales = work.step, np.full(work.tile.rows, work.scale, np.float32)
+        rows = np.arange(0, work.data.size + 1, work.tile.columns, dtype=np.int64)
+        done = memory.quantize_segments(work.data, Segments(rows, scales, scales, step.method == "minmax"))
         pieces = [
             Piece(step.values + work.tile.start, done.codes.data),
             *([Piece(step.scale, scalar(work.scale))] if work.tile.start == 0 else []),
@@ -148,9 +150,12 @@ class _Fp8(_OfValues):
 
     def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
         del calibrated
-        one, starts = np.ones(1, np.float32), np.array([0, block.size], np.int64)
-        kernel.amax_each(block.reshape(-1), starts)
-        quantize_fp8(block.reshape(-1), Segments(starts, one, one, method == "minmax"), np.empty(block.size, np.uint8))
+        data, ones = np.repeat(block.reshape(-1), _TRIED), np.ones(_TRIED, np.float32)
+        starts = np.arange(0, data.size + 1, block.size, dtype=np.int64)
+        kernel.amax_each(data, starts)
+        add_errors(data, starts, np.zeros(_TRIED, np.int64), Candidates.of(ones, ones))
+        codes = np.empty(data.size, np.uint8)
+        kernel.quantize_segments(data, Segments(starts, ones, ones, method == "minmax"), codes)
 
 
 FAMILIES: Mapping[str, Family] = {"nvfp4": _Nvfp4(), "fp8": _Fp8()}

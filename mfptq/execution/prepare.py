@@ -18,7 +18,6 @@ from ..errors import UsageError
 from ..kernels import Kernel, has_compiler, is_cuda, load_kernel
 from ..kernels.calibrated import FEEDBACK, CalibratedKernel, load_calibrated_kernel
 from ..kernels.choice import choose_device
-from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.digest import available_cores
@@ -104,7 +103,7 @@ def longest_row(plan: ConversionPlan) -> int:
 
 def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
     """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
-    plan.contents.try_out(plan.checkpoint.source, load_decoder())
+    plan.contents.try_out(plan.checkpoint.source, kernel.decoder)
     needed = {
         (each.dtype, each.encoding is None, plan.format_of(each).family, plan.method_of(each)): each
         for each in plan.weights()

@@ -20,8 +20,7 @@ from ..errors import NonFiniteWeightError, quote
 from ..fp8 import Candidates, Segments
 from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..kernels.calibrated import CalibratedKernel, PreparedStatistics
-from ..kernels.decode import load_decoder
-from ..kernels.fp8 import add_errors, quantize_fp8
+from ..kernels.fp8 import add_errors
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array, as_float32
 from ..planning.jobs import QuantizeWeight
 from .tiles import Batch, Tile, whole
@@ -39,7 +38,7 @@ class WorkerMemory:
     def __init__(self, kernel: Kernel, tile_bytes: int, calibrated: CalibratedKernel | None = None) -> None:
         self.kernel = kernel
         self.calibrated = calibrated
-        self._decoder = load_decoder()
+        self._decoder = kernel.decoder
         self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
         self._source = kernel.allocate(tile_bytes)
@@ -188,7 +187,7 @@ class WorkerMemory:
         """Return what the segments of a tile become; their codes take the place of the tile's values."""
         codes = self._source[: data.size]
         with self.timed("quantize"):
-            return QuantizedSegments(codes, *quantize_fp8(data.reshape(-1), segments, codes))
+            return QuantizedSegments(codes, *self.kernel.quantize_segments(data.reshape(-1), segments, codes))
 
     def quantize_each(self, data: TileArray, many: WeightBatch) -> QuantizedMany:
         """Return what many weights become."""

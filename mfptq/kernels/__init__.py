@@ -12,7 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from mmap import PAGESIZE
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,10 @@ from ..errors import UsageError, quote
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from ..storage.files import read_exact
 from .stats import ERROR_FIELDS, ErrorStats
+
+if TYPE_CHECKING:
+    from ..checkpoint.encoding import CodeScaler
+    from ..fp8 import Segments
 
 __all__ = [
     "ERROR_FIELDS", "ErrorStats", "Float64Array", "Int64Array", "Kernel", "QuantizeArgs", "TileArray", "WeightBatch",
@@ -84,6 +88,24 @@ class Kernel(ABC):
         """Return the largest magnitude of each of many weights, flat; see WeightBatch."""
         spans = itertools.pairwise(starts.tolist())
         return np.array([self.amax(data[begin:end].reshape(1, -1)) for begin, end in spans], np.float32)
+
+    @property
+    def decoder(self) -> CodeScaler:
+        """What decodes stored codes for this kernel."""
+        from .decode import load_decoder
+
+        return load_decoder()
+
+    def quantize_segments(
+        self, data: TileArray, segments: Segments, codes: ByteArray
+    ) -> tuple[Float32Array, ErrorStats]:
+        """Write E4M3 codes of flat finite values; return the scales that were taken, `[n]`, and what it cost.
+
+        `codes` may be the first bytes of `data` itself.
+        """
+        from .fp8 import quantize_fp8
+
+        return quantize_fp8(data, segments, codes)
 
     def quantize_each(self, data: TileArray, batch: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
         """Write the packed values and scale codes of many weights, flat; return the statistics `[n, 7]` of each."""

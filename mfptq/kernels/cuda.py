@@ -10,27 +10,40 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_float, c_int64, c_uint64
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import dtype_name
 from ..errors import MemoryBudgetError, UsageError, quote
+from ..fp8 import NUMPY_CODES, Segments
 from ..kernels import Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from .cache import cached
 from .compiling import origin
 from .cpu import CpuKernel
-from .driver import Device, DeviceMemory, DeviceMemoryError, DeviceStream, DriverError, open_device
+from .driver import (
+    ALIGNMENT,
+    Device,
+    DeviceMemory,
+    DeviceMemoryError,
+    DeviceRoom,
+    DeviceStream,
+    DriverError,
+    open_device,
+)  # fmt: skip
 from .stats import ERROR_FIELDS, ErrorStats
 
+if TYPE_CHECKING:
+    from ..checkpoint.encoding import CodeScaler
+
 WARP = 32  # threads
+LEAST_SEGMENTS = 256  # each of which is one thread's
 THREADS = 256  # of a block
 MAX_GRID = 1024  # on every GPU: the statistics are summed in the same order
 STATS_BYTES = 8 * ERROR_FIELDS * MAX_GRID * (THREADS // WARP)
-ALIGNMENT = 256  # of what lies in a buffer
 
 
 class _Lane(threading.local):
@@ -168,6 +181,7 @@ class CudaKernel(CudaWorker, Kernel):
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self._small = CpuKernel()
+        self._room = DeviceRoom(self._device)
 
     def allocate(self, size: int) -> ByteArray:
         """Return pinned host memory, from which copies to the device run beside kernels; raises MemoryBudgetError."""
@@ -199,6 +213,39 @@ class CudaKernel(CudaWorker, Kernel):
     def quantize_each(self, data: TileArray, batch: WeightBatch, packed: ByteArray, scales: ByteArray) -> Float64Array:
         """Quantize many small weights, on the CPU, to the same bytes; return the statistics `[n, 7]` of each."""
         return self._small.quantize_each(data, batch, packed, scales)
+
+    @cached_property
+    def decoder(self) -> CodeScaler:
+        """What decodes stored codes: this device."""
+        from .decode_cuda import CudaDecoder
+
+        return CudaDecoder(self.name)
+
+    def quantize_segments(
+        self, data: TileArray, segments: Segments, codes: ByteArray
+    ) -> tuple[Float32Array, ErrorStats]:
+        """Write E4M3 codes of flat values; few segments, and those that the device has no memory for, are the CPU's."""
+        count = len(segments.scales)
+        if count < LEAST_SEGMENTS:
+            return super().quantize_segments(data, segments, codes)
+        scales = segments.scales.astype(np.float32)
+        given = [np.ascontiguousarray(each) for each in (data, segments.starts, scales, segments.others)]
+        with self._working(f"a tile of {_megabytes(data.nbytes)}"):
+            try:
+                source, starts, first, second, out = self._room.places(*(each.nbytes for each in given), data.size)
+            except DeviceMemoryError:
+                return super().quantize_segments(data, segments, codes)
+            lane = self._lane
+            for place, array in zip((source, starts, first, second), given, strict=True):
+                lane.stream.upload(place, array)
+            name = f"fp8_{'exact_' if segments.exact else ''}{NUMPY_CODES[data.dtype.char]}"
+            places = map(c_uint64, (source, out, lane.stats.pointer, starts, first, second))
+            warps = self._launch(name, count, WARP, (*places, c_int64(count)))
+            sums = lane.sums[: ERROR_FIELDS * warps]
+            for array, place in ((codes, out), (given[2], first), (sums, lane.stats.pointer)):
+                lane.stream.download(array, place)
+            lane.stream.wait()
+        return given[2], _together(sums.reshape(ERROR_FIELDS, warps), data.size)
 
     def _largest(self, part: TileArray) -> int:
         """Return the bits of the largest magnitude."""

@@ -57,14 +57,22 @@ def _emit_run(module: ir.Module, codes: str, element: ir.Type) -> ir.Function:
     for lanes, begin, stop in ((code, first, whole), (single, whole, end)):
         factor = lanes.spread(scale)
         with lanes.loop(begin, stop, LONG(lanes.lanes)) as index:
-            found = _value(_load(lanes, source, index, codes), codes) * factor
             if element == HALF:
-                bits = lanes.build.trunc(_rounded(found).raw, lanes.typed(HALF))
-                lanes.store(bits, lanes.at(values, index), 2)
+                lanes.store(decoded(lanes, source, index, (codes, factor)), lanes.at(values, index), 2)
             else:
-                lanes.store(found.raw, lanes.at(values, index), 4)
+                lanes.store(_scaled(lanes, source, index, (codes, factor)).raw, lanes.at(values, index), 4)
     code.build.ret_void()
     return function
+
+
+def decoded(code: Code, source: Any, index: Any, form: tuple[str, Floats]) -> Any:
+    """Return the bfloat16 bits of the codes from an index on; `form` is the codes' format, and their scale."""
+    return code.build.trunc(_rounded(_scaled(code, source, index, form)).raw, code.typed(HALF))
+
+
+def _scaled(code: Code, source: Any, index: Any, form: tuple[str, Floats]) -> Floats:
+    codes, factor = form
+    return _value(_load(code, source, index, codes), codes) * factor
 
 
 def _load(code: Code, source: Any, index: Any, codes: str) -> Words:

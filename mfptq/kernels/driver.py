@@ -7,7 +7,9 @@ Called by `cuda.py` and `choice.py`. Calls release the interpreter's lock; those
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +50,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # addresses on a device have 64 bits
     "cuLaunchKernel": (c_void_p, *(c_uint,) * 7, c_void_p, _HANDLE, _HANDLE),
     "cuEventRecord": (c_void_p, c_void_p),
 }
+
+ALIGNMENT = 256  # of what lies in a buffer of a device, in bytes
 
 
 class DriverError(MfptqError):
@@ -166,6 +170,27 @@ class DeviceMemory:
     def __init__(self, device: Device, size: int) -> None:
         self.pointer = device.driver.get(c_void_p, "cuMemAlloc_v2", size)
         self.free = device.owned(self, "cuMemFree_v2", self.pointer)
+
+
+class DeviceRoom(threading.local):
+    """Memory on the device that one worker thread uses again and again; it grows to the most that was asked for."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._memory: DeviceMemory | None = None
+        self._size = 0
+
+    def places(self, *sizes: int) -> list[int]:
+        """Return addresses with room for so many bytes each; raises DeviceMemoryError."""
+        ends = list(itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+        if ends[-1] > self._size:
+            if self._memory is not None:
+                self._memory.free()
+            self._size, self._memory = 0, None
+            self._memory = DeviceMemory(self._device, ends[-1])
+            self._size = ends[-1]
+        assert self._memory is not None
+        return [self._memory.pointer + start for start in (0, *ends[:-1])]
 
 
 class DeviceStream:

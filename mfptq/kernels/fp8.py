@@ -1,6 +1,6 @@
-"""FP8 on the CPU, for every device: compiled where llvmlite is installed, the numpy reference elsewhere, the same bytes.
+"""FP8 on the CPU: compiled where llvmlite is installed, the numpy reference elsewhere, the same bytes.
 
-Called by `execution.worker_memory`. A GPU gains nothing here: FP8 is one pass over values that the CPU has just read.
+Called by the kernels and `execution.worker_memory`. Choosing the scales of blocks is done here for every device.
 """
 
 from __future__ import annotations

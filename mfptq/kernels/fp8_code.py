@@ -1,23 +1,26 @@
-"""Write the CPU's functions for FP8: each segment at the better of two scales, 16 neighbouring values to a vector.
+"""Write the functions for FP8: each segment at the better of two scales, 16 neighbouring values to a vector.
 
-Called by `fp8.py` for a function that is not in the cache; the arithmetic is that of `mfptq.fp8`, to the same bits. Values
-are read before the codes that may replace them are written, so that codes may go where the values lie.
+Called by `fp8.py` for a function that is not in the cache, and by `fp8_ptx.py`, which has a thread do a segment's work as a core
+does it; the arithmetic is that of `mfptq.fp8`, to the same bits. Values are read before the codes that may replace them are
+written, so that codes may go where the values lie.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
 from ..fp8 import LANES
 from ..nvfp4 import E4M3_MAX
-from .blocks import F16_TO_F32, rounded_scale
+from .blocks import F16_TO_F32
+from .compiling import has_fused
 from .vector import BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Floats, Variable, Words
 
-_GRID = 2.0**14  # added to it, a value below 2**-6 is rounded to the step of subnormal codes, 2**-9
 ERRORS = "fp8_errors_"
-_BIAS = 960  # the code of a normal E4M3 value is its float32 bits >> 20, less this
+_EXPONENT, _LEAST_POWER = 0x7F800000, (127 - 6) << 23  # of float32 bits: where the exponent is, and 2^-6
+_TO_GRID = 20 << 23  # added to the bits of 2^e, gives those of 2^(e + 20), beside which 2^(e - 3) is the last place
+_BIAS = 968  # a power's bits >> 20, less this, is the code of the values from there on, less the 8 steps up to it
 
 
 def emit(module: ir.Module, name: str) -> None:
@@ -30,18 +33,23 @@ def emit(module: ir.Module, name: str) -> None:
         _emit_errors(module, name)
         return
     dtype, exact = name.rpartition("_")[2], "exact" in name
-    element = WORD if dtype == "F32" else HALF
-    pointers = [each.as_pointer() for each in (element, BYTE, DOUBLE, LONG, FLOAT, FLOAT)]
-    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG]), name)
-    source, codes, stats, starts, scales, others, count = function.args
-    code = Code(function, LANES, fused=False)
-    values = _Values(code, source, dtype, exact=exact)
+    code = _function(module, name, element(dtype), [BYTE, DOUBLE, LONG, FLOAT, FLOAT])
+    source, codes, stats, starts, scales, others, count = code.function.args
+    values = Values(code, source, dtype, exact=exact)
     with code.loop(LONG(0), count, LONG(1)) as number:
-        ends = [code.load(code.at(starts, code.build.add(number, LONG(k))), LONG, 8) for k in (0, 1)]
-        place = code.at(scales, number)
-        _choose(values, ends, place, code.load(code.at(others, number), FLOAT, 4))
-        _quantize(values, ends, code.spread(code.load(place, FLOAT, 4)), (codes, stats))
+        found = Segment.at(values, starts, number).quantize((scales, others), number, codes)
+        _tally(code, stats, found)
     code.build.ret_void()
+
+
+def element(dtype: str) -> ir.Type:
+    """Return the type of a stored value."""
+    return WORD if dtype == "F32" else HALF
+
+
+def _function(module: ir.Module, name: str, first: ir.Type, others: list[ir.Type]) -> Code:
+    pointers = [each.as_pointer() for each in (first, *others)]
+    return Code(ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG]), name), LANES, fused=has_fused())
 
 
 def _emit_errors(module: ir.Module, name: str) -> None:
@@ -51,38 +59,24 @@ def _emit_errors(module: ir.Module, name: str) -> None:
     scales [m], other scales [m], n).
     """
     dtype = name.removeprefix(ERRORS)
-    element = WORD if dtype == "F32" else HALF
-    pointers = [each.as_pointer() for each in (element, DOUBLE, LONG, LONG, FLOAT, FLOAT)]
-    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG]), name)
-    source, sums, starts, places, scales, others, count = function.args
-    code = Code(function, LANES, fused=False)
-    values, build = _Values(code, source, dtype, exact=False), code.build
+    code = _function(module, name, element(dtype), [DOUBLE, LONG, LONG, FLOAT, FLOAT])
+    source, sums, starts, places, scales, others, count = code.function.args
+    values, build = Values(code, source, dtype, exact=False), code.build
     held = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
     with code.loop(LONG(0), count, LONG(1)) as number:
-        ends = [code.load(code.at(starts, build.add(number, LONG(k))), LONG, 8) for k in (0, 1)]
-        block = code.load(code.at(places, number), LONG, 8)
+        segment, block = Segment.at(values, starts, number), code.load(code.at(places, number), LONG, 8)
         factors = [code.spread(code.load(code.at(each, block), FLOAT, 4)) for each in (scales, others)]
         first = code.at(sums, build.mul(block, LONG(2 * LANES)))
         rows = [code.at(first, LONG(row * LANES)) for row in range(2)]
         for variable, row in zip(held, rows, strict=True):
             variable.set(code.load(row, code.typed(DOUBLE), 8))
-        _add_errors(values, ends, factors, held)
+        segment.add_errors(factors, held)
         for variable, row in zip(held, rows, strict=True):
             code.store(variable.get(), row, 8)
     build.ret_void()
 
 
-def _add_errors(values: _Values, ends: list[Any], scales: list[Floats], sums: list[Variable]) -> None:
-    """Add the squared errors of a segment at some scales to their sums, lane by lane."""
-    code = values.code
-    with code.loop(ends[0], ends[1], LONG(LANES)) as index:
-        x, _ = values.read(index)
-        for held, scale in zip(sums, scales, strict=True):
-            difference = values.rounded(x, scale)[1] * scale - x
-            held.set(code.build.fadd(held.get(), _square(difference)))
-
-
-class _Values:
+class Values:
     """Sixteen values at an index, and what they become at a scale."""
 
     def __init__(self, code: Code, source: Any, dtype: str, *, exact: bool) -> None:
@@ -102,13 +96,17 @@ class _Values:
         return x, (bits >> 8) & 0x80
 
     def rounded(self, x: Floats, scale: Floats) -> tuple[Words, Floats]:
-        """Return (codes, float32 values) of magnitudes at a scale."""
+        """Return (codes, float32 values) of magnitudes at a scale.
+
+        A value from 2^e on is rounded where 2^(e + 20) is added: what is left of the sum's mantissa counts steps of 2^(e - 3).
+        Below 2^-6 steps stay as they are there, those of subnormal codes.
+        """
         y = x / scale
         y = (_in_dtype(y, self._dtype) if self._exact else y).minimum(E4M3_MAX)
-        steps, normal, low = y + _GRID, rounded_scale(y), y < 2.0**-6
-        found: Words = low.choose(steps.bits() - self.code.floats(_GRID).bits(), (normal >> 20) - _BIAS)
-        value: Floats = low.choose(steps - _GRID, normal.floats())
-        return found, value
+        power = (y.bits() & _EXPONENT).maximum(_LEAST_POWER)
+        grid = (power + _TO_GRID).floats()
+        sum_ = y + grid
+        return (sum_.bits() - power) + (power >> 20) - (_TO_GRID + _BIAS), sum_ - grid
 
 
 def _in_dtype(y: Floats, dtype: str) -> Floats:
@@ -123,9 +121,86 @@ def _in_dtype(y: Floats, dtype: str) -> Floats:
     return y
 
 
-def _square(x: Floats) -> Any:
-    """Return squares as float64, which holds those of all float32 numbers."""
-    return x.code.build.fmul(x.doubles(), x.doubles())
+class SegmentStats(NamedTuple):
+    """What quantizing did to a segment, float64: squared error, squared norm, their quotient, values lost, 1 if all are zero."""
+
+    error: Any
+    norm: Any
+    share: Any
+    zeroed: Any
+    empty: Any
+
+
+class Segment(NamedTuple):
+    """The values from one index to another, which share a scale."""
+
+    values: Values
+    begin: Any
+    end: Any
+
+    @classmethod
+    def at(cls, values: Values, starts: Any, number: Any) -> Segment:
+        """Return a segment by its number; `starts` points to where each begins and the last one ends."""
+        code = values.code
+        ends = (code.load(code.at(starts, code.build.add(number, LONG(k))), LONG, 8) for k in (0, 1))
+        return cls(values, *ends)
+
+    def quantize(self, scales: tuple[Any, Any], number: Any, codes: Any) -> SegmentStats:
+        """Write the segment's codes by the better of its scales, which is put in the place of the first."""
+        code = self.values.code
+        first, second = (code.at(each, number) for each in scales)
+        self._choose(first, code.load(second, FLOAT, 4))
+        return self._write(code.spread(code.load(first, FLOAT, 4)), codes)
+
+    def add_errors(self, scales: list[Floats], sums: list[Variable]) -> None:
+        """Add the squared errors at some scales to their sums, lane by lane."""
+        with self.values.code.loop(self.begin, self.end, LONG(LANES)) as index:
+            x, _ = self.values.read(index)
+            for held, scale in zip(sums, scales, strict=True):
+                _add_square(held, self.values.rounded(x, scale)[1] * scale - x)
+
+    def _choose(self, place: Any, other: Any) -> None:
+        """Put the other scale in the place of the first where its squared error over the segment is less."""
+        code = self.values.code
+        first = code.load(place, FLOAT, 4)
+        sums = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
+        differ = code.build.fcmp_ordered("!=", first, other)
+        with code.build.if_then(differ, likely=False):
+            for held in sums:
+                held.set(code.constant(DOUBLE, 0.0))
+            self.add_errors([code.spread(each) for each in (first, other)], sums)
+            one, two = (_total(code, held.get()) for held in sums)
+            code.store(code.build.select(code.build.fcmp_ordered("<", two, one), other, first), place, 4)
+
+    def _write(self, scale: Floats, codes: Any) -> SegmentStats:
+        code = self.values.code
+        sums = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
+        lost = code.variable(code.words(0))
+        for held in sums:
+            held.set(code.constant(DOUBLE, 0.0))
+        lost.set(code.words(0))
+        with code.loop(self.begin, self.end, LONG(LANES)) as index:
+            x, sign = self.values.read(index)
+            found, value = self.values.rounded(x, scale)
+            bytes_ = code.build.trunc((found | sign).raw, ir.VectorType(BYTE, LANES))
+            code.store(bytes_, code.at(codes, index))
+            for held, each in zip(sums, (value * scale - x, x), strict=True):
+                _add_square(held, each)
+            lost.set(lost.get() + ((x > 0.0) & found.equals(0)).count())
+        error, norm = (_total(code, held.get()) for held in sums)
+        empty = code.build.fcmp_ordered("==", norm, DOUBLE(0.0))
+        share = code.build.fdiv(error, code.build.select(empty, DOUBLE(1.0), norm))
+        zeroed = _total(code, code.build.uitofp(lost.get().raw, code.typed(DOUBLE)))
+        return SegmentStats(error, norm, share, zeroed, code.build.uitofp(empty, DOUBLE))
+
+
+def _add_square(held: Variable, x: Floats) -> None:
+    """Add squares to sums as float64, which holds those of all float32 numbers exactly: fused or not, the sums are the same."""
+    code, wide = x.code, x.doubles()
+    if code.fused:
+        held.set(code.each("fma", "f64", [wide, wide, held.get()]))
+    else:
+        held.set(code.build.fadd(held.get(), code.build.fmul(wide, wide)))
 
 
 def _total(code: Code, vector: Any) -> Any:
@@ -136,53 +211,13 @@ def _total(code: Code, vector: Any) -> Any:
     return total
 
 
-def _choose(values: _Values, ends: list[Any], place: Any, other: Any) -> None:
-    """Put the other scale in the place of the first where its squared error over the segment is less."""
-    code = values.code
-    first = code.load(place, FLOAT, 4)
-    sums = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
-    differ = code.build.fcmp_ordered("!=", first, other)
-    with code.build.if_then(differ, likely=False):
-        scales = [code.spread(each) for each in (first, other)]
-        for held in sums:
-            held.set(code.constant(DOUBLE, 0.0))
-        _add_errors(values, ends, scales, sums)
-        one, two = (_total(code, held.get()) for held in sums)
-        code.store(code.build.select(code.build.fcmp_ordered("<", two, one), other, first), place, 4)
-
-
-def _quantize(values: _Values, ends: list[Any], scale: Floats, out: tuple[Any, Any]) -> None:
-    """Write a segment's codes, and add to the statistics what quantizing did to it."""
-    code, (codes, stats) = values.code, out
-    sums = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
-    lost = code.variable(code.words(0))
-    for held in sums:
-        held.set(code.constant(DOUBLE, 0.0))
-    lost.set(code.words(0))
-    with code.loop(ends[0], ends[1], LONG(LANES)) as index:
-        x, sign = values.read(index)
-        found, value = values.rounded(x, scale)
-        bytes_ = code.build.trunc((found | sign).raw, ir.VectorType(BYTE, LANES))
-        code.store(bytes_, code.at(codes, index))
-        difference = value * scale - x
-        for held, each in zip(sums, (difference, x), strict=True):
-            held.set(code.build.fadd(held.get(), _square(each)))
-        lost.set(lost.get() + ((x > 0.0) & found.equals(0)).count())
-    error, norm = (_total(code, held.get()) for held in sums)
-    zeroed = _total(code, code.build.uitofp(lost.get().raw, code.typed(DOUBLE)))
-    _tally(code, stats, (error, norm, zeroed))
-
-
-def _tally(code: Code, stats: Any, found: tuple[Any, Any, Any]) -> None:
-    """Add a segment's squared error, squared norm and count of values that became zero to the seven statistics."""
-    build, (error, norm, zeroed) = code.build, found
-    empty = build.fcmp_ordered("==", norm, DOUBLE(0.0))
-    share = build.fdiv(error, build.select(empty, DOUBLE(1.0), norm))
-    relative = code.intrinsic("llvm.sqrt.f64", DOUBLE, [share])
-    none = build.uitofp(empty, DOUBLE)
-    for place, value in ((0, error), (1, norm), (2, error), (4, zeroed), (6, none)):
+def _tally(code: Code, stats: Any, found: SegmentStats) -> None:
+    """Add what quantizing did to a segment to the seven statistics."""
+    build = code.build
+    for place, value in ((0, found.error), (1, found.norm), (2, found.error), (4, found.zeroed), (6, found.empty)):
         pointer = code.at(stats, LONG(place))
         code.store(build.fadd(code.load(pointer, DOUBLE, 8), value), pointer, 8)
+    relative = code.intrinsic("llvm.sqrt.f64", DOUBLE, [found.share])
     pointer = code.at(stats, LONG(3))
     worst = code.load(pointer, DOUBLE, 8)
     code.store(build.select(build.fcmp_ordered(">", relative, worst), relative, worst), pointer, 8)

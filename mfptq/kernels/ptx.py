@@ -28,10 +28,11 @@ from .calibrated import FEEDBACK, FUNCTIONS
 from .calibrated_blocks import ColumnStatistics, calibrated, calibrated_errors, signed_values
 from .compiling import optimized
 from .feedback_blocks import Record, RowSums, with_feedback
-from .vector import BYTE, DOUBLE, FLOAT, LONG, VOID, WORD, Code, Words
+from .fp8_ptx import emit_decode, emit_fp8
+from .ptx_threads import GLOBAL, WARP, kernel, larger, over_warp, register, store_over_warps, thread_numbers
+from .vector import BYTE, DOUBLE, FLOAT, LONG, WORD, Code, Words
 
-WARP = 32
-_GLOBAL = 1  # address space
+_OF_CODES = {"fp8": emit_fp8, "decode": emit_decode}
 _TRIPLE = "nvptx64-nvidia-cuda"
 _MODEL, _FEATURES = "sm_70", "+ptx60"
 
@@ -42,7 +43,7 @@ def compile_ptx(name: str) -> bytes:
     `search`, `minmax`: (source, packed, scales, stats, blocks, global scale), with stats float64 [7, W]: column w is what
     warp w of the grid found. Calibrated methods: (source, packed, scales, stats, statistics, blocks, blocks of a row, which
     of those the first one is, global scale); FEEDBACK, whose threads take whole rows, has the rank of the factors in place of
-    that. `amax`: (source, words, result), where the result, to be zero before, becomes
+    that. `fp8` and `decode`: see `fp8_ptx.py`. `amax`: (source, words, result), where the result, to be zero before, becomes
     the largest magnitude's bits.
     """
     binding.initialize_all_targets()
@@ -53,6 +54,8 @@ def compile_ptx(name: str) -> bytes:
     method, _, what = name.partition("_")
     if method == "amax":
         _emit_amax(module, int(what))
+    elif method in _OF_CODES:
+        _OF_CODES[method](module, name)
     else:
         _emitter(method)(module, method, what)
     text: str = target.emit_assembly(optimized(module, target))
@@ -65,32 +68,11 @@ def _emitter(method: str) -> Callable[[ir.Module, str, str], None]:
     return _emit_calibrated if method in FUNCTIONS.values() else _emit
 
 
-def _kernel(module: ir.Module, name: str, arguments: list[ir.Type]) -> Code:
-    function = ir.Function(module, ir.FunctionType(VOID, arguments), name)
-    function.calling_convention = "ptx_kernel"
-    for argument in function.args:
-        if isinstance(argument.type, ir.PointerType):
-            argument.add_attribute("noalias")
-            argument.attributes.align = 16  # so that what lies side by side is loaded at once
-    return Code(function, 1)
-
-
-def _register(code: Code, name: str) -> Any:
-    return code.intrinsic(f"llvm.nvvm.read.ptx.sreg.{name}", WORD, [])
-
-
-def _threads(code: Code) -> tuple[Any, Any]:
-    """Return (this thread's number in the grid, how many there are), as longs."""
-    build, size = code.build, _register(code, "ntid.x")
-    number = build.add(build.mul(_register(code, "ctaid.x"), size), _register(code, "tid.x"))
-    return build.zext(number, LONG), build.zext(build.mul(_register(code, "nctaid.x"), size), LONG)
-
-
 def _emit(module: ir.Module, method: str, dtype: str) -> None:
-    pointers = [element.as_pointer(_GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE)]
-    code = _kernel(module, f"{method}_{dtype}", [*pointers, LONG, FLOAT])
+    pointers = [element.as_pointer(GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE)]
+    code = kernel(module, f"{method}_{dtype}", [*pointers, LONG, FLOAT])
     source, packed, scales, stats, blocks, factor = code.function.args
-    number, threads = _threads(code)
+    number, threads = thread_numbers(code)
     global_scale = code.spread(factor)
     with _error_sums(code, stats) as sums, code.loop(number, blocks, threads) as place:
         found = unpack_block(_loaded(code, source, place, block_words(dtype)), dtype)
@@ -104,11 +86,11 @@ def _emit_calibrated(module: ir.Module, method: str, dtype: str) -> None:
 
     So they read the same statistics, at the same time. Number n stands for a row and a column of blocks: n % rows, n // rows.
     """
-    pointers = [element.as_pointer(_GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE, FLOAT)]
-    code = _kernel(module, f"{method}_{dtype}", [*pointers, LONG, LONG, LONG, FLOAT])
+    pointers = [element.as_pointer(GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE, FLOAT)]
+    code = kernel(module, f"{method}_{dtype}", [*pointers, LONG, LONG, LONG, FLOAT])
     source, packed, scales, stats, known, blocks, width, first, factor = code.function.args
     build, size = code.build, BLOCK_SIZE if method == "weighted" else BLOCK_SIZE**2
-    number, threads = _threads(code)
+    number, threads = thread_numbers(code)
     global_scale = code.spread(factor)
     rows = build.udiv(build.sub(build.add(blocks, width), LONG(1)), width)
     with _error_sums(code, stats) as sums, code.loop(number, build.mul(rows, width), threads) as index:
@@ -124,10 +106,10 @@ def _emit_calibrated(module: ir.Module, method: str, dtype: str) -> None:
 
 def _emit_feedback(module: ir.Module, method: str, dtype: str) -> None:
     """Write the function of FEEDBACK: a thread takes a row, block after block, and all of them the same block at a time."""
-    pointers = [element.as_pointer(_GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE, FLOAT)]
-    code = _kernel(module, f"{method}_{dtype}", [*pointers, LONG, LONG, LONG, FLOAT])
+    pointers = [element.as_pointer(GLOBAL) for element in (WORD, WORD, BYTE, DOUBLE, FLOAT)]
+    code = kernel(module, f"{method}_{dtype}", [*pointers, LONG, LONG, LONG, FLOAT])
     source, packed, scales, stats, records, blocks, width, rank, factor = code.function.args
-    build, (number, threads), row_sums = code.build, _threads(code), RowSums(code)
+    build, (number, threads), row_sums = code.build, thread_numbers(code), RowSums(code)
     global_scale = code.spread(factor)
     with _error_sums(code, stats) as sums, code.loop(number, build.udiv(blocks, width), threads) as row:
         row_sums.clear(rank)
@@ -154,10 +136,8 @@ def _error_sums(code: Code, stats: Any) -> Iterator[ErrorSums]:
     """Yield a thread's error statistics; write each warp's at the end, and return from the kernel."""
     build, sums = code.build, ErrorSums(code)
     yield sums
-    warp, warps = (build.udiv(count, LONG(WARP)) for count in _threads(code))
     for row, value in enumerate(sums.doubles()):
-        together = _over_warp(code, value, _larger(code) if row == WORST else build.fadd)
-        code.store(together, code.at(stats, build.add(build.mul(warps, LONG(row)), warp)), 8)
+        store_over_warps(code, (stats, row), value, larger(code) if row == WORST else build.fadd)
     build.ret_void()
 
 
@@ -170,45 +150,20 @@ def _loaded(code: Code, source: Any, block: Any, words: int) -> list[Words]:
     return result
 
 
-def _from_neighbour(code: Code, word: Any, distance: int) -> Any:
-    """Return the word of the thread whose number in the warp differs in one bit."""
-    everyone, last = WORD(0xFFFFFFFF), WORD(WARP - 1)
-    return code.intrinsic("llvm.nvvm.shfl.sync.bfly.i32", WORD, [everyone, word, WORD(distance), last])
-
-
-def _over_warp(code: Code, value: Any, join: Callable[[Any, Any], Any]) -> Any:
-    """Return the values of a warp's threads joined, in every thread; the order does not depend on the GPU."""
-    build = code.build
-    for distance in (16, 8, 4, 2, 1):
-        if value.type == WORD:
-            value = join(value, _from_neighbour(code, value, distance))
-            continue
-        bits = build.bitcast(value, LONG)
-        low = _from_neighbour(code, build.trunc(bits, WORD), distance)
-        high = _from_neighbour(code, build.trunc(build.lshr(bits, LONG(32)), WORD), distance)
-        other = build.or_(build.zext(low, LONG), build.shl(build.zext(high, LONG), LONG(32)))
-        value = join(value, build.bitcast(other, DOUBLE))
-    return value
-
-
-def _larger(code: Code) -> Callable[[Any, Any], Any]:
-    return lambda a, b: code.build.select(code.build.fcmp_ordered(">", a, b), a, b)
-
-
 def _emit_amax(module: ir.Module, bits: int) -> None:
-    pointer = WORD.as_pointer(_GLOBAL)
-    code = _kernel(module, f"amax_{bits}", [pointer, LONG, pointer])
+    pointer = WORD.as_pointer(GLOBAL)
+    code = kernel(module, f"amax_{bits}", [pointer, LONG, pointer])
     source, count, result = code.function.args
     build = code.build
-    number, threads = _threads(code)
+    number, threads = thread_numbers(code)
     largest = code.variable(code.words(0))
     with code.loop(number, count, threads) as index:
         word = Words(code, code.load(code.at(source, index), WORD, 4))
         parts = [word & 0x7FFFFFFF] if bits == 32 else [word & 0x7FFF, (word >> 16) & 0x7FFF]
         for part in parts:
             largest.set(part.maximum(largest.get()))
-    found = _over_warp(code, largest.get().raw, lambda a, b: build.select(build.icmp_unsigned(">", a, b), a, b))
-    first = build.icmp_unsigned("==", build.and_(_register(code, "tid.x"), WORD(WARP - 1)), WORD(0))
+    found = over_warp(code, largest.get().raw, lambda a, b: build.select(build.icmp_unsigned(">", a, b), a, b))
+    first = build.icmp_unsigned("==", build.and_(register(code, "tid.x"), WORD(WARP - 1)), WORD(0))
     with build.if_then(first):
         build.atomic_rmw("umax", result, found, "monotonic")
     build.ret_void()

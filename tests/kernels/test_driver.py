@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from mfptq.calibration.feedback import feedback_statistics
+from mfptq.encodings.codes import CODE_FORMATS, bf16_bits, scale_codes
 from mfptq.errors import MemoryBudgetError, UsageError
+from mfptq.fp8 import Segments, minmax_scales
 from mfptq.kernels import ErrorStats, Kernel, QuantizeArgs, cuda, driver, load_kernel
 from mfptq.kernels.calibrated import (
     FEEDBACK,
@@ -22,6 +24,7 @@ from mfptq.kernels.calibrated import (
     load_calibrated_kernel,
 )
 from mfptq.kernels.driver import SIGNATURES, Device, DeviceMemoryError, DeviceStream, Driver, DriverError
+from mfptq.kernels.fp8 import quantize_fp8
 
 NAMES = {2: b"CUDA_ERROR_OUT_OF_MEMORY", 222: b"CUDA_ERROR_UNSUPPORTED_PTX_VERSION", 700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}
 TYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
@@ -109,7 +112,11 @@ class FakeLibrary:
         function[0] = len(self.kernels)
 
     def do_cuLaunchKernel(self, function: int, grid: int, y: int, z: int, threads: int, *rest) -> None:
-        method, dtype = self.kernels[function - 1].split("_")
+        name = self.kernels[function - 1]
+        if name.startswith(("fp8_", "decode_")):
+            of_codes(name, rest[4], 7 * grid * threads // 32)
+            return
+        method, dtype = name.split("_")
         count = {"amax": 3, "search": 5, "minmax": 5}.get(method, 8)
         address = [ctypes.c_uint64.from_address(place).value for place in rest[4][:count]]
         if method == "amax":
@@ -127,6 +134,27 @@ class FakeLibrary:
         columns = memory(stats, 7 * grid * threads // 32, np.float64).reshape(7, -1)
         columns[:] = 0
         columns[:, -1] = (*sums(found)[:3], found.worst_block**2, *counts(found)[1:])
+
+
+def of_codes(name: str, arguments, sums: int) -> None:
+    """Do what the functions for FP8 and for decoding do, on the CPU."""
+    address = [ctypes.c_uint64.from_address(place).value for place in arguments[: 7 if "fp8" in name else 6]]
+    if name.startswith("decode_"):
+        codes, (count, columns, run) = name.removeprefix("decode_"), address[3:]
+        packed = memory(address[0], count * CODE_FORMATS[codes].bits // 8, np.uint8)
+        rows = count // columns
+        scales = memory(address[1], rows * -(-columns // run), np.float32).reshape(rows, -1)
+        scale_codes(codes, packed, scales, memory(address[2], count, np.uint16).reshape(rows, columns), run=run)
+        return
+    count = address[6]
+    starts = memory(address[3], count + 1, np.int64)
+    first, second = (memory(place, count, np.float32) for place in address[4:6])
+    values = memory(address[0], int(starts[-1]), TYPES[name.rpartition("_")[2]])
+    codes = memory(address[1], len(values), np.uint8)
+    first[:], found = quantize_fp8(values, Segments(starts, first, second, "exact" in name), codes)
+    columns = memory(address[2], sums, np.float64).reshape(7, -1)
+    columns[:] = 0
+    columns[:, 0] = found.as_array() ** np.array([1, 1, 1, 2, 1, 1, 1])
 
 
 def by_statistics(values: np.ndarray, args: QuantizeArgs, known: list[int], out: tuple) -> ErrorStats:
@@ -356,3 +384,44 @@ def test_statistics_are_sent_once_and_go_with_their_input(library: FakeLibrary) 
     del kernels[0], pool
     gc.collect()
     assert not library.live
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_values_become_fp8_in_their_own_memory(library: FakeLibrary, dtype: str, exact: bool) -> None:
+    data = tile(dtype, 300, 64).reshape(-1)
+    starts = np.arange(0, data.size + 1, 64, dtype=np.int64)
+    theirs = minmax_scales(load_kernel("cpu").amax_each(data, starts), dtype)
+    segments = Segments(starts, theirs if exact else theirs * np.float32(1.01), theirs, exact)
+    expected = np.empty(data.size, np.uint8)
+    scales, stats = quantize_fp8(data, segments, expected)
+    kernel = cuda.CudaKernel("cuda")
+    for most in (10**9, 1000):  # with too little memory the CPU does it
+        library.most, place = most, data.copy()
+        codes = place.view(np.uint8)[: data.size]
+        found = kernel.quantize_segments(place, segments, codes)
+        assert np.array_equal(codes, expected)
+        assert np.array_equal(found[0], scales)
+        assert (counts(found[1]), sums(found[1])) == (counts(stats), pytest.approx(sums(stats)))
+        kernel = cuda.CudaKernel("cuda") if most > 1000 else kernel
+    assert sum(name.startswith("fp8_") for name in library.kernels) == 1
+
+
+@pytest.mark.parametrize("codes", CODE_FORMATS)
+def test_codes_are_decoded_on_the_device(library: FakeLibrary, codes: str) -> None:
+    rng, bits = np.random.default_rng(1), CODE_FORMATS[codes].bits
+    packed = rng.integers(0, 256, 6 * 96 * bits // 8).astype(np.uint8)
+    scales, expected = rng.random((6, 3), np.float32), np.empty((6, 96), np.uint16)
+    scale_codes(codes, packed, scales, expected, run=32)
+    decoder = cuda.CudaKernel("cuda").decoder
+    for most in (10**9, 100):
+        library.most, out = most, np.empty((6, 96), np.uint16)
+        place = out.view(np.uint8).reshape(-1)[out.nbytes - packed.nbytes :]
+        place[:] = packed
+        decoder(codes, place, scales, out, run=32)
+        assert np.array_equal(out, expected)
+        decoder = cuda.CudaKernel("cuda").decoder if most > 100 else decoder
+    assert library.kernels.count(f"decode_{codes}") == 1
+    wide = np.empty((6, 96), np.float32)
+    decoder(codes, packed, scales, wide, run=32)
+    assert np.array_equal(bf16_bits(wide), expected)

@@ -8,15 +8,19 @@ from threading import Barrier
 import numpy as np
 import pytest
 
+import mfptq
 from mfptq.calibration.feedback import feedback_statistics
 from mfptq.calibration.methods import importance, local_hessian
+from mfptq.encodings.codes import CODE_FORMATS
 from mfptq.errors import MemoryBudgetError, UsageError
+from mfptq.fp8 import NUMPY_CODES, Segments, minmax_scales, search_scales
 from mfptq.kernels import Kernel, QuantizeArgs, load_kernel
 from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.choice import cuda_devices
 from mfptq.kernels.driver import Driver
 
 from ..calibration.files import factors_of
+from ..encodings.test_convert import DENSE, twins
 
 pytestmark = pytest.mark.skipif(not cuda_devices(), reason="needs a CUDA device")
 
@@ -169,3 +173,57 @@ def test_nothing_but_the_driver_is_needed() -> None:
         "assert not {'torch', 'triton'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
+@pytest.mark.parametrize(("rows", "columns"), [(257, 16), (300, 4096), (2000, 128), (3, 48)])
+def test_fp8_is_that_of_the_cpu(dtype, exact, rows, columns) -> None:
+    data = weights(dtype, rows, columns).reshape(-1)
+    starts = np.arange(0, data.size + 1, columns, dtype=np.int64)
+    amax = load_kernel("cpu").amax_each(data, starts)
+    theirs = minmax_scales(amax, NUMPY_CODES[data.dtype.char])
+    segments = Segments(starts, theirs if exact else search_scales(amax), theirs, exact)
+    results = []
+    for kernel in (load_kernel("cpu"), load_kernel("cuda")):
+        codes = np.full(data.size, 0xEE, np.uint8)
+        results.append((codes, *kernel.quantize_segments(data, segments, codes)))
+    (codes, scales, stats), (gpu_codes, gpu_scales, gpu_stats) = results
+    assert np.array_equal(codes, gpu_codes)
+    assert np.array_equal(scales, gpu_scales)
+    for name in ("weights", "zeroed", "saturated_blocks", "zero_blocks"):
+        assert getattr(stats, name) == getattr(gpu_stats, name), name
+    for name in ("squared_error", "squared_weight", "worst_block"):
+        assert getattr(gpu_stats, name) == pytest.approx(getattr(stats, name), rel=1e-9), name
+    place = data.copy()
+    load_kernel("cuda").quantize_segments(place, segments, place.view(np.uint8)[: data.size])
+    assert np.array_equal(place.view(np.uint8)[: data.size], codes), "codes may take the place of the values"
+
+
+@pytest.mark.parametrize("codes", CODE_FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "run"), [(1, 16, 16), (5, 96, 32), (64, 4096, 128), (3, 48, 48), (2, 80, 32)]
+)
+def test_the_device_decodes_to_the_bytes_of_the_cpu(codes, rows, columns, run) -> None:
+    rng, bits = np.random.default_rng(columns), CODE_FORMATS[codes].bits
+    packed = rng.integers(0, 256, rows * columns * bits // 8).astype(np.uint8)
+    scales = np.exp2(rng.integers(-140, 40, (rows, -(-columns // run)))).astype(np.float32) * np.float32(1.37)
+    results = []
+    for device in ("cpu", "cuda"):
+        out = np.full((rows, columns), 0xEEEE, np.uint16)
+        memory = out.view(np.uint8).reshape(-1)
+        memory[out.nbytes - packed.nbytes :] = packed
+        load_kernel(device).decoder(codes, memory[out.nbytes - packed.nbytes :], scales, out, run=run)
+        results.append(out)
+    assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("name", ["blocks, F32", "rows", "MXFP8", "MXFP4", "INT4"])
+def test_a_release_in_codes_and_a_mixture_convert_to_the_bytes_of_the_cpu(name, tmp_path) -> None:
+    release, _ = twins(tmp_path, DENSE, name)
+    formats = ["fp8-static=re:.*o_proj$", "fp8-dynamic=re:.*down_proj$", "fp8-block=re:.*out_proj$"]
+    scales = {"input_scales": "auto", "method": "search", "formats": formats}
+    for device in ("cpu", "cuda"):
+        mfptq.convert(release, tmp_path / device, device=device, **scales)
+    for file in sorted((tmp_path / "cpu").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "cuda" / file.name).read_bytes(), file.name
