@@ -63,7 +63,9 @@ def executor_of(options: dict[str, Any]) -> RayExecutor | None:
     return None
 
 
-def check_part_options(shards: str | None, *, overwrite: bool, dry_run: bool, **publishing: object) -> Part | None:
+def check_part_options(
+    shards: str | None, *, overwrite: bool, dry_run: bool, executor: str, **publishing: object
+) -> Part | None:
     """Return the part that --shards names, None without it."""
     if shards is None:
         return None
@@ -71,6 +73,8 @@ def check_part_options(shards: str | None, *, overwrite: bool, dry_run: bool, **
 
     if overwrite:
         raise UsageError("--overwrite and --shards do not go together: remove the output before the first part begins")
+    if executor != "threads":
+        raise UsageError("a part is made by this machine: leave out --executor, or leave out --shards to use a cluster")
     if any(publishing.values()):
         raise UsageError("a part is not published: leave out --shards, or publish the finished output with mfptq push")
     if dry_run:

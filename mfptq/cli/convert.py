@@ -56,7 +56,8 @@ def convert(model: str, output: Path, **options: Any) -> None:
     publishing = {name: options.pop(name) for name in ("push_to_hub", "private", "discard_output")}
     overwrite, dry_run, timings = (options.pop(name) for name in ("overwrite", "dry_run", "timings"))
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
-    part = check_part_options(options.pop("shards"), overwrite=overwrite, dry_run=dry_run, **publishing)
+    unfit = {"overwrite": overwrite, "dry_run": dry_run, "executor": options["executor"], **publishing}
+    part = check_part_options(options.pop("shards"), **unfit)
     executor, decisions = executor_of(options), with_errors_beside(decisions_of(options), output)
     if dry_run:
         shown = {**resources, "engine": engine, "as_json": as_json, "estimate": True}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, TypeAlias
@@ -40,13 +40,13 @@ class _Attempt:
 class TaskLoop:
     """The tasks of one run. For one thread.
 
-    `begin` begins an attempt; `record` takes in the name of a node and its answer; `poll` is called often, and what it raises
+    `begin` begins an attempt, not on the nodes whose keys it is given, where others have failed; `record` takes in the name of a node and its answer; `poll` is called often, and what it raises
     ends the run. `passing` are the errors, by class name, that another attempt may better. `twice`: two attempts at once are
     harmless. While `has_room` says no, none is begun.
     """
 
     cluster: Cluster
-    begin: Callable[[Names], Ref]
+    begin: Callable[[Names, Collection[str]], Ref]
     record: Callable[[str, Answer], object]
     poll: Callable[[], object]
     passing: frozenset[str]
@@ -57,6 +57,7 @@ class TaskLoop:
     _running: dict[Ref, _Attempt] = field(default_factory=dict)
     _superseded: list[Ref] = field(default_factory=list)
     _failures: Counter[Names] = field(default_factory=Counter)
+    _avoid: defaultdict[Names, set[str]] = field(default_factory=lambda: defaultdict(set))
     _took: list[float] = field(default_factory=list)
 
     def finish_all(self, every: Sequence[Names]) -> None:
@@ -69,7 +70,7 @@ class TaskLoop:
                     raise DestinationError("no node of the cluster is left that can take a task; rerun to resume")
                 room = room if self.has_room() else 0
                 for names in [todo.pop() for _ in range(min(room, len(todo)))] or self._stuck(room):
-                    self._running[self.begin(names)] = _Attempt(names, time.monotonic())
+                    self._running[self.begin(names, self._avoid[names])] = _Attempt(names, time.monotonic())
                 for ref in self.cluster.wait(self._running, POLL_SECONDS):
                     todo += self._take(ref)
                 self.poll()
@@ -100,6 +101,7 @@ class TaskLoop:
             said = error_of(node, answer)
             if answer["error"] not in self.passing:
                 raise said
+            self._avoid[attempt.names].add(key)
             return self._again(attempt.names, said)
         self.record(node, answer)
         self._note(key, attempt, answer)

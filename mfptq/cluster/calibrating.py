@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +49,10 @@ class CalibrationRun:
         probe_nodes(self._cluster, plan, self._folder.path, self._poll)
         self._shares = self._folder.divided(self._cluster.window())
 
-        def begin(names: Names) -> Ref:
+        def begin(names: Names, avoid: Collection[str]) -> Ref:
             [name] = names
             job = {"path": str(self._folder.path.absolute() / name), "share": pickle.dumps(self._shares[name])}
-            return self._cluster.submit(calibrate_part, *plan, job, options)
+            return self._cluster.submit(calibrate_part, *plan, job, options, avoid=avoid)
 
         todo = [(name,) for name in self._shares if not self._folder.is_whole(name)]
         TaskLoop(self._cluster, begin, self._take, self._poll, passing=PASSING, twice=False).finish_all(todo)

@@ -6,6 +6,7 @@ Called by `cluster.ray_executor` and `cluster.probing`. Never starts a cluster, 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -93,7 +94,10 @@ class Cluster:
         if self.nodes():
             return
         alive = sum(node["Alive"] for node in self._ray.nodes())
-        wanted = f"{self._needs['num_cpus']} CPUs, {self._needs['num_gpus']} GPUs and {size_text(int(self._needs['memory']))}"
+        amounts = [
+            counted(int(self._needs[name]), word, f"{word}s") for name, word in _NAMES.items() if name != "memory"
+        ]
+        wanted = f"{', '.join(amounts)} and {size_text(int(self._needs['memory']))}"
         raise UsageError(f"none of {counted(alive, 'node', 'nodes')} has {wanted} for a task: ask for less")
 
     def nodes(self) -> list[Node]:
@@ -128,9 +132,16 @@ class Cluster:
         """Store a value once for all tasks."""
         return self._ray.put(value)
 
-    def submit(self, function: Callable[..., Answer], *arguments: Any) -> Ref:
-        """Begin a task on whatever node has room. It is not retried: whoever waits decides that."""
-        task = self._ray.remote(_here).options(max_retries=0, scheduling_strategy="SPREAD", **self._needs)
+    def submit(self, function: Callable[..., Answer], *arguments: Any, avoid: Collection[str] = ()) -> Ref:
+        """Begin a task on whatever node has room, none of the nodes `avoid` if there are others.
+
+        It is not retried: whoever waits decides that.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        others = [node.key for node in self.nodes() if node.key not in avoid] if avoid else []
+        where = NodeAffinitySchedulingStrategy(secrets.choice(others), soft=True) if others else "SPREAD"
+        task = self._ray.remote(_here).options(max_retries=0, scheduling_strategy=where, **self._needs)
         return task.remote(function, *arguments)
 
     def submit_on(self, node: Node, function: Callable[..., Answer], *arguments: Any) -> Ref:

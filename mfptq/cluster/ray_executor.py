@@ -145,8 +145,8 @@ class RayRun:
         """Run everything and return the loop that did; raise the first error that another attempt cannot better."""
         from .tasks import make
 
-        def begin(shards: Names) -> Ref:
-            return self._cluster.submit(make, *arguments, {"shards": shards, "resources": resources})
+        def begin(shards: Names, avoid: Collection[str]) -> Ref:
+            return self._cluster.submit(make, *arguments, {"shards": shards, "resources": resources}, avoid=avoid)
 
         def poll() -> None:
             self._tell(Advanced(0))

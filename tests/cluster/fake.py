@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ class FakeCluster:
         self.slots = slots
         self.names = names
         self.submitted: list[tuple[str, ...]] = []
+        self.avoided: list[set[str]] = []
         self.most = 0
         self.left: list[Any] = []
         self.break_: Callable[[int, tuple[str, ...]], dict[str, Any] | Exception | None] = lambda _number, _shards: None
@@ -37,7 +38,8 @@ class FakeCluster:
     def name(self, key: str) -> str:
         return key
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> int:
+    def submit(self, function: Callable[..., Any], *arguments: Any, avoid: Collection[str]) -> int:
+        self.avoided.append(set(avoid))
         number = next(self._numbers)
         self._tasks[number] = pickle.loads(pickle.dumps((function, arguments)))
         self.submitted.append(_names(arguments))

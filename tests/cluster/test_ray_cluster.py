@@ -99,7 +99,7 @@ def test_a_node_that_dies_in_the_middle(source, tmp_path, cluster, executor, exp
     submitted: list[object] = []
     real = connection.Cluster.submit_on
 
-    def submit(self, function, *arguments):
+    def submit(self, function, *arguments, avoid=()):
         """Send the first task to the node that is about to die."""
         [there] = [node for node in self.nodes() if node.name == "doomed"] or [self.nodes()[0]]
         submitted.append(there)
@@ -139,23 +139,23 @@ def test_a_stop_leaves_no_temporary_and_resumes(source, tmp_path, executor, expe
 
 @pytest.fixture
 def apart(cluster, tmp_path) -> Iterator:
-    """Lend a function that adds a node which has an empty folder of its own in place of one of this machine's."""
+    """Lend a function that adds a node with mounts of its own: what it is given is run by a shell there first."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("this machine lets nobody make a namespace of mounts")
     started: list[subprocess.Popen] = []
 
-    def add(folder: Path) -> None:
-
+    def add(mounts: str) -> subprocess.Popen:
         program = "from ray.scripts.scripts import main; main()"
         start = (
             f"start --address={cluster.address} --num-cpus=1 --object-store-memory={STORE} --node-name=apart --block"
         )
-        script = f"mount -t tmpfs none {folder} && exec {sys.executable} -c '{program}' {start}"
+        script = f"{mounts} && exec {sys.executable} -c '{program}' {start}"
         started.append(subprocess.Popen(["unshare", "-m", "sh", "-c", script], start_new_session=True))
         end = time.monotonic() + 90
         while not any(node["Alive"] and node["NodeName"] == "apart" for node in _nodes(cluster.address)):
             assert time.monotonic() < end, "the node did not join"
             time.sleep(0.5)
+        return started[-1]
 
     yield add
     for process in started:
@@ -174,7 +174,7 @@ def _nodes(address: str) -> list[dict]:
 
 
 def test_a_node_without_the_source_says_so(source, tmp_path, executor, apart) -> None:
-    apart(source)
+    apart(f"mount -t tmpfs none {source}")
     with pytest.raises(SourceError, match=r"^node 'apart': .*source") as caught:
         mfptq.convert(source, tmp_path / "out", executor=executor)
     assert "\n" not in str(caught.value)
@@ -182,9 +182,34 @@ def test_a_node_without_the_source_says_so(source, tmp_path, executor, apart) ->
 
 def test_a_node_with_an_output_folder_of_its_own_says_so(source, tmp_path, executor, apart) -> None:
     (tmp_path / "out").mkdir()
-    apart(tmp_path / "out")
+    apart(f"mount -t tmpfs none {tmp_path / 'out'}")
     with pytest.raises(DestinationError, match=r"^node 'apart': output .* must be shared"):
         mfptq.convert(source, tmp_path / "out", executor=executor)
+
+
+def test_a_node_that_can_write_no_more(source, tmp_path, executor, apart, expected, monkeypatch, caplog) -> None:
+    """Its disk becomes read-only with a task under way; the node is in order otherwise, but not asked for that again."""
+    out = tmp_path / "out"
+    out.mkdir()
+    node = apart(f"mount --bind {out} {out}")
+    real, submitted = connection.Cluster.submit, []
+
+    def submit(self, function, *arguments, avoid=()):
+        submitted.append(set(avoid))
+        if len(submitted) > 1:
+            return real(self, function, *arguments, avoid=avoid)
+        there = ["nsenter", "-m", "-t", str(node.pid), "mount", "-o", "remount,bind,ro", str(out)]
+        subprocess.run(there, check=True)
+        [bad] = [each for each in self.nodes() if each.name == "apart"]
+        return self.submit_on(bad, function, *arguments)
+
+    monkeypatch.setattr(connection.Cluster, "submit", submit)
+    with caplog.at_level(logging.WARNING, "mfptq"):
+        mfptq.convert(source, out, executor=executor)
+    assert "node 'apart': " in caplog.text
+    assert "Read-only file system" in caplog.text
+    assert submitted.count(set()) < len(submitted)
+    assert digests(out) == expected
 
 
 def test_no_cluster_is_said(source, tmp_path, monkeypatch) -> None:

@@ -109,6 +109,7 @@ def test_errors_of_a_machine_are_tried_elsewhere(kind: str, source, tmp_path, cl
     cluster.break_ = only_once
     mfptq.convert(source, tmp_path / "out", executor=ONE_EACH)
     assert len(cluster.submitted) == 4
+    assert cluster.avoided == [set(), set(), set(), {"red"}], "the node that failed is not asked again"
     assert digests(tmp_path / "out") == expected
 
 
@@ -192,6 +193,12 @@ def test_ray_that_is_not_installed_is_said(source, tmp_path, monkeypatch) -> Non
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'mfptq\[ray\]'"), connection.connected(None, {}, None):
         pass
+
+
+def test_a_part_is_not_made_by_a_cluster(source: Path, tmp_path: Path) -> None:
+    refused = command("convert", source, tmp_path / "out", "--executor", "ray", "--shards", "1/2")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "leave out --shards to use a cluster" in refused.stderr
 
 
 def test_options_of_a_cluster_need_it(source: Path, tmp_path: Path) -> None:
