@@ -101,9 +101,9 @@ def test_a_node_that_dies_in_the_middle(source, tmp_path, cluster, executor, exp
 
     def submit(self, function, *arguments, avoid=()):
         """Send the first task to the node that is about to die."""
-        [there] = [node for node in self.nodes() if node.name == "doomed"] or [self.nodes()[0]]
-        submitted.append(there)
-        ref = real(self, there if len(submitted) == 1 else self.nodes()[0], function, *arguments)
+        [first, *_] = sorted(self.nodes(), key=lambda node: (node.name == "doomed") == bool(submitted))
+        submitted.append(first)
+        ref = real(self, first, function, *arguments)
         if len(submitted) == 1:
             cluster.remove_node(doomed, allow_graceful=False)
         return ref
