@@ -27,7 +27,9 @@ _WEIGHTS = (
 )  # fmt: skip
 _OTHER_FORMAT = "consolidated"  # Mistral's own, beside the Hugging Face files
 _OTHER_FOLDERS = ("original",)  # Meta's own
-_REPLACED = (CONFIG, INDEX, "README.md", "SHA256SUMS", "mfptq_report.json", "mfptq_smoothing.json")
+_REPLACED = (
+    CONFIG, INDEX, "README.md", "SHA256SUMS", "mfptq_report.json", "mfptq_smoothing.json", "mfptq_evaluation.json",
+)  # fmt: skip
 REPLACED_FOLDED = {name.casefold() for name in _REPLACED}  # some systems take README.md and readme.md for one file
 # What other tools wrote of how this checkpoint was quantized, and what Mistral's own format adds: a second truth beside ours.
 _OF_OTHER_TOOLS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml", "params.json")

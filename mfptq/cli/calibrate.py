@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--dataset", required=True, type=click.Path(path_type=Path), help="JSONL, parquet or text file.")
+@click.option(
+    "--dataset",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="JSONL, parquet or text file, or OWNER/NAME:SPLIT on the Hub.",
+)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="File, *.calibration.safetensors.")
 @click.option("--samples", default=256, show_default=True, help="How many samples to run.")
 @click.option("--max-seq-length", default=4096, show_default=True, help="Tokens of a sample that are read.")

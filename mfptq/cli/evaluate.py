@@ -28,23 +28,23 @@ FEW_WINDOWS = 16
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--source", required=True, help="What it was made from: folder or Hub repo.")
-@click.option(
-    "--dataset", type=click.Path(path_type=Path), help="JSONL, parquet or text file; by default a short text."
-)
+@click.option("--dataset", type=click.Path(path_type=Path), help="As calibrate takes it; by default a short text.")
 @click.option("--samples", default=64, show_default=True, help="How many windows of text to run.")
 @click.option("--max-seq-length", default=512, show_default=True, help="Tokens of a window.")
 @forward_options
 @source_options
+@click.option("--no-record", is_flag=True, help="Leave OUTPUT as it is: no file with the figures, none in its card.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def evaluate(output: Path, source: str, **options: Any) -> None:
-    """Compare the predictions of the converted checkpoint OUTPUT with its source's, on text.
+    """Compare the predictions of the converted checkpoint OUTPUT with its source's, on text; rerun to resume.
 
     Example: mfptq evaluate Qwen3.5-27B-NVFP4 --source Qwen/Qwen3.5-27B
     """
     from ..observation.evaluate import evaluate as run_evaluation
 
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
+    options["record"] = not options.pop("no_record")
     with _progress(quiet=quiet) as show, deferred_signals() as check:
         found = run_evaluation(output, source, on_event=lambda event: (check(), show(event)), **options)
     click.echo(json.dumps(asdict(found)) if as_json else evaluation_text(found))
@@ -70,6 +70,8 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[EvaluationProgress], None]]:
 
 def evaluation_text(found: Evaluation) -> str:
     """Return an evaluation as a few lines, each figure with its standard error."""
+    from ..output.evaluations import figure
+
     windows = counted(found.samples, "window", "windows")
     rows = [
         ("perplexity, source", found.source_perplexity, 1.0, ""),
@@ -80,14 +82,14 @@ def evaluation_text(found: Evaluation) -> str:
     ]
     few = f"; the standard errors of fewer than {FEW_WINDOWS} windows are rough" if found.samples < FEW_WINDOWS else ""
     hidden = [
-        f"  {_figure(error, 100.0):>20} %  {printable(name)}"
+        f"  {figure(asdict(error), 100.0):>20} %  {printable(name)}"
         for name, error in _shown(list(found.hidden_errors.items()))
     ]
     left_out = counted(len(found.left_out), "quantized module is", "quantized modules are")
     return "\n".join([
         f"{printable(found.output)} against {printable(found.source)}",
         f"  {found.scheme}, computed in {found.dtype}; {printable(found.dataset)} text: {windows}, {found.tokens} predictions{few}",
-        *(f"  {name:19} {_figure(estimate, factor)}{unit}" for name, estimate, factor, unit in rows),
+        *(f"  {name:19} {figure(asdict(estimate), factor)}{unit}" for name, estimate, factor, unit in rows),
         "error of the hidden state behind each block",
         *hidden,
         *([f"warning: {left_out} not part of reading text: {listed(found.left_out)}"] if found.left_out else []),
@@ -99,8 +101,3 @@ def _shown(errors: list[tuple[str, Estimate]]) -> list[tuple[str, Estimate]]:
     last = len(errors) - 1
     places = range(len(errors)) if last < 12 else sorted({round(last * part / 11) for part in range(12)})
     return [errors[place] for place in places]
-
-
-def _figure(estimate: Estimate, factor: float) -> str:
-    value = f"{estimate.value * factor:.4g}"
-    return value if estimate.standard_error is None else f"{value} +- {estimate.standard_error * factor:.2g}"

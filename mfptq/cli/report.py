@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -83,12 +83,25 @@ def report_text(found: ReportData) -> str:
     lines += _kind_lines(found)
     if found.calibrated:
         lines.append("calibrated: methods lower the errors of outputs, and let those of weights grow")
+    lines += [evaluated_line(each) for each in found.evaluations]
     names = sorted(found.flagged, key=lambda name: -rows[name].relative_error)
     lines += [f"  {rows[name].relative_error:7.2%}  {printable(name)}: {found.flagged[name]}" for name in names[:SHOWN]]
     if len(names) > SHOWN:
         lines.append(f"  ... and {len(names) - SHOWN} more")
     return "\n".join(
         [*lines, counted(len(names), "layer stands out", "layers stand out") if names else "no layer stands out"]
+    )
+
+
+def evaluated_line(found: Mapping[str, Any]) -> str:
+    """Return an evaluation that the output's folder holds, in one line."""
+    from ..output.evaluations import figure
+
+    windows = counted(found["samples"], "window", "windows")
+    return (
+        f"evaluated on {printable(found['dataset'])}, {windows}: perplexity {figure(found['perplexity'])} instead of "
+        f"{figure(found['source_perplexity'])}, KL divergence {figure(found['kl_divergence'])}, top-1 agreement "
+        f"{figure(found['top1_agreement'], 100.0)} %"
     )
 
 

@@ -16,6 +16,7 @@ from ..planning.building import build_plan
 from ..planning.settings import Decisions, check_decisions
 from ..storage.files import expanded
 from .calibration_pass import CalibrationOptions, OnProgress, Share, run_pass
+from .hub_datasets import dataset_files
 from .texts import Encoder, read_samples
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
 ) -> Description:
     """Run a model over text and write the statistics of its linear layers' inputs; returns what was done.
 
-    `source` is a checkpoint as `convert` takes it, `dataset` a file of JSON lines, parquet or plain text. An `output`
+    `source` is a checkpoint as `convert` takes it, `dataset` a file of JSON lines, parquet or plain text,
+    or a dataset on the Hub as `OWNER/NAME[@REVISION][:SPLIT]`. An `output`
     that an interrupted run left is gone on with. `batch_size` None means what memory allows, `max_memory` None what the
     machine has. `dtype` is that of the computation, `auto` the checkpoint's; many CPUs are several times faster in
     float32. `all_experts` shows every token to every expert. `sensitivities` also measures how much the model's last hidden
@@ -76,7 +78,8 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
         with models.quiet_transformers():
             plan = build_plan(checkpoint, check_decisions(decisions))
             encoder = encoder if encoder is not None else models.load_encoder(checkpoint.origin.local)
-            text = read_samples(expanded(dataset), encoder, samples=samples, max_seq_length=max_seq_length)
+            files = dataset_files(dataset, token=token, cache_dir=cache_dir)
+            text = read_samples(files, encoder, samples=samples, max_seq_length=max_seq_length)
             if executor is None:
                 return run_pass(plan, Share.whole(text), output, options, overwrite=overwrite, on_event=on_event)
             from .calibration_parts import CalibrationOrder, calibrate_in_parts

@@ -1,7 +1,8 @@
 """Measure what quantization does to a model's predictions: source and output side by side on the same text.
 
 `evaluate` is public. Both models walk through the text block by block, in step: a block's weights are read once for all the
-text, first the source's, then the output's in their place. Nothing is written but what streaming needs, beside the output.
+text, first the source's, then the output's in their place. What is written lies in the output's folder: notes while it goes on, then
+the figures (`output.evaluations`); and what streaming needs, beside the output.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._version import __version__
 from ..checkpoint.companions import FileChoice
 from ..checkpoint.folder import Origin, read_checkpoint
 from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..errors import SourceError, UsageError, quote
+from ..output.evaluations import check_writable, record_evaluation
 from ..sizes import parse_size
 from ..storage.files import expanded
+from .hub_datasets import dataset_files
 from .texts import Encoder, Samples, TokenIds, read_samples
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from .models import Skeleton
     from .quantized import QuantizedCheckpoint
     from .side_by_side import SideBySide
+    from .unfinished import Progress, Unfinished
 
 BUILT_IN = Path(__file__).with_name("evaluation.txt")
 DTYPES = ("auto", "bfloat16", "float32")
@@ -92,14 +97,6 @@ class EvaluationOptions:
         return None if self.max_memory is None else parse_size(self.max_memory)
 
 
-@dataclass(slots=True)
-class _Sums:
-    """What is known of each window so far."""
-
-    windows: list[WindowSums] = field(default_factory=list)
-    hidden: dict[str, list[float]] = field(default_factory=dict)
-
-
 def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
     output: str | Path,
     source: str | Path,
@@ -110,6 +107,7 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
     device: str = "cpu",
     dtype: str = "auto",
     max_memory: str | int | None = None,
+    record: bool = True,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -119,23 +117,27 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
     """Run text through a converted checkpoint and its source, and return how their predictions differ.
 
     `output` is a folder that `convert` wrote, `source` what it was made from: a folder or a Hub repo id, for which
-    `revision`, `token` and `cache_dir` are. `dataset` is a file as `calibrate` takes it; without one a short built-in text is
+    `revision`, `token` and `cache_dir` are. `dataset` is text as `calibrate` takes it; without it a short built-in text is
     used. Weights of the output are decoded by the reference; where it has input scales, inputs are rounded to NVFP4 as
     engines do. `dtype` is that of the computation, `auto` the source's. `encoder` is a tokenizer or processor of
-    transformers, the source's own by default. Tensors that were kept are read from the source alone: `verify` compares them.
+    transformers, the source's own by default. Tensors that were kept are read from the source alone: `verify` compares them. With
+    `record` the figures go into the output's folder and its model card, and an interrupted evaluation goes on where it stopped.
 
     Raises MfptqError and its subclasses; UsageError if transformers and accelerate are not installed.
     """
     from . import models
     from .quantized import read_quantized
+    from .unfinished import Unfinished
 
     options = EvaluationOptions(samples, max_seq_length, device, dtype, max_memory)
-    path = BUILT_IN if dataset is None else expanded(dataset)
+    files = dataset_files(BUILT_IN if dataset is None else dataset, token=token, cache_dir=cache_dir)
     models.require_extra("evaluate")
     models.check_device(device)
     with ExitStack() as opened:
         made = read_checkpoint(Origin(expanded(output)))
         opened.callback(made.source.close)
+        if record:
+            check_writable(made.origin.local)
         choice = FileChoice(output=frozenset(shard.name for shard in made.shards))
         checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir, keep_source=True), choice)
         opened.callback(checkpoint.source.close)
@@ -145,15 +147,30 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
         opened.enter_context(models.quiet_transformers())
         skeleton = models.build_skeleton(checkpoint, dtype)
         encoder = encoder if encoder is not None else models.load_encoder(skeleton.folder)
-        text = read_samples(path, encoder, samples=samples, max_seq_length=max_seq_length)
+        text = read_samples(files, encoder, samples=samples, max_seq_length=max_seq_length)
         windows = tuple(ids for ids in text.ids if len(ids) > 1)
         if not windows:
-            raise UsageError(f"dataset {quote(path)} holds no sample of two tokens: nothing can be predicted")
+            raise UsageError(f"dataset {quote(dataset)} holds no sample of two tokens: nothing can be predicted")
         models.check_vocabulary(skeleton.model, text.highest)
         pair = opened.enter_context(_opened(skeleton, (checkpoint, quantized), options, windows))
-        sums = _Sums()
-        _run(pair, windows, sums, on_event)
-    return _summed(pair, sums, text, ("built-in" if dataset is None else str(path), checkpoint))
+        notes = Unfinished(made.origin.local if record else None, _key(pair, checkpoint, text))
+        progress = notes.restore(device)
+        _run(pair, windows, progress, (notes, on_event))
+    found = _summed(pair, progress, text, ("built-in" if dataset is None else str(dataset), checkpoint))
+    if record:
+        record_evaluation(made.origin.local, asdict(found))
+    notes.finished()
+    return found
+
+
+def _key(pair: SideBySide, source: Checkpoint, text: Samples) -> tuple[object, ...]:
+    """Return what tells an evaluation from others: all that its figures depend on."""
+    files = [
+        (shard.name, shard.size, shard.digest, (checkpoint.origin.local / shard.name).stat().st_mtime_ns)
+        for checkpoint in (source, pair.output.checkpoint)
+        for shard in checkpoint.shards
+    ]
+    return (__version__, files, pair.dtype, pair.runner.device, text.digest)
 
 
 @contextmanager
@@ -187,14 +204,16 @@ def _opened(
 def _run(
     pair: SideBySide,
     windows: tuple[TokenIds, ...],
-    sums: _Sums,
-    on_event: Callable[[EvaluationProgress], object] | None,
+    progress: Progress,
+    about: tuple[Unfinished, Callable[[EvaluationProgress], object] | None],
 ) -> None:
-    """Walk both models through all windows."""
+    """Walk both models through all windows, from where `progress` stands on."""
     from .comparison import compare_logits, hidden_error
 
-    total = 2 * len(windows) * (len(pair.runner.blocks) + 1)
-    steps = 0
+    (notes, on_event), blocks = about, pair.runner.blocks
+    pair.given = progress.given
+    done, judged = len(progress.hidden), len(progress.windows)
+    steps, total = 2 * (len(windows) * done + judged), 2 * len(windows) * (len(blocks) + 1)
 
     def tick() -> None:
         nonlocal steps
@@ -202,20 +221,23 @@ def _run(
         if on_event is not None:
             on_event(EvaluationProgress(steps, total))
 
-    for name in pair.runner.blocks:
-        sums.hidden[name] = [hidden_error(*both) for both in pair.run_block(name, windows, tick)]
-    for ids, (exact, found) in zip(windows, pair.run_head(windows, tick), strict=True):
-        sums.windows.append(compare_logits(exact, found, ids))
+    for name in blocks[done:]:
+        progress.hidden[name] = [hidden_error(*both) for both in pair.run_block(name, windows, tick)]
+        progress.given = pair.given
+        notes.block_done(progress, last=name == blocks[-1])
+    for ids, (exact, found) in zip(windows[judged:], pair.run_head(windows, tick, first=judged), strict=True):
+        progress.windows.append(compare_logits(exact, found, ids))
+        notes.window_done(progress.windows[-1])
 
 
-def _summed(pair: SideBySide, sums: _Sums, text: Samples, about: tuple[str, Checkpoint]) -> Evaluation:
+def _summed(pair: SideBySide, progress: Progress, text: Samples, about: tuple[str, Checkpoint]) -> Evaluation:
     from .comparison import exponential, ratio
 
-    counts = [window.positions for window in sums.windows]
+    counts = [window.positions for window in progress.windows]
     lengths = [len(ids) for ids in text.ids if len(ids) > 1]
 
     def mean(take: Callable[[WindowSums], float]) -> Estimate:
-        return ratio([take(window) for window in sums.windows], counts)
+        return ratio([take(window) for window in progress.windows], counts)
 
     return Evaluation(
         source=str(about[1].origin),
@@ -231,6 +253,6 @@ def _summed(pair: SideBySide, sums: _Sums, text: Samples, about: tuple[str, Chec
         loss_difference=mean(lambda window: window.loss - window.source_loss),
         kl_divergence=mean(lambda window: window.divergence),
         top1_agreement=mean(lambda window: window.agreed),
-        hidden_errors={name: ratio(errors, lengths) for name, errors in sums.hidden.items()},
+        hidden_errors={name: ratio(errors, lengths) for name, errors in progress.hidden.items()},
         left_out=tuple(pair.substitution.left_out),
     )

@@ -35,13 +35,13 @@ DECODING_BYTES = 32  # for each weight that is decoded at once
 
 @dataclass(slots=True)
 class SideBySide:
-    """Both models at one block: what the last one gave for each window is kept, the source's and the output's."""
+    """Both models at one block; `given` is what the last one gave for each window, the source's and the output's."""
 
     runner: Runner
     output: QuantizedCheckpoint
     substitution: Substitution = field(init=False)
     head: str = field(init=False)
-    _given: list[tuple[Any, Any]] = field(default_factory=list)
+    given: list[tuple[Any, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         runner = self.runner
@@ -61,20 +61,20 @@ class SideBySide:
         """Run one block for all windows; yield the hidden states behind it, the source's and the output's."""
         runner = self.runner
         runner.stage = runner.blocks.index(name)
-        before = self._given or [(None, None)] * len(windows)
+        before = self.given or [(None, None)] * len(windows)
         with self._weights(name):
             source = [self._step(ids, given, tick) for ids, (given, _) in zip(windows, before, strict=True)]
             with self.substitution.lent(runner.model, name):
                 output = [self._step(ids, given, tick) for ids, (_, given) in zip(windows, before, strict=True)]
-        self._given = list(zip(source, output, strict=True))
-        for exact, found in self._given:
+        self.given = list(zip(source, output, strict=True))
+        for exact, found in self.given:
             yield next(floats(exact)), next(floats(found))
 
-    def run_head(self, windows: Sequence[TokenIds], tick: Tick) -> Iterator[Both]:
-        """Run what follows the last block; yield the logits `[L, V]` of each window, the source's and the output's."""
+    def run_head(self, windows: Sequence[TokenIds], tick: Tick, *, first: int = 0) -> Iterator[Both]:
+        """Run what follows the last block; yield the logits `[L, V]` of each window from `first` on, the source's and the output's."""
         self.runner.stage = len(self.runner.blocks)
         with self._weights(self.head):
-            for ids, (exact, found) in zip(windows, self._given, strict=True):
+            for ids, (exact, found) in zip(windows[first:], self.given[first:], strict=True):
                 source = self._logits(ids, exact, tick)
                 with self.substitution.lent(self.runner.model, self.head):
                     output = self._logits(ids, found, tick)

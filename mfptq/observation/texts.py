@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.strict_json import StrictJsonError, parse_json
-from ..errors import SourceError, UsageError, quote
+from ..errors import SourceError, UsageError, listed, quote
 
 TokenIds: TypeAlias = npt.NDArray[np.int64]
 Encoder: TypeAlias = Any  # a tokenizer or a processor of transformers
@@ -42,22 +42,31 @@ class Samples:
         return max(int(ids.max()) for ids in self.ids)
 
 
-def read_samples(path: Path, encoder: Encoder, *, samples: int, max_seq_length: int) -> Samples:
-    """Return the first `samples` samples of a dataset, none empty, each cut to `max_seq_length` tokens.
+def read_samples(dataset: Path | Iterable[Path], encoder: Encoder, *, samples: int, max_seq_length: int) -> Samples:
+    """Return the first `samples` samples of a dataset, of one or several files, none empty, each cut to `max_seq_length` tokens.
 
     Fewer if the dataset ends before; raises UsageError if it cannot be read or holds none.
     """
-    try:
-        found = tuple(islice(_sequences(path, encoder, max_seq_length), samples))
-    except OSError as error:
-        raise UsageError(f"dataset {quote(path)}: cannot read it: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"dataset {quote(path)}: not UTF-8 near byte {error.start}") from None
+    paths = [dataset] if isinstance(dataset, Path) else dataset
+    read: list[Path] = []
+    found = tuple(islice(_of_files(paths, read, encoder, max_seq_length), samples))
     if not found:
         if not flat_ids(encoder(text="a")["input_ids"]):  # transformers makes an empty one where its files are missing
             raise SourceError("the model has no tokenizer: copy its files to the model, or give rows of token ids")
-        raise UsageError(f"dataset {quote(path)} holds no text")
+        raise UsageError(f"dataset {listed([str(path) for path in read])} holds no text")
     return Samples(found, _digest(found))
+
+
+def _of_files(paths: Iterable[Path], read: list[Path], encoder: Encoder, length: int) -> Iterator[TokenIds]:
+    """Yield the sequences of files one after the other; `read` takes the names of those that were opened."""
+    for path in paths:
+        read.append(path)
+        try:
+            yield from _sequences(path, encoder, length)
+        except OSError as error:
+            raise UsageError(f"dataset {quote(path)}: cannot read it: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"dataset {quote(path)}: not UTF-8 near byte {error.start}") from None
 
 
 def _digest(samples: Iterable[TokenIds]) -> str:

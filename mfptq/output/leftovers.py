@@ -33,6 +33,7 @@ MANIFEST = "SHA256SUMS"
 REPORT = "mfptq_report.json"
 CARD = "README.md"
 RECIPE = "mfptq_recipe.toml"
+EVALUATION = "mfptq_evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class OutputClaim:
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
-        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, RECIPE, RECORD, MANIFEST)
+        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, EVALUATION, RECIPE, RECORD, MANIFEST)
 
 
 def take_over(

@@ -18,7 +18,8 @@ from ..checkpoint.hub_errors import hub_errors
 from ..errors import DestinationError, HubError, VerificationError, quote
 from ..limits import MAX_COMPANION_BYTES
 from ..storage.files import beneath, read_small
-from .leftovers import MANIFEST, REPORT
+from .evaluations import read_evaluations
+from .leftovers import CARD, EVALUATION, MANIFEST, REPORT
 from .manifest import manifest_entries, manifest_faults
 
 _OF_EVERY_REPO = {".gitattributes", "README.md"}
@@ -67,7 +68,7 @@ def push(output: str | Path, target: PushTarget, poll: Callable[[], object] | No
     if faults:
         raise VerificationError(f"{quote(root)} is damaged and was not pushed: {faults[0]}")
     publisher = Publisher(root, target)
-    names = [*(manifest_entries(root) or {}), MANIFEST]
+    names = [*(manifest_entries(root) or {}), MANIFEST, *([EVALUATION] if read_evaluations(root) else [])]
     files = [_on_disk(root, name) for name in sorted(names)]
     publisher.open()
     publisher.refuse_foreign(files)
@@ -184,5 +185,7 @@ class Publisher:
 def _on_disk(root: Path, name: str) -> StoredFile:
     entries: Mapping[str, str] = manifest_entries(root) or {}
     path = beneath(root, name)
-    sha256 = entries.get(name) or hashlib.sha256(read_small(path, MAX_COMPANION_BYTES)).hexdigest()
+    sha256 = (entries.get(name) if name != CARD else None) or hashlib.sha256(
+        read_small(path, MAX_COMPANION_BYTES)
+    ).hexdigest()
     return StoredFile(name, sha256, path.stat().st_size)

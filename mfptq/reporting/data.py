@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from ..checkpoint.source import FolderSource
 from ..checkpoint.weights import name_pattern
 from ..errors import SourceError, counted, quote
 from ..limits import MAX_INDEX_BYTES
+from ..output.evaluations import read_evaluations
 from ..output.leftovers import REPORT
 from ..storage.files import expanded
 
@@ -90,12 +91,16 @@ class KindRow:
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """A report: `summary` holds the values of the whole output, `flagged` the names of layers to look at, with reasons."""
+    """A report: `summary` holds the values of the whole output, `flagged` the names of layers to look at, with reasons.
+
+    `evaluations` are those that the output's folder holds, as JSON values.
+    """
 
     summary: Mapping[str, Any]
     layers: tuple[LayerRow, ...]
     tensors: tuple[TensorRow, ...]
     flagged: Mapping[str, str]
+    evaluations: Sequence[Mapping[str, Any]] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -136,7 +141,8 @@ def read_report(output: str | Path) -> ReportData:
     try:
         rows = tuple(LayerRow(*row) for row in layers)
         kinds = tuple(TensorRow(*row) for row in tensors)
-        return ReportData(content, rows, kinds, _flagged(rows, calibrated=bool(content.get("calibration"))))
+        flagged = _flagged(rows, calibrated=bool(content.get("calibration")))
+        return ReportData(content, rows, kinds, flagged, read_evaluations(folder))
     except (TypeError, ValueError, AttributeError):
         raise SourceError(
             f"{quote(REPORT)} of {quote(output)} is damaged: its rows are not those of a report"

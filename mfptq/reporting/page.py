@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
+from ..output.evaluations import figure
 from ..sizes import size_text
 from .data import ReportData, TensorRow, by_kind
 from .figures import heat_map, histograms
@@ -58,7 +59,7 @@ def page(report: ReportData, title: str, coverage: Overview | None = None) -> st
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
         "<link rel=icon href='data:,'>"
         f"<title>{escape(title)}: mfptq report</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(title)}</h1>{_summary(report)}{_note(report)}{_flags(report)}{drawn}"
+        f"<h1>{escape(title)}</h1>{_summary(report)}{_note(report)}{_evaluations(report)}{_flags(report)}{drawn}"
         f"<h2>Kinds of modules</h2>{_kinds(report)}{_coverage(coverage)}"
         f"<h2>What was kept and why</h2>{_kept(report.tensors)}"
         f"<h2>All layers</h2>{_layers(report)}<script>{_SCRIPT}</script></body></html>\n"
@@ -95,6 +96,18 @@ def _note(report: ReportData) -> str:
         "<p class=note>Calibrated: the methods lower the error of each layer's outputs and let that of its weights grow. "
         "The errors below are those of the weights.</p>"
     )
+
+
+def _evaluations(report: ReportData) -> str:
+    """Return what `evaluate` has found so far of the output's predictions."""
+    cells = "".join(
+        f"<tr><td>{escape(each['dataset'])}</td><td>{each['samples']}</td><td>{figure(each['source_perplexity'])}</td>"
+        f"<td>{figure(each['perplexity'])}</td><td>{figure(each['kl_divergence'])}</td>"
+        f"<td>{figure(each['top1_agreement'], 100.0)} %</td></tr>"
+        for each in report.evaluations
+    )
+    names = ("text", "windows", "perplexity of the source", "perplexity", "KL divergence", "top-1 agreement")
+    return f"<h2>Predictions beside the source's</h2>{_table(names, cells)}" if cells else ""
 
 
 def _flags(report: ReportData) -> str:

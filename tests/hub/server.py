@@ -93,6 +93,7 @@ class Repo:
 
     commits: list[tuple[str, dict[str, Content]]] = field(default_factory=list)
     private: bool = False
+    card: dict[str, object] = field(default_factory=dict)
     gated: bool = False
     messages: list[str] = field(default_factory=list)
     pulls: dict[str, tuple[str, dict[str, Content]]] = field(default_factory=dict)
@@ -212,9 +213,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             self._create()
             return
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path):
+        if match := re.fullmatch(r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)(/.*)?", path):
             self._api(match[1], match[2] or "")
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(match[1], match[2], match[3])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self._batch()
@@ -268,7 +269,8 @@ class Handler(BaseHTTPRequestHandler):
             self._missing("RevisionNotFound")
             return
         siblings = [{"rfilename": name} for name in found[1]]
-        self.reply(200, json.dumps({"id": repo_id, "modelId": repo_id, "sha": found[0], "siblings": siblings}).encode())
+        about = {"id": repo_id, "modelId": repo_id, "sha": found[0], "siblings": siblings, "cardData": repo.card}
+        self.reply(200, json.dumps(about).encode())
 
     def _resolve(self, repo_id: str, revision: str, name: str) -> None:
         repo = self._allowed(repo_id)

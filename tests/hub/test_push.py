@@ -6,6 +6,7 @@ import pytest
 
 import mfptq
 from mfptq.errors import DestinationError, HubError, VerificationError
+from mfptq.output.evaluations import FIGURES, record_evaluation
 from mfptq.output.publish import Publisher, PushTarget, StoredFile, push
 from tests.conftest import digests
 from tests.hub.conftest import TOKEN
@@ -40,6 +41,17 @@ def test_a_finished_output_becomes_one_commit(client: LoopbackHub, output: Path)
     client.reset_counts()
     assert push(output, TARGET).commit == done.commit  # nothing to send, nothing to commit
     assert not uploads(client)
+
+
+def test_evaluations_and_an_edited_card_are_published(client: LoopbackHub, output: Path) -> None:
+    estimate = {"value": 0.125, "standard_error": None}
+    figures = dict.fromkeys(FIGURES, estimate)
+    about = {"source": "s", "output": "o", "dataset": "text.jsonl", "digest": "0", "dtype": "bfloat16", "samples": 3}
+    record_evaluation(output, about | figures)
+    push(output, TARGET)
+    assert published(client) == digests(output)
+    assert "mfptq_evaluation.json" in published(client)
+    assert b"| text.jsonl | 3 | 0.125 |" in client.repos["me/made"].commits[-1][1]["README.md"].data
 
 
 def test_what_was_published_can_be_read_again(client: LoopbackHub, output: Path, source: Path) -> None:
