@@ -57,7 +57,8 @@ def dataset_files(
     with hub_errors("read dataset", named.repo, named.revision):
         info = HfApi(token=token).dataset_info(named.repo, revision=named.revision)
     names = sorted(relative_name(each.rfilename) for each in info.siblings or ())
-    for name in split_files(named, names, info.card_data or {}):
+    card: Any = info.card_data or {}  # which behaves as a mapping, and says so nowhere
+    for name in split_files(named, names, card):
         with hub_errors("fetch dataset", named.repo, named.revision):
             place = hf_hub_download(
                 named.repo, name, repo_type="dataset", revision=info.sha, token=token, cache_dir=cache_dir
