@@ -42,6 +42,7 @@ def build_model(folder: Path) -> Path:
     packed = package.assemble(folder.with_suffix(".gguf"), overwrite=True)
     model = AutoModelForCausalLM.from_pretrained(str(packed.parent), gguf_file=packed.name, dtype=torch.float32)
     del model.config.quantization_config
+    model.hf_quantizer = None  # weights are decoded: nothing is quantized any more
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(packed.parent), gguf_file=packed.name).save_pretrained(folder)
     return folder
