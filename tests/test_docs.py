@@ -71,6 +71,21 @@ def workspace(prepared, tmp_path, monkeypatch) -> Path:
     return tmp_path / "work"
 
 
+@pytest.fixture(scope="module")
+def calibrations(prepared, tmp_path_factory) -> Path:
+    """A folder with calibration files of the model, as examples name them, and one that every method can use."""
+    folder = tmp_path_factory.mktemp("calibrations")
+    for name, level in (("qwen", "hessian"), ("a", "hessian"), ("b", "hessian"), ("full", "factors")):
+        write_calibration(prepared / QWEN, folder / f"{name}.calibration.safetensors", described(level, dataset=name))
+    return folder
+
+
+@pytest.fixture
+def calibrated(workspace, calibrations) -> Path:
+    """The current folder, with calibration files in it."""
+    return Path(shutil.copytree(calibrations, workspace, dirs_exist_ok=True))
+
+
 def run(words: list[str]) -> None:
     """Run `mfptq` in this process."""
     assert main.main(words[1:], prog_name="mfptq", standalone_mode=False) in (None, 0)
@@ -121,10 +136,8 @@ README_COMMANDS = [words for block in blocks(ROOT / "README.md", "bash") for wor
 @pytest.mark.parametrize(
     "block", [block for block in blocks(PAGE, "bash") if next(shell_lines(block)) not in README_COMMANDS]
 )
-def test_the_examples_of_the_help_work(block: str, workspace: Path, capsys) -> None:
+def test_the_examples_of_the_help_work(block: str, calibrated: Path, capsys) -> None:
     [words] = shell_lines(block)
-    for name in ("qwen", "a", "b"):
-        write_calibration(workspace / QWEN, workspace / f"{name}.calibration.safetensors", described(dataset=name))
     if words[1] == "compare":
         for name, method in zip(words[2:], ("minmax", "search"), strict=True):
             run(["mfptq", "convert", QWEN, name, "--method", method])
@@ -175,20 +188,20 @@ def test_choices_of_a_type_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(("name", "option", "value"), CHOICES)
-def test_every_named_choice_is_accepted(name: str, option: str, value: str, workspace: Path, capsys) -> None:
+def test_every_named_choice_is_accepted(name: str, option: str, value: str, calibrated: Path, capsys) -> None:
     [found] = [each for each in options(dict(commands())[name]) if option in each.opts]
     assert value in (found.help or "") or value in getattr(found.type, "choices", ())
-    about = described("factors")
-    write_calibration(workspace / QWEN, workspace / "qwen.calibration.safetensors", about)
-    modules = [member for _, members in layers_of(workspace / QWEN).values() for member in members]
-    (workspace / "numbers.json").write_text(json.dumps(dict.fromkeys(modules, 3.2 if value != "input_scale" else 0.01)))
+    modules = [member for _, members in layers_of(calibrated / QWEN).values() for member in members]
+    (calibrated / "numbers.json").write_text(
+        json.dumps(dict.fromkeys(modules, 3.2 if value != "input_scale" else 0.01))
+    )
     words = [*name.split(), QWEN, option, value]
     if name == "mfptq convert":
         words.insert(3, "converted")
     if option == "--input-scales-kind":
         words += ["--input-scales", "numbers.json"]
     elif option in ("--method", "--scheme") and value != "NVFP4A16":
-        words += ["--calibration", "qwen.calibration.safetensors"]
+        words += ["--calibration", "full.calibration.safetensors"]
     run(words)
 
 

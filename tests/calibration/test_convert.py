@@ -266,15 +266,15 @@ from tests.calibration.files import described, InputInfo, write_file, InputStati
 rows, columns = 16, 2**16
 folder = pathlib.Path(sys.argv[1]) / "wide"
 folder.mkdir()
-head, header = encode_header([TensorSpec(f"layers.{n}.down_proj.weight", "BF16", (rows, columns)) for n in range(3)])
+head, header = encode_header([TensorSpec(f"layers.{n}.down_proj.weight", "BF16", (rows, columns)) for n in range(2)])
 values = np.random.default_rng(0).integers(15000, 16000, (rows, columns), np.uint16)
-(folder / "model.safetensors").write_bytes(head + values.tobytes() * 3)
+(folder / "model.safetensors").write_bytes(head + values.tobytes() * 2)
 (folder / "config.json").write_text("{}")
 block = np.eye(16, dtype=np.float32) + 0.5
 found = [4.0, 500, np.full(columns, 1.5, np.float32), np.broadcast_to(block, (columns // 16, 16, 16))]
 if sys.argv[2] == "factors":
     found.append(np.random.default_rng(0).standard_normal((64, columns), np.float32) * 0.03)
-inputs = {InputInfo(f"{n}", columns, (f"layers.{n}.down_proj",)): InputStatistics(*found) for n in range(3)}
+inputs = {InputInfo(f"{n}", columns, (f"layers.{n}.down_proj",)): InputStatistics(*found) for n in range(2)}
 write_file(folder.parent / "wide.calibration.safetensors", inputs, described(sys.argv[2]))
 """
 
