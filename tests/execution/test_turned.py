@@ -43,9 +43,8 @@ def experts(hidden: int, inner: int, *, turned: bool, dtype: type = np.float32) 
     }
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(("method", "dtype"), [("search", np.float32), ("minmax", np.float16)])
 @pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (2048, 1024)], ids=["batches", "tiles"])
-@pytest.mark.parametrize("method", ["search", "minmax"])
 def test_turned_experts_have_the_bytes_of_plain_ones(
     hidden: int, inner: int, method: str, dtype: type, tmp_path: Path
 ) -> None:
