@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -65,6 +65,20 @@ def default_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+class Stopped(BaseException):
+    """What `stopping_at` raises: no error, as Ctrl-C is none."""
+
+
+def stopping_at(kind: type) -> Callable[[object], None]:
+    """Return an `on_event` that stops a run at the first event of a kind."""
+
+    def stop(event: object) -> None:
+        if isinstance(event, kind):
+            raise Stopped
+
+    return stop
 
 
 def digests(folder: Path) -> dict[str, str]:

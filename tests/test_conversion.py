@@ -10,7 +10,7 @@ import pytest
 
 import mfptq
 from tests.calibration.files import calibrate
-from tests.conftest import digests
+from tests.conftest import Stopped, digests, stopping_at
 
 
 def descriptors() -> int:
@@ -161,15 +161,8 @@ def test_events_come_in_the_calling_thread(source: Path, tmp_path: Path) -> None
 
 
 def test_finished_shards_of_an_earlier_run_are_reported_as_resumed(source: Path, tmp_path: Path) -> None:
-    class Stop(BaseException):
-        pass
-
-    def stop(event: mfptq.Event) -> None:
-        if isinstance(event, mfptq.ShardFinished):
-            raise Stop
-
-    with pytest.raises(Stop):
-        mfptq.convert(source, tmp_path / "out", on_event=stop)
+    with pytest.raises(Stopped):
+        mfptq.convert(source, tmp_path / "out", on_event=stopping_at(mfptq.ShardFinished))
     events: list[mfptq.Event] = []
     report = mfptq.convert(source, tmp_path / "out", on_event=events.append)
     resumed = [event for event in events if isinstance(event, mfptq.ShardFinished) and event.resumed]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mfptq
-from tests.conftest import command, digests
+from tests.conftest import Stopped, command, digests, stopping_at
 
 
 @pytest.fixture
@@ -280,12 +280,5 @@ def test_off_a_terminal_verify_writes_lines_unless_it_is_quiet(source: Path, out
 
 
 def test_a_callback_that_raises_stops_the_comparison(source: Path, output: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(event: object) -> None:
-        if isinstance(event, mfptq.Advanced):
-            raise Stop
-
-    with pytest.raises(Stop):
-        mfptq.verify(output, source, on_event=stop)
+    with pytest.raises(Stopped):
+        mfptq.verify(output, source, on_event=stopping_at(mfptq.Advanced))

@@ -22,7 +22,7 @@ from mfptq.kernels import QuantizeArgs
 from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, load_calibrated_kernel
 from mfptq.planner import make_plan
 
-from ..conftest import command, command_apart, digests
+from ..conftest import Stopped, command, command_apart, digests, stopping_at
 from .files import calibrate, described, layers_of, stored
 
 MERGED = "abcd" * 16
@@ -169,19 +169,12 @@ def test_experts_that_no_text_reached_are_searched_and_counted(moe_source, tmp_p
 
 @pytest.mark.parametrize("method", ["hessian+", FEEDBACK])
 def test_a_resumed_run_refuses_another_file(method, source, tmp_path):
-    class Stop(BaseException):
-        pass
-
-    def stop(event: mfptq.Event) -> None:
-        if isinstance(event, mfptq.ShardFinished):
-            raise Stop
-
     level = "factors" if method == FEEDBACK else "hessian"
     path = calibrate(source, tmp_path / "a.safetensors", described(level))
     other = calibrate(source, tmp_path / "b.safetensors", described(level, dataset=MERGED))
     assert path.read_bytes() != other.read_bytes()
-    with pytest.raises(Stop):
-        mfptq.convert(source, tmp_path / "out", calibration=path, on_event=stop)
+    with pytest.raises(Stopped):
+        mfptq.convert(source, tmp_path / "out", calibration=path, on_event=stopping_at(mfptq.ShardFinished))
     before = digests(tmp_path / "out")
     with pytest.raises(PlanMismatchError, match="unfinished conversion with other calibration"):
         mfptq.convert(source, tmp_path / "out", calibration=other)

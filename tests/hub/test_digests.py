@@ -11,6 +11,7 @@ import pytest
 import mfptq
 from mfptq.cli.text import preview_lines
 from mfptq.execution.preview import Preview
+from tests.conftest import Stopped, stopping_at
 from tests.hub.conftest import Run
 from tests.hub.server import REPO, Content, LoopbackHub
 
@@ -79,15 +80,8 @@ def test_what_comes_a_second_time_is_said() -> None:
 
 
 def test_another_commit_is_another_source(client: LoopbackHub, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(event: object) -> None:
-        if isinstance(event, mfptq.ShardFinished):
-            raise Stop
-
-    with pytest.raises(Stop):
-        mfptq.convert(REPO, tmp_path / "out", on_event=stop)
+    with pytest.raises(Stopped):
+        mfptq.convert(REPO, tmp_path / "out", on_event=stopping_at(mfptq.ShardFinished))
     repo = client.repos[REPO]
     repo.commit({**repo.commits[-1][1], "new.txt": Content.of(b"new")})
     with pytest.raises(mfptq.PlanMismatchError, match="with other commit"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,15 +32,6 @@ from tests.models import DENSE, MOE, write_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore")
 SAMPLES = 5
 STEPS = 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and lose much where other tests run beside these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=[DENSE, MOE])
@@ -413,9 +403,7 @@ def test_the_command_stops_on_ctrl_c_and_goes_on(moe: Path, tmp_path: Path) -> N
     text.write_text("".join(json.dumps({"text": f"number {number}"}) + "\n" for number in range(60)))
     command = [sys.executable, "-c", "from mfptq.cli.main import run; run()", "calibrate", moe, "--dataset", text]
     command += ["--output", output, "--samples", "60", "--batch-size", "1"]
-    run = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    run = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while not output.exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -34,14 +34,6 @@ ROWS = (1, 30, 66, 40)
 OPTIONS: dict[str, Any] = {"max_seq_length": LENGTH, "dtype": "float32"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(5)

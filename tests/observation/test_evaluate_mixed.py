@@ -20,11 +20,11 @@ from mfptq.observation.evaluate import evaluate
 from tests.calibration.files import calibrate as write_calibration
 from tests.clients.dequantize import read_tensors
 from tests.models import DENSE, MOE
-from tests.observation.test_evaluate import OPTIONS, Case, dataset, load, one_thread, windows
+from tests.observation.test_evaluate import OPTIONS, Case, dataset, load, windows
 from tests.observation.test_fp8_inputs import reference as fp8
 from tests.observation.test_nvfp4_inputs import reference as nvfp4
 
-__all__ = ["dataset", "one_thread"]
+__all__ = ["dataset"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 RULES = (
     "fp8-dynamic=re:.*self_attn.*", "fp8-static=re:.*linear_attn.out_proj", "fp8-block=re:.*layers.0.mlp.*down_proj",

@@ -8,7 +8,7 @@ import pytest
 
 import mfptq
 from mfptq.errors import DestinationExistsError
-from tests.conftest import command, digests
+from tests.conftest import Stopped, command, digests, stopping_at
 
 
 def test_a_rerun_of_a_finished_conversion_is_done_at_once(source: Path, tmp_path: Path) -> None:
@@ -49,15 +49,8 @@ def test_a_finished_output_of_other_settings_or_damaged_is_refused(source: Path,
 
 
 def test_an_unfinished_run_goes_on_after_the_source_was_touched_or_copied(source: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(event: object) -> None:
-        if isinstance(event, mfptq.ShardFinished):
-            raise Stop
-
-    with pytest.raises(Stop):
-        mfptq.convert(source, tmp_path / "out", on_event=stop, max_workers=1)
+    with pytest.raises(Stopped):
+        mfptq.convert(source, tmp_path / "out", on_event=stopping_at(mfptq.ShardFinished), max_workers=1)
     shutil.move(source, tmp_path / "moved")
     os.utime(next((tmp_path / "moved").glob("*.safetensors")), ns=(1, 1))
     assert mfptq.convert(tmp_path / "moved", tmp_path / "out").resumed_shards

@@ -22,7 +22,7 @@ from mfptq.planner import make_plan
 from mfptq.smoothing.record import RECORD
 
 from ..calibration.files import calibrate, described, layers_of, random_inputs, statistics_of, stored, write_file
-from ..conftest import SMALL, SMALL_EXPERTS, command, digests
+from ..conftest import SMALL, SMALL_EXPERTS, Stopped, command, digests, stopping_at
 from ..encodings.checkpoints import decoded
 from ..models import MOE
 from .models import fold, write_model
@@ -130,13 +130,6 @@ def test_torch_writes_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_parts_make_the_same_and_a_run_is_resumed_with_the_same_factors_only(tmp_path):
-    class Stop(BaseException):
-        pass
-
-    def stop(event: mfptq.Event) -> None:
-        if isinstance(event, mfptq.ShardFinished):
-            raise Stop
-
     source, out = tmp_path / "source", tmp_path / "out"
     write_demo(source, SMALL)
     decisions = {"calibration": calibrate(source, tmp_path / "x.calibration.safetensors"), "scheme": "W4A16"}
@@ -144,8 +137,8 @@ def test_parts_make_the_same_and_a_run_is_resumed_with_the_same_factors_only(tmp
         for number in (2, 1):
             plan.run_part(tmp_path / "parts", f"{number}/2")
         plan.finish(tmp_path / "parts")
-    with pytest.raises(Stop):
-        mfptq.convert(source, out, **decisions, smooth=True, on_event=stop)
+    with pytest.raises(Stopped):
+        mfptq.convert(source, out, **decisions, smooth=True, on_event=stopping_at(mfptq.ShardFinished))
     with pytest.raises(PlanMismatchError, match="unfinished conversion with other smoothing"):
         mfptq.convert(source, out, **decisions)
     assert mfptq.convert(source, out, **decisions, smooth=True).resumed_shards >= 1
