@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.folder import Checkpoint
-from .checkpoint.header import PREFIX_BYTES, parse_header
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.small_files import read_object
 from .checkpoint.weights import StoredTensor
@@ -24,13 +23,13 @@ from .engines.block_scales import block_faults
 from .engines.files import HF_QUANT_CONFIG, file_faults
 from .engines.findings import Fault, Finding, gathered
 from .engines.judge import QUANTIZATION_CONFIG, Subject, structure_faults, view
-from .engines.modules import contents
 from .engines.scales import INPUT_SCALES, WEIGHT_SCALES, partner_faults, value_faults
 from .engines.schemes import Shape
 from .engines.serving import Serving, serving_faults
 from .engines.tables import ENGINE_TITLES, ENGINES, Engine
 from .errors import UsageError, quote
 from .limits import MAX_CONFIG_BYTES
+from .names.fusion import by_group
 
 if TYPE_CHECKING:
     from .planning.plan import ConversionPlan
@@ -99,7 +98,7 @@ def check(
             opened.callback(original.source.close)
         subject, more = read_subject(checkpoint), [*_index_faults(checkpoint)]
         if block_scales or original is not None or (block_scales is None and not checkpoint.source.is_remote):
-            more += block_faults(checkpoint, contents(subject.tensors), original)
+            more += block_faults(checkpoint, subject.contents, original)
         found = judge(subject, engines, serving=serving, more=more)
     return Check(found, len(subject.tensors), tuple(engines), time.monotonic() - start)
 
@@ -116,14 +115,13 @@ def judge(
     A plan is judged with the tensors that it will write and the config.json that it will have. What no engine depends
     on is found once, with an empty `engine`; `more` are faults that the caller found.
     """
-    held = contents(subject.tensors)
-    faults: list[Fault] = [*file_faults(subject), *value_faults(held, subject.scalars), *more]
+    faults: list[Fault] = [*file_faults(subject), *value_faults(subject), *more]
     if serving is not None:
-        faults += serving_faults(subject, held, serving)
+        faults += serving_faults(subject, serving)
     for engine in engines:
         if engine not in ENGINES:
             raise UsageError(f"engine {quote(engine)} is unknown, expected one of {', '.join(ENGINES)}")
-        seen = view(subject, held, engine)
+        seen = view(subject, engine)
         faults += structure_faults(seen)
         faults += partner_faults(seen)
     return gathered(faults)
@@ -132,19 +130,27 @@ def judge(
 def check_plan(plan: ConversionPlan, engines: Sequence[Engine] = ENGINES) -> tuple[Finding, ...]:
     """Return what engines would find wrong with the output of a plan, before a byte of it is written."""
     files = ("config.json", *plan.checkpoint.companions)
+    tensors, alike = _planned(plan)
     given = plan.input_scales.global_scales if plan.input_scales is not None else {}
-    grouped = ((weight.module, plan.group_of(weight).name) for weight in plan.weights())
+    grouped = ((weight.module, plan.group_of(weight).name) for weight in (plan.weights() if given else ()))
     scalars = {f"{module}.input_global_scale": given[group] for module, group in grouped if group in given}
-    return judge(Subject(json.loads(plan.config_text), planned_shapes(plan), files, scalars), engines)
+    return judge(Subject(json.loads(plan.config_text), tensors, files, scalars, alike), engines)
 
 
-def planned_shapes(plan: ConversionPlan) -> dict[str, Shape]:
-    """Return dtype and shape of every tensor that a plan will write, by name: what its headers say."""
-    return {
-        info.name: Shape(info.dtype, info.shape)
-        for shard in plan.shards
-        for info in parse_header(shard.head[PREFIX_BYTES:], shard.size).tensors
-    }
+def _planned(plan: ConversionPlan) -> tuple[dict[str, Shape], dict[str, list[str]]]:
+    """Return the tensors that a plan will write, of experts that become the same those of the first, and who these are."""
+    tensors: dict[str, Shape] = {}
+    alike: dict[str, list[str]] = {}
+    for item in plan.selection.tensors:
+        info = item.candidate.tensor.info
+        if not item.decision.quantize:
+            tensors[info.name] = Shape(info.dtype, info.shape)
+        for run in plan.runs_of(item):
+            names = by_group([weight.module for weight in run.weights], lambda name: name.rpartition(".")[2])
+            for modules in names.values():
+                alike[modules[0]] = modules
+                tensors |= {f"{modules[0]}.{each.suffix}": Shape(each.dtype, each.shape) for each in run.tensors}
+    return tensors, alike
 
 
 def unloadable(findings: Iterable[Finding], engines: Sequence[Engine]) -> tuple[Finding, ...]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from .checkpoint.encoding import Encoding
 from .checkpoint.folder import Checkpoint
 from .checkpoint.header import TensorInfo
 from .checkpoint.hub import HubOptions, open_checkpoint
-from .checkpoint.weights import Weight, name_pattern
+from .checkpoint.weights import name_pattern
 from .dtypes import DTYPE_BITS
 from .encodings.contents import read_contents, stored_bytes
 from .encodings.fp4 import MXFP4
@@ -27,6 +27,7 @@ from .planning.rules import TensorDecision
 
 if TYPE_CHECKING:
     from .planning.plan import ConversionPlan
+    from .planning.weight_targets import WeightRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +129,14 @@ def planned_summary(item: TensorDecision, plan: ConversionPlan) -> TensorSummary
     if not decision.quantize:
         codes = _codes(tensor.encoding)
         return replace(stored, action="keep", reason=stored.reason + (f", widened from {codes}" if codes else ""))
-    new = [weight for weight in item.candidate.weights if weight.module not in plan.carried.weights]
+    runs = plan.runs_of(item)
+    new = [run for run in runs if run.weights[0].module not in plan.carried.weights]
     return replace(
         stored,
-        output_bytes=sum(plan.output_bytes_of(weight) for weight in item.candidate.weights),
+        output_bytes=sum(run.weight_bytes * len(run.weights) for run in runs),
         action=FORMATS[decision.format].label,
-        reason=stored.reason + _decoding(plan, new),
-        method=", ".join(sorted({plan.method_of(weight) for weight in new})),
+        reason=stored.reason + (_decoding(new[0]) if new else ""),
+        method=", ".join(sorted({run.target.method for run in new})),
     )
 
 
@@ -143,16 +145,16 @@ def _codes(encoding: Encoding | None) -> str:
     return "" if encoding is None or encoding.format in DTYPE_BITS else encoding.format
 
 
-def _decoding(plan: ConversionPlan, new: Sequence[Weight]) -> str:
+def _decoding(run: WeightRun) -> str:
     """Return what is said of weights that are stored as codes."""
-    codes = _codes(new[0].encoding) if new else ""
+    (target, method), codes = run.target, _codes(run.weights[0].encoding)
     if not codes:
         return ""
-    if plan.method_of(new[0]) == CAST and plan.format_of(new[0]).family == "fp8":
+    if method == CAST and target.family == "fp8":
         return f", {codes} (lossless: codes go over as they are)"
-    if plan.method_of(new[0]) == CAST:
+    if method == CAST:
         return f", cast from {codes} (lossless where exponents span at most 17: codes go over as they are)"
-    fits = codes == MXFP4 and plan.format_of(new[0]).family == "nvfp4" and plan.method_of(new[0]) != "minmax"
+    fits = codes == MXFP4 and target.family == "nvfp4" and method != "minmax"
     return f", decoded from {codes}" + (" (lossless where exponents span at most 14)" if fits else "")
 
 

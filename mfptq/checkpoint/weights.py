@@ -95,6 +95,11 @@ class Candidate(NamedTuple):
         """Whether the weights are slices of an expert stack."""
         return len(self.weights) > 1 or (bool(self.weights) and self.weights[0].module != self.module)
 
+    @property
+    def sample(self) -> tuple[Weight, ...]:
+        """The weights of a stack's first expert, which stand for those of all others; of any other tensor, all."""
+        return self.weights[: len(STACKED[self.module.rpartition(".")[2]])] if self.is_stack else self.weights
+
 
 class _Layout(NamedTuple):
     """Names of the stacks of one layer's experts, and the parents that they may have; any, if none is named."""

@@ -77,9 +77,7 @@ def block_faults(checkpoint: Checkpoint, held: Contents, original: Checkpoint | 
     weights = _plain_weights(original) if original is not None else {}
     broken, subnormal = _Kind("nan-block-scale", "error", _NAN), _Kind("subnormal-block-scale", "warning", _SUBNORMAL)
     lost, zero = _Kind("lost-blocks", "error", _LOST), _Kind("zero-blocks", "warning", _ZERO)
-    for module in held.modules.values():
-        if module.scheme is None or module.scheme.format != "nvfp4" or not _is_whole(module):
-            continue
+    for module in _nvfp4_modules(held):
         weight = weights.get(module.name)
         for tile in _tiles(checkpoint.source, stored[f"{module.name}.weight_scale"], module):
             _count(tile, module.name, broken, subnormal)
@@ -92,6 +90,13 @@ def block_faults(checkpoint: Checkpoint, held: Contents, original: Checkpoint | 
                 zero.add(module.name, _lost_values(original.source, weight, tile, empty | ~codes))
     for kind in (broken, lost, zero, subnormal):
         yield from kind.faults()
+
+
+def _nvfp4_modules(held: Contents) -> Iterator[Module]:
+    """Yield every NVFP4 module under its own name, but for those whose block scales have another form."""
+    for module in held.modules.values():
+        if module.scheme is not None and module.scheme.format == "nvfp4" and _is_whole(module):
+            yield from (module._replace(name=name) for name in module.names)
 
 
 def _is_whole(module: Module) -> bool:

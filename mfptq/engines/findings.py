@@ -26,7 +26,10 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing wrong in one place; `code`, `engine`, `what`, `effect` and `remedy` name no place of their own."""
+    """One thing wrong in one place; `code`, `engine`, `what`, `effect` and `remedy` name no place of their own.
+
+    `count` is how many places it stands for, whose names differ in numbers only.
+    """
 
     code: str
     severity: Severity
@@ -35,6 +38,7 @@ class Fault:
     what: str
     effect: str
     remedy: str
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +87,9 @@ def _finding(faults: list[Fault]) -> Finding:
     first, counts = faults[0], dict[str, int]()
     for fault in faults:
         pattern = name_pattern(fault.place)
-        counts[pattern] = counts.get(pattern, 0) + 1
+        counts[pattern] = counts.get(pattern, 0) + fault.count
     patterns = sorted(counts, key=lambda pattern: (-counts[pattern], pattern))
     return Finding(
-        first.code, first.severity, "", first.what, tuple(patterns), first.place, len(faults), first.effect,
+        first.code, first.severity, "", first.what, tuple(patterns), first.place, sum(counts.values()), first.effect,
         first.remedy,
     )  # fmt: skip

@@ -5,15 +5,16 @@ Called by `checking.check` on a checkpoint, and on a plan before a byte is writt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..errors import RuleError
 from .configs import CannotLoadError, CompressedTensors, ModelOpt, Resolver
-from .findings import Fault, Text
+from .findings import Fault, Severity, Text
 from .layers import Layer, Layers, build_layers, text_config
-from .modules import Contents, Module
+from .modules import Contents, Module, contents
 from .schemes import Scheme, Shape
 from .tables import Architecture, Engine, architecture
 
@@ -25,14 +26,23 @@ DRAFT_REMEDY = "add 're:.*mtp.*', or the number of its layer, to ignore"
 NOT_LOADED = "the model does not load: no module or parameter of that name"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Subject:
-    """What an engine is given: config.json, tensors by name, file names, and the values of small tensors if known."""
+    """What an engine is given: config.json, tensors by name, file names, and the values of small tensors if known.
+
+    Where many modules have equal tensors, those of one may stand for all: `alike` has all their names, by that one's.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Shape]
     files: tuple[str, ...] = ()
     scalars: Mapping[str, float] = field(default_factory=dict)
+    alike: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @cached_property
+    def contents(self) -> Contents:
+        """The modules that the tensors form."""
+        return contents(self.tensors, self.alike)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -56,15 +66,14 @@ class View:
 
     subject: Subject
     architecture: Architecture
-    contents: Contents
     layers: Layers
     schemes: dict[str, Scheme | None] = field(default_factory=dict)
 
 
-def view(subject: Subject, held: Contents, engine: Engine) -> View:
+def view(subject: Subject, engine: Engine) -> View:
     """Return a subject's modules as the layers that an engine builds."""
     model = architecture(engine, subject.architectures)
-    return View(subject, model, held, build_layers(held, model, subject.config))
+    return View(subject, model, build_layers(subject.contents, model, subject.config))
 
 
 def resolver(quantization: Mapping[str, Any], model: Architecture) -> Resolver | None:
@@ -103,7 +112,8 @@ def structure_faults(seen: View) -> Iterator[Fault]:
 
 
 def _layer_faults(layer: Layer, reader: Resolver, seen: View) -> Iterator[Fault]:
-    model, first = seen.architecture, layer.members[:1]
+    model = seen.architecture
+    first = [module._replace(names=module.names[:1]) for module in layer.members[:1]]
     if layer.kind in ("plain", "table"):
         how = "as an embedding table" if layer.kind == "table" else "without quantization"
         told = Text(f"quantized, but the engine builds this layer {how}", NOT_LOADED, "keep it, and name it in ignore")
@@ -224,4 +234,5 @@ def _draft_faults(drafts: Iterable[Module], reader: Resolver, model: Architectur
 
 def _fault(code: str, model: Architecture, module: Module, told: Text, *, severe: bool = True) -> Fault:
     """Return a fault; of a class that the engine does not know, nothing is certain."""
-    return Fault(code, "error" if severe and model.known else "warning", model.title, module.name, *told)
+    severity: Severity = "error" if severe and model.known else "warning"
+    return Fault(code, severity, model.title, module.name, *told, count=len(module.names))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .modules import Contents, Module
+from .modules import Contents, Module, expert_of
 from .tables import COMMON_FUSED, Architecture, LayerKind, tail
 
 _TEXT_LAYERS = ("model.layers.", "model.language_model.layers.", "language_model.model.layers.", "transformer.h.")
@@ -90,10 +90,10 @@ class _Grouping:
 
     def layer(self, stored: str, name: str) -> tuple[str, LayerKind]:
         """Return the layer that a module belongs to, by its stored and its engine's name, and the layer's kind."""
+        expert = expert_of(name)
+        if expert is not None:
+            return expert[0], "experts"
         parent, _, leaf = name.rpartition(".")
-        head, _, number = parent.rpartition(".")
-        if number.isdigit() and head.endswith("experts"):
-            return head, "experts"
         fused = self._fused(stored.rpartition(".")[0], parent, leaf)
         layer = f"{parent}.{fused}" if fused and parent else name
         return layer, self._architecture.kind(layer)

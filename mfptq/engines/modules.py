@@ -6,8 +6,9 @@ compressed-tensors and ModelOpt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .schemes import FLOATS, Scheme, Shape
@@ -17,12 +18,14 @@ SCALE_SUFFIXES = (
     "weight_zero_point", "weight_shape", "weight_g_idx",
 )  # fmt: skip
 WEIGHT_SUFFIXES = ("weight_packed", "weight")
+_NONE: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 class Module(NamedTuple):
     """The tensors of one layer: `parts` by suffix. `scheme` is None for a layer that is not quantized.
 
-    `rows` are its outputs and `columns` its inputs; both are 0 for what is no matrix.
+    `rows` are its outputs and `columns` its inputs; both are 0 for what is no matrix. `names` are all that it stands for:
+    experts of a layer that are stored alike are one module, under the name of the first.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Module(NamedTuple):
     scheme: Scheme | None
     rows: int
     columns: int
+    names: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,8 @@ class Contents:
     stacks: tuple[str, ...]
 
 
-def contents(tensors: Mapping[str, Shape]) -> Contents:
-    """Return the modules that a checkpoint's tensors form."""
+def contents(tensors: Mapping[str, Shape], alike: Mapping[str, Sequence[str]] = _NONE) -> Contents:
+    """Return the modules that a checkpoint's tensors form; `alike` are the names of all modules that one stands for."""
     parts: dict[str, dict[str, Shape]] = {}
     stacks: list[str] = []
     for name, tensor in tensors.items():
@@ -50,16 +54,39 @@ def contents(tensors: Mapping[str, Shape]) -> Contents:
             stacks.append(name)
         elif suffix in WEIGHT_SUFFIXES or suffix in SCALE_SUFFIXES:
             parts.setdefault(module, {})[suffix] = tensor
-    found = {name: _module(name, held) for name, held in parts.items() if "weight" in held or "weight_packed" in held}
-    return Contents(found, tuple(stacks))
+    whole = {name: held for name, held in parts.items() if "weight" in held or "weight_packed" in held}
+    return Contents({run[0]: _module(alike.get(run[0], run), whole[run[0]]) for run in _runs(whole)}, tuple(stacks))
 
 
-def _module(name: str, parts: Mapping[str, Shape]) -> Module:
+def expert_of(name: str) -> tuple[str, str] | None:
+    """Return the experts that a module is a projection of, with the projection's name; None for any other module."""
+    parent, _, leaf = name.rpartition(".")
+    experts, _, number = parent.rpartition(".")
+    return (experts, leaf) if number.isdigit() and experts.endswith("experts") else None
+
+
+def _runs(modules: Mapping[str, Mapping[str, Shape]]) -> list[list[str]]:
+    """Return the names of all modules, together those of experts that follow each other and have equal tensors."""
+    runs: list[list[str]] = []
+    last: dict[tuple[str, str], list[str]] = {}
+    for name, parts in modules.items():
+        expert = expert_of(name)
+        if expert is None:
+            runs.append([name])
+        elif expert in last and modules[last[expert][0]] == parts:
+            last[expert].append(name)
+        else:
+            last[expert] = [name]
+            runs.append(last[expert])
+    return runs
+
+
+def _module(names: Sequence[str], parts: Mapping[str, Shape]) -> Module:
     scheme, weight = _stored_scheme(parts), parts.get("weight_packed") or parts["weight"]
     if len(weight.shape) != 2:
-        return Module(name, parts, scheme, 0, 0)
+        return Module(names[0], parts, scheme, 0, 0, names)
     packed = weight.dtype == "U8" and scheme is not None and scheme.format in ("nvfp4", "mxfp4")
-    return Module(name, parts, scheme, weight.shape[0], weight.shape[1] * (2 if packed else 1))
+    return Module(names[0], parts, scheme, weight.shape[0], weight.shape[1] * (2 if packed else 1), names)
 
 
 def _stored_scheme(parts: Mapping[str, Shape]) -> Scheme | None:

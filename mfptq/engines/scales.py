@@ -7,12 +7,13 @@ multipliers (amax / 2688): the same faults, told apart by the names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 
 from .findings import Fault, Severity, Text
-from .judge import View
+from .judge import Subject, View
 from .layers import Layer
-from .modules import Contents, Module
+from .modules import Module
 
 WEIGHT_SCALES = ("weight_global_scale", "weight_scale_2")
 INPUT_SCALES = ("input_global_scale", "input_scale")
@@ -30,14 +31,15 @@ _BROKEN = Text(
 )
 
 
-def value_faults(held: Contents, values: Mapping[str, float]) -> Iterator[Fault]:
+def value_faults(subject: Subject) -> Iterator[Fault]:
     """Yield global scales and input scales that are no scales, or far off: each engine fails with them alike."""
-    if not values:
+    if not subject.scalars:
         return
-    for module in held.modules.values():
+    modules = subject.contents.modules.values()
+    for module in modules:
         if module.scheme is not None:
-            yield from _value_faults(module, values)
-    yield from _spread_faults(held, values)
+            yield from _value_faults(module, subject.scalars)
+    yield from _spread_faults({name for module in modules for name in module.names}, subject.scalars)
 
 
 def partner_faults(seen: View) -> Iterator[Fault]:
@@ -47,9 +49,9 @@ def partner_faults(seen: View) -> Iterator[Fault]:
     unequal: dict[tuple[str, bool], dict[str, float]] = {}
     for layer in seen.layers.served.values():
         is_experts = layer.kind == "experts"
-        for members in _expert_pairs(layer) if is_experts else [layer.members]:
+        for members in _expert_pairs(layer) if is_experts else [[module.name for module in layer.members]]:
             for suffix, ratio in _ratios(members, seen.subject.scalars):
-                place = members[0].name.rpartition(".")[0]
+                place = members[0].rpartition(".")[0]
                 unequal.setdefault((suffix, is_experts), {})[place] = ratio
     for (suffix, is_experts), places in unequal.items():
         code, severity, told = _unequal(suffix, max(places.values()), is_experts=is_experts)
@@ -58,33 +60,33 @@ def partner_faults(seen: View) -> Iterator[Fault]:
 
 
 def _value_faults(module: Module, values: Mapping[str, float]) -> Iterator[Fault]:
-    for suffix in module.parts:
-        value = values.get(f"{module.name}.{suffix}")
+    for name, suffix in product(module.names, module.parts):
+        value = values.get(f"{name}.{suffix}")
         if value is None:
             continue
         if (suffix in WEIGHT_SCALES and not (math.isfinite(value) and value > 0)) or (
             suffix in INPUT_SCALES and value < 0
         ):
-            yield Fault("broken-scale", "error", "", module.name, *_BROKEN)
+            yield Fault("broken-scale", "error", "", name, *_BROKEN)
         elif suffix in INPUT_SCALES and (not math.isfinite(value) or value in (0.0, 1.0)):
             severity: Severity = "warning" if value == 1.0 else "error"
-            yield Fault("uncalibrated", severity, "", module.name, *_UNCALIBRATED)
+            yield Fault("uncalibrated", severity, "", name, *_UNCALIBRATED)
 
 
-def _expert_pairs(layer: Layer) -> Iterator[list[Module]]:
-    """Yield gate and up of each expert: an engine keeps one global scale for the two."""
-    experts: dict[str, list[Module]] = {}
+def _expert_pairs(layer: Layer) -> Iterable[list[str]]:
+    """Return gate and up of each expert: an engine keeps one global scale for the two."""
+    experts: dict[str, list[str]] = {}
     for module in layer.members:
-        parent, _, leaf = module.name.rpartition(".")
-        if leaf in ("gate_proj", "up_proj", "w1", "w3"):
-            experts.setdefault(parent, []).append(module)
-    yield from experts.values()
+        if module.name.endswith((".gate_proj", ".up_proj", ".w1", ".w3")):
+            for name in module.names:
+                experts.setdefault(name.rpartition(".")[0], []).append(name)
+    return experts.values()
 
 
-def _ratios(members: list[Module], values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+def _ratios(members: Sequence[str], values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
     """Yield the kinds of scale that differ between fused partners, with the largest over the smallest."""
     for suffix in (*WEIGHT_SCALES, *INPUT_SCALES):
-        known = (values.get(f"{module.name}.{suffix}") for module in members)
+        known = (values.get(f"{name}.{suffix}") for name in members)
         found = [value for value in known if value is not None and math.isfinite(value)]
         if len(set(found)) > 1 and min(found) > 0:
             yield suffix, max(found) / min(found)
@@ -109,12 +111,12 @@ def _unequal(suffix: str, ratio: float, *, is_experts: bool) -> tuple[str, Sever
     return "unequal-weight-scales", "error", Text(what, effect, remedy)
 
 
-def _spread_faults(held: Contents, values: Mapping[str, float]) -> Iterator[Fault]:
+def _spread_faults(modules: Collection[str], values: Mapping[str, float]) -> Iterator[Fault]:
     """Yield input scales thousands of times those of the same layers elsewhere: no sound calibration gives them."""
     kinds: dict[str, list[tuple[float, str]]] = {}
     for name, value in values.items():
         module, _, suffix = name.rpartition(".")
-        if suffix in INPUT_SCALES and value > 0 and value != 1 and math.isfinite(value) and module in held.modules:
+        if suffix in INPUT_SCALES and value > 0 and value != 1 and math.isfinite(value) and module in modules:
             kinds.setdefault(f"{module.rpartition('.')[2]}.{suffix}", []).append((value, module))
     for kind, found in kinds.items():
         middle = sorted(found)[len(found) // 2][0]

@@ -5,6 +5,7 @@ Called by `checking.check` where the user says how the model will run. Sizes are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from ..nvfp4 import BLOCK_SIZE
 from .findings import Fault, Text
 from .judge import Subject
 from .layers import text_config
-from .modules import Contents, Module
+from .modules import Module
 
 # Layers that engines split along their inputs: each GPU holds a part of the columns.
 _SPLIT_BY_INPUTS = ("o_proj", "down_proj", "out_proj", "w2", "wo", "dense_4h_to_h", "c_proj", "fc2")
@@ -32,11 +33,11 @@ class Serving:
     context: int = 0
 
 
-def serving_faults(subject: Subject, held: Contents, serving: Serving) -> Iterator[Fault]:
+def serving_faults(subject: Subject, serving: Serving) -> Iterator[Fault]:
     """Yield layers that cannot be split as asked, and a memory that does not suffice."""
     if serving.tensor_parallel > 1:
         yield from _head_faults(subject, serving.tensor_parallel)
-        for module in held.modules.values():
+        for module in subject.contents.modules.values():
             if module.scheme is not None and module.rows:
                 yield from _split_faults(module, serving.tensor_parallel)
     if serving.gpu_memory:
@@ -65,14 +66,14 @@ def _split_faults(module: Module, parts: int) -> Iterator[Fault]:
             "engines refuse the layer or read scales of other blocks",
             "use fewer GPUs, or keep the layer unquantized",
         )
-        yield Fault("not-split", "error", "", module.name, *told)
+        yield Fault("not-split", "error", "", module.name, *told, count=len(module.names))
     elif form == "nvfp4" and ".experts." in module.name and not by_inputs and size // parts % _EXPERT_ROWS:
         told = Text(
             f"an expert's {size} rows over {parts} GPUs are no multiple of {_EXPERT_ROWS} each",
             "vLLM's CUTLASS kernels refuse them; Marlin and TensorRT-LLM's pad them",
             "use fewer GPUs, or expert parallelism",
         )
-        yield Fault("expert-rows", "warning", "", module.name, *told)
+        yield Fault("expert-rows", "warning", "", module.name, *told, count=len(module.names))
 
 
 def _memory_faults(subject: Subject, serving: Serving) -> Iterator[Fault]:
@@ -92,11 +93,9 @@ def _memory_faults(subject: Subject, serving: Serving) -> Iterator[Fault]:
 def weight_bytes(subject: Subject) -> int:
     """Return the size of all tensors, in bytes."""
     total = 0
-    for tensor in subject.tensors.values():
-        bits = DTYPE_BITS[tensor.dtype]
-        for size in tensor.shape:
-            bits *= size
-        total += bits // 8
+    for name, tensor in subject.tensors.items():
+        number = len(subject.alike.get(name.rpartition(".")[0], ())) or 1
+        total += number * (math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8)
     return total
 
 

@@ -134,7 +134,7 @@ class _Pass:
             scale = global_scale(how, largest, tile.weight.dtype)
             costs[name], costs[NORM] = self._nvfp4(group, tile, (data, QuantizeArgs(how, scale)), memory)
         for name in group.formats[1:]:
-            how = weight_target(tile.weight, FORMATS[name], self.plan.method, self.plan.calibration).method
+            how = weight_target(tile.weight.module, FORMATS[name], self.plan.method, self.plan.calibration).method
             costs[name] = _fp8(group, tile, (data, how), memory)
         with self._lock:
             for name, cost in costs.items():

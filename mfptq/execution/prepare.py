@@ -77,15 +77,15 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
     budget = parse_size(resources.max_memory) + held
     statistics = plan.statistics_bytes
     work = Counter[str]()
-    for weight in plan.weights():
-        work[plan.method_of(weight)] += weight.size
+    for run in plan.runs():
+        work[run.target.method] += run.weights[0].size * len(run.weights)
     choice = choose_device(resources.device, work, workers)
     check_data_limit("cuda" if is_cuda(choice.device) else "cpu" if has_compiler() else "torch")
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     _try_out(plan, kernel, calibrated)
     largest = kernel.tile_bytes
-    if any(weight.pitch for weight in plan.weights()):
+    if any(run.weights[0].pitch for run in plan.runs()):
         largest *= TALLER  # a row of a tile is a separate read of each column: taller tiles need fewer
     elif plan.checkpoint.source.is_remote and not is_cuda(choice.device):
         largest = min(largest, REMOTE_TILE)
@@ -97,21 +97,19 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
 
 def longest_row(plan: ConversionPlan) -> int:
     """Return the size of the longest row that must lie in one tile, in bytes: where columns make up for others' errors."""
-    rows = (weight for weight in plan.weights() if plan.method_of(weight) == FEEDBACK)
+    rows = (run.weights[0] for run in plan.runs() if run.target.method == FEEDBACK)
     return max((weight.columns * DTYPE_BITS[weight.dtype] // 8 for weight in rows), default=0)
 
 
 def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
     """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
     plan.contents.try_out(plan.checkpoint.source, kernel.decoder)
-    needed = {
-        (each.dtype, each.encoding is None, plan.format_of(each).family, plan.method_of(each)): each
-        for each in plan.weights()
-    }
-    for (dtype, plain, _, method), weight in needed.items():
+    shown = [(run.weights[0], run.target) for run in plan.runs()]
+    needed = {(weight.dtype, weight.encoding is None, target): weight for weight, target in shown}
+    for (dtype, plain, (target, method)), weight in needed.items():
         block = np.zeros((1, BLOCK_SIZE), NUMPY_DTYPES[dtype])
         with plan.checkpoint.source.reading(weight.shard, weight.offset, block.nbytes if plain else 0) as fd:
             if fd is not None and plain:
                 kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
         kernel.amax(block)
-        family_of(plan.format_of(weight), method).try_out(method, block, kernel, calibrated)
+        family_of(target, method).try_out(method, block, kernel, calibrated)

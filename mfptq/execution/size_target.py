@@ -67,16 +67,15 @@ def _closer(
 
 def _allocation(plan: ConversionPlan, target: SizeTarget, layers: Sequence[Layers], errors: Errors) -> Allocation:
     units = tuple(unit_of(plan, each, target.formats, errors) for each in layers)
-    changeable = {weight.module for each in layers for weight in each.weights}
+    changeable = {item.tensor.info.name for each in layers for item in each.items}
     rest = [
-        weight
+        run
         for item in plan.selection.tensors
-        if item.decision.quantize
-        for weight in item.candidate.weights
-        if weight.module not in changeable
+        if item.candidate.tensor.info.name not in changeable
+        for run in plan.runs_of(item)
     ]
-    fixed = sum(plan.output_bytes_of(weight) for weight in rest)
-    elements = sum(weight.size for weight in rest)
+    fixed = sum(run.weight_bytes * len(run.weights) for run in rest)
+    elements = sum(weight.size for run in rest for weight in run.weights)
     others = plan.output_bytes - fixed - sum(unit.options[0].nbytes for unit in units)
     if target.bits is not None:
         budget = int(target.bits * (elements + sum(unit.elements for unit in units)) / 8) - fixed

@@ -144,10 +144,12 @@ def suspicions(reports: Iterable[PatternReport], *, calibrated: bool = False) ->
 def layer_sizes(plan: ConversionPlan) -> dict[str, tuple[int, int]]:
     """Return the bytes of each layer and kind of module before, as plain values, and after, all its tensors together."""
     sizes: dict[str, tuple[int, int]] = {}
-    for weight in plan.weights():
-        name = layer_pattern(weight.module)
-        before, after = sizes.get(name, (0, 0))
-        sizes[name] = before + weight.nbytes, after + plan.output_bytes_of(weight)
+    for run in plan.runs():
+        size = run.weight_bytes
+        for weight in run.weights:
+            name = layer_pattern(weight.module)
+            before, after = sizes.get(name, (0, 0))
+            sizes[name] = before + weight.nbytes, after + size
     return sizes
 
 

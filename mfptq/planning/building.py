@@ -29,7 +29,7 @@ from .plan import ConversionPlan
 from .quantization_config import config_text, index_text, quantization
 from .settings import Settings
 from .smoothed_inputs import Inputs, smoothed_inputs
-from .weight_targets import choose_targets, target_of_weight
+from .weight_targets import choose_targets, weight_runs
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -55,13 +55,12 @@ def build_plan(
     selection = select_formats(source, settings.rules, settings.all_formats, FORMATS[scheme.lower()])
     given = smoothed_inputs(Inputs(stored, selection, calibration, scales), checkpoint.config, settings)
     contents, selection = given.contents, with_kept_codes(given.selection)
-    decisions = {item.candidate.tensor.info.name: item for item in selection.tensors}
     found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.casts)
     group_of = {member: group for group in selection.groups for member in group.members}
     cache = cache_scales(contents, settings, calibration, given.smoothing, source=checkpoint.source)
-    specs = partial(
-        output_specs, decisions=decisions, group_of=group_of, target_of=partial(target_of_weight, found, method)
-    )
+    targets = found.targets(method)
+    runs = weight_runs(selection, targets)
+    specs = partial(output_specs, runs=runs, group_of=group_of)
     shards, index = _lay_out(contents.kept_shards, lambda name: [*specs(contents.shards[name]), *cache.specs(name)])
     config = config_text(checkpoint.config, quantization(selection, settings.rules, found.formats, settings.kv_cache))
     return ConversionPlan(
@@ -76,9 +75,8 @@ def build_plan(
         cache_scales=cache,
         _weights=found.weights,
         _group_of=group_of,
-        _decisions=decisions,
-        _formats=found.formats,
-        _cast=found.cast,
+        _runs=runs,
+        _targets=targets,
     )
 
 

@@ -100,15 +100,14 @@ def _with_formats(selection: Selection, matches: _Matches, base: TargetFormat) -
     tensors = tuple(
         _given(item, matches, base) if item.decision.quantize else _kept(item, matches) for item in selection.tensors
     )
-    chosen = {
-        weight.module for item in selection.tensors if item.decision.quantize for weight in item.candidate.weights
-    }
-    found = {each.module: item for item in tensors for each in item.candidate.weights if each.module in chosen}
-    for name, members in undivided(selection.groups):
+    found = {weight.module: item for item in tensors for weight in item.candidate.sample}
+    samples = selection.sample_groups
+    for name, members in undivided(samples):
         _check_one_format(name, [found[member] for member in members])
-    for group in selection.groups:
+    for group in samples:
         _check_shapes(group, found)
-    groups = tuple(group for group in selection.groups if found[group.members[0]].decision.quantize)
+    kept = {w.module for item in tensors if item.decision.format == KEEP for w in item.candidate.weights}
+    groups = tuple([group for group in selection.groups if group.members[0] not in kept])
     if not groups:
         raise RuleError("nothing is left to quantize: every weight is kept in bfloat16 by a rule")
     return replace(selection, tensors=tensors, groups=groups)

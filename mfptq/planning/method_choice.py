@@ -5,10 +5,8 @@ Called by `plan` and, before there is one, by `weight_targets` for the layout of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint.weights import Weight
 from .formats import TargetFormat
 
 if TYPE_CHECKING:
@@ -22,11 +20,8 @@ class WeightTarget(NamedTuple):
     method: str
 
 
-Targets = Callable[[Weight], WeightTarget]
-
-
-def weight_target(weight: Weight, target: TargetFormat, method: str, calibration: Calibration | None) -> WeightTarget:
+def weight_target(module: str, target: TargetFormat, method: str, calibration: Calibration | None) -> WeightTarget:
     """Return what a weight becomes, and by which method: the one asked for, or what format and calibration file allow."""
     if not target.takes_statistics:
         return WeightTarget(target, "minmax" if method == "minmax" else "search")
-    return WeightTarget(target, method if calibration is None else calibration.method(weight.module, method))
+    return WeightTarget(target, method if calibration is None else calibration.method(module, method))

@@ -7,42 +7,39 @@ complete only when every byte of it was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.header import TensorSpec, tensor_bytes
 from ..checkpoint.weights import StoredTensor, Weight
 from ..names.fusion import FusedGroup, by_group
 from .formats import SCALAR, OutputTensor
-from .rules import TensorDecision
 
 if TYPE_CHECKING:
-    from .method_choice import Targets
+    from .weight_targets import WeightRun
 
 _SCALAR_BYTES = 4  # a float32 must lie at a multiple of its size
 _LARGE = 2**20  # weights of so many elements have their scales right behind their values
 
 
 def output_specs(
-    tensors: Iterable[StoredTensor],
-    decisions: Mapping[str, TensorDecision],
-    group_of: Mapping[str, FusedGroup],
-    target_of: Targets,
+    tensors: Iterable[StoredTensor], runs: Mapping[str, Sequence[WeightRun]], group_of: Mapping[str, FusedGroup]
 ) -> Iterator[TensorSpec]:
-    """Yield the tensors of an output shard, in the order of their source: the logical tensors `tensors`."""
-    items = [decisions[tensor.info.name] for tensor in tensors]
-    quantized = [weight for item in items if item.decision.quantize for weight in item.candidate.weights]
-    order = FileOrder(quantized, group_of)
-    for item in items:
-        info = item.candidate.tensor.info
-        if not item.decision.quantize:
+    """Yield the tensors of an output shard, in the order of their source: the logical tensors `tensors`.
+
+    `runs` are the weights of those that are quantized; the others stay.
+    """
+    infos = [tensor.info for tensor in tensors]
+    order = FileOrder([w for info in infos for run in runs.get(info.name, ()) for w in run.weights], group_of)
+    for info in infos:
+        if info.name not in runs:
             yield TensorSpec(info.name, info.dtype, info.shape, order.kept(info.nbytes))
-            continue
-        for weight in item.candidate.weights:
-            target = target_of(weight)
-            for tensor in target.format.tensors(weight, target.method):
-                name = f"{weight.module}.{tensor.suffix}"
-                yield TensorSpec(name, tensor.dtype, tensor.shape, order.of(weight, tensor))
+        for run in runs.get(info.name, ()):
+            places = [(*tensor[:3], *order.of(run.weights[0], tensor)) for tensor in run.tensors]
+            for weight in run.weights:
+                turn = order.turns[weight.module]
+                for suffix, dtype, shape, first, step in places:
+                    yield TensorSpec(f"{weight.module}.{suffix}", dtype, shape, first + step * turn)
 
 
 class FileOrder:
@@ -50,29 +47,28 @@ class FileOrder:
 
     Kept tensors come first, then large weights in the order of their fused groups, values and scales in turn; then
     the values, the scales, and the scalars of all others. Tensors of an odd size come last, so that every float32
-    lies at a multiple of 4.
+    lies at a multiple of 4. `turns` has each module's place among the weights.
     """
 
     def __init__(self, weights: list[Weight], group_of: Mapping[str, FusedGroup]) -> None:
         groups = by_group([weight.module for weight in weights], lambda module: group_of[module].name)
         modules = [module for members in groups.values() for module in members]
-        self._turns = {module: turn for turn, module in enumerate(modules)}
+        self.turns = {module: turn for turn, module in enumerate(modules)}
         self._count = len(modules)
 
     def kept(self, nbytes: int) -> int:
         """Return the place in the order of a tensor that stays as it is."""
         return 0 if nbytes % _SCALAR_BYTES == 0 else self._last
 
-    def of(self, weight: Weight, tensor: OutputTensor) -> int:
-        """Return the place in the order of one of a weight's output tensors."""
-        turn, count = self._turns[weight.module], self._count
+    def of(self, weight: Weight, tensor: OutputTensor) -> tuple[int, int]:
+        """Return the place in the order of one of a weight's output tensors: that of the first turn, and what a turn adds."""
         if (tensor_bytes(tensor.dtype, tensor.shape) or 0) % _SCALAR_BYTES:
-            return self._last
+            return self._last, 0
         if tensor.part == SCALAR:
-            return 1 + 4 * count + turn
+            return 1 + 4 * self._count, 1
         if weight.size >= _LARGE:
-            return 1 + 2 * turn + tensor.part
-        return 1 + (2 + tensor.part) * count + turn
+            return 1 + tensor.part, 2
+        return 1 + (2 + tensor.part) * self._count, 1
 
     @property
     def _last(self) -> int:

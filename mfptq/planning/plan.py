@@ -14,18 +14,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint.header import tensor_bytes
 from ..checkpoint.weights import Weight
 from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
 from ..names.fusion import FusedGroup
 from .cache_scales import CacheScales
 from .carried import Carried
 from .digests import sha256
-from .formats import FORMATS, GLOBAL_SCALE, SCALE, OutputTensor, TargetFormat
+from .formats import FORMATS, GLOBAL_SCALE, SCALE, TargetFormat
 from .jobs import CAST, CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor
-from .method_choice import weight_target
+from .method_choice import WeightTarget
 from .rules import Selection, TensorDecision
 from .share import Share, share_of
+from .weight_targets import WeightRun
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -75,9 +75,8 @@ class ConversionPlan:
     digests: Mapping[str, str]
     _weights: Mapping[str, Weight] = field(repr=False)
     _group_of: Mapping[str, FusedGroup] = field(repr=False)
-    _decisions: Mapping[str, TensorDecision] = field(repr=False)
-    _formats: Mapping[str, TargetFormat] = field(repr=False)
-    _cast: frozenset[str] = field(repr=False)
+    _runs: Mapping[str, tuple[WeightRun, ...]] = field(repr=False)
+    _targets: Mapping[str, WeightTarget] = field(repr=False)
     allocation: Allocation | None = None
     cache_scales: CacheScales = field(default_factory=lambda: CacheScales({}))
 
@@ -100,10 +99,10 @@ class ConversionPlan:
     def warnings(self) -> tuple[str, ...]:
         """What deserves a second look, one line each."""
         scales = self.input_scales.warnings if self.input_scales is not None else ()
-        chosen = Counter(
-            self.method_of(each) for each in self._weights.values() if self.format_of(each).takes_statistics
-        )
-        return (*filter(None, [self.share.warning]), *self.carried.warnings, *scales, *_unreached(self.method, chosen))
+        chosen = Counter[str]()
+        for run in self.runs():
+            chosen[run.target.method] += len(run.weights) if run.target.format.takes_statistics else 0
+        return (*filter(None, [self.share.warning]), *self.carried.warnings, *scales, *_unreached(self.method, +chosen))
 
     @property
     def share(self) -> Share:
@@ -132,7 +131,10 @@ class ConversionPlan:
     @property
     def methods(self) -> Counter[str]:
         """How many weights each method quantizes."""
-        return Counter(self.method_of(weight) for weight in self._weights.values())
+        counts = Counter[str]()
+        for run in self.runs():
+            counts[run.target.method] += len(run.weights)
+        return counts
 
     @property
     def method_text(self) -> str:
@@ -142,24 +144,29 @@ class ConversionPlan:
     @property
     def formats(self) -> Counter[str]:
         """How many weights are given each format, by its name."""
-        return Counter(found.name for found in self._formats.values())
+        counts = Counter[str]()
+        for runs in self._runs.values():
+            for run in runs:
+                counts[run.target.format.name] += len(run.weights)
+        return counts
 
     def format_of(self, weight: Weight) -> TargetFormat:
         """Return what a weight becomes."""
-        return self._formats[weight.module]
-
-    def _tensors_of(self, weight: Weight) -> Iterator[OutputTensor]:
-        return self.format_of(weight).tensors(weight, self.method_of(weight))
-
-    def output_bytes_of(self, weight: Weight) -> int:
-        """Return the size of all tensors that a weight becomes, in bytes."""
-        return sum(tensor_bytes(each.dtype, each.shape) or 0 for each in self._tensors_of(weight))
+        return self._targets[weight.module].format
 
     def method_of(self, weight: Weight) -> str:
         """Return what a weight is quantized by: the method asked for, or what its format and the calibration file allow."""
-        if weight.module in self._cast:
-            return CAST
-        return weight_target(weight, self._formats[weight.module], self.method, self.calibration).method
+        return self._targets[weight.module].method
+
+    def runs_of(self, item: TensorDecision) -> tuple[WeightRun, ...]:
+        """Return the weights of a source tensor with what they become; none if it is kept."""
+        return self._runs.get(item.candidate.tensor.info.name, ())
+
+    def runs(self) -> Iterator[WeightRun]:
+        """Yield every weight that becomes FP4 with what it becomes, those of one source tensor together."""
+        carried = self.carried.weights
+        for runs in self._runs.values():
+            yield from (run for run in runs if run.weights[0].module not in carried)
 
     def statistics(self, step: QuantizeWeight) -> PreparedStatistics | None:
         """Return what the kernels need to know of a weight's input; None where its method needs nothing."""
@@ -171,8 +178,7 @@ class ConversionPlan:
     def statistics_bytes(self) -> int:
         """Size of the largest statistics of one input as a kernel takes them, in bytes."""
         return max(
-            (PreparedStatistics.nbytes(self.method_of(weight), weight.columns) for weight in self._weights.values()),
-            default=0,
+            (PreparedStatistics.nbytes(run.target.method, run.weights[0].columns) for run in self.runs()), default=0
         )
 
     def check_unchanged(self, name: str) -> None:
@@ -209,19 +215,20 @@ class ConversionPlan:
         scalars: list[Scalar] = []
         weights, widened = [], []
         for tensor in self.contents.shards[shard.name]:
-            item = self._decisions[tensor.info.name]
-            if item.decision.quantize:
-                for weight in item.candidate.weights:
-                    at = {each.suffix: next(places) for each in self._tensors_of(weight)}
+            runs = self._runs.get(tensor.info.name, ())
+            for run in runs:
+                suffixes = [each.suffix for each in run.tensors]
+                for weight in run.weights:
+                    at = {suffix: next(places) for suffix in suffixes}
                     if weight.module in self.carried.weights:
                         work = self.carried.weights[weight.module].work(weight, at)
                         copies += work.copies
                         scalars += work.scalars
                     else:
                         weights.append(self._step(weight, at))
-            elif tensor.encoding is not None:
+            if not runs and tensor.encoding is not None:
                 widened.append(WidenTensor(tensor.matrix, next(places)))
-            else:
+            elif not runs:
                 copies.append(CopyTensor(tensor.info.name, tensor.offset, next(places), tensor.info.nbytes))
         scalars += [Scalar(next(places), each.value) for each in self.cache_scales.of(shard.name)]
         parts = (tuple(copies), tuple(weights), tuple(widened), tuple(scalars))

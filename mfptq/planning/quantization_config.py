@@ -71,7 +71,9 @@ def quantization(
     """
     found = list(dict.fromkeys(formats.values()))
     lacking = _lacking(selection, formats)
-    others = list(dict.fromkeys(target for module, target in formats.items() if module not in lacking)) or found
+    others = list(
+        dict.fromkeys(target for name, target in formats.items() if name not in lacking) if lacking else found
+    )
     single = len(others) == 1 and all(WITHOUT_INPUTS.get(others[0].name) == formats[name].name for name in lacking)
     if len(found) == 1 or single:
         groups = {"group_0": config_group(others[0], [LINEAR, *head_targets(formats)])}
@@ -94,7 +96,7 @@ def _lacking(selection: Selection, formats: Mapping[str, TargetFormat]) -> froze
     return frozenset(
         weight.module
         for item in selection.tensors
-        if item.decision.quantize
+        if item.decision.format in WITHOUT_INPUTS
         for weight in item.candidate.weights
         if formats[weight.module].name != item.decision.format
     )
@@ -109,8 +111,10 @@ def ignore_list(selection: Selection, rules: Rules) -> list[str]:
     """
     kept = sorted({name for item in selection.tensors if not item.decision.quantize for name in _built(item.candidate)})
     joined = sorted({group.name for group in selection.groups if len(group.members) > 1})
-    quantized = [*joined, *(member for group in selection.groups for member in group.members)]
-    asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], quantized)
+    named = [*joined, *(member for group in selection.groups for member in group.members)]
+    asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], named)
+    samples = selection.sample_groups
+    quantized = [name for group in samples for name in (group.name, *group.members)]
     listed = [pattern for pattern, swallowed in asked.items() if not swallowed]
     if rules.use_defaults:
         listed += _default_patterns(kept, {name_pattern(logical(name), "0") for name in quantized})

@@ -78,6 +78,13 @@ class Selection:
     groups: tuple[FusedGroup, ...]
     structure: Structure = field(default_factory=lambda: Structure((), {}))
 
+    @property
+    def sample_groups(self) -> list[FusedGroup]:
+        """The groups of weights, but of a stack's experts only the first's, whose names and formats tell those of all."""
+        tensors = (item for item in self.tensors if item.decision.quantize)
+        samples = {weight.module for item in tensors for weight in item.candidate.sample}
+        return [group for group in self.groups if group.members[0] in samples]
+
 
 def select(
     candidates: Sequence[Candidate],
@@ -99,7 +106,7 @@ def select(
     hits = _user_hits(candidates, rules)
     alike = rules.like.chosen(weight.module for item in candidates for weight in item.weights) if rules.like else None
     decided = [TensorDecision(item, _decide(item, (hits, alike), rules, defaults)) for item in candidates]
-    modules = [weight.module for item in candidates for weight in item.weights]
+    modules = [weight.module for item in candidates for weight in item.sample]
     decided = _keep_groups_whole(decided, parameters(modules, siblings))
     quantized = [w.module for item in decided if item.decision.quantize for w in item.candidate.weights]
     if not quantized:
@@ -255,7 +262,7 @@ def _fate(decision: Decision) -> str:
 
 def _undivided(decided: Sequence[TensorDecision], groups: Iterable[FusedGroup]) -> list[tuple[str, list[int]]]:
     """Return the sets of tensors (by position) that share one fate: routed experts first, then engines' parameters."""
-    rows = {weight.module: row for row, item in enumerate(decided) for weight in item.candidate.weights}
+    rows = {weight.module: row for row, item in enumerate(decided) for weight in item.candidate.sample}
     experts: dict[str, list[int]] = {}
     for module, row in rows.items():
         parent = experts_parent(module)

@@ -101,7 +101,7 @@ def size_in(plan: ConversionPlan, layers: Layers, name: str) -> int:
 
 def bytes_in(plan: ConversionPlan, weight: Weight, name: str) -> int:
     """Return the bytes of the tensors that a weight becomes in a format of the table."""
-    target, method = weight_target(weight, FORMATS[name], plan.method, plan.calibration)
+    target, method = weight_target(weight.module, FORMATS[name], plan.method, plan.calibration)
     return sum(tensor_bytes(each.dtype, each.shape) or 0 for each in target.tensors(weight, method))
 
 

@@ -6,8 +6,10 @@ Called by `building`. Pure: everything follows from the selection, the method as
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..checkpoint.header import tensor_bytes
 from ..checkpoint.weights import Weight
 from ..encodings.fp4 import Nvfp4
 from ..errors import RuleError, UsageError, quote
@@ -17,15 +19,32 @@ from ..scales.input_scales import InputScales
 from ..scales.uncalibrated import UncalibratedInputs, resolved
 from .carried import Carried, carried_weights
 from .format_choice import WITHOUT_INPUTS
-from .formats import FORMATS, TargetFormat
+from .formats import FORMATS, OutputTensor, TargetFormat
 from .jobs import CAST
 from .method_choice import WeightTarget, weight_target
-from .rules import Selection
+from .rules import Selection, TensorDecision
 from .stored_codes import takes_codes
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
     from ..checkpoint.source import Source
+
+
+class WeightRun(NamedTuple):
+    """Weights that follow each other in one source tensor and become the same: all experts of a stack, for the most part."""
+
+    target: WeightTarget
+    weights: tuple[Weight, ...]
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """What each of the weights becomes."""
+        return tuple(self.target.format.tensors(self.weights[0], self.target.method))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all tensors that one of the weights becomes, in bytes."""
+        return sum(tensor_bytes(each.dtype, each.shape) or 0 for each in self.tensors)
 
 
 class ChosenTargets(NamedTuple):
@@ -37,6 +56,25 @@ class ChosenTargets(NamedTuple):
     calibration: Calibration | None
     input_scales: AssignedScales | None
     cast: frozenset[str] = frozenset()
+
+    def targets(self, method: str) -> dict[str, WeightTarget]:
+        """Return what each quantized module becomes, if `method` is what the user asked for."""
+        found = {
+            module: weight_target(module, target, method, self.calibration) for module, target in self.formats.items()
+        }
+        return found | {module: WeightTarget(self.formats[module], CAST) for module in self.cast}
+
+
+def weight_runs(selection: Selection, targets: Mapping[str, WeightTarget]) -> dict[str, tuple[WeightRun, ...]]:
+    """Return the weights of each source tensor that is quantized, by its name, with what they become."""
+    return {
+        item.candidate.tensor.info.name: tuple(
+            WeightRun(target, tuple(weights))
+            for target, weights in groupby(item.candidate.weights, key=lambda weight: targets[weight.module])
+        )
+        for item in selection.tensors
+        if item.decision.quantize
+    }
 
 
 def choose_targets(
@@ -51,17 +89,20 @@ def choose_targets(
 
     What is stored in the codes of its format goes over as it is: FP8 always, MXFP4 that becomes NVFP4 with `casts`.
     """
-    _refuse_other_formats(selection)
-    chosen = {w.module: w for item in selection.tensors if item.decision.quantize for w in item.candidate.weights}
-    with_input = {module for module, target in formats_of(selection).items() if target.needs_input_scales}
-    carried = carried_weights(source, chosen.values(), selection.groups, with_input=with_input)
-    formats = _with_known_inputs(selection, carried, given=scales is not None)
-    weights = {module: weight for module, weight in chosen.items() if module not in carried.weights}
+    carried = _carried(source, selection)
+    formats = _formats(selection, carried, given=scales is not None)
+    weights = {
+        weight.module: weight
+        for item in selection.tensors
+        if item.decision.quantize and not _is_nvfp4(item)
+        for weight in item.candidate.weights
+    }
     kept = [*_kept_names(selection), *carried.weights]
     if calibration is not None:
         calibration = _statistics_of(calibration, weights, formats, kept)
-    groups = [group for group in selection.groups if group.members[0] not in carried.weights]
-    cast = frozenset(_cast(groups, weights, formats, casts=casts))
+    groups = [group for group in selection.groups if group.members[0] in weights]
+    is_plain = all(item.candidate.tensor.encoding is None for item in selection.tensors)
+    cast = frozenset(() if is_plain else _cast(groups, weights, formats, casts=casts))
     return ChosenTargets(formats, carried, weights, calibration, _assign(scales, groups, formats, kept), cast)
 
 
@@ -73,16 +114,6 @@ def _cast(
         found = [each for each in group.members if takes_codes(formats[each], weights[each])]
         if not formats[group.members[0]].by_group or (casts and len(found) == len(group.members)):
             yield from found
-
-
-def formats_of(selection: Selection) -> dict[str, TargetFormat]:
-    """Return each quantized module's format."""
-    return {
-        weight.module: FORMATS[item.decision.format]
-        for item in selection.tensors
-        if item.decision.quantize
-        for weight in item.candidate.weights
-    }
 
 
 def _kept_names(selection: Selection) -> Iterator[str]:
@@ -101,31 +132,45 @@ def _statistics_of(
     return calibration.of_model(columns, [*kept, *(name for name in weights if name not in columns)])
 
 
-def _with_known_inputs(selection: Selection, carried: Carried, *, given: bool) -> dict[str, TargetFormat]:
+def _is_nvfp4(item: TensorDecision) -> bool:
+    return isinstance(item.candidate.tensor.encoding, Nvfp4)
+
+
+def _carried(source: Source, selection: Selection) -> Carried:
+    """Return what goes over as it is; raises RuleError where another format is asked for than it has in the source."""
+    weights: list[Weight] = []
+    with_input: set[str] = set()
+    for item in selection.tensors:
+        if not item.decision.quantize or not _is_nvfp4(item):
+            continue
+        target = FORMATS[item.decision.format]
+        if target.family != "nvfp4":
+            raise RuleError(
+                f"{quote(item.candidate.weights[0].module)} cannot be {target.name}: it is NVFP4 in the source, which goes "
+                f"over as it is; convert the original checkpoint"
+            )
+        weights += item.candidate.weights
+        with_input |= {weight.module for weight in item.candidate.weights if target.needs_input_scales}
+    return carried_weights(source, weights, selection.groups, with_input=with_input)
+
+
+def _formats(selection: Selection, carried: Carried, *, given: bool) -> dict[str, TargetFormat]:
     """Return each quantized module's format, without inputs where they have no scale and nobody asked for one.
 
     What is NVFP4 in the source has the scales that it has there; `given` says whether there are any for the rest.
     """
-    found = formats_of(selection)
+    found: dict[str, TargetFormat] = {}
     for item in selection.tensors:
-        for weight in item.candidate.weights if item.decision.quantize else ():
-            target, own = found[weight.module], carried.weights.get(weight.module)
-            without = WITHOUT_INPUTS.get(target.name)
-            known = given or item.decision.is_asked if own is None else own.input_scale is not None
-            if without is not None and not known:
-                found[weight.module] = FORMATS[without]
+        if not item.decision.quantize:
+            continue
+        target = FORMATS[item.decision.format]
+        without = FORMATS.get(WITHOUT_INPUTS.get(target.name, ""), target)
+        known = given or item.decision.is_asked
+        for weight in item.candidate.weights:
+            own = carried.weights.get(weight.module)
+            has_scale = known if own is None else own.input_scale is not None
+            found[weight.module] = target if has_scale else without
     return found
-
-
-def _refuse_other_formats(selection: Selection) -> None:
-    """Raise RuleError where another format is asked for than what a weight has in the source, from which it is copied."""
-    for item in selection.tensors:
-        for weight in item.candidate.weights if item.decision.quantize else ():
-            if isinstance(weight.encoding, Nvfp4) and FORMATS[item.decision.format].family != "nvfp4":
-                raise RuleError(
-                    f"{quote(weight.module)} cannot be {item.decision.format}: it is NVFP4 in the source, which goes over "
-                    f"as it is; convert the original checkpoint"
-                )
 
 
 def _assign(
@@ -146,10 +191,3 @@ def _assign(
         )
     others = [module for module, target in formats.items() if not target.needs_input_scales]
     return assign_input_scales(given, needed, kept=[*kept, *others])
-
-
-def target_of_weight(found: ChosenTargets, method: str, weight: Weight) -> WeightTarget:
-    """Return what one of the modules that were chosen becomes."""
-    if weight.module in found.cast:
-        return WeightTarget(found.formats[weight.module], CAST)
-    return weight_target(weight, found.formats[weight.module], method, found.calibration)
