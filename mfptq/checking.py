@@ -23,7 +23,7 @@ from .engines.block_scales import block_faults
 from .engines.files import HF_QUANT_CONFIG, file_faults
 from .engines.findings import Fault, Finding, gathered
 from .engines.judge import QUANTIZATION_CONFIG, Subject, structure_faults, view
-from .engines.scales import INPUT_SCALES, WEIGHT_SCALES, partner_faults, value_faults
+from .engines.scales import SCALES, partner_faults, value_faults
 from .engines.schemes import Shape
 from .engines.serving import Serving, serving_faults
 from .engines.tables import ENGINE_TITLES, ENGINES, Engine
@@ -198,8 +198,7 @@ def _scalars(checkpoint: Checkpoint, tensors: Iterable[StoredTensor]) -> Mapping
 
 def _is_scalar(tensor: StoredTensor) -> bool:
     suffix = tensor.info.name.rpartition(".")[2]
-    known = suffix in WEIGHT_SCALES or suffix in INPUT_SCALES
-    return known and tensor.info.shape in ((), (1,)) and tensor.info.dtype in (*_FORMATS, "BF16")
+    return suffix in SCALES and tensor.info.shape in ((), (1,)) and tensor.info.dtype in (*_FORMATS, "BF16")
 
 
 def _runs(tensors: list[StoredTensor]) -> Iterable[list[StoredTensor]]:

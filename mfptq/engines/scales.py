@@ -7,8 +7,7 @@ multipliers (amax / 2688): the same faults, told apart by the names.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .findings import Fault, Severity, Text
 from .judge import Subject, View
@@ -17,6 +16,7 @@ from .modules import Module
 
 WEIGHT_SCALES = ("weight_global_scale", "weight_scale_2")
 INPUT_SCALES = ("input_global_scale", "input_scale")
+SCALES = (*WEIGHT_SCALES, *INPUT_SCALES)
 IMPLAUSIBLE_SPREAD = 1e4  # of input scales within one kind of layer: the widest seen in sound checkpoints is about 100
 
 _UNCALIBRATED = Text(
@@ -35,11 +35,10 @@ def value_faults(subject: Subject) -> Iterator[Fault]:
     """Yield global scales and input scales that are no scales, or far off: each engine fails with them alike."""
     if not subject.scalars:
         return
-    modules = subject.contents.modules.values()
-    for module in modules:
+    for module in subject.contents.modules.values():
         if module.scheme is not None:
             yield from _value_faults(module, subject.scalars)
-    yield from _spread_faults({name for module in modules for name in module.names}, subject.scalars)
+    yield from _spread_faults(subject)
 
 
 def partner_faults(seen: View) -> Iterator[Fault]:
@@ -49,8 +48,9 @@ def partner_faults(seen: View) -> Iterator[Fault]:
     unequal: dict[tuple[str, bool], dict[str, float]] = {}
     for layer in seen.layers.served.values():
         is_experts = layer.kind == "experts"
+        suffixes = [suffix for suffix in SCALES if any(suffix in module.parts for module in layer.members)]
         for members in _expert_pairs(layer) if is_experts else [[module.name for module in layer.members]]:
-            for suffix, ratio in _ratios(members, seen.subject.scalars):
+            for suffix, ratio in _ratios(members, suffixes, seen.subject.scalars):
                 place = members[0].rpartition(".")[0]
                 unequal.setdefault((suffix, is_experts), {})[place] = ratio
     for (suffix, is_experts), places in unequal.items():
@@ -60,10 +60,7 @@ def partner_faults(seen: View) -> Iterator[Fault]:
 
 
 def _value_faults(module: Module, values: Mapping[str, float]) -> Iterator[Fault]:
-    for name, suffix in product(module.names, module.parts):
-        value = values.get(f"{name}.{suffix}")
-        if value is None:
-            continue
+    for name, suffix, value in _scales(module, SCALES, values):
         if (suffix in WEIGHT_SCALES and not (math.isfinite(value) and value > 0)) or (
             suffix in INPUT_SCALES and value < 0
         ):
@@ -83,9 +80,20 @@ def _expert_pairs(layer: Layer) -> Iterable[list[str]]:
     return experts.values()
 
 
-def _ratios(members: Sequence[str], values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+def _scales(module: Module, suffixes: Iterable[str], values: Mapping[str, float]) -> Iterator[tuple[str, str, float]]:
+    """Yield the known scales of all modules that one stands for, each with its module's name and its own suffix."""
+    for suffix in suffixes:
+        for name in module.names if suffix in module.parts else ():
+            value = values.get(f"{name}.{suffix}")
+            if value is not None:
+                yield name, suffix, value
+
+
+def _ratios(
+    members: Sequence[str], suffixes: Iterable[str], values: Mapping[str, float]
+) -> Iterator[tuple[str, float]]:
     """Yield the kinds of scale that differ between fused partners, with the largest over the smallest."""
-    for suffix in (*WEIGHT_SCALES, *INPUT_SCALES):
+    for suffix in suffixes:
         known = (values.get(f"{name}.{suffix}") for name in members)
         found = [value for value in known if value is not None and math.isfinite(value)]
         if len(set(found)) > 1 and min(found) > 0:
@@ -111,13 +119,13 @@ def _unequal(suffix: str, ratio: float, *, is_experts: bool) -> tuple[str, Sever
     return "unequal-weight-scales", "error", Text(what, effect, remedy)
 
 
-def _spread_faults(modules: Collection[str], values: Mapping[str, float]) -> Iterator[Fault]:
+def _spread_faults(subject: Subject) -> Iterator[Fault]:
     """Yield input scales thousands of times those of the same layers elsewhere: no sound calibration gives them."""
     kinds: dict[str, list[tuple[float, str]]] = {}
-    for name, value in values.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix in INPUT_SCALES and value > 0 and value != 1 and math.isfinite(value) and module in modules:
-            kinds.setdefault(f"{module.rpartition('.')[2]}.{suffix}", []).append((value, module))
+    for module in subject.contents.modules.values():
+        for name, suffix, value in _scales(module, INPUT_SCALES, subject.scalars):
+            if value > 0 and value != 1 and math.isfinite(value):
+                kinds.setdefault(f"{name.rpartition('.')[2]}.{suffix}", []).append((value, name))
     for kind, found in kinds.items():
         middle = sorted(found)[len(found) // 2][0]
         told = Text(

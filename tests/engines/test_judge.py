@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -159,6 +160,38 @@ def test_experts_are_decided_by_the_first() -> None:
     assert codes(subject(tensors, architecture=name)) == set()
     ignoring = quantization(ignore=(f"{EXPERTS}.0.down_proj",))
     assert codes(subject(tensors, ignoring, name)) == {"refused"}
+
+
+@pytest.mark.parametrize("odd", [0, 1, 3])
+def test_experts_that_are_stored_alike_are_judged_once_and_counted_all(odd: int) -> None:
+    """One of four experts is an exception, and only the faults of each are found; so they are if one stands for all."""
+    modules = [f"{EXPERTS}.{number}.{leaf}" for number in range(4) for leaf in ("gate_proj", "up_proj", "down_proj")]
+    tensors = {name: shape for module in modules for name, shape in nvfp4(module).items()}
+    broken = {name: shape for name, shape in tensors.items() if name != f"{EXPERTS}.{odd}.up_proj.weight_scale"}
+    name = "Qwen3_5MoeForConditionalGeneration"
+    finding = found(subject(broken, architecture=name), "missing-tensor")
+    assert (finding.count, finding.example) == (1, f"{EXPERTS}.{odd}.up_proj")
+    ignoring = quantization(ignore=(r"re:.*\.experts(\..*)?$",))
+    everything = subject(tensors, ignoring, name)
+    assert found(everything, "built-unquantized").count == 12
+    firsts = {name: shape for name, shape in tensors.items() if name.startswith(f"{EXPERTS}.0.")}
+    alike = {first: [first.replace("experts.0.", f"experts.{n}.") for n in range(4)] for first in modules[:3]}
+    assert judge(replace(everything, tensors=firsts, alike=alike)) == judge(everything)
+
+
+def test_scales_of_each_expert_are_looked_at() -> None:
+    modules = [f"{EXPERTS}.{number}.{leaf}" for number in range(4) for leaf in ("gate_proj", "up_proj", "down_proj")]
+    tensors = {name: shape for module in modules for name, shape in nvfp4(module).items()}
+    scalars = {f"{module}.weight_global_scale": 1024.0 for module in modules}
+    name = "Qwen3_5MoeForConditionalGeneration"
+    assert codes(subject(tensors, architecture=name, scalars=scalars)) == set()
+    broken = scalars | {f"{EXPERTS}.3.down_proj.weight_global_scale": 0.0}
+    assert (
+        found(subject(tensors, architecture=name, scalars=broken), "broken-scale").example == f"{EXPERTS}.3.down_proj"
+    )
+    unequal = scalars | {f"{EXPERTS}.2.up_proj.weight_global_scale": 512.0}
+    finding = found(subject(tensors, architecture=name, scalars=unequal), "unequal-weight-scales")
+    assert (finding.count, finding.example) == (1, f"{EXPERTS}.2")
 
 
 def test_vllm_renames_literal_names_and_leaves_regexes() -> None:
