@@ -1,4 +1,4 @@
-"""Decide which scheme an engine gives to a layer: the look-up of `targets`, `ignore` and `exclude_modules`.
+"""Decide which scheme an engine gives to a layer by a compressed-tensors config: the look-up of `targets` and `ignore`.
 
 Written from the behaviour of vLLM 0.32 and SGLang 0.5.23 and compared with vLLM's own functions in a test. Called by
 `engines.judge`; nothing here knows which tensors there are.
@@ -7,7 +7,6 @@ Written from the behaviour of vLLM 0.32 and SGLang 0.5.23 and compared with vLLM
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from .patterns import Patterns, expanded, expanded_by_ending
@@ -17,7 +16,6 @@ from .tables import Architecture, LayerKind
 CLASS_NAMES: Mapping[LayerKind, str] = {"linear": "ColumnParallelLinear", "unknown": "ColumnParallelLinear",
     "head": "ParallelLMHead", "experts": "RoutedExperts", "table": "VocabParallelEmbedding",
 }  # fmt: skip
-_FP4, _FP8 = ("NVFP4", "W4A16_NVFP4"), ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_BLOCK_SCALES")
 
 
 class CannotLoadError(Exception):
@@ -133,117 +131,3 @@ class CompressedTensors:
         assert self._patterns is not None
         match = self._patterns.equal_or_regex
         return next((target for target in self.targets if match(name, target, contains=contains)), None)
-
-
-class ModelOpt:
-    """A ModelOpt config as vLLM reads it: one algorithm for all layers but `ignore`, or one for each named layer."""
-
-    def __init__(self, config: Mapping[str, Any], architecture: Architecture) -> None:
-        self._architecture = architecture
-        inner = config.get("quantization")
-        said = inner if isinstance(inner, dict) else config
-        self.algorithm = str(said.get("quant_algo") or "").upper()
-        listed = said.get("exclude_modules", said.get("ignore"))
-        entries = [each for each in listed if isinstance(each, str)] if isinstance(listed, list) else []
-        self.ignore = [name for each in entries for name in self._renamed(each)]
-        layers = said.get("quantized_layers")
-        self.layers = {
-            self._name(name): str(layer.get("quant_algo", "")).upper()
-            for name, layer in (layers.items() if isinstance(layers, dict) else ())
-            if isinstance(layer, dict)
-        }
-        self._weights_only = self._all_groups_weights_only(config.get("config_groups"))
-
-    @staticmethod
-    def _all_groups_weights_only(groups: Any) -> bool:
-        rows = list(groups.values()) if isinstance(groups, dict) else []
-        return bool(rows) and all(isinstance(row, dict) and row.get("input_activations") is None for row in rows)
-
-    def _name(self, name: str) -> str:
-        return self._architecture.renames.apply(name, dropping=False) or name
-
-    def _renamed(self, entry: str) -> list[str]:
-        parts = [entry]
-        if len(entry) > 1 and entry.endswith("*") and entry[-2] != ".":
-            parts = [entry[:-1], entry[:-1] + ".*"]  # `module*` means the module and all below it
-        return [self._name(part) for part in parts]
-
-    def prepare(self, layers: Iterable[tuple[str, LayerKind]]) -> None:
-        """Nothing: ModelOpt's patterns are no regexes."""
-
-    def scheme(self, layer: str, kind: LayerKind) -> Scheme | None:  # noqa: ARG002 - the protocol's
-        """Return how vLLM builds a layer; raises CannotLoadError where fused members disagree."""
-        if self._excluded(layer):
-            return None
-        if self.algorithm == "MIXED_PRECISION":
-            return self._as_scheme(self._algorithm_of(layer))
-        if any(part in layer for part in ("vision_tower", "vision_model", "vit_large_projector")):
-            return None
-        return self._as_scheme(self.algorithm)
-
-    def _as_scheme(self, algorithm: str | None) -> Scheme | None:
-        if algorithm in _FP4:
-            static = algorithm == "NVFP4" and not (self._weights_only and self.algorithm == "NVFP4")
-            return Scheme("nvfp4", "modelopt", inputs="static" if static else "none")
-        if algorithm in _FP8:
-            strategy = {"FP8": "tensor", "FP8_PER_CHANNEL_PER_TOKEN": "channel"}.get(algorithm, "block")
-            return Scheme("fp8", "modelopt", strategy, "static" if algorithm == "FP8" else "dynamic")
-        if algorithm == "MXFP8":
-            return Scheme("mxfp8", "modelopt", inputs="dynamic")
-        return None
-
-    def _excluded(self, layer: str) -> bool:
-        if self._skipped(layer):
-            return True
-        inner = layer.removeprefix("language_model.")
-        return any(
-            (entry != layer and (entry in layer or entry in inner)) or fnmatchcase(layer, entry)
-            for entry in self.ignore
-        )
-
-    def _skipped(self, layer: str) -> bool:
-        leaf = layer.rpartition(".")[2]
-        members = self._architecture.packed.get(leaf)
-        if members is not None and layer not in self.ignore:
-            skipped = [layer.replace(leaf, member) in self.ignore for member in members]
-            if any(skipped) and not all(skipped):
-                raise CannotLoadError(f"Detected some but not all shards of {layer} are quantized")
-            return all(skipped)
-        if members is None and "experts" in layer:
-            return any(layer in entry for entry in self.ignore if "experts" in entry)
-        return layer in self.ignore
-
-    def _algorithm_of(self, layer: str) -> str | None:
-        parent, _, leaf = layer.rpartition(".")
-        for name in self._spellings(layer):
-            if name in self.layers:
-                return self.layers[name]
-        for members in (self._architecture.packed.get(leaf, ()), _FUSED_ANYWAY.get(leaf, ())):
-            found = {
-                self.layers[f"{base}.{member}"]
-                for base in self._spellings(parent)
-                for member in members
-                if f"{base}.{member}" in self.layers
-            }
-            if len(found) > 1:
-                raise CannotLoadError(f"Mixed quant_algo within fused layer {layer}: {found}")
-            if found:
-                return found.pop()
-        starts = [name + "." for name in self._spellings(layer)]
-        if layer.endswith(".experts"):
-            starts.append(layer.rpartition(".experts")[0] + ".")
-        return next((self.layers[key] for start in starts for key in self.layers if key.startswith(start)), None)
-
-    @staticmethod
-    def _spellings(layer: str) -> list[str]:
-        names = [layer, *(["lm_head"] if layer.endswith(".lm_head") else [])]
-        for one, other in (
-            ("language_model.model.", "model.language_model."),
-            ("model.language_model.", "language_model.model."),
-        ):
-            if layer.startswith(one):
-                return [*names, other + layer[len(one) :]]
-        return names
-
-
-_FUSED_ANYWAY = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import RuleError
-from .configs import CannotLoadError, CompressedTensors, ModelOpt, Resolver
+from .configs import CannotLoadError, CompressedTensors, Resolver
 from .findings import Fault, Severity, Text
 from .layers import Layer, Layers, build_layers, text_config
+from .modelopt import Declared, ModelOpt, SglangModelOpt
 from .modules import Contents, Module, contents
 from .schemes import Scheme, Shape
 from .tables import Architecture, Engine, architecture
@@ -82,7 +83,10 @@ def resolver(quantization: Mapping[str, Any], model: Architecture) -> Resolver |
     if method == "compressed-tensors" or (not method and "config_groups" in quantization):
         return CompressedTensors(quantization, model)
     if method.startswith("modelopt") or "quant_algo" in quantization or "quantization" in quantization:
-        return ModelOpt(quantization, model) if model.engine == "vllm" else None
+        if model.engine == "vllm":
+            return ModelOpt(quantization, model)
+        said = Declared(quantization)
+        return None if said.is_mixed and not said.has_fp4 else SglangModelOpt(quantization, model)
     return None
 
 

@@ -39,6 +39,11 @@ class Renames:
     suffix: Mapping[str, str | None] = field(default_factory=dict)
     longest: bool = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no name changes."""
+        return not (self.regex or self.substr or self.prefix or self.suffix)
+
     def apply(self, name: str, *, dropping: bool = True) -> str | None:
         """Return the engine's name for a tensor or a module, None if it does not load it.
 

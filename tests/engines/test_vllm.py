@@ -18,7 +18,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 pytest.importorskip("vllm")
 
 from mfptq.engines import tables
-from mfptq.engines.configs import CLASS_NAMES, CannotLoadError, CompressedTensors, ModelOpt
+from mfptq.engines.configs import CLASS_NAMES, CannotLoadError, CompressedTensors
+from mfptq.engines.modelopt import ModelOpt
 from mfptq.engines.schemes import Scheme
 from mfptq.engines.tables import Architecture, architecture, architectures
 
