@@ -129,12 +129,17 @@ def judge(
 
 def check_plan(plan: ConversionPlan, engines: Sequence[Engine] = ENGINES) -> tuple[Finding, ...]:
     """Return what engines would find wrong with the output of a plan, before a byte of it is written."""
+    return judge(planned_subject(plan), engines)
+
+
+def planned_subject(plan: ConversionPlan) -> Subject:
+    """Return what engines will be given of a plan's output."""
     files = ("config.json", *plan.checkpoint.companions)
     tensors, alike = _planned(plan)
     given = plan.input_scales.global_scales if plan.input_scales is not None else {}
     grouped = ((weight.module, plan.group_of(weight).name) for weight in (plan.weights() if given else ()))
     scalars = {f"{module}.input_global_scale": given[group] for module, group in grouped if group in given}
-    return judge(Subject(json.loads(plan.config_text), tensors, files, scalars, alike), engines)
+    return Subject(json.loads(plan.config_text), tensors, files, scalars, alike)
 
 
 def _planned(plan: ConversionPlan) -> tuple[dict[str, Shape], dict[str, list[str]]]:

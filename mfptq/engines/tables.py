@@ -181,7 +181,7 @@ def architecture(engine: Engine, names: Iterable[str]) -> Architecture:
         first = names[0] if names else ""
         return Architecture(engine, data["version"], first, False, COMMON_FUSED, Renames(), _common(engine))
     row = data["architectures"][name]
-    packed = {key: tuple(members) for key, members in {**row.get("conditional", {}), **row.get("fused", {})}.items()}
+    packed = {key: _members(listed) for key, listed in {**row.get("conditional", {}), **row.get("fused", {})}.items()}
     followed = "quantized" in row  # else the sources' parser could not: what classes have in common stands in
     stacked = row.get("stacked", {}) if followed else _common_stacked(engine)
     names_of_experts = row.get("expert_names", [])
@@ -197,6 +197,11 @@ def architecture(engine: Engine, names: Iterable[str]) -> Architecture:
         frozenset(row.get("experts", ())),
         tuple(names_of_experts[0]) if len(names_of_experts) == 1 else EXPERT_NAMES,
     )
+
+
+def _members(listed: Iterable[str | list[Any]]) -> tuple[str, ...]:
+    """Return the members of a fused layer; SGLang's Solar lists them in pairs with a number."""
+    return tuple(each if isinstance(each, str) else str(each[0]) for each in listed)
 
 
 def architectures(engine: Engine) -> tuple[str, ...]:
