@@ -29,7 +29,6 @@ from .engines.serving import Serving, serving_faults
 from .engines.tables import ENGINE_TITLES, ENGINES, Engine
 from .errors import UsageError, quote
 from .limits import MAX_CONFIG_BYTES
-from .names.fusion import by_group
 
 if TYPE_CHECKING:
     from .planning.plan import ConversionPlan
@@ -151,8 +150,10 @@ def _planned(plan: ConversionPlan) -> tuple[dict[str, Shape], dict[str, list[str
         if not item.decision.quantize:
             tensors[info.name] = Shape(info.dtype, info.shape)
         for run in plan.runs_of(item):
-            names = by_group([weight.module for weight in run.weights], lambda name: name.rpartition(".")[2])
-            for modules in names.values():
+            projections: dict[str, list[str]] = {}
+            for weight in run.weights:
+                projections.setdefault(weight.module.rpartition(".")[2], []).append(weight.module)
+            for modules in projections.values():
                 alike[modules[0]] = modules
                 tensors |= {f"{modules[0]}.{each.suffix}": Shape(each.dtype, each.shape) for each in run.tensors}
     return tensors, alike
