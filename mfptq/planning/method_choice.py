@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from .formats import TargetFormat
+from ..checkpoint.header import tensor_bytes
+from ..checkpoint.weights import Weight
+from .formats import OutputTensor, TargetFormat
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -18,6 +20,23 @@ class WeightTarget(NamedTuple):
 
     format: TargetFormat
     method: str
+
+
+class WeightRun(NamedTuple):
+    """Weights that follow each other in one source tensor and become the same: all experts of a stack, for the most part."""
+
+    target: WeightTarget
+    weights: tuple[Weight, ...]
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """What each of the weights becomes."""
+        return tuple(self.target.format.tensors(self.weights[0], self.target.method))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all tensors that one of the weights becomes, in bytes."""
+        return sum(tensor_bytes(each.dtype, each.shape) or 0 for each in self.tensors)
 
 
 def weight_target(module: str, target: TargetFormat, method: str, calibration: Calibration | None) -> WeightTarget:

@@ -22,10 +22,9 @@ from .carried import Carried
 from .digests import sha256
 from .formats import FORMATS, GLOBAL_SCALE, SCALE, TargetFormat
 from .jobs import CAST, CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor
-from .method_choice import WeightTarget
+from .method_choice import WeightRun, WeightTarget
 from .rules import Selection, TensorDecision
 from .share import Share, share_of
-from .weight_targets import WeightRun
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoint.header import tensor_bytes
 from ..checkpoint.weights import Weight
 from ..encodings.fp4 import Nvfp4
 from ..errors import RuleError, UsageError, quote
@@ -19,32 +18,15 @@ from ..scales.input_scales import InputScales
 from ..scales.uncalibrated import UncalibratedInputs, resolved
 from .carried import Carried, carried_weights
 from .format_choice import WITHOUT_INPUTS
-from .formats import FORMATS, OutputTensor, TargetFormat
+from .formats import FORMATS, TargetFormat
 from .jobs import CAST
-from .method_choice import WeightTarget, weight_target
+from .method_choice import WeightRun, WeightTarget, weight_target
 from .rules import Selection, TensorDecision
 from .stored_codes import takes_codes
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
     from ..checkpoint.source import Source
-
-
-class WeightRun(NamedTuple):
-    """Weights that follow each other in one source tensor and become the same: all experts of a stack, for the most part."""
-
-    target: WeightTarget
-    weights: tuple[Weight, ...]
-
-    @property
-    def tensors(self) -> tuple[OutputTensor, ...]:
-        """What each of the weights becomes."""
-        return tuple(self.target.format.tensors(self.weights[0], self.target.method))
-
-    @property
-    def weight_bytes(self) -> int:
-        """Size of all tensors that one of the weights becomes, in bytes."""
-        return sum(tensor_bytes(each.dtype, each.shape) or 0 for each in self.tensors)
 
 
 class ChosenTargets(NamedTuple):
