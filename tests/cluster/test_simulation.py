@@ -29,3 +29,5 @@ def test_no_time_is_less_than_storage_and_network_allow(nodes: int, monkeypatch)
             found = simulate(shards, nodes, rates)
             assert found >= least
             assert found >= simulate(shards, 2 * nodes, rates) - 1e-6
+            split = [size / 4 for size in shards for _ in range(4)]
+            assert simulate(split, nodes, rates) >= found, "the page says that splitting shards saves no time"
