@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,14 @@ import mfptq
 from mfptq.cluster import attempts, connection, probing, ray_executor
 from mfptq.cluster.connection import TaskLostError
 from mfptq.cluster.ray_executor import RayExecutor, grouped
-from mfptq.errors import DestinationError, NonFiniteWeightError, PlanMismatchError, SourceError, UsageError
+from mfptq.errors import (
+    DestinationError,
+    DestinationLockedError,
+    NonFiniteWeightError,
+    PlanMismatchError,
+    SourceError,
+    UsageError,
+)
 from tests.cluster.fake import FakeCluster
 from tests.conftest import command, digests
 
@@ -35,6 +44,28 @@ def test_the_bytes_are_those_of_one_run(source: Path, tmp_path: Path, cluster: F
     assert sum(event.source_bytes for event in events if isinstance(event, mfptq.Advanced)) == report.source_bytes
     assert cluster.needs["num_cpus"] == 4
     assert not cluster.left
+
+
+def test_the_log_names_node_and_shard(source: Path, tmp_path: Path, cluster: FakeCluster, caplog) -> None:
+    with caplog.at_level(logging.INFO, "mfptq"):
+        mfptq.convert(source, tmp_path / "out", executor=ONE_EACH)
+    found = re.findall(r"node (red|blue) finished '(model-\S+\.safetensors)'", caplog.text)
+    assert len({shard for _, shard in found}) == 3
+    assert {node for node, _ in found} == {"red", "blue"}
+
+
+def test_a_second_driver_is_refused(source: Path, tmp_path: Path, cluster: FakeCluster, expected) -> None:
+    refused = []
+
+    def another(event: mfptq.Event) -> None:
+        if isinstance(event, mfptq.ShardFinished):
+            with pytest.raises(DestinationLockedError, match="is in use by pid") as caught:
+                mfptq.convert(source, tmp_path / "out", executor=ONE_EACH)
+            refused.append(caught.value)
+
+    mfptq.convert(source, tmp_path / "out", executor=ONE_EACH, on_event=another)
+    assert len(refused) == 3
+    assert digests(tmp_path / "out") == expected
 
 
 def test_small_shards_share_a_task(source: Path, tmp_path: Path, cluster: FakeCluster, expected) -> None:
