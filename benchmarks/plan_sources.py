@@ -1,4 +1,4 @@
-"""What a plan of a very large quantized release costs: `python benchmarks/plan_sources.py WORK_FOLDER [--runs 3] [NAME ...]`.
+"""What a plan of a very large quantized release costs: `python benchmarks/plan_sources.py WORK_FOLDER [--runs 3] [--names NAME ...]`.
 
 Writes headers of models shaped like DeepSeek-V3 (FP8 in blocks, 163 shards), Kimi-K2 Thinking (INT4 experts, 62 shards) and
 DeepSeek-V4 (MXFP4 experts, FP8 elsewhere, 64 shards; its sizes are assumed), whose files are holes but for their headers, and measures `mfptq plan`: wall
@@ -177,7 +177,7 @@ def make(folder: Path, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", default=list(RELEASES))
+    parser.add_argument("--names", nargs="+", choices=RELEASES, default=list(RELEASES))
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     folders = {name: options.folder / name for name in options.names}

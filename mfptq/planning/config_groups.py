@@ -74,6 +74,7 @@ def config_groups(layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
     Patterns are as short as they may be: by the last names of a layer, with the
     numbers of decoder layers where these differ, with what is above those where that differs too.
     """
+    layers = _kinds(layers)
     formats = list(dict.fromkeys(layer.format for layer in layers))
     wrong = layers[0]
     for depth in (0, 1, 2, 3):
@@ -86,6 +87,14 @@ def config_groups(layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
         f"formats cannot be told apart by names: engines would take {quote(wrong.name)} for another than "
         f"{wrong.format.name}: give its neighbours the same format"
     )
+
+
+def _kinds(layers: Iterable[Layer]) -> list[Layer]:
+    """Return one layer of each path and format: patterns do not tell the experts of a layer apart, of which there are many."""
+    found: dict[tuple[_Path, str], Layer] = {}
+    for layer in layers:
+        found.setdefault((_path(layer.name), layer.format.name), layer)
+    return list(found.values())
 
 
 def _path(name: str) -> _Path:

@@ -7,6 +7,8 @@ those of the BF16 twin.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.clients.dequantize import write_twin
 from tests.clients.test_vllm import (
@@ -24,12 +27,22 @@ from tests.clients.test_vllm import (
     log_probabilities,
     models,  # noqa: F401 - a fixture
 )
+from tests.clients.test_vllm_loading import fp8_blocks
 from tests.conftest import command
 from tests.models import DENSE, MOE, write_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 ATTENTION = r"re:.*(self_attn|linear_attn)\..*"
 HEAD = "re:.*lm_head$"
+CODED = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "v_proj.weight",
+    "o_proj.weight",
+    "in_proj_qkv.weight",
+    "in_proj_z.weight",
+    "out_proj.weight",
+)
 RECIPES = {
     "attention and head": (["--fp8", ATTENTION, "--fp8", HEAD], DENSE),
     "some layers": (["--fp8", r"re:.*layers\.[0-3]\.mlp\..*", "--format", f"fp8-block={ATTENTION}"], DENSE),
@@ -156,3 +169,35 @@ def test_literal_targets_mean_the_same(tmp_path: Path, fp8_kernels: type) -> Non
     (out / "config.json").write_text(json.dumps(config))
     assert difference(log_probabilities(out), log_probabilities(write_twin(out, source, tmp_path / "twin"))) == 0.0
     assert Fp8Scheme.layers == 17
+
+
+def fp8_release(source: Path, folder: Path) -> Path:
+    """Write a checkpoint again with its attention in FP8, as releases of Qwen in FP8 store it."""
+    shutil.copytree(source, folder)
+    for file in folder.glob("*.safetensors"):
+        tensors = {}
+        for name, values in load_file(file).items():
+            if values.dim() == 2 and re.match(ATTENTION.removeprefix("re:"), name) and name.endswith(CODED):
+                tensors |= {f"{name.removesuffix('weight')}{leaf}": each for leaf, each in fp8_blocks(values).items()}
+            else:
+                tensors[name] = values
+        save_file(tensors, file, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    places = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def test_layers_that_stay_fp8_load_as_they_were(tmp_path: Path, fp8_kernels: type) -> None:
+    source = write_checkpoint(tmp_path / "source", DENSE, "apart")
+    release, out = fp8_release(source, tmp_path / "release"), tmp_path / "out"
+    result = command("convert", release, out, "--ignore", ATTENTION)
+    assert result.returncode == 0, result.stderr
+    before, after = ({name: each for file in path.glob("*.safetensors") for name, each in load_file(file).items()}
+                     for path in (release, out))  # fmt: skip
+    kept = [name for name in before if name.endswith(CODED) and f"{name}_scale_inv" in before]
+    assert kept
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in kept)
+    converted = log_probabilities(out)
+    assert Fp8Scheme.layers == 16
+    assert difference(converted, log_probabilities(write_twin(out, source, tmp_path / "twin"))) == 0.0
