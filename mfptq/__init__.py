@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from .kernels import ErrorStats
     from .observation.calibrate import calibrate
     from .observation.calibration_pass import CalibrationProgress
-    from .observation.comparison import Estimate
     from .observation.evaluate import Evaluation, EvaluationProgress, evaluate
+    from .output.estimates import Estimate
     from .output.fault import Fault
     from .output.report import PatternReport, Report
     from .planning.parts import Part
@@ -84,7 +84,7 @@ _EXPORTS = {
     "kernels": "ErrorStats",
     "observation.calibrate": "calibrate",
     "observation.calibration_pass": "CalibrationProgress",
-    "observation.comparison": "Estimate",
+    "output.estimates": "Estimate",
     "observation.evaluate": "Evaluation EvaluationProgress evaluate",
     "output.report": "PatternReport Report",
     "planning.parts": "Part",

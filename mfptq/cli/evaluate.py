@@ -19,8 +19,8 @@ from .options import forward_options, source_options
 from .process import deferred_signals
 
 if TYPE_CHECKING:
-    from ..observation.comparison import Estimate
     from ..observation.evaluate import Evaluation, EvaluationProgress
+    from ..output.estimates import Estimate
 
 FEW_WINDOWS = 16
 

@@ -152,12 +152,21 @@ def _scales(output: Path) -> Mapping[str, float]:
 
 def compare_text(found: Comparison) -> str:
     """Return a comparison in a few lines: sums, then layers with other treatment, then the largest changes."""
+    from dataclasses import asdict
+
+    from ..output.evaluations import figure
+
     lines = [
         f"first:  {size_text(found.first_bytes)}, relative error {found.first_error:.2%}",
         f"second: {size_text(found.second_bytes)}, relative error {found.second_error:.2%}",
     ]
     if not (found.treated or found.changed or found.equal):
         lines.append("one of them took its weights over from an NVFP4 source: nothing is known of their errors")
+    for each in found.evaluated:
+        change = figure(asdict(each.difference))
+        lines.append(
+            f"KL divergence on {printable(each.dataset)}: {each.first:.4g} -> {each.second:.4g}, by {change} window by window"
+        )
     for rows, title in ((found.treated, "treated otherwise"), (found.changed, "with another error")):
         lines.append(f"{counted(len(rows), 'layer is' if rows is found.treated else 'layer', 'layers')} {title}")
         lines += [_compared(row) for row in rows[:SHOWN]]

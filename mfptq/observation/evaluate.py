@@ -19,6 +19,7 @@ from ..checkpoint.companions import FileChoice
 from ..checkpoint.folder import Origin, read_checkpoint
 from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..errors import SourceError, UsageError, quote
+from ..output.estimates import Estimate, WindowSums, exponential, ratio
 from ..output.evaluations import check_writable, record_evaluation
 from ..sizes import parse_size
 from ..storage.files import expanded
@@ -27,7 +28,6 @@ from .texts import Encoder, Samples, TokenIds, read_samples
 
 if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
-    from .comparison import Estimate, WindowSums
     from .models import Skeleton
     from .quantized import QuantizedCheckpoint
     from .side_by_side import SideBySide
@@ -53,7 +53,7 @@ class Evaluation:
     positions judged: all whose next token is known. `loss_difference` is the output's loss minus the source's, and its
     standard error is that of the pairs. `kl_divergence` is KL(source || output). `top1_agreement` is the share of positions
     where both rank the same token first. `hidden_errors` has, for each block in order, the mean over tokens of the relative
-    error of the hidden state behind it. `left_out` are quantized modules that the model does not build or run for text.
+    error of the hidden state behind it. `windows` has the sums that all figures but these are made of. `left_out` are quantized modules that the model does not build or run for text.
     """
 
     source: str
@@ -71,6 +71,7 @@ class Evaluation:
     top1_agreement: Estimate
     hidden_errors: Mapping[str, Estimate]
     left_out: tuple[str, ...] = ()
+    windows: tuple[WindowSums, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +232,6 @@ def _run(
 
 
 def _summed(pair: SideBySide, progress: Progress, text: Samples, about: tuple[str, Checkpoint]) -> Evaluation:
-    from .comparison import exponential, ratio
-
     counts = [window.positions for window in progress.windows]
     lengths = [len(ids) for ids in text.ids if len(ids) > 1]
 
@@ -255,4 +254,5 @@ def _summed(pair: SideBySide, progress: Progress, text: Samples, about: tuple[st
         top1_agreement=mean(lambda window: window.agreed),
         hidden_errors={name: ratio(errors, lengths) for name, errors in progress.hidden.items()},
         left_out=tuple(pair.substitution.left_out),
+        windows=tuple(progress.windows),
     )

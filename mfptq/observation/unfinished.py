@@ -23,8 +23,8 @@ import torch
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..errors import SourceError
 from ..limits import MAX_INDEX_BYTES
+from ..output.estimates import WindowSums
 from ..storage.files import read_small, storage_errors
-from .comparison import WindowSums
 
 FOLDER = ".mfptq-evaluation"
 SAVE_SECONDS = 30.0  # states of large models take a while to write: not behind every block of a small one

@@ -16,6 +16,7 @@ from ..checkpoint.strict_json import StrictJsonError, dump_json, parse_json
 from ..errors import DestinationError, SourceError, quote
 from ..limits import MAX_INDEX_BYTES
 from ..storage.files import expanded, read_small, storage_errors
+from .estimates import Estimate, ratio
 from .leftovers import CARD, EVALUATION, REPORT
 
 FIGURES = ("source_perplexity", "perplexity", "loss_difference", "kl_divergence", "top1_agreement")
@@ -73,6 +74,20 @@ def with_section(card: str, section: str) -> str:
     if place < 0:
         return f"{card.rstrip()}\n\n{section}\n"
     return f"{card[:place]}\n{section}\n{card[place:]}"
+
+
+def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Estimate | None:
+    """Return by how much the KL divergence of the second of two evaluations of one text is larger, taken window by window.
+
+    None where they are of different texts, or do not tell of windows.
+    """
+    try:
+        windows = list(zip(first["windows"], second["windows"], strict=True))
+        counts = [one["positions"] for one, _ in windows]
+        changes = [other["divergence"] - one["divergence"] for one, other in windows]
+        return ratio(changes, counts) if windows and _text_of(first) == _text_of(second) else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def figure(estimate: Mapping[str, float | None], factor: float = 1.0) -> str:

@@ -6,10 +6,13 @@ Called by the command `compare`. It reads the reports of both, and no weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
+from ..output.estimates import Estimate
+from ..output.evaluations import paired_difference
 from .data import LayerRow, ReportData
 
 SAME = 0.005  # a relative difference of errors below half a per cent is noise of methods
@@ -43,6 +46,16 @@ class ScaleDifference:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A text that both outputs were evaluated on: the KL divergence of each, and the difference, taken window by window."""
+
+    dataset: str
+    first: float
+    second: float
+    difference: Estimate
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """Two outputs side by side. `treated` are layers that only one quantizes, `changed` those with another error."""
 
@@ -54,6 +67,7 @@ class Comparison:
     changed: tuple[Difference, ...]
     equal: int
     scales: tuple[ScaleDifference, ...] = ()
+    evaluated: tuple[Evaluated, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as JSON values."""
@@ -77,7 +91,16 @@ def compare(first: ReportData, second: ReportData) -> Comparison:
         treated,
         tuple(changed),
         len(rows) - len(treated) - len(changed),
+        evaluated=tuple(_evaluated(first, second)),
     )
+
+
+def _evaluated(first: ReportData, second: ReportData) -> Iterator[Evaluated]:
+    for one, other in product(first.evaluations, second.evaluations):
+        difference = paired_difference(one, other)
+        if difference is not None:
+            before, after = (each["kl_divergence"]["value"] for each in (one, other))
+            yield Evaluated(one["dataset"], before, after, difference)
 
 
 def compare_scales(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[ScaleDifference, ...]:

@@ -21,8 +21,8 @@ from mfptq.cli.evaluate import evaluation_text
 from mfptq.cli.main import main
 from mfptq.errors import MemoryBudgetError, SourceError, UsageError
 from mfptq.observation import models, side_by_side
-from mfptq.observation.comparison import Estimate
 from mfptq.observation.evaluate import BUILT_IN, evaluate
+from mfptq.output.estimates import Estimate
 from tests.calibration.files import calibrate as write_calibration
 from tests.clients.dequantize import read_tensors, write_twin
 from tests.models import DENSE, MOE, write_checkpoint

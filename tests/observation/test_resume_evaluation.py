@@ -17,6 +17,7 @@ from mfptq.observation import side_by_side, unfinished
 from mfptq.observation.evaluate import EvaluationProgress, evaluate
 from mfptq.output import evaluations
 from mfptq.output.evaluations import read_evaluations
+from mfptq.reporting.compare import compare
 from mfptq.reporting.data import read_report
 from mfptq.reporting.page import page
 from tests.models import DENSE, write_checkpoint
@@ -123,6 +124,13 @@ def test_figures_are_kept_with_the_output_and_shown_by_its_report(
     other.write_text("[1, 2, 3, 4]\n")
     evaluate(output, source, other, **OPTIONS)
     assert [each["dataset"] for each in read_evaluations(output)] == ["ids.jsonl", "other.jsonl"]
+    mfptq.convert(source, output.with_name("rounded"), method="minmax")
+    rounded = evaluate(output.with_name("rounded"), source, dataset, **OPTIONS)
+    (both,) = compare(report, read_report(output.with_name("rounded"))).evaluated
+    assert both.difference.value == pytest.approx(rounded.kl_divergence.value - found.kl_divergence.value)
+    assert both.difference.standard_error is not None
+    main(["compare", str(output), str(output.with_name("rounded"))], standalone_mode=False)
+    assert f"KL divergence on ids.jsonl: {figure} -> {rounded.kl_divergence.value:.4g}, by" in capsys.readouterr().out
     mfptq.convert(source, output)  # nothing to do
     assert len(read_evaluations(output)) == 2
     mfptq.convert(source, output, method="minmax", overwrite=True)
