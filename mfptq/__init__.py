@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .execution.events import Advanced, Event, Planned, ShardFinished
     from .execution.executors import Executed, Executor, Order, ThreadExecutor
     from .execution.partial_run import PartReport
+    from .execution.preview import OutputPreview, Preview
     from .inspection import Inspection, TensorSummary, inspect
     from .kernels import ErrorStats
     from .observation.calibrate import calibrate
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .observation.evaluate import Evaluation, EvaluationProgress, evaluate
     from .output.estimates import Estimate
     from .output.fault import Fault
+    from .output.publish import PushTarget
     from .output.report import PatternReport, Report
     from .planning.parts import Part
     from .planning.plan import PlannedTensor
@@ -80,12 +82,14 @@ _EXPORTS = {
     "execution.events": "Advanced Event Planned ShardFinished",
     "execution.executors": "Executed Executor Order ThreadExecutor",
     "execution.partial_run": "PartReport",
+    "execution.preview": "OutputPreview Preview",
     "inspection": "Inspection TensorSummary inspect",
     "kernels": "ErrorStats",
     "observation.calibrate": "calibrate",
     "observation.calibration_pass": "CalibrationProgress",
     "output.estimates": "Estimate",
     "observation.evaluate": "Evaluation EvaluationProgress evaluate",
+    "output.publish": "PushTarget",
     "output.report": "PatternReport Report",
     "planning.parts": "Part",
     "planning.plan": "PlannedTensor",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .execution.partial_run import PartReport
+    from .execution.preview import Preview
 
 
 class Plan:
@@ -79,6 +80,34 @@ class Plan:
     def check(self, *, engines: Sequence[Engine] = ENGINES) -> tuple[Finding, ...]:
         """Return what inference engines would find wrong with the output, before a byte of it is written."""
         return check_plan(self._planned, engines)
+
+    def preview(
+        self,
+        destination: str | Path | None = None,
+        *,
+        max_memory: str | int = "1GiB",
+        max_workers: int | None = None,
+        device: str = "cpu",
+        overwrite: bool = False,
+        push_to: PushTarget | None = None,
+        discard_output: bool = False,
+        estimate: bool = False,
+    ) -> Preview:
+        """Return what `run` with the same keywords would use and find: device, threads, memory, disk, what comes from the Hub.
+
+        Nothing is written. Sizes are in bytes. With `destination` the output folder, its free disk, what can be resumed and the
+        repo `push_to` are looked at. With `estimate`, half a second of quantizing and, from the Hub, a second of fetching
+        (32 MiB at most) are measured. Raises what `run` would raise before its first byte.
+        """
+        from .execution.carrying_out import Target
+        from .execution.preview import Timed, preview
+
+        target = None
+        if destination is not None:
+            target = Target(expanded(destination), overwrite=overwrite, push_to=push_to, discard=discard_output)
+        resources, timed = Resources(max_memory, max_workers, device), Timed(computing=estimate, fetching=estimate)
+        with memory_errors():
+            return preview(self._planned, resources, target, held=self._held, timed=timed)
 
     def run(  # noqa: PLR0913 - one keyword for each option of the command
         self,

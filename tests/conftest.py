@@ -108,14 +108,15 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
     """
     from huggingface_hub import constants
 
-    from mfptq.cli import duration, main
+    from mfptq.cli import main
+    from mfptq.execution import estimate
 
     words, said, told = ["mfptq", *map(str, arguments)], io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(told):
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(duration, "MEASURED_SECONDS", 0.01)
+        patch.setattr(estimate, "MEASURED_SECONDS", 0.01)
         patch.setattr(sys, "argv", words)
         patch.setattr(main, "tune_interpreter", lambda: None)
         patch.setattr(main, "handle_signals", lambda: None)

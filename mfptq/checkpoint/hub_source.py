@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import HubError, SourceChangedError, SourceError, quote
 from .file_digests import FileDigests, HubFile, new_digest
+from .network_rate import measured_rate
 from .ranges import RangeReader
 from .reads import ByteRange, ReadAhead, ReadUnit
 from .source import FolderSource
@@ -135,6 +136,11 @@ class HubSource:
 
     def _fetch(self, place: ByteRange, buffer: memoryview, note: Callable[[int], None]) -> None:
         self.reader.read_into(self._file(place.name), place.start, buffer, note)
+
+    def rate(self) -> float | None:
+        """Return how many bytes a second the largest file comes at, over as many connections as a run has."""
+        remote = [file for name, file in self._listing.items() if name not in self._local.names and file.size]
+        return measured_rate(self.reader, max(remote, key=lambda file: file.size)) if remote else None
 
     def stop(self) -> None:
         """Let every read that waits fail soon."""

@@ -80,6 +80,10 @@ class Source(Protocol):
         """Take note of what will be read, in about which order, and how much memory may hold it until it is dropped."""
         ...
 
+    def rate(self) -> float | None:
+        """Return how many bytes a second come over the network, measured for a moment; None where there is none."""
+        ...
+
     def stop(self) -> None:
         """Let every read that waits for a network fail soon: the run is being ended."""
         ...
@@ -214,6 +218,10 @@ class FolderSource:
 
     def read_ahead(self, ahead: ReadAhead) -> None:
         """Do nothing: the kernel reads ahead by itself."""
+
+    def rate(self) -> float | None:
+        """Return None: local files come over no network."""
+        return None
 
     def stop(self) -> None:
         """Do nothing: local reads do not wait long."""

@@ -47,8 +47,10 @@ def convert(model: str, output: Path, **options: Any) -> None:
     Example: mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4 --max-memory 2GB
     """
     from ..conversion import plan as make_plan
+    from ..execution.carrying_out import Target
     from ..output.publish import PushTarget
     from ..planning.size_target import with_errors_beside
+    from ..storage.files import expanded
     from . import text
 
     engine = options.pop("engine")
@@ -59,9 +61,12 @@ def convert(model: str, output: Path, **options: Any) -> None:
     unfit = {"overwrite": overwrite, "dry_run": dry_run, "executor": options["executor"], **publishing}
     part = check_part_options(options.pop("shards"), **unfit)
     executor, decisions = executor_of(options), with_errors_beside(decisions_of(options), output)
+    repo, private, discard = publishing.values()
+    push_to = PushTarget(repo, private, token=decisions.get("token")) if repo else None
     if dry_run:
+        target = Target(expanded(output), overwrite=overwrite, push_to=push_to, discard=discard)
         shown = {**resources, "engine": engine, "as_json": as_json, "estimate": True}
-        _show_plan(model, decisions, shown | {"output": output, "overwrite": overwrite, "executor": executor})
+        _show_plan(model, decisions, shown | {"target": target, "executor": executor})
         return
     with ExitStack() as opened:
         show, check = opened.enter_context(text.progress(quiet=quiet)), opened.enter_context(deferred_signals())
@@ -69,10 +74,9 @@ def convert(model: str, output: Path, **options: Any) -> None:
         made = opened.enter_context(make_plan(model, **resources, **decisions))
         if not decisions.get("force"):
             refuse_unloadable(made, engine)
-        repo, private, discard = publishing.values()
         keywords = {
             "overwrite": overwrite,
-            "push_to": PushTarget(repo, private, token=decisions.get("token")) if repo else None,
+            "push_to": push_to,
             "discard_output": discard,
             "executor": executor,
         }
@@ -88,7 +92,7 @@ def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
     from ..checking import check_plan
     from ..execution.memory_budget import caller_bytes
     from ..execution.prepare import Measuring, Resources
-    from ..execution.preview import preview
+    from ..execution.preview import Timed, preview
     from ..planner import make_plan
     from . import plan_text, text
 
@@ -97,15 +101,15 @@ def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
     measuring = Measuring(resources, held=caller_bytes(), path=decisions.get("format_errors"))
     with closing(make_plan(model, measuring, **decisions)) as made:
         findings = check_plan(made, judges(shown["engine"]))
-        view = preview(
-            made, resources, shown.get("output"), overwrite=shown.get("overwrite", False), held=measuring.held
-        )
+        target, estimate = shown.get("target"), shown["estimate"] and not (shown["as_json"] or shown.get("explain"))
+        timed = Timed(computing=estimate, fetching=estimate and target is not None)
+        view = preview(made, resources, target, held=measuring.held, timed=timed)
         if shown["as_json"]:
             values = text.plan_values(made, view)
             click.echo(json.dumps({**values, "findings": [each.as_dict() for each in findings]}))
         else:
             click.echo(plan_text.rendered(made, view, findings, shown))
-        if shown.get("output") is not None and not decisions.get("force"):
+        if target is not None and not decisions.get("force"):
             refuse_findings(findings, shown["engine"])
 
 

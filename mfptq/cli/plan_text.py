@@ -18,7 +18,7 @@ from ..inspection import TensorSummary, planned_summary
 from ..sizes import size_text
 from .check import findings_lines
 from .columns import width, wrapped
-from .duration import duration, expected_seconds
+from .duration import duration
 from .explain_text import explain_text
 from .target_text import target_lines
 from .text import formats_text, left_out_lines, preview_lines
@@ -72,8 +72,7 @@ def rendered(plan: ConversionPlan, view: Preview, findings: Sequence[Finding], s
     """Return what the options in `shown` ask for: one tensor explained, or the plan, with an estimate of its time."""
     if shown.get("explain"):
         return explain_text(plan, shown["explain"], findings, width())
-    seconds = expected_seconds(plan, view.workers) if shown.get("estimate") else None
-    return plan_text(plan, view, findings, columns=width(), seconds=seconds, every=shown.get("every", False))
+    return plan_text(plan, view, findings, columns=width(), every=shown.get("every", False))
 
 
 def plan_text(
@@ -82,10 +81,9 @@ def plan_text(
     findings: Sequence[Finding],
     *,
     columns: int,
-    seconds: float | None = None,
     every: bool = False,
 ) -> str:
-    """Return a plan as text of at most that many columns; `every` lists each tensor, `seconds` is an estimate."""
+    """Return a plan as text of at most that many columns; `every` lists each tensor."""
     groups = _groups(plan, every=every)
     prefix = _common(groups[FP4].values())
     lines = wrapped(_title(plan) + (f"; names without {prefix}" if prefix else ""), columns)
@@ -101,7 +99,7 @@ def plan_text(
         lines += ["", *_section(fate, rows, Shown(columns, prefix, usual, plan.share.into), every=every)]
     for left_out in left_out_lines(plan.checkpoint.left_out):
         lines += wrapped(left_out, columns)
-    lines += ["", *(line for text in _sums(plan, view, seconds) for line in wrapped(text, columns))]
+    lines += ["", *(line for text in _sums(plan, view) for line in wrapped(text, columns))]
     if plan.allocation is not None:
         lines += ["", *target_lines(plan.allocation, columns)]
     if plan.settings.kv_cache is not None:
@@ -193,7 +191,7 @@ def _row(row: Group, fate: str, shown: Shown) -> list[str]:
     return wrapped(text, shown.columns, " " * 12)
 
 
-def _sums(plan: ConversionPlan, view: Preview, seconds: float | None) -> Iterator[str]:
+def _sums(plan: ConversionPlan, view: Preview) -> Iterator[str]:
     checkpoint, elements = plan.checkpoint, sum(weight.size for weight in plan.weights())
     packed = sum(group.output_bytes for group in _groups(plan, every=False)[FP4].values())
     ratio = plan.tensor_bytes / max(checkpoint.tensor_bytes, 1)
@@ -206,8 +204,8 @@ def _sums(plan: ConversionPlan, view: Preview, seconds: float | None) -> Iterato
     read = decode_bytes(plan)
     if read:
         yield f"a decode step reads about {size_text(read)} of weights"
-    if seconds is not None:
-        yield f"about {duration(seconds)} of computing here; a slow disk or network takes longer"
+    if view.computing_seconds is not None:
+        yield f"about {duration(view.computing_seconds)} of computing here; a slow disk or network takes longer"
 
 
 def decode_bytes(plan: ConversionPlan) -> int:

@@ -19,6 +19,7 @@ from ..errors import counted, printable, quote
 from ..execution.events import Advanced, Event, OnEvent, Planned, ShardFinished
 from ..output.report import Report
 from ..sizes import size_text
+from .duration import duration
 from .target_text import target_values
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 SHOWN_FAULTS = 20
 SHOWN_INPUTS = 10
 SHOWN_FILES = 10
+COMMON_RATE = 125e6  # bytes a second
 MINUTE = 60.0  # seconds between two lines of progress in a log
 
 
@@ -146,7 +148,7 @@ def preview_lines(view: Preview) -> Iterator[str]:
         again = (
             f", {size_text(view.refetch_bytes)} of it a second time for want of memory" if view.refetch_bytes else ""
         )
-        yield f"{size_text(view.fetch_bytes)} to fetch from the Hub{again}"
+        yield f"{size_text(view.fetch_bytes)} to fetch from the Hub{again}{_fetching_text(view)}"
     if view.output is None:
         return
     name = printable(view.output.path)
@@ -156,6 +158,15 @@ def preview_lines(view: Preview) -> Iterator[str]:
     resumed = view.output.finished_shards
     there = f", {counted(resumed, 'shard', 'shards')} of an earlier run kept" if resumed else ""
     yield f"{name}: {size_text(view.output.needed_bytes)} needed, {size_text(view.output.free_bytes)} free{there}"
+
+
+def _fetching_text(view: Preview) -> str:
+    """Return how long fetching takes at the rate that was measured; at a common one where only computing was."""
+    if view.fetch_rate:
+        return f", about {duration(view.fetch_bytes / view.fetch_rate)} at the {size_text(int(view.fetch_rate))}/s measured now"
+    if view.computing_seconds is None:
+        return ""
+    return f", about {duration(view.fetch_bytes / COMMON_RATE)} at 1 Gbit/s"
 
 
 def plan_values(plan: ConversionPlan, view: Preview) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..output.leftovers import OutputClaim, abandon
 from ..output.model_card import card_metadata, card_text
 from ..output.publish import Publisher, PushTarget, push
 from ..output.report import Report, gather, pattern_reports, suspicions, total_error
-from ..output.uploads import MAX_WAITING, Uploads, published_report, uploading
+from ..output.uploads import SHARDS_AT_ONCE, Uploads, published_report, uploading
 from .events import Advanced, Event, OnEvent, ShardFinished
 from .executors import Executed, Executor, Order
 from .memory_budget import peak_bytes
@@ -87,7 +87,7 @@ def carry_out(
     plan, claim, poll = order.run.plan, OutputClaim.of(order.run.plan), partial(on_event, Advanced(0))
     if uploads is not None:
         uploaded = {file.name: file.sha256 for file in uploads.uploaded.values()}
-        claim = replace(claim, uploaded=uploaded, at_once=MAX_WAITING + 1 if uploads.discard else None)
+        claim = replace(claim, uploaded=uploaded, at_once=SHARDS_AT_ONCE if uploads.discard else None)
     old_card = source_card(plan.checkpoint.source)
     with open_destination(destination, claim, overwrite=overwrite, complete=complete, poll=poll) as out:
         resumed = len(out.done)

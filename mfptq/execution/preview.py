@@ -5,15 +5,17 @@ Called by `plan` and `convert --dry-run`. Raises what the run itself would raise
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.window import AHEAD_BYTES
 from ..output.destination import examine
 from ..output.finished import is_finished
 from ..output.leftovers import OutputClaim
-from ..storage.files import expanded
+from ..output.publish import Publisher
+from ..output.uploads import SHARDS_AT_ONCE, publishable
+from .carrying_out import Target
+from .estimate import computing_seconds
 from .prepare import Resources, prepare
 from .reading_order import bytes_to_fetch, largest_group
 
@@ -36,8 +38,20 @@ class OutputPreview:
 
 
 @dataclass(frozen=True, slots=True)
+class Timed:
+    """What to measure: half a second of computing, a second of fetching."""
+
+    computing: bool = False
+    fetching: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Preview:
-    """What a run would use: sizes in bytes, `fetch_bytes` from the Hub, `refetch_bytes` of them a second time."""
+    """What a run would use: sizes in bytes, `fetch_bytes` from the Hub, `refetch_bytes` of them a second time.
+
+    `computing_seconds` on these cores, and `fetch_rate` in bytes per second, are None where they were not measured; fetching
+    and computing overlap. `disk_bytes` is the size of the whole output.
+    """
 
     kernel: str
     device_reason: str
@@ -45,30 +59,32 @@ class Preview:
     peak_memory: int
     fetch_bytes: int
     refetch_bytes: int
+    disk_bytes: int = 0
+    computing_seconds: float | None = None
+    fetch_rate: float | None = None
     output: OutputPreview | None = None
 
     def values(self) -> dict[str, Any]:
-        """Return it as JSON values, the output's only where there is one."""
+        """Return it as JSON values, without what is not known."""
         from dataclasses import asdict
 
-        found = asdict(self)
-        return found if self.output is not None else {name: found[name] for name in found if name != "output"}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def preview(
     plan: ConversionPlan,
     resources: Resources,
-    destination: str | Path | None = None,
+    target: Target | None = None,
     *,
-    overwrite: bool = False,
     held: int = 0,
+    timed: Timed | None = None,
 ) -> Preview:
-    """Return what a run would use and find, with an output folder if one is named; `held` as in `prepare`.
+    """Return what a run would use and find, with the output if a `target` names one; `held` as in `prepare`.
 
-    Raises UsageError, MemoryBudgetError, DestinationError and its subclasses, StorageError.
+    Raises UsageError, MemoryBudgetError, DestinationError and its subclasses, StorageError, HubError.
     """
-    run = prepare(plan, resources, held)
-    spare, remote = run.memory.spare, plan.checkpoint.source.is_remote
+    run, source, timed = prepare(plan, resources, held), plan.checkpoint.source, timed or Timed()
+    spare, remote = run.memory.spare, source.is_remote
     fetch = bytes_to_fetch(plan, spare) if remote else 0
     window = min(spare, max(AHEAD_BYTES, largest_group(plan, spare))) if remote else 0
     return Preview(
@@ -78,13 +94,22 @@ def preview(
         peak_memory=run.memory.peak + window,
         fetch_bytes=fetch,
         refetch_bytes=max(0, fetch - plan.checkpoint.tensor_bytes),
-        output=None if destination is None else _look_at(plan, expanded(destination), overwrite=overwrite),
+        disk_bytes=plan.output_bytes,
+        computing_seconds=computing_seconds(plan, run.memory.workers) if timed.computing else None,
+        fetch_rate=source.rate() if timed.fetching else None,
+        output=None if target is None else _look_at(plan, target),
     )
 
 
-def _look_at(plan: ConversionPlan, root: Path, *, overwrite: bool) -> OutputPreview:
-    if not overwrite and is_finished(plan, root):
+def _look_at(plan: ConversionPlan, target: Target) -> OutputPreview:
+    target.check()
+    root = target.root
+    if not target.overwrite and is_finished(plan, root):
         return OutputPreview(str(root), 0, 0, len(plan.shards), complete=True)
+    if target.push_to is not None:
+        publishable(Publisher(root, target.push_to), plan.digest)
     claim = OutputClaim.of(plan)
-    found = examine(root, claim, overwrite=overwrite)
+    if target.discard:
+        claim = replace(claim, at_once=SHARDS_AT_ONCE)
+    found = examine(root, claim, overwrite=target.overwrite)
     return OutputPreview(str(root), found.needed, found.free, len(found.state.done), complete=False)

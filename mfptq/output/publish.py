@@ -92,9 +92,32 @@ class Publisher:
         self.listed: dict[str, Any] = {}
         self._operations: dict[str, Any] = {}
 
+    def look(self) -> bool:
+        """Look at what the repo holds, if it is there, and make nothing; return whether it is there."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        repo, revision = self.target.repo_id, self.target.revision
+        self._check_token()
+        with hub_errors("write to", repo, revision):
+            try:
+                self.parent = self._api.model_info(repo, revision=revision).sha
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return False
+            self.listed = self._listed(self.parent)
+        return True
+
+    def _check_token(self) -> None:
+        from huggingface_hub import get_token
+
+        if not (self.target.token or get_token()):
+            raise HubError(
+                f"publishing to {quote(self.target.repo_id)} needs a token that may write: give one (HF_TOKEN, or `hf auth login`)"
+            )
+
     def open(self) -> None:
         """Make the repo and the branch if need be, and look at what it holds."""
         repo, revision = self.target.repo_id, self.target.revision
+        self._check_token()
         with hub_errors("write to", repo, revision):
             self._api.create_repo(repo, private=self.target.private or None, exist_ok=True)
             if revision is not None and not self.target.create_pr:

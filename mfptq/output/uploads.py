@@ -26,6 +26,7 @@ from .publish import Publisher, Pushed, StoredFile
 
 NOTE = "uploads"
 MAX_WAITING = 2  # finished shards that wait for their upload, where each is discarded after it
+SHARDS_AT_ONCE = MAX_WAITING + 1  # that lie here then
 POLL_SECONDS = 0.1
 
 
@@ -156,6 +157,12 @@ def uploading(uploads: Uploads | None) -> Iterator[None]:
     finally:
         if uploads is not None:
             uploads.stop()
+
+
+def publishable(publisher: Publisher, digest: str) -> None:
+    """Raise HubError where a run of the plan with this digest would refuse to publish; makes nothing."""
+    if publisher.look() and published_report(publisher).get("plan") != digest:
+        publisher.refuse_foreign()
 
 
 def published_report(publisher: Publisher) -> Mapping[str, Any]:

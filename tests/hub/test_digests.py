@@ -1,16 +1,13 @@
-"""Files that are read whole and in order are compared with the Hub's digests; the others are counted. Plans say what they fetch."""
+"""Files that are read whole and in order are compared with the Hub's digests; the others are counted."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 
 import mfptq
-from mfptq.cli.text import preview_lines
-from mfptq.execution.preview import Preview
 from tests.conftest import Stopped, stopping_at
 from tests.hub.conftest import Run
 from tests.hub.server import REPO, Content, LoopbackHub
@@ -64,19 +61,6 @@ def test_shards_that_are_not_compared_are_counted(client: LoopbackHub, run: Run,
     done = run("convert", REPO, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "1 shard was not read whole and in order: lengths and ETags were checked" in done.stdout
-
-
-def test_a_plan_says_what_it_would_fetch(client: LoopbackHub, run: Run) -> None:
-    assert "to fetch from the Hub" in run("plan", REPO, "--no-estimate", COLUMNS="200").stdout
-    values = json.loads(run("plan", REPO, "--json").stdout)
-    assert values["fetch_bytes"] == values["source_bytes"]
-    assert values["refetch_bytes"] == 0
-
-
-def test_what_comes_a_second_time_is_said() -> None:
-    assert list(preview_lines(Preview("cpu", "as asked", 2, 10**8, 3_000_000, 1_000_000))) == [
-        "3.00 MB to fetch from the Hub, 1.00 MB of it a second time for want of memory"
-    ]
 
 
 def test_another_commit_is_another_source(client: LoopbackHub, tmp_path: Path) -> None:
