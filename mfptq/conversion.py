@@ -99,7 +99,7 @@ class Plan:
         repo `push_to` are looked at. With `estimate`, half a second of quantizing and, from the Hub, a second of fetching
         (32 MiB at most) are measured. Raises what `run` would raise before its first byte.
         """
-        from .execution.carrying_out import Target
+        from .execution.output_target import Target
         from .execution.preview import Timed, preview
 
         target = None
@@ -123,7 +123,8 @@ class Plan:
         executor: Executor | None = None,
     ) -> Report:
         """Carry the plan out into a folder, and return what was done; see `convert`. `push_to` says where it is published."""
-        from .execution.carrying_out import Target, run_whole
+        from .execution.carrying_out import run_whole
+        from .execution.output_target import Target
 
         target = Target(expanded(destination), overwrite=overwrite, push_to=push_to, discard=discard_output)
         doing, resources = executor or ThreadExecutor(), Resources(max_memory, max_workers, device)

@@ -47,7 +47,7 @@ def convert(model: str, output: Path, **options: Any) -> None:
     Example: mfptq convert Qwen/Qwen3.5-27B Qwen3.5-27B-NVFP4 --max-memory 2GB
     """
     from ..conversion import plan as make_plan
-    from ..execution.carrying_out import Target
+    from ..execution.output_target import Target
     from ..output.publish import PushTarget
     from ..planning.size_target import with_errors_beside
     from ..storage.files import expanded

@@ -7,45 +7,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
 from ..output.destination import Destination, open_destination
 from ..output.finish import finish, source_card
 from ..output.finished import finished_by, finished_report
 from ..output.leftovers import OutputClaim, abandon
 from ..output.model_card import card_metadata, card_text
-from ..output.publish import Publisher, PushTarget, push
+from ..output.publish import Publisher, push
 from ..output.report import Report, gather, pattern_reports, suspicions, total_error
 from ..output.uploads import SHARDS_AT_ONCE, Uploads, published_report, uploading
 from .events import Advanced, Event, OnEvent, ShardFinished
 from .executors import Executed, Executor, Order
 from .memory_budget import peak_bytes
+from .output_target import Target
 from .prepare import Run
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where an output goes: a folder, which `overwrite` clears of an older one, and a repo where `push_to` names one.
-
-    `discard` removes from the folder what the repo has.
-    """
-
-    root: Path
-    overwrite: bool = False
-    push_to: PushTarget | None = None
-    discard: bool = False
-
-    def check(self) -> None:
-        """Raise UsageError for what cannot be had together."""
-        if self.discard and self.push_to is None:
-            raise UsageError("discard_output is true, but nothing is pushed to a repo: the output would be lost")
 
 
 def run_whole(

@@ -14,8 +14,8 @@ from ..output.finished import is_finished
 from ..output.leftovers import OutputClaim
 from ..output.publish import Publisher
 from ..output.uploads import SHARDS_AT_ONCE, publishable
-from .carrying_out import Target
 from .estimate import computing_seconds
+from .output_target import Target
 from .prepare import Resources, prepare
 from .reading_order import bytes_to_fetch, largest_group
 
