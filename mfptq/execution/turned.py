@@ -19,7 +19,9 @@ from ..nvfp4 import ByteArray
 from ..storage.files import read_exact, read_strided
 from .tiles import Tile, stored_end, tiles
 
-_AT_ONCE = 16  # columns: what is written then stays in the processor's nearest cache
+_AT_ONCE = 64  # columns of a block: what is written of a row fills whole cache lines
+_ROWS = 512  # of a block, which then fits into the processor's nearest caches
+_PADDING = 32  # values behind each column: powers of two apart, columns would push each other out of the cache
 _WASTE = 2  # read up to so many times what is wanted in one call, rather than in one for each column
 
 
@@ -28,14 +30,23 @@ def read_turned(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> 
     weight, width = tile.weight, out.itemsize
     first, begin = divmod(tile.start, weight.columns)
     values = out.reshape(tile.rows, tile.columns)
+    block = np.empty((_AT_ONCE, _ROWS + _PADDING), out.dtype)
     count = _columns(tile, len(room) // width)
     for column in range(0, tile.columns, count):
         columns = min(count, tile.columns - column)
         place = weight.offset + (first + (begin + column) * weight.pitch) * width
         panel = _read_panel(source, tile, (place, columns), room).view(out.dtype)[:, : tile.rows]
-        for start in range(0, columns, _AT_ONCE):
-            part = panel[start : start + _AT_ONCE]
-            values[:, column + start : column + start + len(part)] = part.T
+        _turn(panel, block, values[:, column : column + columns])
+
+
+def _turn(panel: TileArray, block: TileArray, out: TileArray) -> None:
+    """Write a panel, column after column, to `out`, row after row, by way of a block that stays in the cache."""
+    for column in range(0, len(panel), _AT_ONCE):
+        for row in range(0, len(out), _ROWS):
+            part = panel[column : column + _AT_ONCE, row : row + _ROWS]
+            columns, rows = part.shape
+            block[:columns, :rows] = part
+            out[row : row + rows, column : column + columns] = block[:columns, :rows].T
 
 
 def amax_tiles(weights: Iterable[Weight], tile_bytes: int) -> Iterator[Tile]:

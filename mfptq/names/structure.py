@@ -27,7 +27,7 @@ _TOWER_WORDS = frozenset({
     "vision", "visual", "image", "img", "video", "pixel", "vit", "sam", "siglip", "clip", "dinov2", "aimv2",
     "vpm", "apm", "audio", "speech", "sound", "acoustic", "perception", "whisper", "wav", "token2wav", "codec", "vocoder", "tts", "talker",
     "speaker", "mimi", "encodec", "dac", "conformer", "code2wav", "token2mel", "perceiver", "qformer", "resampler", "projector", "projection",
-    "connector", "merger", "aligner", "adapter", "tower", "predictor", "depth", "ctc",
+    "connector", "merger", "aligner", "adapter", "tower", "predictor", "depth", "ctc", "diffusion", "denoiser", "dit",
 })  # fmt: skip
 
 
@@ -191,7 +191,9 @@ def _starts_with(name: str, parent: str) -> bool:
 
 
 def _words(stack: str) -> list[set[str]]:
-    return [set(re.split(r"[^a-z0-9]+", part.lower())) for part in stack.split(".")]
+    """Return the words of each part of a name, in the singular too (`spatial_projectors`)."""
+    split = [re.split(r"[^a-z0-9]+", part.lower()) for part in stack.split(".")]
+    return [{*words, *(word.removesuffix("s") for word in words)} for words in split]
 
 
 def _names_tower(words: set[str]) -> bool:

@@ -21,36 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.clients.dequantize import write_twin
+from tests.clients.published import tiny
 from tests.clients.vllm_loading import load, prepare_vllm, unfilled, weights
 from tests.conftest import command
-from tests.sweep.tiny import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 Tensors = dict[str, torch.Tensor]
-
-# Keys that published configs have and those of tiny models lack.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "glm4_moe": {"head_dim": 16},
-    "glm4_moe_lite": {"first_k_dense_replace": 1},
-}
 
 
 @pytest.fixture(autouse=True)
 def vllm_on_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_vllm(monkeypatch)
-
-
-def tiny(kind: str, folder: Path) -> Path:
-    """Write a tiny model of a type, with the keys of published configs."""
-    build(kind).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    text = config.get("text_config", config)
-    text.update(PUBLISHED.get(kind, {}))
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def change(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:

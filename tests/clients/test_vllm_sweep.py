@@ -7,6 +7,7 @@ configuration lacks keys that published ones have, or the class needs what this 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,21 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 pytest.importorskip("vllm")
 
+from safetensors.torch import load_file, save_file
 from vllm.model_executor.models.registry import ModelRegistry
 
 from tests.clients.dequantize import write_twin
-from tests.clients.test_vllm_loading import convert, tiny
+from tests.clients.published import tiny
+from tests.clients.test_vllm_loading import convert
 from tests.clients.vllm_loading import load, prepare_vllm, unfilled, weights
+from tests.sweep.test_sweep import MAMBA_1
 from tests.sweep.tiny import types
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
-KINDS = [kind for kind, names in types().items() if not set(names).isdisjoint(ModelRegistry.get_supported_archs())]
+KNOWN = set(ModelRegistry.get_supported_archs())
+KINDS = [kind for kind, names in types().items() if kind not in MAMBA_1 and not KNOWN.isdisjoint(names)]
+# vLLM turns the plain matrices of these, which are stored as [in, out]; in NVFP4 they are as it builds them.
+CONV1D = {"gpt2": r".*\.(c_attn|c_proj|c_fc)\.weight", "gpt-sw3": r".*\.(c_attn|c_proj|c_fc)\.weight"}
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +49,22 @@ def test_a_conversion_loads_wherever_its_source_does(kind: str, tmp_path: Path) 
     parameters = load(out)
     assert any(name.endswith("weight_packed") for name in parameters)
     assert set(unfilled(parameters)) <= set(unfilled(plain))
-    found, expected = weights(parameters), load(write_twin(out, source, tmp_path / "twin", stacked=False))
+    twin = write_twin(out, source, tmp_path / "twin", stacked=False)
+    if kind in CONV1D:
+        turn_back(twin, CONV1D[kind])
+    found, expected = weights(parameters), load(twin)
     assert found.keys() == expected.keys() == plain.keys()
     assert [name for name in expected if not equal(found[name], expected[name])] == []
 
 
 def equal(found, expected) -> bool:
     return found.shape == expected.shape and bool((found == expected).all())
+
+
+def turn_back(folder: Path, names: str) -> None:
+    for file in folder.glob("*.safetensors"):
+        tensors = {
+            name: values.T.contiguous() if re.fullmatch(names, name) else values
+            for name, values in load_file(file).items()
+        }
+        save_file(tensors, file, {"format": "pt"})

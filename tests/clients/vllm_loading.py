@@ -19,7 +19,7 @@ MARK = 0xA5
 _COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
 DRAFTER = {"method": "mtp", "num_speculative_tokens": 1}
 # Of the key-value cache, which any quantization config has, and of inputs, which experts have even where none are quantized.
-_UNUSED = re.compile(r".*attn\.[kqv]_(scale|zero_point)$|.*\.w(13|2)_input_global_scale$")
+_UNUSED = re.compile(r".*attn(_per_step\.\d+)?\.[kqv]_(scale|zero_point)$|.*\.w(13|2)_input_global_scale$")
 
 
 def prepare_vllm(monkeypatch: Any) -> None:

@@ -33,7 +33,8 @@ def test_a_stack_of_another_width_is_not_the_decoder() -> None:
 
 @pytest.mark.parametrize(
     "prefix", ["model.visual.blocks", "vision_tower.encoder.layers", "model.audio_tower.layers", "vit.blocks",
-               "model.qformer.layer", "talker.model.layers", "model.sam_model.blocks"],
+               "model.qformer.layer", "talker.model.layers", "model.sam_model.blocks", "model.spatial_projectors",
+               "model.diffusion_head.layers"],
 )  # fmt: skip
 @pytest.mark.parametrize("config", [CONFIG, {}], ids=["told", "not told"])
 def test_towers_as_deep_as_the_decoder_are_kept(prefix: str, config: dict) -> None:

@@ -24,6 +24,7 @@ NO_LINEAR = {"squeezebert", "omniasr_ctc"}  # convolutions only, an audio tower 
 # Types of which more than a hundredth of the decoder stays since no engine is known to have a layer of that name, and what it is.
 UNNAMED = {
     "convbert": "convolution kernels", "evolla": "attention to proteins", "gradium_phonon_tts": "weighting of losses",
+    "kyutai_speech_to_text": "linear layers inside of others", "wav2vec2-conformer": "relative positions", "zamba": "layers behind attention",
     "granite_speech5_ctc": "pointwise layers", "inkling2": "gates", "inkling2_loop": "gates", "inkling2_loop_text": "gates",
     "inkling2_text": "gates", "inkling_mm_model": "attention's output", "moshi": "linear layers inside of others",
     "parakeet_ctc": "relative positions",

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from tests.sweep.fixed import FIXED, NEEDED
+
 HEADS = (
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
@@ -13,6 +15,7 @@ HEADS = (
     "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
 )  # fmt: skip
 HIDDEN, INNER, LAYERS, VOCABULARY = 64, 128, 4, 160
+MOST = 120e6  # parameters of what still counts as tiny
 
 # The first pattern that a key matches whole gives its value.
 SIZES: tuple[tuple[str, int], ...] = (
@@ -44,7 +47,7 @@ _COMPILED = [(re.compile(pattern), value) for pattern, value in SIZES]
 _DERIVED = re.compile(
     r"layer_types|.*_layer_types|block_types|layers_block_type|attention_layers|no_rope_layers|moe_layers|mlp_layer_types|"
     r"hybrid_override_pattern|layers_types|per_layer_config|full_attn_idxs|attn_layer_indices|hybrid_layer_ids|num_attention_heads_per_layer|"
-    r"mlp_only_layers|cross_attention_layers|transformers_version|architectures|id2label|label2id|torch_dtype|dtype|_name_or_path"
+    r"per_layer_config|mlp_only_layers|cross_attention_layers|transformers_version|architectures|id2label|label2id|torch_dtype|dtype|_name_or_path"
 )
 
 
@@ -67,18 +70,18 @@ def small(config: dict[str, Any], *, keep_lists: bool = False) -> dict[str, Any]
         if isinstance(value, list) and len(value) in depths - {2, 3}:
             if keep_lists or not _DERIVED.fullmatch(str(key)):
                 result[key] = value[:LAYERS]
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and not _DERIVED.fullmatch(str(key)):
             result[key] = small(value, keep_lists=keep_lists)
         elif not _DERIVED.fullmatch(str(key)):
             result[key] = _value(key, value)
-    return {**result, **_FIXED.get(config.get("model_type", ""), {})}
+    return _merged(result, FIXED.get(config.get("model_type", ""), {}))
 
 
-_FIXED: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "mamba2": {"num_heads": 8, "head_dim": 16},
-    "falcon_mamba": {"state_size": 16},
-}
+def _merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Return values with others put in their places, inside of dictionaries too."""
+    inner = {key: _merged(values[key], value) if isinstance(values.get(key), dict) else value
+             for key, value in others.items() if isinstance(value, dict)}  # fmt: skip
+    return {**values, **others, **inner}
 
 
 def _size(key: str) -> int | None:
@@ -100,7 +103,7 @@ def attempts(kind: str) -> Iterator[Any]:
 
     make = CONFIG_MAPPING[kind]
     for keep_lists in (False, True):
-        values = small(make().to_dict(), keep_lists=keep_lists)
+        values = small(make(**NEEDED.get(kind, {})).to_dict(), keep_lists=keep_lists)
         for without in ((), ("rope_parameters",), ("rope_scaling", "rope_parameters")):
             for heads in ({}, {"num_key_value_heads": 4}):
                 found = {key: value for key, value in {**values, **heads}.items() if key not in without}
@@ -121,7 +124,7 @@ def build(kind: str) -> Any:
                 torch.manual_seed(0)
                 with torch.device("meta"):
                     size = sum(parameter.numel() for parameter in getattr(transformers, name)(config).parameters())
-                if size > 60e6:
+                if size > MOST:
                     raise ValueError(f"{size / 1e6:.0f} million parameters are not tiny")
                 return getattr(transformers, name)(config).to(torch.bfloat16).eval()
             except Exception as error:  # whatever a model's code raises for sizes it does not expect
