@@ -13,7 +13,9 @@ from typing import Any
 
 _TEXT = ("text_config", "llm_config", "language_config", "language_model_config", "lm_config", "thinker_config")
 _PARTS = ("encoder", "decoder", "encoder_config", "decoder_config", "text_encoder", "text_decoder")
-_OTHER_MODALITY = ("image_size", "num_mel_bins", "num_channels", "patch_size", "sampling_rate")
+_OTHER_MODALITY = (
+    "image_size", "num_mel_bins", "num_channels", "patch_size", "sampling_rate", "num_feat_extract_layers",
+)  # fmt: skip
 _DEPTH = re.compile(
     r"(num_)?(hidden_)?layers|n_layers?|num_blocks|(num_)?(encoder|decoder)_layers|"
     r"((encoder|decoder)_num|num_(encoder|decoder))_hidden_layers"

@@ -28,6 +28,7 @@ _TOWER_WORDS = frozenset({
     "vpm", "apm", "audio", "speech", "sound", "acoustic", "perception", "whisper", "wav", "token2wav", "codec", "vocoder", "tts", "talker",
     "speaker", "mimi", "encodec", "dac", "conformer", "code2wav", "token2mel", "perceiver", "qformer", "resampler", "projector", "projection",
     "connector", "merger", "aligner", "adapter", "tower", "predictor", "depth", "ctc", "diffusion", "denoiser", "dit",
+    "vq", "vqmodel", "vqgan", "vae", "protein",
 })  # fmt: skip
 
 
@@ -160,7 +161,8 @@ class Structure:
         words = _words(stack)
         if self._stacks[stack].is_tower:
             return True
-        if not self.sizes.towers.isdisjoint(stack.split(".")) or any(_names_tower(part) for part in words):
+        own = stack.removeprefix("model.").partition(".")[0]
+        if own in self.sizes.towers or any(_names_tower(part) for part in words):
             return True
         has_text = any(not _TEXT_WORDS.isdisjoint(part) for part in words)
         return self.sizes.is_nested and not has_text and any("encoder" in part for part in words)

@@ -34,7 +34,7 @@ def test_a_stack_of_another_width_is_not_the_decoder() -> None:
 @pytest.mark.parametrize(
     "prefix", ["model.visual.blocks", "vision_tower.encoder.layers", "model.audio_tower.layers", "vit.blocks",
                "model.qformer.layer", "talker.model.layers", "model.sam_model.blocks", "model.spatial_projectors",
-               "model.diffusion_head.layers"],
+               "model.diffusion_head.layers", "vqmodel.decoder.up"],
 )  # fmt: skip
 @pytest.mark.parametrize("config", [CONFIG, {}], ids=["told", "not told"])
 def test_towers_as_deep_as_the_decoder_are_kept(prefix: str, config: dict) -> None:
@@ -49,6 +49,13 @@ def test_an_encoder_beside_a_nested_text_model_is_another_modality() -> None:
     both = structure(stack("encoder.block", 3) | stack("decoder.block", 3), {"num_layers": 3, "d_model": HIDDEN})
     assert not both.outside("encoder.block.0.attn.q_proj")
     assert not both.outside("decoder.block.0.attn.q_proj")
+
+
+def test_an_encoder_of_images_beside_a_decoder_with_encoder_in_its_name_is_kept() -> None:
+    config = {"encoder": {**CONFIG, "image_size": 32}, "decoder": CONFIG}
+    found = structure(stack("encoder.encoder.layer", 3) | stack("decoder.bert.encoder.layer", 3), config)
+    assert found.outside("encoder.encoder.layer.0.attn.q_proj")
+    assert not found.outside("decoder.bert.encoder.layer.0.attn.q_proj")
 
 
 def test_a_stack_that_lies_apart_from_the_embedding_table_is_not_the_decoder() -> None:
