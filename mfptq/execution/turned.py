@@ -19,6 +19,7 @@ from ..nvfp4 import ByteArray
 from ..storage.files import read_exact, read_strided
 from .tiles import Tile, stored_end, tiles
 
+_PANEL = 2**19  # bytes: what is read is turned before it leaves the cache
 _AT_ONCE = 64  # columns of a block: what is written of a row fills whole cache lines
 _ROWS = 512  # of a block, which then fits into the processor's nearest caches
 _PADDING = 32  # values behind each column: powers of two apart, columns would push each other out of the cache
@@ -31,7 +32,7 @@ def read_turned(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> 
     first, begin = divmod(tile.start, weight.columns)
     values = out.reshape(tile.rows, tile.columns)
     block = np.empty((_AT_ONCE, _ROWS + _PADDING), out.dtype)
-    count = _columns(tile, len(room) // width)
+    count = _columns(tile, min(len(room), _PANEL) // width)
     for column in range(0, tile.columns, count):
         columns = min(count, tile.columns - column)
         place = weight.offset + (first + (begin + column) * weight.pitch) * width

@@ -15,6 +15,7 @@ from ..checkpoint.strict_json import dump_json
 from ..checkpoint.weights import Candidate, name_pattern
 from ..encodings.declared import MAX_CONFIG_DEPTH, QUANTIZATION_KEYS
 from ..names import REGEX_PREFIX
+from ..names.bridge import bare
 from ..names.engine import EXPERTS, built_modules, experts_module, experts_parent
 from ..names.fusion import parameters
 from ..names.leaves import KEPT, TURNED, Leaf, kept_by, leaf_of
@@ -122,16 +123,30 @@ def ignore_list(selection: Selection, rules: Rules) -> list[str]:
     listed += _experts_patterns(selection.structure, stacks, quantized)
     listed += _draft_patterns(selection.structure, quantized)
     listed += _tower_patterns(selection.structure, kept, quantized)
-    return [*dict.fromkeys(listed), *kept, *_fused_names(selection, kept, listed)]
+    listed += _outside_patterns([name for name in kept if not _listed_in(listed, name)], quantized)
+    return [*dict.fromkeys(listed), *kept, *(name for name in _fused(selection, kept) if not _listed_in(listed, name))]
 
 
-def _fused_names(selection: Selection, kept: Sequence[str], listed: Sequence[str]) -> Iterator[str]:
+def _outside_patterns(kept: Iterable[str], quantized: Collection[str]) -> Iterator[str]:
+    """Yield patterns for what is kept outside of blocks, since engines build some of it below modules of their own."""
+    outside = [bare(name).split(".") for name in kept if block_of(name) is None]
+    for name in sorted(
+        {r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) for parts in outside}
+    ):
+        pattern = rf"re:(.*\.)?{name}$"
+        if not _matches_any(pattern, quantized):
+            yield pattern
+
+
+def _fused(selection: Selection, kept: Sequence[str]) -> Iterator[str]:
     """Yield the names of parameters that engines build of kept layers; of experts they ask for the members."""
     siblings = siblings_of(item.candidate.tensor.info.name for item in selection.tensors)
-    regexes = [re.compile(pattern.removeprefix(REGEX_PREFIX)) for pattern in listed]
     for group in parameters([name for name in kept if experts_parent(name) is None], siblings):
-        if not any(regex.match(group.name) for regex in regexes):
-            yield group.name
+        yield group.name
+
+
+def _listed_in(patterns: Iterable[str], name: str) -> bool:
+    return any(_matches_any(pattern, [name]) for pattern in patterns)
 
 
 def head_targets(modules: Iterable[str]) -> list[str]:

@@ -91,8 +91,8 @@ def test_qwen_27b_has_the_reference_size(tmp_path: Path) -> None:
 
 _CHILD = """
 import sys
-import mfptq.conversion, mfptq.execution.memory_budget
-plan = mfptq.conversion.make_plan(sys.argv[1], input_scales=None)
+import mfptq.planner, mfptq.execution.memory_budget
+plan = mfptq.planner.make_plan(sys.argv[1], input_scales=None)
 quantized = sum(1 for _ in plan.weights())
 print(quantized, sum(shard.tensors for shard in plan.shards), mfptq.execution.memory_budget.peak_bytes() // 10**6)
 """

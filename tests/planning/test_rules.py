@@ -497,6 +497,16 @@ def test_parameters_that_engines_fuse_from_kept_layers_are_ignored() -> None:
     assert P + "self_attn.qkv_proj" not in ignored
 
 
+def test_what_lies_outside_of_blocks_is_ignored_below_other_modules_too() -> None:
+    shapes = {P + f"self_attn.{leaf}.weight": (32, 32) for leaf in PROJECTIONS}
+    shapes |= {"model.language_model.residual_projections.0.weight": (32, 32), "fusion.down_proj.weight": (32, 32)}
+    entries = ignore_list(decide(shapes, config={"num_hidden_layers": 1}), Rules())
+    regexes = [re.compile(entry[3:]) for entry in entries if entry.startswith("re:")]
+    for name in ("model.self_decoder.residual_projections.0", "language_model.model.fusion.down_proj"):
+        assert any(regex.match(name) for regex in regexes), name
+    assert not any(regex.match(P + "self_attn.q_proj") or regex.match(P + "mlp.down_proj") for regex in regexes)
+
+
 def test_the_matrix_that_absorbs_is_kept_where_inputs_are_quantized() -> None:
     assert fate(P + "self_attn.kv_b_proj").quantize
     assert not fate(P + "self_attn.kv_b_proj", w4a4=True).quantize
