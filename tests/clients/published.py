@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.sweep.tiny import build
 
 _ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+_SHORT_CONV = {
+    "block_dim": 64, "block_ff_dim": 128, "block_multiple_of": 16, "block_auto_adjust_ff_dim": False, "conv_dim": 64, "conv_dim_out": 64,
+}  # fmt: skip
 KEYS: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid"},
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1},
     "deepseek_v3": _ROUTING,
     "deepseek_v32": _ROUTING,
     "glm4_moe": {"head_dim": 16},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
-    "glm4v_moe": {"head_dim": 16},
+    "glm4v_moe": {"head_dim": 16, "use_qk_norm": False},
     "glm_moe_dsa": _ROUTING,
     "gptj": {"rotary_dim": 16},
-    "hy_v3": {"first_k_dense_replace": 1},
-    "inkling_text": {"padded_vocab_size": 160},
-    "lfm2": {"block_dim": 64, "block_ff_dim": 128, "block_multiple_of": 16, "block_auto_adjust_ff_dim": False, "conv_dim": 64, "conv_dim_out": 64},
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
-    "mimo_v2_flash": {"hybrid_layer_pattern": [0, 1, 0, 1], "moe_layer_freq": [0, 1, 1, 1]},
-    "minimax_m2": {"rotary_dim": 16, "use_qk_norm": True},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 128, "route_norm": True, "moe_router_use_sigmoid": True,
+              "moe_router_enable_expert_bias": True},
+    "inkling_text": {"padded_vocab_size": 160, "use_embed_norm": False, "local_layer_ids": [0, 1, 2], "q_bias": False},
+    "lfm2": _SHORT_CONV,
+    "lfm2_vl": _SHORT_CONV,
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1, 0, 1], "moe_layer_freq": [0, 1, 1, 1], "layernorm_epsilon": 1e-5, "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2, "swa_head_dim": 16, "swa_v_head_dim": 16, "v_head_dim": 16, "add_swa_attention_sink_bias": False,
+        "add_full_attention_sink_bias": False, "attention_value_scale": 1.0, "sliding_window_size": 32, "swa_rope_theta": 1e4,
+    },
+    "minimax_m2": {"rotary_dim": 16, "use_qk_norm": True, "scoring_func": "sigmoid", "use_routing_bias": True},
     "qwen3_vl_moe": {"norm_topk_prob": True},
 }  # fmt: skip
 _TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|post_layernorm|pre_layrnorm|head)\.")
@@ -39,8 +49,14 @@ def tiny(kind: str, folder: Path) -> Path:
     text = config.get("text_config", config)
     text.update(KEYS.get(kind, {}))
     (folder / "config.json").write_text(json.dumps(config))
-    if config.get("vision_config", {}).get("model_type") in ("siglip_vision_model", "clip_vision_model"):
-        for file in folder.glob("*.safetensors"):
-            tensors = {_TOWER.sub(r"\1vision_model.\2.", name): values for name, values in load_file(file).items()}
-            save_file(tensors, file, {"format": "pt"})
+    if kind == "qwen3_vl_moe":
+        rewrite(folder, lambda name, values: (name, values.mT.contiguous() if ".experts." in name else values))
+    if (config.get("vision_config") or {}).get("model_type") in ("siglip_vision_model", "clip_vision_model"):
+        rewrite(folder, lambda name, values: (_TOWER.sub(r"\1vision_model.\2.", name), values))
     return folder
+
+
+def rewrite(folder: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]]) -> None:
+    """Write a folder's tensors anew, each under the name and with the values that `change` returns."""
+    for file in folder.glob("*.safetensors"):
+        save_file(dict(change(name, values) for name, values in load_file(file).items()), file, {"format": "pt"})

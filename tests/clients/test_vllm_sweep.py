@@ -16,11 +16,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 pytest.importorskip("vllm")
 
-from safetensors.torch import load_file, save_file
 from vllm.model_executor.models.registry import ModelRegistry
 
 from tests.clients.dequantize import write_twin
-from tests.clients.published import tiny
+from tests.clients.published import rewrite, tiny
 from tests.clients.test_vllm_loading import convert
 from tests.clients.vllm_loading import load, prepare_vllm, unfilled, weights
 from tests.sweep.test_sweep import MAMBA_1
@@ -51,7 +50,9 @@ def test_a_conversion_loads_wherever_its_source_does(kind: str, tmp_path: Path) 
     assert set(unfilled(parameters)) <= set(unfilled(plain))
     twin = write_twin(out, source, tmp_path / "twin", stacked=False)
     if kind in CONV1D:
-        turn_back(twin, CONV1D[kind])
+        rewrite(
+            twin, lambda name, values: (name, values.T.contiguous() if re.fullmatch(CONV1D[kind], name) else values)
+        )
     found, expected = weights(parameters), load(twin)
     assert found.keys() == expected.keys() == plain.keys()
     assert [name for name in expected if not equal(found[name], expected[name])] == []
@@ -59,12 +60,3 @@ def test_a_conversion_loads_wherever_its_source_does(kind: str, tmp_path: Path) 
 
 def equal(found, expected) -> bool:
     return found.shape == expected.shape and bool((found == expected).all())
-
-
-def turn_back(folder: Path, names: str) -> None:
-    for file in folder.glob("*.safetensors"):
-        tensors = {
-            name: values.T.contiguous() if re.fullmatch(names, name) else values
-            for name, values in load_file(file).items()
-        }
-        save_file(tensors, file, {"format": "pt"})
