@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests.conftest import command
 from tests.engines.llm_compressor import write_as_llm_compressor
 
 PAGE = Path(__file__).parents[1] / "docs" / "first-half-hour.md"
@@ -56,11 +55,9 @@ def matches(shown: list[str], printed: list[str]) -> bool:
 
 def run(words: list[str], folder: Path) -> list[str]:
     """Return what a command prints, progress left out, on a terminal of 80 columns."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from mfptq.cli.main import run; run()", *words[1:]],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=120,
-        env={"COLUMNS": "80", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PAGE.parents[1]), "HOME": str(folder)},
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = command(*words[1:], COLUMNS="80", HOME=str(folder))
     said = [line for line in done.stderr.splitlines() if " finished: " not in line]
     failed = any(line.startswith("mfptq: error: ") for line in said)
     assert bool(done.returncode) == failed, done.stderr

@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,22 @@ SAMPLES: Mapping[str, Part] = {
 }
 
 
+@contextmanager
+def sampling() -> Iterator[Callable[[str], dict]]:
+    """Lend a function that runs one of the samples: all in one process, apart from the caller's."""
+    command = [sys.executable, "-m", "tests.faults.exhaustive", "--samples"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd=ROOT, env=_environment()
+    ) as process:
+
+        def run(name: str) -> dict:
+            print(name, file=process.stdin)
+            return json.loads(process.stdout.readline())
+
+        yield run
+
+
 def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
@@ -183,15 +200,18 @@ def _broken(found: list[dict], names: list[str]) -> int:
 def main() -> int:
     """Run what was asked for; 1 if a guarantee was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", help="run one part, or one sample as sample:NAME, and print JSON")
+    parser.add_argument("--part", help="run one part and print JSON")
+    parser.add_argument("--samples", action="store_true", help="run the samples that stdin names, and print JSON")
     parser.add_argument("--only", default="", help="run only the parts whose name begins so, and write no table")
     parser.add_argument("--jobs", type=int, default=2, help="parts that run at once")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "faults", help="where results are kept")
     options = parser.parse_args()
+    if options.samples:
+        for name in sys.stdin:
+            print(SAMPLES[name.strip()]().as_json(), flush=True)
+        return 0
     if options.part:
-        sample = options.part.startswith("sample:")
-        part = SAMPLES[options.part.removeprefix("sample:")] if sample else parts()[options.part]
-        print(part().as_json())
+        print(parts()[options.part]().as_json())
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
     os.nice(5)

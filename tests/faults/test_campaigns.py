@@ -1,30 +1,35 @@
-"""Samples of the exhaustive campaigns, each in a process of its own: with `-m slow` they run whole,
+"""Samples of the exhaustive campaigns, all in one process of their own: with `-m slow` they run whole,
 
 as `python -m tests.faults.exhaustive` does, which also writes the table of docs/reliability-figures.md."""
 
 import json
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 
 import pytest
 
-from tests.faults.exhaustive import parts, run_part
+from tests.faults.exhaustive import parts, run_part, sampling
 from tests.faults.traced import is_available
 
+Sample = Callable[[str], tuple[dict[str, int], list[str]]]
 
-def sample(name: str) -> tuple[dict[str, int], list[str]]:
-    """Return what a sample tried and what it broke."""
-    found = json.loads(run_part(f"sample:{name}"))
-    return found["tried"], found["broken"]
+
+@pytest.fixture(scope="module")
+def sample() -> Iterator[Sample]:
+    """Lend a function that returns what a sample tried and what it broke."""
+    with sampling() as run:
+        yield lambda name: itemgetter("tried", "broken")(run(name))
 
 
 @pytest.mark.case(96, 100, 101)
-def test_killed_at_any_call_fresh_resuming_overwriting() -> None:
+def test_killed_at_any_call_fresh_resuming_overwriting(sample: Sample) -> None:
     tried, broken = sample("kills")
     assert not broken
     assert tried.keys() == {"kill, fresh", "kill, resumed", "kill, overwriting", "kill, replacing"}
     assert sum(tried.values()) > 30
 
 
-def test_parts_killed_at_any_call_and_after_power_cuts() -> None:
+def test_parts_killed_at_any_call_and_after_power_cuts(sample: Sample) -> None:
     for name, least in (("parts", 20), ("parts power", 30)):
         tried, broken = sample(name)
         assert not broken
@@ -32,61 +37,61 @@ def test_parts_killed_at_any_call_and_after_power_cuts() -> None:
 
 
 @pytest.mark.case(83, 84, 85, 86, 87, 90, 91, 92)
-def test_any_call_fails_once() -> None:
+def test_any_call_fails_once(sample: Sample) -> None:
     tried, broken = sample("errors")
     assert not broken
     assert sum(tried.values()) > 60
 
 
 @pytest.mark.case(83, 86, 87, 91)
-def test_every_call_fails_from_some_moment_on() -> None:
+def test_every_call_fails_from_some_moment_on(sample: Sample) -> None:
     tried, broken = sample("lasting")
     assert not broken
     assert sum(tried.values()) > 20
 
 
 @pytest.mark.case(88)
-def test_short_reads_and_writes() -> None:
+def test_short_reads_and_writes(sample: Sample) -> None:
     tried, broken = sample("short")
     assert not broken
     assert sum(tried.values()) == 4
 
 
 @pytest.mark.case(102)
-def test_power_cuts() -> None:
+def test_power_cuts(sample: Sample) -> None:
     tried, broken = sample("power")
     assert not broken
     assert sum(tried.values()) > 100
 
 
-def test_power_cuts_would_find_a_missing_sync() -> None:
+def test_power_cuts_would_find_a_missing_sync(sample: Sample) -> None:
     _, broken = sample("unsynced")
     assert any("other bytes" in text for text in broken)
     assert any("config.json stands" in text for text in broken)
 
 
 @pytest.mark.case(116)
-def test_no_memory_at_any_call() -> None:
+def test_no_memory_at_any_call(sample: Sample) -> None:
     tried, broken = sample("memory")
     assert not broken
     assert tried["memory"] >= 20
 
 
 @pytest.mark.case(96, 100, 101, 104)
-def test_random_checkpoints_killed_and_resumed() -> None:
+def test_random_checkpoints_killed_and_resumed(sample: Sample) -> None:
     tried, broken = sample("conversions")
     assert not broken
     assert tried["random conversions"] == 12
 
 
-def test_a_flipped_bit_anywhere_in_an_output_is_found() -> None:
+def test_a_flipped_bit_anywhere_in_an_output_is_found(sample: Sample) -> None:
     tried, broken = sample("flips")
     assert not broken
     assert sum(tried.values()) == 150
 
 
 @pytest.mark.case(*range(1, 34))
-def test_headers_flipped_cut_and_fuzzed() -> None:
+def test_headers_flipped_cut_and_fuzzed(sample: Sample) -> None:
     for name, least in (("headers", 3000), ("fuzz", 50_000)):
         tried, broken = sample(name)
         assert not broken
@@ -95,7 +100,7 @@ def test_headers_flipped_cut_and_fuzzed() -> None:
 
 @pytest.mark.skipif(not is_available(), reason="strace is not here, or may not trace")
 @pytest.mark.case(83, 89)
-def test_faults_from_below_python() -> None:
+def test_faults_from_below_python(sample: Sample) -> None:
     tried, broken = sample("strace")
     assert not broken
     assert tried["strace, pwrite64 error=EINTR"] == tried["strace, pwrite64 error=ENOSPC"] == 1

@@ -16,7 +16,7 @@ import pytest
 import mfptq
 from mfptq.demo import DemoShape, write_demo
 from mfptq.errors import DestinationLockedError, MemoryBudgetError
-from tests.conftest import SMALL, command_apart, digests
+from tests.conftest import SMALL, command, command_apart, digests
 
 RUN = "from mfptq.cli.main import run; run()"
 STOPPED = "mfptq: error: stopped; rerun the same command to resume\n"
@@ -24,14 +24,22 @@ STOPPED = "mfptq: error: stopped; rerun the same command to resume\n"
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory) -> Path:
-    """A checkpoint whose conversion takes long enough to be stopped in the middle."""
+    """A checkpoint with weights larger than a tile."""
     folder = tmp_path_factory.mktemp("big") / "source"
-    write_demo(folder, DemoShape(hidden=1024, intermediate=4096, layers=8, vocabulary=64))
+    write_demo(folder, DemoShape(hidden=1024, intermediate=4096, layers=2, vocabulary=64))
     return folder
 
 
-def begun(source: Path, out: Path, *, prefix: str = "") -> subprocess.Popen[str]:
-    """Start a conversion and return when its journal exists."""
+SLOWLY = """
+import time
+from mfptq.execution.worker_memory import WorkerMemory
+quantize = WorkerMemory.quantize
+WorkerMemory.quantize = lambda *arguments: (time.sleep(0.3), quantize(*arguments))[1]
+"""
+
+
+def begun(source: Path, out: Path, *, prefix: str = SLOWLY) -> subprocess.Popen[str]:
+    """Start a conversion that takes long enough to be stopped in the middle, and return when its journal exists."""
     line = [sys.executable, "-c", prefix + RUN, "convert", str(source), str(out), "--max-workers", "1"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / ".mfptq" / "journal").exists() and process.poll() is None:
@@ -45,8 +53,8 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.case(97, 98, 99)
 @pytest.mark.usefixtures("default_signals")
-def test_a_signal_stops_tidily(number: int, code: int, big: Path, tmp_path: Path) -> None:
-    process = begun(big, tmp_path / "out")
+def test_a_signal_stops_tidily(number: int, code: int, source: Path, tmp_path: Path) -> None:
+    process = begun(source, tmp_path / "out")
     process.send_signal(number)
     out, text = process.communicate(timeout=60)
     assert (process.returncode, text, out) == (code, STOPPED, "")
@@ -57,12 +65,12 @@ def test_a_signal_stops_tidily(number: int, code: int, big: Path, tmp_path: Path
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.case(99)
 @pytest.mark.usefixtures("default_signals")
-def test_a_second_signal_stops_at_once(number: int, code: int, big: Path, tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once(number: int, code: int, source: Path, tmp_path: Path) -> None:
     # The first signal finds a worker that never ends its piece of work; the second must not wait for it.
     mark = tmp_path / "stuck"
     stuck = f"open({str(mark)!r}, 'w'), time.sleep(60)"
     prefix = f"import time; from mfptq.execution.worker_memory import WorkerMemory; WorkerMemory.quantize = lambda *a: ({stuck}); "
-    process = begun(big, tmp_path / "out", prefix=prefix)
+    process = begun(source, tmp_path / "out", prefix=prefix)
     while not mark.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -72,14 +80,15 @@ def test_a_second_signal_stops_at_once(number: int, code: int, big: Path, tmp_pa
     out, text = process.communicate(timeout=5)
     assert (process.returncode, text, out) == (code, STOPPED, "")
     assert not (tmp_path / "out" / "config.json").exists()
-    assert command_apart("convert", big, tmp_path / "out").returncode == 0
+    assert command("convert", source, tmp_path / "out").returncode == 0
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
 @pytest.mark.case(99)
 @pytest.mark.usefixtures("default_signals")
-def test_nohup_stays_nohup(big: Path, tmp_path: Path) -> None:
-    process = begun(big, tmp_path / "out", prefix="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); ")
+def test_nohup_stays_nohup(source: Path, tmp_path: Path) -> None:
+    ignoring = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    process = begun(source, tmp_path / "out", prefix=SLOWLY + ignoring)
     process.send_signal(signal.SIGHUP)
     _, text = process.communicate(timeout=120)
     assert process.returncode == 0
@@ -119,16 +128,16 @@ def test_modes_are_as_umask_says(mask: int, mode: int, source: Path, tmp_path: P
 
 
 @pytest.mark.case(107)
-def test_a_second_run_is_refused_by_pid_and_harms_nothing(big: Path, tmp_path: Path) -> None:
-    first = begun(big, tmp_path / "out")
+def test_a_second_run_is_refused_by_pid_and_harms_nothing(source: Path, tmp_path: Path) -> None:
+    first = begun(source, tmp_path / "out")
     first.send_signal(signal.SIGSTOP)  # it may not finish before the second begins
-    second = command_apart("convert", big, tmp_path / "out")
+    second = command("convert", source, tmp_path / "out")
     first.send_signal(signal.SIGCONT)
     first.communicate(timeout=120)
     assert second.returncode == 5, second.stderr
     assert f"in use by pid '{first.pid}'" in second.stderr
     assert first.returncode == 0
-    assert mfptq.verify(tmp_path / "out", big).ok
+    assert mfptq.verify(tmp_path / "out", source).ok
 
 
 NO_LOCK = "import filelock; filelock.FileLock.acquire = lambda self, timeout=0: None; "
@@ -144,20 +153,20 @@ def test_two_runs_with_locks_that_do_nothing(source: Path, tmp_path: Path) -> No
         runs = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(3)]
         ends = [(run.communicate(timeout=60)[1], run.returncode) for run in runs]
         assert all(code in (0, 5) for _, code in ends), ends
-        last = command_apart("convert", source, out)
+        last = command("convert", source, out)
         assert last.returncode == 0 or "finished conversion" in last.stderr, last.stderr
         shutil.rmtree(out / ".mfptq", ignore_errors=True)
         assert digests(out) == expected, ends
 
 
 @pytest.mark.case(109)
-def test_a_lock_left_by_a_killed_run_is_taken_over(big: Path, tmp_path: Path) -> None:
-    process = begun(big, tmp_path / "out")
+def test_a_lock_left_by_a_killed_run_is_taken_over(source: Path, tmp_path: Path) -> None:
+    process = begun(source, tmp_path / "out")
     process.kill()
     process.communicate(timeout=60)
     assert (tmp_path / "out" / ".mfptq" / "lock").exists()
-    assert command_apart("convert", big, tmp_path / "out").returncode == 0
-    assert mfptq.verify(tmp_path / "out", big).ok
+    assert command("convert", source, tmp_path / "out").returncode == 0
+    assert mfptq.verify(tmp_path / "out", source).ok
 
 
 @pytest.mark.case(107)
@@ -272,7 +281,7 @@ def test_a_tensor_far_larger_than_the_memory(tmp_path: Path) -> None:
     from mfptq.checkpoint.header import TensorSpec, encode_header
 
     (tmp_path / "source").mkdir()
-    head, header = encode_header([TensorSpec("a.weight", "BF16", (65536, 8192)), TensorSpec("b", "U8", (2**28,))])
+    head, header = encode_header([TensorSpec("a.weight", "BF16", (32768, 8192)), TensorSpec("b", "U8", (2**28,))])
     shard = tmp_path / "source" / "model.safetensors"
     shard.write_bytes(head)
     os.truncate(shard, len(head) + header.data_bytes)
