@@ -52,8 +52,25 @@ def calibrated(folder: Path, text: Path, output: Path, **options: object) -> dic
     return dict(found.sensitivities)
 
 
-def test_they_are_what_rounding_one_layer_does_to_the_model(folder: Path, text: Path, tmp_path: Path) -> None:
-    found = calibrated(folder, text, tmp_path / "a.calibration.safetensors")
+@pytest.fixture(scope="module")
+def file(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration file of the model, with sensitivities."""
+    path = tmp_path_factory.mktemp("known") / "a.calibration.safetensors"
+    calibrated(folder, text, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(file: Path) -> dict[str, float]:
+    """The sensitivities in it."""
+    known = load_calibration(file)
+    known.close()
+    return dict(known.sensitivities)
+
+
+def test_they_are_what_rounding_one_layer_does_to_the_model(
+    folder: Path, text: Path, found: dict[str, float], tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = [torch.tensor([json.loads(line)["input_ids"]]) for line in text.read_text().splitlines()]
 
@@ -77,9 +94,10 @@ def test_they_are_what_rounding_one_layer_does_to_the_model(folder: Path, text: 
         assert known == [pytest.approx(float(expected), rel=1e-3)]
 
 
-def test_every_layer_has_one_and_streaming_finds_the_same(folder: Path, text: Path, tmp_path: Path) -> None:
-    whole = calibrated(folder, text, tmp_path / "a.calibration.safetensors")
-    with mfptq.plan(folder, calibration=tmp_path / "a.calibration.safetensors") as plan:
+def test_every_layer_has_one_and_streaming_finds_the_same(
+    folder: Path, text: Path, file: Path, found: dict[str, float], tmp_path: Path
+) -> None:
+    with mfptq.plan(folder, calibration=file) as plan:
         calibration = plan._planned.calibration
         assert all(calibration.sensitivity(weight.module) > 0 for weight in plan._planned.weights())
     from mfptq.observation import residency
@@ -87,17 +105,18 @@ def test_every_layer_has_one_and_streaming_finds_the_same(folder: Path, text: Pa
     pushed = pytest.MonkeyPatch()
     pushed.setattr(residency, "choose_residency", lambda *_: residency.Residency(streamed=True, batch=2))
     try:
-        assert calibrated(folder, text, tmp_path / "b.calibration.safetensors") == whole
+        assert calibrated(folder, text, tmp_path / "b.calibration.safetensors") == found
     finally:
         pushed.undo()
 
 
-def test_statistics_do_not_count_the_text_of_the_sensitivities(folder: Path, text: Path, tmp_path: Path) -> None:
-    calibrated(folder, text, tmp_path / "a.calibration.safetensors")
+def test_statistics_do_not_count_the_text_of_the_sensitivities(
+    folder: Path, text: Path, file: Path, tmp_path: Path
+) -> None:
     mfptq.calibrate(
         folder, text, tmp_path / "b.calibration.safetensors", samples=3, statistics="moments", dtype="float32"
     )
-    a, b = (load_calibration(tmp_path / f"{name}.calibration.safetensors") for name in "ab")
+    a, b = load_calibration(file), load_calibration(tmp_path / "b.calibration.safetensors")
     for name, info in a.inputs.items():
         assert a.read(info).tokens == b.read(b.inputs[name]).tokens
         np.testing.assert_array_equal(a.read(info).second_moment, b.read(b.inputs[name]).second_moment)
@@ -126,22 +145,23 @@ def test_rounding_is_that_of_plain_nvfp4(shape: tuple[int, ...]) -> None:
         rounded_weight(weight, 48)
 
 
-def test_a_merge_takes_means_and_what_cannot_be_is_refused(folder: Path, text: Path, tmp_path: Path) -> None:
-    first = calibrated(folder, text, tmp_path / "a.calibration.safetensors")
+def test_a_merge_takes_means_and_what_cannot_be_is_refused(
+    folder: Path, text: Path, file: Path, found: dict[str, float], tmp_path: Path
+) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(reversed(text.read_text().splitlines()[1:])))
     mfptq.calibrate(
         folder, other, tmp_path / "b.calibration.safetensors", samples=2, statistics="moments", dtype="float32",
         sensitivities=True,
     )  # fmt: skip
-    merge_calibrations([tmp_path / f"{name}.calibration.safetensors" for name in "ab"], tmp_path / "c.safetensors")
+    merge_calibrations([file, tmp_path / "b.calibration.safetensors"], tmp_path / "c.safetensors")
     second, both = (
         load_calibration(tmp_path / "b.calibration.safetensors"),
         load_calibration(tmp_path / "c.safetensors"),
     )
     for name, value in both.sensitivities.items():
-        assert value == pytest.approx((first[name] + second.sensitivities[name]) / 2, rel=1e-6)
-    name = next(iter(first))
+        assert value == pytest.approx((found[name] + second.sensitivities[name]) / 2, rel=1e-6)
+    name = next(iter(found))
     contents = Contents(second.description, tuple(second.inputs.values()), second.read, second.routed(), {name: -1.0})
     write_calibration(tmp_path / "bad.safetensors", contents)
     second.close()
