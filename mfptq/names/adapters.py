@@ -1,6 +1,6 @@
 """Refuse checkpoints whose adapters are not merged into their weights.
 
-Called by `planning.plan`, before a rule looks at a name.
+Called by `planning.building`, before a rule looks at a name.
 """
 
 from __future__ import annotations

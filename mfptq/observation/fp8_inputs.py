@@ -1,6 +1,6 @@
 """Emulate what an engine does to the inputs of an FP8 layer: round them to E4M3, scaled by token, by 128 columns, or by one number.
 
-Called by `substitution`. The result is what the engine multiplies, in the dtype of the computation; no kernel is timed here.
+Called by `rounded_inputs`. The result is what the engine multiplies, in the dtype of the computation; no kernel is timed here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Emulate what an engine does to the inputs of a W4A4 layer: quantize them to NVFP4, one token at a time.
 
-Called by `substitution`. The result is what the engine multiplies, in the dtype of the computation; no kernel is timed here.
+Called by `rounded_inputs`. The result is what the engine multiplies, in the dtype of the computation; no kernel is timed here.
 """
 
 from __future__ import annotations

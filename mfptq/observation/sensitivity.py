@@ -1,6 +1,6 @@
 """Measure how much a model's last hidden state changes where the layers of one input alone are rounded to plain NVFP4.
 
-Called by `calibrate` before it takes statistics. All variants of the model walk through the blocks in step: the exact one, and
+Called by `calibration_pass` before it takes statistics. All variants of the model walk through the blocks in step: the exact one, and
 one for each input whose layers were rounded in a block before. So every block's weights are needed once, also where the model
 lies on disk, and what is kept is a hidden state for each variant and text.
 """

@@ -1,6 +1,6 @@
 """Recognize an output folder that an earlier run of the very same plan has finished, so that a rerun has nothing to do.
 
-Called by `conversion` before it takes any memory. Removes what a power cut left of the work folder, and writes nothing.
+Called by `execution.carrying_out` before a run takes any memory. Removes what a power cut left of the work folder, and writes nothing.
 """
 
 from __future__ import annotations

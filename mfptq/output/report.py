@@ -1,6 +1,6 @@
 """Sum up a run: the errors of each pattern of modules, warnings, and the report that stays with the output.
 
-Called by `conversion`, `output.finish` and the model card. What is written must not depend on how the run went.
+Called by `execution.carrying_out`, `output.finish` and the model card. What is written must not depend on how the run went.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The decisions that a caller may take, and method and scheme as they follow from them.
 
-Called by `conversion` and `observation`. Nothing here reads a file: what the decisions name is opened by `conversion`.
+Called by `planner` and `observation`. Nothing here reads a file: what the decisions name is opened by `planner`.
 """
 
 from __future__ import annotations

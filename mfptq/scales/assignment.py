@@ -1,6 +1,6 @@
 """Give every fused group one input scale, or say why that is not possible.
 
-Called by `planning.plan`, whatever the scales came from: a file, another checkpoint, or a calibration file.
+Called by `planning.weight_targets`, whatever the scales came from: a file, another checkpoint, or a calibration file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read input scales from a JSON file, a safetensors file, or a checkpoint that another tool has calibrated.
 
-W4A4 needs the range of every layer's input, which weights alone do not tell. `read_input_scales` is public; `conversion`
+W4A4 needs the range of every layer's input, which weights alone do not tell. `read_input_scales` is public; `planner`
 and `scales.sibling` call it too. Names stay as they are written: `scales.assignment` matches them to the source.
 """
 

@@ -2,7 +2,7 @@
 
 llm-compressor, AutoRound and mfptq write `<module>.weight_packed` U8 `[N, K/2]`, ModelOpt `<module>.weight` U8, or for a
 stack of experts `<stack>` U8 `[E, N, K/2]` with `<stack>_weight_scale`; the block scales are E4M3 in all of them. FP8 layers
-are `<module>.weight` F8_E4M3 with a scale beside it. Called by `conversion` and `calibration.extract`; `planning.rules` asks for the choice. Reads headers and scales, never weights.
+are `<module>.weight` F8_E4M3 with a scale beside it. Called by `planner` and `calibration.extract`; `planning.rules` asks for the choice. Reads headers and scales, never weights.
 """
 
 from __future__ import annotations

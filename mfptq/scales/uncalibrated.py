@@ -1,6 +1,6 @@
 """Input scales without a calibration pass: a bound where the structure gives one for certain, a safe constant elsewhere.
 
-Called by `planning.plan` for `input_scales="auto"`. Too large a scale clips, which ruins a layer; a small one costs nothing as
+Called by `planner` and `planning.weight_targets` for `input_scales="auto"`. Too large a scale clips, which ruins a layer; a small one costs nothing as
 long as block scales stay normal E4M3 numbers, which have 14 octaves. So every scale here is a power of two on the low side.
 Reads the weights of norms, nothing else.
 """
