@@ -56,12 +56,23 @@ def smoothed_file(source: Path, path: Path, output: Path) -> Path:
     return write_file(output, inputs)
 
 
+@pytest.fixture(scope="module")
+def folded(source: Path, path: Path) -> Path:
+    return fold(source, source.parent / "folded", calibration=path)
+
+
+@pytest.fixture(scope="module")
+def own(source: Path, path: Path) -> Path:
+    """The calibration file of the folded checkpoint."""
+    return smoothed_file(source, path, source.parent / "y.calibration.safetensors")
+
+
 @pytest.mark.parametrize("method", ["search", "minmax", "weighted", "hessian+"])
-def test_the_output_is_that_of_the_folded_checkpoint_with_its_own_statistics(method, source, path, tmp_path):
+def test_the_output_is_that_of_the_folded_checkpoint_with_its_own_statistics(
+    method, source, path, folded, own, tmp_path
+):
     """Tensor by tensor to the bit, the input scales apart: they come from a bound instead of from a second pass."""
     report = mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True, method=method)
-    folded = fold(source, tmp_path / "folded", calibration=path)
-    own = smoothed_file(source, path, tmp_path / "y.calibration.safetensors")
     mfptq.convert(folded, tmp_path / "plain", calibration=own, method=method)
     found, expected = stored(tmp_path / "out"), stored(tmp_path / "plain")
     assert found.keys() == expected.keys()
