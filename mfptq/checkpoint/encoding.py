@@ -66,6 +66,11 @@ class Encoding(ABC):
     is_nvfp4: ClassVar[bool] = False
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether its codes are FP8 (E4M3), whatever its scales are."""
+        return False
+
+    @property
     @abstractmethod
     def format(self) -> str:
         """The format in words, the same for all weights stored alike: "FP8 E4M3, F32 scale per 128x128"."""

@@ -16,7 +16,7 @@ from ..checkpoint.encoding import Bf16Array, CodeScaler, Encoding, Region, Scale
 from ..checkpoint.source import Source
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import DTYPE_BITS
-from .codes import CODE_FORMATS, scale_codes, scale_values
+from .codes import CODE_FORMATS, E4M3, scale_codes, scale_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ class ScaledCodes(Encoding):
     def format(self) -> str:
         """The format in words."""
         return self.label
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether its codes are FP8 (E4M3)."""
+        return self.codes == E4M3
 
     def from_row(self, row: int) -> ScaledCodes:
         """Return the encoding of the rows from one on."""

@@ -59,6 +59,7 @@ class Decision:
         return self.reason == f"{self.format} as asked"
 
 
+TARGETED = "targeted as asked"
 _LINEAR = Decision(True, "linear weight")
 CARRIED = Decision(True, "NVFP4 already, goes over as it is")
 
@@ -106,6 +107,8 @@ def select(
     hits = _user_hits(candidates, rules)
     alike = rules.like.chosen(weight.module for item in candidates for weight in item.weights) if rules.like else None
     decided = [TensorDecision(item, _decide(item, (hits, alike), rules, defaults)) for item in candidates]
+    if any(item.decision is CARRIED for item in decided):
+        decided = [_in_mixture(item) for item in decided]
     modules = [weight.module for item in candidates for weight in item.sample]
     decided = _keep_groups_whole(decided, parameters(modules, siblings))
     quantized = [w.module for item in decided if item.decision.quantize for w in item.candidate.weights]
@@ -184,7 +187,7 @@ def _decide(item: Candidate, asked: tuple[_Hits, Collection[str] | None], rules:
         return CARRIED
     if pattern := _user_pattern(item, hits.targeted):
         _check_loadable(item, pattern, rules, defaults)
-        decision = Decision(True, "targeted as asked", pattern)
+        decision = Decision(True, TARGETED, pattern)
     elif alike is not None:
         decision = _as_in(alike, item, "" if rules.force else defaults.unloadable(item))
         if not decision.quantize:
@@ -200,6 +203,15 @@ def _decide(item: Candidate, asked: tuple[_Hits, Collection[str] | None], rules:
             f"expected one of {', '.join(SOURCE_DTYPES)}: ignore it to keep it as it is"
         )
     return decision
+
+
+def _in_mixture(item: TensorDecision) -> TensorDecision:
+    """Return the decision on a tensor of a source that is NVFP4 in part: what is FP8 there was chosen to be, and stays."""
+    candidate, decision = item
+    encoding = candidate.tensor.encoding
+    if not decision.quantize or encoding is None or not encoding.is_fp8 or decision.reason == TARGETED:
+        return item
+    return TensorDecision(candidate, Decision(False, "FP8 beside NVFP4 in the source"))
 
 
 def _as_in(alike: Collection[str], item: Candidate, unloadable: str) -> Decision:

@@ -6,7 +6,6 @@ Called while planning, and by `execution.stored_weights`, which then compares co
 from __future__ import annotations
 
 from ..checkpoint.weights import Weight
-from ..encodings.codes import E4M3
 from ..encodings.fp4 import Mxfp4
 from ..encodings.scaled import ScaledCodes
 from .formats import TargetFormat
@@ -17,7 +16,7 @@ def takes_codes(target: TargetFormat, weight: Weight) -> bool:
     stored = weight.encoding
     if target.family == "nvfp4":
         return isinstance(stored, Mxfp4)
-    if target.by_group or not isinstance(stored, ScaledCodes) or stored.codes != E4M3 or stored.factor is not None:
+    if target.by_group or not isinstance(stored, ScaledCodes) or not stored.is_fp8 or stored.factor is not None:
         return False
     height, width = target.segment[0], target.segment[1] or stored.columns
     first = stored.first_row % stored.rows

@@ -218,3 +218,22 @@ def test_a_source_whose_codes_changed_is_found(ending: str, ours: Path, tmp_path
     [fault] = [each for each in mfptq.verify(tmp_path / "out", ours).faults if each.tensor]
     assert fault.tensor == name
     assert fault.what == "differs from the source, which it should be equal to"
+
+
+def test_a_mixture_stays_one(tmp_path: Path) -> None:
+    """FP8 layers beside NVFP4 ones go over too, by default and by `repair`, in which nothing is quantized anew."""
+    write_demo(tmp_path / "demo", DemoShape(hidden=128, intermediate=256, layers=4, vocabulary=64))
+    mfptq.convert(
+        tmp_path / "demo", tmp_path / "mixture", formats=["fp8-dynamic=re:.*self_attn.*", "fp8-block=re:.*down_proj$"]
+    )
+    before = stored(tmp_path / "mixture")
+    mfptq.convert(tmp_path / "mixture", tmp_path / "again")
+    assert equal(before, stored(tmp_path / "again"))
+    done = command("repair", tmp_path / "mixture", tmp_path / "repaired")
+    assert done.returncode == 0, done.stderr
+    assert equal(before, stored(tmp_path / "repaired"))
+    assert mfptq.verify(tmp_path / "repaired", tmp_path / "mixture").ok
+    one, other = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("mixture", "repaired"))
+    assert one["quantization_config"]["config_groups"] == other["quantization_config"]["config_groups"]
+    mfptq.convert(tmp_path / "mixture", tmp_path / "asked", targets=["re:.*self_attn.*"])
+    assert "model.language_model.layers.3.self_attn.q_proj.weight_packed" in stored(tmp_path / "asked")
