@@ -77,7 +77,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     try:
         with models.quiet_transformers():
             plan = build_plan(checkpoint, check_decisions(decisions))
-            encoder = encoder if encoder is not None else models.load_encoder(checkpoint.origin.local)
+            encoder = encoder if encoder is not None else models.DeferredEncoder(checkpoint.origin.local)
             files = dataset_files(dataset, token=token, cache_dir=cache_dir)
             text = read_samples(files, encoder, samples=samples, max_seq_length=max_seq_length)
             if executor is None:

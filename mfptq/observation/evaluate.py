@@ -147,7 +147,7 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
         quantized = read_quantized(made, checkpoint)
         opened.enter_context(models.quiet_transformers())
         skeleton = models.build_skeleton(checkpoint, dtype)
-        encoder = encoder if encoder is not None else models.load_encoder(skeleton.folder)
+        encoder = encoder if encoder is not None else models.DeferredEncoder(skeleton.folder)
         text = read_samples(files, encoder, samples=samples, max_seq_length=max_seq_length)
         windows = tuple(ids for ids in text.ids if len(ids) > 1)
         if not windows:

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,28 @@ def loading_errors(what: str, folder: Path) -> Iterator[None]:
     except _LOADING as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise SourceError(f"transformers cannot load the {what} of {quote(folder)}: {quote(lines[0])}") from error
+
+
+class DeferredEncoder:
+    """A checkpoint's tokenizer or processor, loaded when the first text meets it: rows of token ids need none.
+
+    A large vocabulary takes transformers several seconds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _loaded(self) -> Any:
+        return load_encoder(self._folder)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Encode, as a tokenizer does."""
+        return self._loaded(*arguments, **keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the tokenizer."""
+        return getattr(self._loaded, name)
 
 
 def load_encoder(folder: Path) -> Any:
