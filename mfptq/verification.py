@@ -5,40 +5,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
-
+from .calibration.reading import load_calibration
 from .checkpoint.companions import FileChoice
 from .checkpoint.folder import Checkpoint
 from .checkpoint.hub import HubOptions, names_repo, open_checkpoint
-from .checkpoint.source import Source
-from .checkpoint.stored_bytes import read_scalar
-from .checkpoint.weights import StoredTensor, Weight, candidates, layer_pattern, name_pattern
-from .encodings.contents import Contents, read_contents
+from .checkpoint.weights import candidates, layer_pattern, name_pattern
 from .encodings.fp4 import Nvfp4
-from .encodings.smoothed import Smoothed, smoothed
+from .encodings.smoothed import Smoothed
 from .errors import HubError, MfptqError, SourceError, quote
 from .execution.comparing import compare_parts
 from .execution.events import OnEvent
-from .execution.stored_weights import KeptPart, Part, StoredWeight, WeightPart, kept_parts
+from .execution.measuring import MeasuredPart
+from .execution.output_errors import OutputErrors
+from .execution.pairing import pair
+from .execution.stored_weights import KeptPart, WeightPart
 from .execution.tally import Tally
 from .kernels import ErrorStats
-from .names.config_sizes import read_sizes
-from .names.structure import Structure
 from .output.fault import Fault
 from .output.leftovers import MANIFEST, REPORT
 from .output.manifest import manifest_faults
+from .output.measured import Measured
 from .output.report import recorded_checksums
-from .output.stored_formats import ConfigGroup, cache_scales, config_of, group_of, quantized_modules, read_groups
+from .output.stored_formats import cache_scales, config_of, quantized_modules
 from .output.structure import structure_faults
-from .planning.formats import GLOBAL_SCALE, PACKED, SCALE, TargetFormat
-from .smoothing.record import RECORD, read_record
-from .smoothing.structure import find_links
-from .smoothing.sums import unbalanced
 from .storage.files import expanded
 
 MAX_RELATIVE_ERROR = 0.20
@@ -126,6 +120,45 @@ def verify(
     return found.result()
 
 
+def measure(
+    output: str | Path,
+    source: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> dict[str, Measured]:
+    """Return what quantizing did to each layer and kind of module of an output, by name, from its weights and the source's.
+
+    With a calibration file also to what the layers compute. Weights that were NVFP4 in the source are left out.
+    Raises SourceError for what is no checkpoint, ScaleError for a calibration file of another model, and HubError.
+    """
+    with ExitStack() as opened:
+        checkpoint, original = (open_checkpoint(each, HubOptions(None, token, cache_dir)) for each in (output, source))
+        opened.callback(checkpoint.source.close)
+        opened.callback(original.source.close)
+        stored = {tensor.info.name: tensor for tensor in checkpoint.tensors()}
+        parts = [each for each in pair(checkpoint, original, stored, []) if isinstance(each, WeightPart)]
+        parts = [each for each in parts if not isinstance(each.stored.weight.encoding, Nvfp4)]
+        known = None
+        if calibration is not None:
+            known = load_calibration(expanded(calibration))
+            opened.callback(known.close)
+            shaped = [each.stored.weight for each in parts if each.stored.format.takes_statistics]
+            columns = {weight.module: weight.columns for weight in shaped}
+            others = [item.module for item in candidates(original.tensors()) if item.module not in columns]
+            known = known.of_model(columns, others)
+        measured = [
+            MeasuredPart(each.stored, each.rows, OutputErrors.of(known, each.stored.weight.module), Measured())
+            for each in parts
+        ]
+        compare_parts(original.source, measured, Tally(None))
+    found: dict[str, Measured] = {}
+    for part in measured:
+        found.setdefault(layer_pattern(part.stored.weight.module), Measured()).add(part.found)
+    return dict(sorted(found.items()))
+
+
 def _check(output: Checkpoint, original: Checkpoint | None, found: _Findings) -> None:
     files = sum(output.source.files().values())
     found.tally.begin(files + (0 if original is None else original.tensor_bytes))
@@ -143,7 +176,7 @@ def _check(output: Checkpoint, original: Checkpoint | None, found: _Findings) ->
 
 def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) -> None:
     stored = {tensor.info.name: tensor for tensor in output.tensors()}
-    parts = [*_parts(output, original, stored, found.faults)]
+    parts = [*pair(output, original, stored, found.faults)]
     foreign = stored.keys() - cache_scales(stored, config_of(output)).keys()
     found.faults += [Fault(name, stored[name].shard, "has no origin in the source") for name in sorted(foreign)]
     patterns: dict[str, ErrorStats] = {}
@@ -198,67 +231,3 @@ def _error_faults(errors: Mapping[str, float]) -> Iterator[Fault]:
         if not error <= MAX_RELATIVE_ERROR:
             what = f"has relative error {error:.1%}, expected at most {MAX_RELATIVE_ERROR:.0%}"
             yield Fault(pattern, "", what)
-
-
-def _parts(
-    output: Checkpoint, original: Checkpoint, stored: dict[str, StoredTensor], faults: list[Fault]
-) -> Iterator[Part]:
-    """Yield all that is to be compared, and take it out of `stored`; what cannot be is a fault."""
-    quantized = frozenset(quantized_modules(stored))
-    try:
-        groups = read_groups(config_of(output))
-    except ValueError:
-        groups = []
-    for item in candidates(_smoothed(output.source, original, faults), read_sizes(original.config)):
-        tensor = item.tensor
-        name = tensor.info.name
-        if item.weights and all(weight.module in quantized for weight in item.weights):
-            for weight in item.weights:
-                taken = _take(weight, groups, stored)
-                if taken is not None:
-                    made = StoredWeight(weight, *taken, output.source)
-                    yield from made.split()
-                    yield from _carried(made, original)
-        elif (kept := stored.pop(name, None)) is None:
-            faults.append(Fault(name, "", "is in the source, but missing here"))
-        elif (tensor.info.dtype, tensor.info.shape) != (kept.info.dtype, kept.info.shape):
-            faults.append(Fault(name, kept.shard, "has another dtype or shape than in the source"))
-        else:
-            yield from kept_parts(tensor, kept, output.source)
-
-
-def _smoothed(output: Source, original: Checkpoint, faults: list[Fault]) -> Contents:
-    """Return the source's tensors as a conversion read them: times the factors that the output says it has, which must cancel."""
-    contents, powers = read_contents(original), read_record(output)
-    if not powers:
-        return contents
-    tensors = {each.info.name: each for each in contents}
-    structure = Structure([(name, each.info.shape) for name, each in tensors.items()], original.config)
-    read = contents.mapped(lambda tensor: smoothed(tensor, powers))
-    wrong = unbalanced(find_links(tensors, original.config, structure.outside).links, tensors, powers)
-    faults += [Fault(name, RECORD, "has factors that change what the model computes") for name in wrong]
-    return read
-
-
-def _take(
-    weight: Weight, groups: Sequence[ConfigGroup], stored: dict[str, StoredTensor]
-) -> tuple[TargetFormat, Mapping[str, StoredTensor]] | None:
-    """Take a weight's tensors out of those that are left; None, with a fault already found, where some are missing."""
-    group = group_of(weight.module, groups)
-    if group is None:
-        return None
-    names = {each.suffix: f"{weight.module}.{each.suffix}" for each in group.format.tensors(weight, "search")}
-    parts = {suffix: stored.pop(name) for suffix, name in names.items() if name in stored}
-    return (group.format, parts) if parts.keys() == names.keys() else None
-
-
-def _carried(made: StoredWeight, original: Checkpoint) -> Iterator[KeptPart]:
-    """Yield the codes of a weight that was NVFP4 already, and its block scales where its global scale is the same too."""
-    encoding = made.weight.encoding
-    if not isinstance(encoding, Nvfp4) or encoding.factor is None or GLOBAL_SCALE not in made.parts:
-        return
-    yield from kept_parts(encoding.weight, made.parts[PACKED], made.source)
-    factor = np.float32(read_scalar(original.source, encoding.factor))
-    same = factor if encoding.divides else 1 / factor
-    if same == np.float32(read_scalar(made.source, made.parts[GLOBAL_SCALE])):
-        yield from kept_parts(encoding.scales, made.parts[SCALE], made.source)

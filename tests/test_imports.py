@@ -30,7 +30,7 @@ ALLOWED = {
     "smoothing": "names checkpoint encodings calibration",
     "planning": "storage names checkpoint encodings kernels scales calibration smoothing",
     "output": "storage names checkpoint kernels smoothing planning",
-    "execution": "storage names checkpoint encodings kernels planning output",
+    "execution": "storage names checkpoint encodings kernels calibration smoothing planning output",
     "engines": "names checkpoint",
     "checking": "checkpoint engines planning",
     "reporting": "storage checkpoint calibration output",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,10 @@ SHOWN = 20
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="The file it was made with: the page says what text experts saw.",
+    help="The file it was made with: the page says what text experts saw, with --source also the errors of outputs.",
 )
-def report(output: Path, html: Path | None, table: Path | None, calibration: Path | None) -> None:
+@click.option("--source", help="What it was made from: measures the errors of blocks; reads all weights.")
+def report(output: Path, html: Path | None, table: Path | None, calibration: Path | None, source: str | None) -> None:
     """Show what the conversion into the folder OUTPUT did, layers that stand out first.
 
     Example: mfptq report Qwen3.5-27B-NVFP4 --html report.html
@@ -42,10 +44,15 @@ def report(output: Path, html: Path | None, table: Path | None, calibration: Pat
     from ..reporting.data import csv_text, read_report
 
     found = read_report(output)
+    coverage = _coverage(found, calibration)
+    if source is not None:
+        from ..verification import measure
+
+        found = replace(found, measured=measure(output, source, calibration=calibration))
     if html is not None:
         from ..reporting.page import page
 
-        _write(html, page(found, output.resolve().name, _coverage(found, calibration)))
+        _write(html, page(found, output.resolve().name, coverage))
     if table is not None:
         _write(table, csv_text(found))
     click.echo(report_text(found))
@@ -81,6 +88,7 @@ def report_text(found: ReportData) -> str:
         f"{values['relative_error']:.2%}, least, middle and largest by kind:",
     ]
     lines += _kind_lines(found)
+    lines += _measured_lines(found)
     if found.calibrated:
         lines.append("calibrated: methods lower the errors of outputs, and let those of weights grow")
     lines += [evaluated_line(each) for each in found.evaluations]
@@ -116,22 +124,47 @@ def _kind_lines(found: ReportData) -> list[str]:
     ]
 
 
+def _measured_lines(found: ReportData) -> list[str]:
+    """Return what comparing weights with the source has shown: errors of blocks, and those that outputs are to expect."""
+    from ..output.measured import quantile
+    from ..reporting.data import by_kind
+
+    if not found.measured:
+        return []
+    half, most, nearly_all = (quantile(found.blocks, share) for share in (0.5, 0.99, 0.9999))
+    lines = [
+        f"errors of blocks of 16 values: half are at most {half:.0%}, 99 % at most {most:.0%}, 99.99 % at most {nearly_all:.0%}"
+    ]
+    if found.has_output_errors:
+        lines.append("expected errors of outputs, least, middle and largest by kind:")
+        rows = ((row, row.outputs) for row in by_kind(found))
+        lines += [
+            f"  {a:6.2%} {b:6.2%} {c:6.2%}  {printable(row.kind)}" for row, (a, b, c) in ((r, o) for r, o in rows if o)
+        ]
+    return lines
+
+
 @click.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
+@click.option("--source", help="What both were made from: measures their errors against it; reads all weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def compare(first: Path, second: Path, as_json: bool) -> None:
+def compare(first: Path, second: Path, source: str | None, as_json: bool) -> None:
     """Show how two outputs of mfptq differ: treatment and error of each layer, from their reports, and scales.
 
     Example: mfptq compare Qwen3.5-27B-minmax Qwen3.5-27B-search
     """
-    from dataclasses import replace
-
     from ..reporting.compare import compare as compare_reports
-    from ..reporting.compare import compare_scales
+    from ..reporting.compare import compare_scales, with_measured
     from ..reporting.data import read_report
 
-    found = compare_reports(read_report(first), read_report(second))
+    reports = [read_report(each) for each in (first, second)]
+    if source is not None:
+        from ..verification import measure
+
+        outputs = zip(reports, (first, second), strict=True)
+        reports = [with_measured(each, measure(output, source)) for each, output in outputs]
+    found = compare_reports(*reports)
     found = replace(found, scales=compare_scales(_scales(first), _scales(second)))
     click.echo(json.dumps(found.as_dict()) if as_json else compare_text(found))
 

@@ -121,7 +121,7 @@ class _Pass:
 
     def _opened(self, group: FusedGroup, weight: Weight) -> _Group:
         base = self.plan.format_of(weight).name
-        return _Group(group, (base, *self.formats), OutputErrors.of(self.plan, weight.module))
+        return _Group(group, (base, *self.formats), OutputErrors.of(self.plan.calibration, weight.module))
 
     def _measure(self, group: _Group, tile: Tile, memory: WorkerMemory) -> None:
         """Try every format on a tile, and note what each costs."""

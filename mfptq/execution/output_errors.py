@@ -17,7 +17,7 @@ from ..nvfp4 import BLOCK_SIZE, Float32Array, as_float32
 from .tiles import Tile
 
 if TYPE_CHECKING:
-    from ..planning.plan import ConversionPlan
+    from ..calibration.reading import Calibration
 
 SLICE_ELEMENTS = 2**15  # of a tile that is looked at once: temporaries stay in the processor's cache
 Decoded = Callable[[slice], Float32Array]
@@ -31,12 +31,11 @@ class OutputErrors:
     hessian: Float32Array | None
 
     @classmethod
-    def of(cls, plan: ConversionPlan, module: str) -> OutputErrors | None:
-        """Return what a plan's calibration file knows of a module's input; None where there are no moments at all.
+    def of(cls, calibration: Calibration | None, module: str) -> OutputErrors | None:
+        """Return what a calibration file knows of a module's input; None where there are no moments at all.
 
         An expert that no text reached has an input of zeros: its errors count for nothing.
         """
-        calibration = plan.calibration
         if calibration is None or calibration.description.statistics == "amax":
             return None
         found = calibration.known(module)
@@ -48,7 +47,7 @@ class OutputErrors:
         """Return the error of a tile `[R, K]`; `decoded` gives rows of what it becomes."""
         total = 0.0
         for rows in _slices(tile):
-            total += self._squared(decoded(rows) - as_float32(data[rows]), tile.start % tile.weight.columns)
+            total += self.squared(decoded(rows) - as_float32(data[rows]), tile.start % tile.weight.columns)
         return total
 
     def norm(self, tile: Tile, data: TileArray) -> float:
@@ -60,7 +59,8 @@ class OutputErrors:
     def _moments(self, start: int, columns: int) -> Float32Array:
         return self.moments[start : start + columns] if len(self.moments) else np.zeros(columns, np.float32)
 
-    def _squared(self, errors: Float32Array, start: int) -> float:
+    def squared(self, errors: Float32Array, start: int) -> float:
+        """Return what rows `[R, K]` add to the squared norm of an output; `start` is the column that they begin at."""
         columns = errors.shape[1]
         if self.hessian is None:
             return float((np.square(errors) @ self._moments(start, columns)).sum(dtype=np.float64))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
 from ..output.estimates import Estimate
 from ..output.evaluations import paired_difference
+from ..output.measured import Measured, total
 from .data import LayerRow, ReportData
 
 SAME = 0.005  # a relative difference of errors below half a per cent is noise of methods
@@ -101,6 +102,17 @@ def _evaluated(first: ReportData, second: ReportData) -> Iterator[Evaluated]:
         if difference is not None:
             before, after = (each["kl_divergence"]["value"] for each in (one, other))
             yield Evaluated(one["dataset"], before, after, difference)
+
+
+def with_measured(report: ReportData, measured: Mapping[str, Measured]) -> ReportData:
+    """Return a report with errors as they were measured against a source, in place of those that its conversion noted."""
+    known = {row.name: row for row in report.layers}
+    rows = [
+        replace(known.get(name, LayerRow(name, 0, 0.0, 0.0, 0.0, 0, 0)), relative_error=each.relative_error)
+        for name, each in measured.items()
+    ]
+    error = total(list(measured.values())).relative_error
+    return replace(report, layers=tuple(rows), summary={**report.summary, "relative_error": error}, measured=measured)
 
 
 def compare_scales(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[ScaleDifference, ...]:

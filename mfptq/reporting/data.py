@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from ..errors import SourceError, counted, quote
 from ..limits import MAX_INDEX_BYTES
 from ..output.evaluations import read_evaluations
 from ..output.leftovers import REPORT
+from ..output.measured import Measured, total
 from ..storage.files import expanded
 
 FAR_OFF = 1.25  # times the median error of a kind: a layer to look at
@@ -78,7 +79,10 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class KindRow:
-    """All layers of one kind of module: how many, sizes before and after, the least, middle and largest error."""
+    """All layers of one kind of module: how many, sizes before and after, the least, middle and largest error.
+
+    `outputs` are the same three of the layers' outputs, where they are known.
+    """
 
     kind: str
     layers: int
@@ -87,13 +91,15 @@ class KindRow:
     least: float
     middle: float
     largest: float
+    outputs: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
     """A report: `summary` holds the values of the whole output, `flagged` the names of layers to look at, with reasons.
 
-    `evaluations` are those that the output's folder holds, as JSON values.
+    `evaluations` are those that the output's folder holds, as JSON values; `measured` is what comparing layers with the source
+    has shown, by name, where that was done.
     """
 
     summary: Mapping[str, Any]
@@ -101,11 +107,27 @@ class ReportData:
     tensors: tuple[TensorRow, ...]
     flagged: Mapping[str, str]
     evaluations: Sequence[Mapping[str, Any]] = ()
+    measured: Mapping[str, Measured] = field(default_factory=dict)
 
     @property
     def calibrated(self) -> bool:
         """Whether calibration statistics shaped the weights, so that errors of outputs went down, not of weights."""
         return bool(self.summary.get("calibration"))
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """How many blocks of 16 values have which error, in bins; nothing where they were not measured."""
+        return total(list(self.measured.values())).blocks if self.measured else ()
+
+    def output_error(self, name: str) -> float | None:
+        """The expected relative error of a layer's output; None where nothing is known of its inputs."""
+        found = self.measured.get(name)
+        return None if found is None else found.relative_output_error
+
+    @property
+    def has_output_errors(self) -> bool:
+        """Whether the error of any layer's output is known."""
+        return any(each.output_norm for each in self.measured.values())
 
 
 def by_kind(report: ReportData) -> tuple[KindRow, ...]:
@@ -113,16 +135,18 @@ def by_kind(report: ReportData) -> tuple[KindRow, ...]:
     kinds: dict[str, list[LayerRow]] = {}
     for row in report.layers:
         kinds.setdefault(row.kind, []).append(row)
-    rows = [_kind_row(kind, layers) for kind, layers in kinds.items()]
+    rows = [_kind_row(kind, layers, report) for kind, layers in kinds.items()]
     return tuple(sorted(rows, key=lambda row: (-row.source_bytes, row.kind)))
 
 
-def _kind_row(kind: str, layers: list[LayerRow]) -> KindRow:
+def _kind_row(kind: str, layers: list[LayerRow], report: ReportData) -> KindRow:
     errors = [row.relative_error for row in layers]
     before, after = (
         sum(sizes) for sizes in zip(*((row.source_bytes, row.output_bytes) for row in layers), strict=True)
     )
-    return KindRow(kind, len(layers), before, after, min(errors), median(errors), max(errors))
+    known = [error for row in layers if (error := report.output_error(row.name)) is not None]
+    outputs = (min(known), median(known), max(known)) if known else None
+    return KindRow(kind, len(layers), before, after, min(errors), median(errors), max(errors), outputs)
 
 
 def read_report(output: str | Path) -> ReportData:
@@ -173,7 +197,9 @@ def csv_text(report: ReportData) -> str:
     """Return the layers as CSV with a line of names first."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["layer", "kind", *(each.name for each in fields(LayerRow)), "flagged"])
+    names = [each.name for each in fields(LayerRow)]
+    writer.writerow(["layer", "kind", *names, "flagged", *(["output_error"] if report.has_output_errors else [])])
     for row in report.layers:
-        writer.writerow([row.layer, row.kind, *astuple(row), report.flagged.get(row.name, "")])
+        known = [report.output_error(row.name)] if report.has_output_errors else []
+        writer.writerow([row.layer, row.kind, *astuple(row), report.flagged.get(row.name, ""), *known])
     return text.getvalue()

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from ..errors import UsageError
+from ..output.measured import STEP
 from .data import LayerRow, ReportData
 
 INK = "#010203"  # replaced by the page's own colour
@@ -77,4 +78,19 @@ def histograms(report: ReportData) -> str:
         axes.set_xlabel(label)
         axes.set_ylabel("layers")
     figure.tight_layout()
+    return _svg(figure)
+
+
+def block_errors(report: ReportData) -> str:
+    """Return which share of all blocks of 16 values has which error, as SVG; "" where blocks were not measured."""
+    counts = report.blocks
+    if not sum(counts):
+        return ""
+    figure, axes = _pyplot().subplots(figsize=(8, 2.6))
+    shares = [100 * count / sum(counts) for count in counts]
+    axes.bar([100 * STEP * (number + 0.5) for number in range(len(counts))], shares, width=100 * STEP, color="#3b82c4")
+    axes.set_xlabel(
+        f"relative error of a block of 16 values, % (the last bar: {100 * STEP * (len(counts) - 1):.0f} and above)"
+    )
+    axes.set_ylabel("share of blocks, %")
     return _svg(figure)

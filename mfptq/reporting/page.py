@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..output.evaluations import figure
 from ..sizes import size_text
-from .data import ReportData, TensorRow, by_kind
-from .figures import heat_map, histograms
+from .data import KindRow, ReportData, TensorRow, by_kind
+from .figures import block_errors, heat_map, histograms
 
 if TYPE_CHECKING:
     from ..calibration.overview import Overview
@@ -37,6 +37,8 @@ tr.flag td:first-child{border-left:3px solid var(--bad)}
 input{font:inherit;width:100%;max-width:24rem;padding:.35rem .6rem;margin:.4rem 0}
 .note{opacity:.8}
 """
+_MEASURED = "Both are below; those of outputs are what the calibration's statistics of the inputs let expect."
+_OUTPUTS = ("least output error", "middle", "largest")
 _SCRIPT = """
 const box=document.getElementById('search'),body=document.querySelector('#layers tbody');
 const rows=[...body.rows],shown=document.getElementById('shown');
@@ -52,7 +54,11 @@ count();
 
 def page(report: ReportData, title: str, coverage: Overview | None = None) -> str:
     """Return the page; `title` names the output, `coverage` says what text the calibration had, if that is known."""
-    figures = [("Error over depth", heat_map(report)), ("Distribution of errors", histograms(report))]
+    figures = [
+        ("Error over depth", heat_map(report)),
+        ("Distribution of errors", histograms(report)),
+        ("Errors of blocks", block_errors(report)),
+    ]
     drawn = "".join(f'<h2>{name}</h2><div class="scroll">{svg}</div>' for name, svg in figures if svg)
     return (
         "<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
@@ -94,7 +100,7 @@ def _note(report: ReportData) -> str:
         return ""
     return (
         "<p class=note>Calibrated: the methods lower the error of each layer's outputs and let that of its weights grow. "
-        "The errors below are those of the weights.</p>"
+        f"{_MEASURED if report.has_output_errors else 'The errors below are those of the weights.'}</p>"
     )
 
 
@@ -130,11 +136,16 @@ def _flags(report: ReportData) -> str:
 def _kinds(report: ReportData) -> str:
     cells = "".join(
         f"<tr><td>{escape(row.kind)}</td><td>{row.layers}</td><td>{size_text(row.source_bytes)}</td>"
-        f"<td>{size_text(row.output_bytes)}</td><td>{row.least:.2%}</td><td>{row.middle:.2%}</td><td>{row.largest:.2%}</td></tr>"
+        f"<td>{size_text(row.output_bytes)}</td><td>{row.least:.2%}</td><td>{row.middle:.2%}</td><td>{row.largest:.2%}</td>"
+        f"{_output_cells(row) if report.has_output_errors else ''}</tr>"
         for row in by_kind(report)
     )
     names = ("kind", "layers", "before", "after", "least error", "middle", "largest")
-    return _table(names, cells)
+    return _table((*names, *(_OUTPUTS if report.has_output_errors else ())), cells)
+
+
+def _output_cells(row: KindRow) -> str:
+    return "".join(f"<td>{error:.2%}</td>" for error in row.outputs) if row.outputs else "<td></td>" * len(_OUTPUTS)
 
 
 def _table(names: Iterable[str], cells: str) -> str:
@@ -168,6 +179,10 @@ def _kept(tensors: Iterable[TensorRow]) -> str:
     return f"<div class=scroll><table><thead>{head}</thead><tbody>{cells}</tbody></table></div>"
 
 
+def _output_cell(error: float | None) -> str:
+    return "<td data-v=-1></td>" if error is None else f"<td data-v={error}>{error:.2%}</td>"
+
+
 def _layers(report: ReportData) -> str:
     ordered = sorted(report.layers, key=lambda row: (row.name not in report.flagged, -row.relative_error, row.name))
     cells = "".join(
@@ -179,7 +194,8 @@ def _layers(report: ReportData) -> str:
         f"<td data-v={row.relative_error}>{row.relative_error:.2%}</td>"
         f"<td data-v={row.worst_block}>{row.worst_block:.1%}</td><td data-v={row.zeroed}>{row.zeroed:.2%}</td>"
         f"<td data-v={row.saturated_blocks}>{row.saturated_blocks}</td>"
-        f"<td data-v={row.zero_blocks}>{row.zero_blocks}</td></tr>"
+        f"<td data-v={row.zero_blocks}>{row.zero_blocks}</td>"
+        f"{_output_cell(report.output_error(row.name)) if report.has_output_errors else ''}</tr>"
         for row in ordered
     )
     names = (
@@ -193,6 +209,7 @@ def _layers(report: ReportData) -> str:
         "zeroed",
         "saturated blocks",
         "zero blocks",
+        *(("output error",) if report.has_output_errors else ()),
     )
     head = "".join(f"<th{' class=text' if name == 'module' else ''}>{name}</th>" for name in names)
     return (
