@@ -36,7 +36,9 @@ SHOWN = 20
     help="The file it was made with: the page says what text experts saw, with --source also the errors of outputs.",
 )
 @click.option("--source", help="What it was made from: measures the errors of blocks; reads all weights.")
-def report(output: Path, html: Path | None, table: Path | None, calibration: Path | None, source: str | None) -> None:
+def report(
+    output: Path, *, html: Path | None, table: Path | None, calibration: Path | None, source: str | None
+) -> None:
     """Show what the conversion into the folder OUTPUT did, layers that stand out first.
 
     Example: mfptq report Qwen3.5-27B-NVFP4 --html report.html
