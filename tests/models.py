@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -96,8 +97,12 @@ def empty_model(kind: str):
     return model_class(tiny_config(kind)).eval()
 
 
+@cache
 def tiny_tensors(kind: str, seed: int = 0) -> Tensors:
-    """Return the tensors of a published checkpoint: random, each weight with its own spread and a few outliers."""
+    """Return the tensors of a published checkpoint: random, each weight with its own spread and a few outliers.
+
+    They are made once, for all who only read them.
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: tensor.shape for name, tensor in empty_model(kind).state_dict().items()}
     shapes |= _mtp_shapes(shapes)
