@@ -35,7 +35,7 @@ def commands(command: click.Command = main, name: str = "mfptq") -> Iterator[tup
 
 def options(command: click.Command) -> list[click.Option]:
     """Return the options of a command."""
-    return [param for param in command.params if isinstance(param, click.Option)]
+    return [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
 
 
 def page() -> str:

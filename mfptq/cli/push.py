@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,10 @@ def push(output: Path, repo: str, as_json: bool, **options: object) -> None:
 
     from ..output.publish import PushTarget
     from ..output.publish import push as publish
+    from .upload_lines import UploadLines
 
-    done = publish(output, PushTarget(repo, **options))  # type: ignore[arg-type]
+    lines = (
+        None if sys.stderr is None or sys.stderr.isatty() else UploadLines(sys.stderr)
+    )  # the client draws bars itself
+    done = publish(output, PushTarget(repo, **options), lines and lines.show_upload)  # type: ignore[arg-type]
     click.echo(json.dumps(asdict(done)) if as_json else f"{done.files} files of {output} are published: {done.url}")

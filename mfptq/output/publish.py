@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .evaluations import read_evaluations
 from .leftovers import CARD, EVALUATION, MANIFEST, REPORT
 from .manifest import manifest_entries, manifest_faults
 
+POLL_SECONDS = 0.5
 _OF_EVERY_REPO = {".gitattributes", "README.md"}
 
 
@@ -55,16 +57,20 @@ class Pushed:
     files: int
 
 
-def push(output: str | Path, target: PushTarget, poll: Callable[[], object] | None = None) -> Pushed:
+Progress = Callable[[StoredFile | None, int, int], object]
+
+
+def push(output: str | Path, target: PushTarget, progress: Progress | None = None) -> Pushed:
     """Publish a finished output folder and return its commit; what is on the Hub already is not sent again.
 
-    Raises DestinationError for a folder that is no finished output, VerificationError if it is damaged, and HubError.
+    `progress` is called in this thread, with each uploaded file and every POLL_SECONDS with None, and told how many bytes of how
+    many are there. Raises DestinationError for a folder that is no finished output, VerificationError if it is damaged, and HubError.
     """
     root = Path(output)
     missing = [name for name in (CONFIG, MANIFEST, REPORT) if not (root / name).is_file()]
     if missing:
         raise DestinationError(f"{quote(root)} is no finished output: {quote(missing[0])} is missing; convert first")
-    _, faults = manifest_faults(root, poll)
+    _, faults = manifest_faults(root)
     if faults:
         raise VerificationError(f"{quote(root)} is damaged and was not pushed: {faults[0]}")
     publisher = Publisher(root, target)
@@ -72,10 +78,15 @@ def push(output: str | Path, target: PushTarget, poll: Callable[[], object] | No
     files = [_on_disk(root, name) for name in sorted(names)]
     publisher.open()
     publisher.refuse_foreign(files)
-    for file in sorted(files, key=lambda each: -each.size):
-        publisher.upload(file)
-        if poll is not None:
-            poll()
+    done, total, tell = 0, sum(file.size for file in files), progress or (lambda *_: None)
+    with ThreadPoolExecutor(1) as pool:
+        for file in sorted(files, key=lambda each: -each.size):
+            upload = pool.submit(publisher.upload, file)
+            while wait([upload], timeout=POLL_SECONDS).not_done:
+                tell(None, done, total)
+            upload.result()
+            done += file.size
+            tell(file, done, total)
     return publisher.commit(files)
 
 
@@ -117,7 +128,6 @@ class Publisher:
     def open(self) -> None:
         """Make the repo and the branch if need be, and look at what it holds."""
         repo, revision = self.target.repo_id, self.target.revision
-        self._check_token()
         with hub_errors("write to", repo, revision):
             self._api.create_repo(repo, private=self.target.private or None, exist_ok=True)
             if revision is not None and not self.target.create_pr:

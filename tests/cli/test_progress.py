@@ -1,10 +1,13 @@
 """Off a terminal a job's log tells how far it is: a line for each shard, one at least every minute."""
 
 import io
+import logging
 from pathlib import Path
 
 from mfptq.cli import text
+from mfptq.cli.upload_lines import UploadLines
 from mfptq.execution.events import Advanced, Planned, ShardFinished
+from mfptq.output.publish import StoredFile
 from tests.conftest import command
 
 
@@ -34,3 +37,29 @@ def test_the_command_writes_them_unless_quiet(source: Path, tmp_path: Path) -> N
         f"mfptq: model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)
     ]
     assert command("convert", source, tmp_path / "quiet", "-q").stderr == ""
+
+
+def test_the_level_of_messages_may_stand_before_or_behind_the_command(source: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ("-v", "inspect", source),
+        ("inspect", source, "-v"),
+        ("inspect", source, "--log-level", "debug"),
+    ):
+        assert command(*arguments).returncode == 0
+        assert logging.getLogger("mfptq").level <= logging.INFO
+    command("inspect", source)
+    assert logging.getLogger("mfptq").level == logging.WARNING
+    assert command("inspect", source, "--log-level", "loud").returncode == 2
+
+
+def test_uploads_have_lines_too(monkeypatch) -> None:
+    stream = io.StringIO()
+    lines = UploadLines(stream)
+    file = StoredFile("model.safetensors", "0" * 64, 3_000_000)
+    lines.show_upload(None, 0, 4_000_000)
+    assert stream.getvalue() == ""
+    lines.show_upload(file, 3_000_000, 4_000_000)
+    assert stream.getvalue().startswith("mfptq: model.safetensors finished: 3.00 MB of 4.00 MB, ")
+    monkeypatch.setattr("mfptq.cli.text.MINUTE", 0.0)
+    lines.show_upload(None, 3_000_000, 4_000_000)
+    assert stream.getvalue().count("\n") == 2

@@ -43,7 +43,7 @@ def test_a_repo_is_read_at_one_commit(client: LoopbackHub, source: Path, tmp_pat
 
 
 PASSING = [
-    ("503", f"storage GET .*{BIG}", {}), ("500", "hub HEAD", {}), ("429", "storage GET", {"Retry_After": "0"}),
+    ("503", f"storage GET .*{BIG}", {}), ("500", "hub HEAD", {}), ("429", "storage GET", {"Retry_After": "0"}), ("429", "storage GET", {}), ("500", "storage GET", {}),
     ("429", "/api/", {"Retry_After": "0"}), ("429", "hub HEAD", {"RateLimit": '"resolvers";r=0;t=0'}),
     ("reset", "storage GET", {}), ("short", "storage GET", {}), ("half", "storage GET", {}), ("expired", "storage GET", {}),
     ("timeout", f"storage GET .*{BIG}", {}), ("slow", "storage GET", {}), ("reset", "hub GET .*config.json", {}),
@@ -86,7 +86,7 @@ FAULTS = [
     ("403", "/api/", HubError, "403"), ("404", f"hub HEAD .*{BIG}", HubError, "cannot read"),
     ("whole", "storage GET", HubError, "byte ranges"), ("range", "storage GET", HubError, "byte ranges"),
     ("encoded", "storage GET", HubError, "byte ranges"), ("total", "storage GET", SourceChangedError, "listing says"),
-    ("etag", f"hub HEAD .*{BIG}", SourceChangedError, "another file"), ("reset", "storage GET", HubError, "after 6 tries"),
+    ("etag", f"hub HEAD .*{BIG}", SourceChangedError, "another file"), ("long", "storage GET", SourceChangedError, "more bytes than"), ("reset", "storage GET", HubError, "after 6 tries"),
     ("404", "storage GET", HubError, "after 6 tries"), ("expired", "storage GET", HubError, "after 6 tries"),
 ]  # fmt: skip
 

@@ -64,6 +64,7 @@ def test_what_was_published_can_be_read_again(client: LoopbackHub, output: Path,
 def test_the_command_says_where_it_is(hub: LoopbackHub, run, output: Path) -> None:
     done = run("push", output, "me/made", "--token", TOKEN)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count(" finished: ") == len(digests(output))
     assert "/me/made/commit/" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
     assert published(hub) == digests(output)
