@@ -165,10 +165,10 @@ def test_a_release_converts_to_what_its_cast_converts_to(name: str, shape: DemoS
 @pytest.mark.parametrize("name", ["blocks, F32", "MXFP4"])
 def test_bytes_do_not_depend_on_tiles(name: str, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release, cast = twins(tmp_path, SMALL, name)
-    mfptq.convert(release if name == "MXFP4" else cast, tmp_path / "expected")
+    mfptq.convert(release if name == "MXFP4" else cast, tmp_path / "expected", formats=WIDENED)
     monkeypatch.setattr(memory_budget, "MIN_TILE", tile)
     monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", tile)
-    mfptq.convert(release, tmp_path / "out", max_workers=2)
+    mfptq.convert(release, tmp_path / "out", max_workers=2, formats=WIDENED)
     assert equal(tmp_path / "out", tmp_path / "expected")
 
 
