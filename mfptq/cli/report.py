@@ -133,9 +133,9 @@ def _measured_lines(found: ReportData) -> list[str]:
 
     if not found.measured:
         return []
-    half, most, nearly_all = (quantile(found.blocks, share) for share in (0.5, 0.99, 0.9999))
+    half, most, nearly_all = (f"{100 * quantile(found.blocks, share):.0f} %" for share in (0.5, 0.99, 0.9999))
     lines = [
-        f"errors of blocks of 16 values: half are at most {half:.0%}, 99 % at most {most:.0%}, 99.99 % at most {nearly_all:.0%}"
+        f"errors of blocks of 16 values: half are at most {half}, 99 % at most {most}, 99.99 % at most {nearly_all}"
     ]
     if found.has_output_errors:
         lines.append("expected errors of outputs, least, middle and largest by kind:")

@@ -55,6 +55,7 @@ def heat_map(report: ReportData) -> str:
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes, label="relative error of weights, %", pad=0.02)
     return _svg(figure)
 
