@@ -17,7 +17,7 @@ from typing import Protocol
 from ..calibration.file import SUFFIX, Description, write_calibration
 from ..calibration.merge import merged
 from ..calibration.reading import Calibration, load_calibration
-from ..errors import DestinationError, PlanMismatchError, ScaleError, SourceError, quote
+from ..errors import DestinationError, PlanMismatchError, ScaleError, SourceError, StorageError, quote
 from ..execution.executors import Request
 from ..output.destination import create_folders, locked
 from ..output.journal import Journal, JournalState, read_journal
@@ -82,14 +82,21 @@ class PartsFolder:
 
     def divided(self, count: int) -> dict[str, Share]:
         """Return the parts by file name: `count` of them, or as an earlier run has divided them; raises PlanMismatchError."""
+        begun = self._begun()
+        if begun is not None:
+            return begun
+        self.clear()
+        shares = self.order.shares(count)
+        names = tuple(f"{PART}{share.number:05}-of-{share.count:05}{SUFFIX}" for share in shares)
+        Journal(self.path / WORK / JOURNAL, JournalState(self.order.digests, {}, names)).close()
+        return dict(zip(names, shares, strict=True))
+
+    def _begun(self) -> dict[str, Share] | None:
+        """Return the parts that the journal names; None where nothing was begun."""
         journal, digests = self.path / WORK / JOURNAL, self.order.digests
         found = read_journal(journal) if journal.exists() else JournalState()
         if found.digests is None:
-            self.clear()
-            shares = self.order.shares(count)
-            names = tuple(f"{PART}{share.number:05}-of-{share.count:05}{SUFFIX}" for share in shares)
-            Journal(journal, JournalState(digests, {}, names)).close()
-            return dict(zip(names, shares, strict=True))
+            return None
         changed = [name for name in {**digests, **found.digests} if digests.get(name) != found.digests.get(name)]
         if changed:
             raise PlanMismatchError(
@@ -107,7 +114,7 @@ class PartsFolder:
         """Write the file that stands for all parts; raises DestinationError if one is not what it should be."""
         with ExitStack() as opened:
             files: list[Calibration] = []
-            for name, share in self.divided(1).items():
+            for name, share in (self._begun() or {}).items():
                 file = load_calibration(self.path / name)
                 opened.callback(file.close)
                 if file.description != self.order.described(share.samples):
@@ -115,6 +122,8 @@ class PartsFolder:
                         f"{quote(file.path)} is not the whole part: rerun the same command to make it"
                     )
                 files.append(file)
+            if sum(file.description.samples for file in files) != len(self.order.samples.ids):
+                raise DestinationError(f"{quote(self.path)} does not hold all samples: rerun the same command")
             contents, description = merged(files), self.order.described(self.order.samples)
             inputs = tuple(sorted(contents.inputs, key=lambda info: info.name))
             write_calibration(output, replace(contents, description=description, inputs=inputs))
@@ -169,7 +178,8 @@ def calibrate_in_parts(
             description = folder.merge(output)
         except BaseException:
             if not samples_kept(output):
-                folder.remove()
+                with suppress(StorageError):  # what is raised already says more
+                    folder.remove()
             raise
         folder.remove()
     return description
