@@ -66,6 +66,7 @@ class CalibrationRun:
             self._poll()
             time.sleep(POLL_SECONDS)
         logger.info("node %s finished %s", node, quote(name))
+        self._read = 0.0  # the next look is due at once: it may be the last
 
     def _poll(self) -> None:
         """Tell how far all tasks are, as they have written it beside their parts."""
