@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -28,8 +28,8 @@ from .companions import (
     unindexed_shards,
     unnamed_shards,
 )
-from .header import PREFIX_BYTES, ShardHeader, header_length, parse_header
-from .index import check_tensors, read_weight_map
+from .header import PREFIX_BYTES, ShardHeader, TensorInfo, header_length, parse_header
+from .index import check_tensors, read_weight_map, superseded
 from .small_files import POINTER_BYTES, read_file, read_object, refuse_pointer
 from .source import FolderSource, Source
 from .strict_json import StrictJsonError, parse_json
@@ -77,7 +77,7 @@ class Origin:
 class Checkpoint:
     """Everything known of a checkpoint before one weight is read; `source` reads the bytes of its files.
 
-    `left_out` maps the files that a conversion does not take to their sizes in bytes; `has_index` says that there are
+    `left_out` maps the files that a conversion does not take, and copies of tensors that the index has elsewhere, to their sizes in bytes; `has_index` says that there are
     several shards, and so an index, in what is made of it at least.
     """
 
@@ -145,6 +145,8 @@ def _read_checkpoint(origin: Origin, source: Source, choice: FileChoice) -> Chec
     weight_map = read_weight_map(source, files)
     indexed = unindexed_shards(files, choice) if weight_map is None else sorted(set(weight_map.values()))
     shards = read_shards(source, indexed)
+    stale = superseded(shards, weight_map or {})
+    shards = tuple([_without(shard, stale.get(shard.name, ())) for shard in shards])
     check_tensors(shards, weight_map)
     shards = _with_unnamed(source, shards, choice)
     names = [shard.name for shard in shards]
@@ -153,7 +155,15 @@ def _read_checkpoint(origin: Origin, source: Source, choice: FileChoice) -> Chec
         _check_companion(source, name)
     _check_case([*names, *found.companions, *(name for name in files if name.casefold() in REPLACED_FOLDED)])
     has_index = weight_map is not None or len(shards) > 1
-    return Checkpoint(origin, source, shards, config, found.companions, found.left_out, has_index)
+    copies = {f"{info.name} in {name}": info.nbytes for name, tensors in stale.items() for info in tensors}
+    return Checkpoint(origin, source, shards, config, found.companions, {**found.left_out, **copies}, has_index)
+
+
+def _without(shard: Shard, tensors: Collection[TensorInfo]) -> Shard:
+    if not tensors:
+        return shard
+    kept = tuple([info for info in shard.header.tensors if info not in tensors])
+    return replace(shard, header=replace(shard.header, tensors=kept))
 
 
 def _check_companion(source: Source, name: str) -> None:

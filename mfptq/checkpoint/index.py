@@ -17,6 +17,7 @@ from .source import Source
 
 if TYPE_CHECKING:
     from .folder import Shard
+    from .header import TensorInfo
 
 
 def read_weight_map(source: Source, files: Mapping[str, int]) -> dict[str, str] | None:
@@ -35,6 +36,17 @@ def read_weight_map(source: Source, files: Mapping[str, int]) -> dict[str, str] 
         if name not in files:
             raise IndexMismatchError(f"{INDEX} names shard {quote(name)}, which is missing: download it again")
     return weight_map
+
+
+def superseded(shards: Iterable[Shard], weight_map: Mapping[str, str]) -> dict[str, list[TensorInfo]]:
+    """Return the tensors of each shard of which the index names another copy, in a shard laid over this one."""
+    stored = {shard.name: {info.name: info for info in shard.header.tensors} for shard in shards}
+    found = {
+        name: [info for info in tensors.values() if weight_map.get(info.name, name) != name
+               and info.name in stored.get(weight_map[info.name], ())]
+        for name, tensors in stored.items()
+    }  # fmt: skip
+    return {name: tensors for name, tensors in found.items() if tensors}
 
 
 def check_tensors(shards: Iterable[Shard], weight_map: Mapping[str, str] | None) -> None:

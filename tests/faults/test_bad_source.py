@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 import mfptq
 from mfptq.checkpoint.folder import INDEX, SINGLE, Origin, read_checkpoint
@@ -256,6 +257,23 @@ def test_a_tensor_in_two_shards(single: Path, tmp_path: Path) -> None:
     assert mfptq.verify(tmp_path / "union", single).quantized == 2
     shutil.copy(single / "model-1.safetensors", single / "model-3.safetensors")
     refused(single, tmp_path / "out", "in two shards", IndexMismatchError)
+
+
+@pytest.mark.case(44)
+def test_of_two_copies_of_a_tensor_the_index_counts(single: Path, tmp_path: Path) -> None:
+    ones, twos = np.ones((8, 16), np.float32), np.full((8, 16), 2, np.float32)
+    (single / SINGLE).unlink()
+    save_file({"a.weight": ones, "b.weight": ones}, single / "model-1.safetensors")
+    save_file({"a.weight": twos}, single / "overlay.safetensors")
+    places = {"a.weight": "overlay.safetensors", "b.weight": "model-1.safetensors"}
+    (single / INDEX).write_text(json.dumps({"weight_map": places}))
+    with mfptq.plan(single) as plan:
+        assert plan.left_out == {"a.weight in model-1.safetensors": 8 * 16 * 4}
+    mfptq.convert(single, tmp_path / "out", method="minmax")
+    assert mfptq.verify(tmp_path / "out", single).ok
+    found = {name: load_file(tmp_path / "out" / name) for name in places.values()}
+    assert "a.weight_packed" not in found["model-1.safetensors"]
+    assert found["overlay.safetensors"]["a.weight_global_scale"].item() == 2688 / 2
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}', "[]", "",
