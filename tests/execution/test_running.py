@@ -156,11 +156,11 @@ def test_the_first_error_stops_everything(where: str) -> None:
     def fail() -> None:
         raise ValueError("task")
 
-    workers = WorkerPool(supply(), range(3))
+    workers, before = WorkerPool(supply(), range(3)), threading.active_count()
     with pytest.raises(ValueError, match=where):
         workers.run(ignore)
     assert len(ran) < 9_000
-    assert threading.active_count() < 10
+    assert threading.active_count() <= before  # whatever other tests have left running
 
 
 def test_workers_wait_for_tasks_that_may_still_come() -> None:
