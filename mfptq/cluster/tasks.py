@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +33,19 @@ Answer = dict[str, Any]
 _HELD = caller_bytes()  # by the cluster's own libraries, before anything of ours
 
 
-@lru_cache(maxsize=1)
+_kept: dict[bytes, ConversionPlan] = {}  # the plan of the last task, since a process makes many shards of one plan
+
+
 def _plan(request: bytes) -> ConversionPlan:
-    """Return the plan; a process keeps it, since it makes many shards of one plan."""
+    """Return the plan, which is kept open for the next task, until one asks for another."""
     from ..planner import make_plan
 
-    asked: Request = pickle.loads(request)  # noqa: S301 - written by our own driver, through the cluster
-    return make_plan(asked.source, **asked.decisions)
+    if request not in _kept:
+        for plan in list(_kept.values()):
+            _forget(plan)
+        asked: Request = pickle.loads(request)  # noqa: S301 - written by our own driver, through the cluster
+        _kept[request] = make_plan(asked.source, **asked.decisions)
+    return _kept[request]
 
 
 def checked_plan(request: bytes, digests: Mapping[str, str]) -> ConversionPlan:
@@ -64,7 +69,7 @@ def _check_digests(plan: ConversionPlan, digests: Mapping[str, str]) -> None:
 
 def _forget(plan: ConversionPlan) -> None:
     """Close a plan, so that the next task makes it anew."""
-    _plan.cache_clear()
+    _kept.clear()
     plan.close()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..calibration.file import Description, Level, check_output
 from ..checkpoint.hub import HubOptions, open_checkpoint
-from ..execution.executors import Request
+from ..execution.executors import Request, ThreadExecutor
 from ..planning.building import build_plan
 from ..planning.settings import Decisions, check_decisions
 from ..storage.files import expanded
@@ -45,7 +45,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     overwrite: bool = False,
     encoder: Encoder | None = None,
     on_event: OnProgress | None = None,
-    executor: CalibrationExecutor | None = None,
+    executor: CalibrationExecutor | ThreadExecutor | None = None,
 ) -> Description:
     """Run a model over text and write the statistics of its linear layers' inputs; returns what was done.
 
@@ -57,7 +57,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     state changes where the layers of each input alone are rounded. `encoder` is a tokenizer or processor of transformers, the
     checkpoint's own by default. The file is written anew after every batch of samples, so it can be used at any time.
 
-    `executor` spreads the samples over a cluster, as `RayExecutor`; memory is then that of each task, by default a node's
+    `executor` spreads the samples over a cluster, as `RayExecutor`, or none does, as `ThreadExecutor`; memory is then that of each task, by default a node's
     in equal shares, and the file appears when all of it is done.
 
     Raises MfptqError and its subclasses; UsageError if transformers and accelerate are not installed.
@@ -68,6 +68,7 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
         samples, max_seq_length, batch_size, statistics, device, max_memory, dtype, all_experts, sensitivities
     )
     output = expanded(output)
+    executor = None if isinstance(executor, ThreadExecutor) else executor
     check_output(output, overwrite=overwrite or executor is None)
     models.require_extra()
     if executor is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,7 +198,7 @@ def test_a_node_with_another_version_or_folder_is_refused(source, tmp_path, clus
 def test_a_node_that_reads_another_source_is_refused(source, tmp_path, cluster, monkeypatch) -> None:
     monkeypatch.setattr(
         "mfptq.cluster.tasks._plan",
-        lru_cache(lambda _request: SimpleNamespace(digests={"source": "x"}, close=lambda: None)),
+        lambda _request: SimpleNamespace(digests={"source": "x"}, close=lambda: None),
     )
     with pytest.raises(PlanMismatchError, match=r"node '(red|blue)': .*source.* as read there differ"):
         mfptq.convert(source, tmp_path / "out", executor=ONE_EACH)

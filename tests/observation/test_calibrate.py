@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import mfptq
 import mfptq.observation.residency as residency_module
 from mfptq.calibration.file import LEVELS
 from mfptq.calibration.reading import Calibration, load_calibration
@@ -158,6 +159,12 @@ def test_every_statistic_equals_float64(checkpoint: Path, dataset: Path, tmp_pat
 def tokens_of(found: Calibration, module: str) -> int:
     """Return how many tokens a module's statistics are over; 0 where the file knows nothing of it."""
     return next((found.read(info).tokens or 0 for info in found.inputs.values() if module in info.modules), 0)
+
+
+def test_threads_of_this_process_are_no_cluster(moe: Path, dataset: Path, tmp_path: Path) -> None:
+    for name, executor in (("a", None), ("b", mfptq.ThreadExecutor())):
+        made(moe, dataset, tmp_path / name, statistics="amax", executor=executor)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_experts_with_their_own_tokens_only(moe: Path, dataset: Path, tmp_path: Path) -> None:
