@@ -163,8 +163,9 @@ def tokens_of(found: Calibration, module: str) -> int:
 
 def test_threads_of_this_process_are_no_cluster(moe: Path, dataset: Path, tmp_path: Path) -> None:
     for name, executor in (("a", None), ("b", mfptq.ThreadExecutor())):
-        made(moe, dataset, tmp_path / name, statistics="amax", executor=executor)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        path = tmp_path / f"{name}.calibration.safetensors"
+        made(moe, dataset, path, statistics="amax", executor=executor)
+    assert (tmp_path / "a.calibration.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_experts_with_their_own_tokens_only(moe: Path, dataset: Path, tmp_path: Path) -> None:
