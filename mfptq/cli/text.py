@@ -98,9 +98,8 @@ class ProgressLines:
 def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
     """Return what a conversion did, with the line that serves its output unless it is none that engines take."""
     if report.already_complete:
-        return (
-            f"{report.destination} is already complete: {report.source}, {report.scheme}, every file checked by content"
-        )
+        made = f"{report.source}, {formats_text(report.formats)}"
+        return f"{report.destination} is already complete: {made}, every file checked by content"
     weights = counted(report.quantized, "weight", "weights")
     how = f"method {report.method}" if report.method else "nothing quantized anew"
     error = f", relative error {report.relative_error:.2%}" if report.method else ""
