@@ -74,13 +74,9 @@ def convert(model: str, output: Path, **options: Any) -> None:
         made = opened.enter_context(make_plan(model, **resources, **decisions))
         if not decisions.get("force"):
             refuse_unloadable(made, engine)
-        keywords = {
-            "overwrite": overwrite,
-            "push_to": push_to,
-            "discard_output": discard,
-            "executor": executor,
-        }
-        report = carry_out(made, output, part, {**resources, **(keywords if part is None else {})})
+        if part is None:
+            resources |= {"overwrite": overwrite, "push_to": push_to, "discard_output": discard, "executor": executor}
+        report = carry_out(made, output, part, resources)
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     elif not quiet:

@@ -49,16 +49,16 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
 ) -> Description:
     """Run a model over text and write the statistics of its linear layers' inputs; returns what was done.
 
-    `source` is a checkpoint as `convert` takes it, `dataset` a file of JSON lines, parquet or plain text,
-    or a dataset on the Hub as `OWNER/NAME[@REVISION][:SPLIT]`. An `output`
-    that an interrupted run left is gone on with. `batch_size` None means what memory allows, `max_memory` None what the
-    machine has. `dtype` is that of the computation, `auto` the checkpoint's; many CPUs are several times faster in
-    float32. `all_experts` shows every token to every expert. `sensitivities` also measures how much the model's last hidden
-    state changes where the layers of each input alone are rounded. `encoder` is a tokenizer or processor of transformers, the
-    checkpoint's own by default. The file is written anew after every batch of samples, so it can be used at any time.
+    `source` is a checkpoint as `convert` takes it, `dataset` a file of JSON lines, parquet or plain text, or a dataset on the
+    Hub as `OWNER/NAME[@REVISION][:SPLIT]`. An `output` that an interrupted run left is gone on with. `batch_size` None means
+    what memory allows, `max_memory` None what the machine has. `dtype` is that of the computation, `auto` the checkpoint's;
+    many CPUs are several times faster in float32. `all_experts` shows every token to every expert. `sensitivities` also
+    measures how much the model's last hidden state changes where the layers of each input alone are rounded. `encoder` is a
+    tokenizer or processor of transformers, the checkpoint's own by default. The file is written anew after every batch of
+    samples, so it can be used at any time.
 
-    `executor` spreads the samples over a cluster, as `RayExecutor`, or none does, as `ThreadExecutor`; memory is then that of each task, by default a node's
-    in equal shares, and the file appears when all of it is done.
+    `executor` spreads the samples over a cluster, as `RayExecutor`, or none does, as `ThreadExecutor`; memory is then that of
+    each task, by default a node's in equal shares, and the file appears when all of it is done.
 
     Raises MfptqError and its subclasses; UsageError if transformers and accelerate are not installed.
     """

@@ -135,15 +135,8 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
     models.require_extra("evaluate")
     models.check_device(device)
     with ExitStack() as opened:
-        made = read_checkpoint(Origin(expanded(output)))
-        opened.callback(made.source.close)
-        if record:
-            check_writable(made.origin.local)
-        choice = FileChoice(output=frozenset(shard.name for shard in made.shards))
-        checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir, keep_source=True), choice)
-        opened.callback(checkpoint.source.close)
-        if "quantization_config" in checkpoint.config:
-            raise SourceError(f"the source {quote(checkpoint.origin)} is quantized: give the model it was made from")
+        hub = HubOptions(revision, token, cache_dir, keep_source=True)
+        made, checkpoint = _checkpoints(opened, output, (source, hub), record=record)
         quantized = read_quantized(made, checkpoint)
         opened.enter_context(models.quiet_transformers())
         skeleton = models.build_skeleton(checkpoint, dtype)
@@ -162,6 +155,21 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
         record_evaluation(made.origin.local, asdict(found))
     notes.finished()
     return found
+
+
+def _checkpoints(
+    opened: ExitStack, output: str | Path, source: tuple[str | Path, HubOptions], *, record: bool
+) -> tuple[Checkpoint, Checkpoint]:
+    """Return the output and its source, open until `opened` is closed; with `record` the output's folder must be writable."""
+    made = read_checkpoint(Origin(expanded(output)))
+    opened.callback(made.source.close)
+    if record:
+        check_writable(made.origin.local)
+    checkpoint = open_checkpoint(*source, FileChoice(output=frozenset(shard.name for shard in made.shards)))
+    opened.callback(checkpoint.source.close)
+    if "quantization_config" in checkpoint.config:
+        raise SourceError(f"the source {quote(checkpoint.origin)} is quantized: give the model it was made from")
+    return made, checkpoint
 
 
 def _key(pair: SideBySide, source: Checkpoint, text: Samples) -> tuple[object, ...]:
