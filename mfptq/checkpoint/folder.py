@@ -77,8 +77,8 @@ class Origin:
 class Checkpoint:
     """Everything known of a checkpoint before one weight is read; `source` reads the bytes of its files.
 
-    `left_out` maps the files that a conversion does not take, and copies of tensors that the index has elsewhere, to their sizes in bytes; `has_index` says that there are
-    several shards, and so an index, in what is made of it at least.
+    `left_out` maps the files that a conversion does not take, and copies of tensors that the index has elsewhere, to their sizes
+    in bytes; `has_index` says that there are several shards, and so an index, in what is made of it at least.
     """
 
     origin: Origin

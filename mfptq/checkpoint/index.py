@@ -5,7 +5,7 @@ Called by `folder`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import IndexMismatchError, SourceError, quote
@@ -38,14 +38,19 @@ def read_weight_map(source: Source, files: Mapping[str, int]) -> dict[str, str] 
     return weight_map
 
 
-def superseded(shards: Iterable[Shard], weight_map: Mapping[str, str]) -> dict[str, list[TensorInfo]]:
+def superseded(shards: Collection[Shard], weight_map: Mapping[str, str]) -> dict[str, list[TensorInfo]]:
     """Return the tensors of each shard of which the index names another copy, in a shard laid over this one."""
-    stored = {shard.name: {info.name: info for info in shard.header.tensors} for shard in shards}
+    elsewhere = {
+        shard.name: [info for info in shard.header.tensors if weight_map.get(info.name, shard.name) != shard.name]
+        for shard in shards
+    }
+    if not any(elsewhere.values()):
+        return {}
+    stored = {(shard.name, info.name) for shard in shards for info in shard.header.tensors}
     found = {
-        name: [info for info in tensors.values() if weight_map.get(info.name, name) != name
-               and info.name in stored.get(weight_map[info.name], ())]
-        for name, tensors in stored.items()
-    }  # fmt: skip
+        name: [info for info in tensors if (weight_map[info.name], info.name) in stored]
+        for name, tensors in elsewhere.items()
+    }
     return {name: tensors for name, tensors in found.items() if tensors}
 
 

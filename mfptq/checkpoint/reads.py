@@ -33,7 +33,7 @@ class ByteRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReadUnit:
-    """Ranges that are needed together, in the order in which they are fetched: the weights of a fused group, or copied tensors."""
+    """Ranges that are needed together, in the order of fetching: the weights of a fused group, or copied tensors."""
 
     ranges: tuple[ByteRange, ...]
 

@@ -100,7 +100,7 @@ class Window:
             self._changed.notify_all()
 
     def hash_ready(self, name: str, *, wait: bool = False) -> None:
-        """Have a file's digest take what is there and comes next; `wait` for the thread that is at it, else leave it to that."""
+        """Have a file's digest take what is there and comes next; `wait` for a thread that is at it, else leave it to that."""
         while (segment := self._next_to_hash(name, wait=wait)) is not None:
             assert self._digests is not None
             assert segment.data is not None

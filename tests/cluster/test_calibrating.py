@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,6 @@ OPTIONS: dict[str, Any] = {"samples": 7, "max_seq_length": 40, "batch_size": 1}
 EVERYTHING = {**OPTIONS, "sensitivities": True, "statistics": "factors", "ignore": [r"re:.*layers\.[0-2]\..*"]}
 CHEAP = {**OPTIONS, "statistics": "amax"}
 RAY = RayExecutor(cpus_per_task=1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

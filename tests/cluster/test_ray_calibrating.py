@@ -25,24 +25,18 @@ pytest.importorskip("transformers")
 import mfptq  # noqa: E402
 from mfptq.calibration.reading import load_calibration  # noqa: E402
 from mfptq.observation.calibration_parts import parts_of, samples_kept  # noqa: E402
+from tests.cluster.real import STORE, three_nodes  # noqa: E402
 from tests.models import DENSE, write_checkpoint  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-STORE = 80 * 2**20  # bytes: Ray's least
 OPTIONS = {"samples": 24, "max_seq_length": 32, "batch_size": 1}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator:
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
-    for name in ("second", "third"):
-        made.add_node(num_cpus=1, object_store_memory=STORE, node_name=name)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with three_nodes() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

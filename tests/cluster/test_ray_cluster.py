@@ -22,11 +22,11 @@ ray = pytest.importorskip("ray")
 import mfptq  # noqa: E402
 from mfptq.cluster import attempts, connection  # noqa: E402
 from mfptq.errors import DestinationError, SourceError, UsageError  # noqa: E402
+from tests.cluster.real import STORE, three_nodes  # noqa: E402
 from tests.conftest import command_apart, digests  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-STORE = 80 * 2**20  # bytes: Ray's least
 DRIVER = """
 import os, signal, sys
 import mfptq
@@ -40,14 +40,8 @@ mfptq.convert(sys.argv[1], sys.argv[2], executor=executor, on_event=on_event)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator:
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE})
-    for name in ("second", "third"):
-        made.add_node(num_cpus=1, object_store_memory=STORE, node_name=name)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with three_nodes() as made:
+        yield made
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ import pytest
 ray = pytest.importorskip("ray")
 
 import mfptq  # noqa: E402
+from tests.cluster.real import STORE  # noqa: E402
 from tests.conftest import digests  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-STORE = 80 * 2**20  # bytes: Ray's least
 RAY = "from ray.scripts.scripts import main; main()"
 BRIDGE, NET, PORT = f"mfq{os.getpid() % 100_000}", "10.177.53", 6399
 HOSTS = {"north": 2, "south": 3}

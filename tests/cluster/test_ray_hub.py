@@ -14,13 +14,12 @@ import pytest
 ray = pytest.importorskip("ray")
 
 import mfptq  # noqa: E402
+from tests.cluster.real import STORE  # noqa: E402
 from tests.conftest import digests  # noqa: E402
 from tests.hub.conftest import hub_environment  # noqa: E402
 from tests.hub.server import REPO, LoopbackHub, serving  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-
-STORE = 80 * 2**20  # bytes: Ray's least
 
 
 @pytest.fixture
