@@ -56,11 +56,12 @@ def show(file: Path, as_json: bool) -> None:
 
     from ..calibration.overview import overview
     from ..calibration.reading import load_calibration
-    from .text import overview_text
+    from .calibration_text import overview_text
+    from .columns import fitted
 
     with closing(load_calibration(file)) as opened:
         found = overview(opened)
-    click.echo(json.dumps(asdict(found)) if as_json else overview_text(found))
+    click.echo(json.dumps(asdict(found)) if as_json else fitted(overview_text(found)))
 
 
 @calibration.command()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import counted, listed, printable
+from .columns import fitted
 from .options import forward_options, source_options
 from .process import deferred_signals
 
@@ -47,7 +48,7 @@ def evaluate(output: Path, source: str, **options: Any) -> None:
     options["record"] = not options.pop("no_record")
     with _progress(quiet=quiet) as show, deferred_signals() as check:
         found = run_evaluation(output, source, on_event=lambda event: (check(), show(event)), **options)
-    click.echo(json.dumps(asdict(found)) if as_json else evaluation_text(found))
+    click.echo(json.dumps(asdict(found)) if as_json else fitted(evaluation_text(found)))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from .calibrate import calibrate
 from .calibration import calibration
 from .check import check as check_command
 from .cluster import finish
+from .columns import fitted
 from .convert import convert, plan
 from .evaluate import evaluate
 from .groups import Commands
@@ -112,7 +113,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
     from . import text
 
     found = look(path, **options)
-    click.echo(json.dumps(asdict(found)) if as_json else text.inspection_text(found))
+    click.echo(json.dumps(asdict(found)) if as_json else fitted(text.inspection_text(found)))
 
 
 @main.command()
@@ -136,7 +137,7 @@ def verify(output: str, source: str | None, as_json: bool, quiet: bool, **option
 
     with text.progress(quiet=quiet, what="verify") as show, deferred_signals() as stop:
         found = check(output, source, on_event=lambda event: (stop(), show(event)), **options)
-    click.echo(json.dumps({**asdict(found), "ok": found.ok}) if as_json else text.verification_text(found))
+    click.echo(json.dumps({**asdict(found), "ok": found.ok}) if as_json else fitted(text.verification_text(found)))
     if not found.ok:
         faults = counted(len(found.faults), "fault", "faults")
         foreign = (
@@ -168,7 +169,7 @@ def demo(output: Path) -> None:
             report = run_conversion(source, target, on_event=lambda event: (stop(), show(event)))
         click.echo(text.summary(report, timings=False, serve=False))
         found = check(target, source)
-        click.echo(text.verification_text(found) + "\n")
+        click.echo(fitted(text.verification_text(found)) + "\n")
         if not found.ok:
             raise VerificationError(str(found.faults[0]))
     click.echo(text.after_demo(output))

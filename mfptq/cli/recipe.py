@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from .columns import fitted
 from .groups import Commands
 
 
@@ -44,7 +45,7 @@ def list_recipes() -> None:
     names = shipped()
     width = max(map(len, names))
     for name in names:
-        click.echo(f"{name:{width}}  {load_recipe(name).description}")
+        click.echo(fitted(f"{name:{width}}  {load_recipe(name).description}"))
 
 
 @recipe.command()

@@ -13,6 +13,7 @@ import click
 from ..errors import StorageError, UsageError, counted, printable, quote
 from ..sizes import size_text
 from ..storage.files import expanded
+from .columns import fitted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +58,7 @@ def report(
         _write(html, page(found, output.resolve().name, coverage))
     if table is not None:
         _write(table, csv_text(found))
-    click.echo(report_text(found))
+    click.echo(fitted(report_text(found)))
 
 
 def _coverage(found: ReportData, calibration: Path | None) -> Overview | None:
@@ -168,7 +169,7 @@ def compare(first: Path, second: Path, source: str | None, as_json: bool) -> Non
         reports = [with_measured(each, measure(output, source)) for each, output in outputs]
     found = compare_reports(*reports)
     found = replace(found, scales=compare_scales(_scales(first), _scales(second)))
-    click.echo(json.dumps(found.as_dict()) if as_json else compare_text(found))
+    click.echo(json.dumps(found.as_dict()) if as_json else fitted(compare_text(found)))
 
 
 def _scales(output: Path) -> Mapping[str, float]:

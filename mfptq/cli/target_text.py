@@ -5,12 +5,12 @@ Called by `plan_text`, and by `text` for `--json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import printable
 from ..sizes import size_text
-from .columns import wrapped
+from .columns import fitting
 
 if TYPE_CHECKING:
     from ..planning.allocation import Allocation, FrontierRow
@@ -28,16 +28,7 @@ def frontier_rows(allocation: Allocation) -> list[FrontierRow]:
 
 def target_lines(allocation: Allocation, columns: int) -> list[str]:
     """Return the target, the frontier as a table, and what its errors are predicted from, in lines of at most `columns`."""
-    return _fitting(_target(allocation), columns)
-
-
-def _fitting(texts: Iterable[str], columns: int) -> list[str]:
-    """Return lines as they stand where they fit, since wrapping would close the gaps between the columns of a table."""
-    found: list[str] = []
-    for text in texts:
-        long = wrapped(text, columns, "      ")
-        found += [text] if len(text) <= columns else long
-    return found
+    return fitting(_target(allocation), columns)
 
 
 def _target(allocation: Allocation) -> Iterator[str]:
@@ -57,7 +48,7 @@ def _target(allocation: Allocation) -> Iterator[str]:
 
 def explained_lines(allocation: Allocation, module: str, columns: int) -> list[str]:
     """Return why a module's unit has its format: what each one costs, and what it would do to the output."""
-    return _fitting(_explained(allocation, module), columns)
+    return fitting(_explained(allocation, module), columns)
 
 
 def _explained(allocation: Allocation, module: str) -> Iterator[str]:

@@ -19,20 +19,19 @@ from ..errors import counted, printable, quote
 from ..execution.events import Advanced, Event, OnEvent, Planned, ShardFinished
 from ..output.report import Report
 from ..sizes import size_text
+from .columns import fitted
 from .duration import duration
 from .target_text import target_values
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..calibration.overview import InputOverview, Overview
     from ..execution.preview import Preview
     from ..inspection import Inspection, TensorSummary
     from ..planning.plan import ConversionPlan
     from ..verification import Verification
 
 SHOWN_FAULTS = 20
-SHOWN_INPUTS = 10
 SHOWN_FILES = 10
 COMMON_RATE = 125e6  # bytes a second
 MINUTE = 60.0  # seconds between two lines of progress in a log
@@ -126,7 +125,8 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
         lines += [f"  {phase:>9} {seconds:8.2f} s of worker time" for phase, seconds in sorted(report.timings.items())]
     if report.published:
         lines.append(f"  published: {report.published}")
-    return "\n".join([*lines, *([f"  vllm serve {shlex.quote(report.destination)}"] if serve else [])])
+    command = f"\n  vllm serve {shlex.quote(report.destination)}" if serve else ""  # in one line, to be copied
+    return fitted("\n".join(lines)) + command
 
 
 def after_demo(folder: Path) -> str:
@@ -250,48 +250,3 @@ def verification_text(found: Verification) -> str:
     if len(found.faults) > SHOWN_FAULTS:
         lines.append(f"  ... and {len(found.faults) - SHOWN_FAULTS} more")
     return "\n".join([*lines, "verified: no fault" if found.ok else counted(len(found.faults), "fault", "faults")])
-
-
-def overview_text(found: Overview) -> str:
-    """Return the overview as text: what was run, coverage, outliers, experts with little text."""
-    from ..calibration.overview import FEW_TOKENS
-
-    about = found.description
-    source = f"{quote(about['model'])}" + (f" at {quote(about['revision'])}" if about["revision"] else "")
-    lines = [
-        f"{source}: statistics {about['statistics']} of {len(found.inputs)} inputs, {found.modules} modules",
-        _coverage(found),
-        "inputs with the largest outliers: amax, and its ratio to the root mean square",
-        *(_input_row(each) for each in found.inputs[:SHOWN_INPUTS]),
-    ]
-    thin = [each for each in found.experts if each.few]
-    if found.experts:
-        total, few = sum(each.experts for each in found.experts), sum(each.few for each in thin)
-        without = sum(each.without for each in thin)
-        lines.append(
-            f"{total} routed experts: {counted(without, 'was', 'were')} given no token, {few} fewer than {FEW_TOKENS}"
-        )
-    lines += [
-        f"  {each.least:9} to {each.most} tokens, few for {counted(each.few, 'expert', 'experts')}  {quote(each.name)}"
-        for each in thin[:SHOWN_INPUTS]
-    ]
-    if found.sensitivities:
-        lines.append(
-            "layers whose rounding to NVFP4 changes the model's last hidden state most, by the square of its norm"
-        )
-        lines += [f"  {value:12.2%}  {quote(name)}" for name, value in [*found.sensitivities.items()][:SHOWN_INPUTS]]
-    return "\n".join(lines)
-
-
-def _coverage(found: Overview) -> str:
-    about = found.description
-    tokens = sorted(each.tokens for each in found.inputs if each.tokens is not None)
-    if not tokens:
-        return "ranges only, taken from another checkpoint: no text of ours"
-    samples = f"{about['samples']} of {about['requested']} samples of up to {about['max_seq_length']} tokens"
-    return f"{samples}; tokens of each input: {tokens[0]} to {tokens[-1]}, median {tokens[len(tokens) // 2]}"
-
-
-def _input_row(each: InputOverview) -> str:
-    ratio = "" if each.ratio is None else f"{each.ratio:9.1f} x"
-    return f"  {each.amax:12.4g} {ratio:>11}  {quote(each.name)}"
