@@ -40,6 +40,14 @@ class Block(NamedTuple):
     rest: str
 
 
+class DecoderBlocks(NamedTuple):
+    """A decoder's length, the numbers of all blocks of its stack, and those that are marked as draft layers."""
+
+    length: int
+    numbers: frozenset[int]
+    drafts: frozenset[int]
+
+
 def block_of(name: str) -> Block | None:
     """Return the outermost numbered block that a name lies in, or None."""
     if "." not in name:
@@ -99,6 +107,13 @@ class Structure:
         if _is_drafter(block.stack):
             return DRAFTER
         return _TOWER if self._is_tower(block.stack) else _OTHER
+
+    def decoders(self) -> Mapping[str, DecoderBlocks]:
+        """Return the decoders' stacks, by name, with the numbers of their blocks."""
+        return {
+            name: DecoderBlocks(length, frozenset(self._stacks[name].numbers), frozenset(self._stacks[name].drafts))
+            for name, length in self._lengths.items()
+        }
 
     def draft_numbers(self) -> tuple[int, ...]:
         """Return the numbers under which engines build the draft layers: behind the decoder's last block.

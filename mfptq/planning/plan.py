@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.weights import Weight
 from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
+from ..names.block_numbers import block_warnings
 from ..names.fusion import FusedGroup
 from .cache_scales import CacheScales
 from .carried import Carried
@@ -101,7 +102,9 @@ class ConversionPlan:
         chosen = Counter[str]()
         for run in self.runs():
             chosen[run.target.method] += len(run.weights) if run.target.format.takes_statistics else 0
-        return (*filter(None, [self.share.warning]), *self.carried.warnings, *scales, *_unreached(self.method, +chosen))
+        blocks = block_warnings(self.selection.structure)
+        own = (*filter(None, [self.share.warning]), *blocks, *self.carried.warnings)
+        return (*own, *scales, *_unreached(self.method, +chosen))
 
     @property
     def share(self) -> Share:

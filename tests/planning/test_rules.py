@@ -336,7 +336,10 @@ KEPT = [
     ("l.per_layer_input_gate", "per-layer input",
      r"re:(.*\.)?(per_layer_input_gate|per_layer_projection|per_layer_model_projection)$"),
     ("l.wo_a", "output of grouped heads, engines do not build it as a linear layer", r"re:(.*\.)?(o_a_proj|wo_a)$"),
+    ("l.input_layernorm.mlp.fc1", "a norm's gate",
+     r"re:(.*\.)?\w*norm\.(W_(down|up)|gate_(down|up)_lowrank|mlp\.fc[12])$"),
     ("l.ada_rms_norm.linear1", "a norm's scale, made from a condition", r"re:(.*\.)?ada\w*norm\w*\..*"),
+    ("fc", "joins the inputs of a drafter, SGLang keeps it unquantized", r"re:(.*\.)?fc$"),
     ("l.q_proj.lora_A.speech", "adapter that the model needs", r"re:(.*\.)?lora_[AB]\..*"),
 ]  # fmt: skip
 

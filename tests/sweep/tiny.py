@@ -99,9 +99,12 @@ def _value(key: str, value: Any) -> Any:
 
 def attempts(kind: str) -> Iterator[Any]:
     """Yield ways to make a tiny configuration of a model type, the most natural first."""
-    from transformers import CONFIG_MAPPING
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    make = CONFIG_MAPPING[kind]
+    make = getattr(
+        transformers, CONFIG_MAPPING_NAMES[kind]
+    )  # not what an engine has put in its place for all of the process
     for keep_lists in (False, True):
         values = small(make(**NEEDED.get(kind, {})).to_dict(), keep_lists=keep_lists)
         for without in ((), ("rope_parameters",), ("rope_scaling", "rope_parameters")):
