@@ -23,6 +23,7 @@ STACKED: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "down_proj": DOWN, "output_linear": DOWN, "w2_weight": DOWN, "w2": DOWN, "fc2": DOWN,
 })  # fmt: skip
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_SHARED = {"w13": "gate_up_proj", "w2": "down_proj"}
 
 
 def experts_module(name: str, shape: tuple[int, ...]) -> str:
@@ -64,6 +65,17 @@ def stack_names(module: str) -> tuple[str, ...]:
     leaves = dict.fromkeys((leaf, *(name for name, held in STACKED.items() if projection in held)))
     parents = (experts, experts.removesuffix(f".{EXPERTS}"))
     return tuple(f"{parent}.{name}" for parent in parents for name in leaves)
+
+
+def built_leaves(module: str) -> tuple[str, ...]:
+    """Return further last names under which engines may build a layer of an expert that is called w1, w2 or w3.
+
+    Routed experts are asked for as gate, up and down projections whatever a checkpoint calls them; shared ones are built so by
+    classes that have one MLP for all (DeepSeek-V4: `shared_experts.down_proj`).
+    """
+    parent, _, leaf = module.rpartition(".")
+    names = _PROJECTIONS if experts_parent(module) is not None else _SHARED if "expert" in parent else {}
+    return (names[leaf],) if leaf in names else ()
 
 
 def experts_parent(module: str) -> str | None:

@@ -125,9 +125,14 @@ class Structure:
             found |= {n for n in self._stacks[stack].numbers if n >= length} | self._stacks[stack].drafts
         length = max(self._lengths.values(), default=0)
         for stack, seen in self._stacks.items():
-            if self.sizes.depths and _is_drafter(stack) and not stack.startswith("mtp."):
+            if self.sizes.depths and _is_renumbered(stack):
                 found |= {length + number for number in seen.numbers}
         return tuple(sorted(found))
+
+    def is_renumbered(self, module: str) -> bool:
+        """Return whether engines build a module of a draft layer under another name than its own: `mtp.0` of DeepSeek-V4."""
+        block = block_of(logical(module))
+        return block is not None and block.stack not in self._lengths and _is_renumbered(block.stack)
 
     def tower_tails(self) -> tuple[str, ...]:
         """Return the stacks of towers without the towers' own names, `encoder.layers`: some engines build them so.
@@ -215,6 +220,10 @@ def _words(stack: str) -> list[set[str]]:
 
 def _names_tower(words: set[str]) -> bool:
     return not _TOWER_WORDS.isdisjoint(words)
+
+
+def _is_renumbered(stack: str) -> bool:
+    return _is_drafter(stack) and not stack.startswith("mtp.")
 
 
 def _is_drafter(name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import RuleError, quote
 from ..names import REGEX_PREFIX
-from ..names.engine import experts_parent
+from ..names.engine import built_leaves, experts_parent
 from ..names.fusion import FusedGroup
 from ..names.leaves import FUSED_LAYERS
 from .formats import TargetFormat
@@ -122,8 +122,7 @@ def _targets(target: TargetFormat, layers: Sequence[Layer], depth: int) -> list[
         split = bool(path.number) and depth > 0 and (depth > 2 or (path.inner, path.leaf) in shared)
         which = frozenset(numbers[path.inner, path.leaf]) if split else frozenset()
         names = leaves.setdefault((above, path.container if which else "", path.inner, which), [])
-        if path.leaf not in names:
-            names.append(path.leaf)
+        names += [leaf for leaf in (path.leaf, *built_leaves(layer.name)) if leaf not in names]
     return [_pattern(key, names) for key, names in leaves.items()]
 
 
@@ -193,6 +192,8 @@ def _asked(layer: Layer) -> Iterator[str]:
     if layer.members and experts_parent(layer.members[0]) is not None:
         return
     yield layer.name
+    parent = layer.name.rpartition(".")[0]
+    yield from (f"{parent}.{leaf}" for leaf in built_leaves(layer.name))
     for written, asked in _RENAMED:
         if layer.name.startswith(written):
             yield asked + layer.name.removeprefix(written)

@@ -69,6 +69,8 @@ def _role(candidate: Candidate, defaults: Defaults) -> str | None:
     if role == _HEAD:
         return None if defaults.structure.sizes.is_tied else role
     inside = defaults.structure.outside(candidate.module) in ("", DRAFTER)
+    if defaults.structure.is_renumbered(candidate.module):
+        return None  # patterns would have to name it otherwise than its tensors
     known = candidate.is_stack or leaf_of(logical(candidate.module)) in LINEAR_LEAVES
     return role if role in _LINEAR and inside and known else None
 

@@ -10,6 +10,8 @@ import mfptq
 from mfptq.demo import DemoShape, write_demo
 
 from ..calibration.files import calibrate
+from ..clients.deepseek_v4 import CONFIG, QUANTIZATION, release
+from ..encodings.checkpoints import write
 
 SHAPES = {
     "dense": DemoShape(hidden=256, intermediate=512, layers=4, vocabulary=64),
@@ -36,3 +38,14 @@ def test_no_engine_refuses_a_mixture(tmp_path: Path, shape: str, name: str) -> N
     with mfptq.plan(tmp_path / "source", **decisions) as plan:
         found = [each for each in plan.check(engines=("vllm", "sglang")) if each.severity == "error"]
     assert not found, found
+
+
+@pytest.mark.parametrize("formats", [[], [r"fp8-dynamic=re:.*attn\.(wq_a|wkv)$"]], ids=["default", "mixture"])
+def test_no_engine_refuses_a_deepseek_v4(tmp_path: Path, formats: list[str]) -> None:
+    """It calls experts w1, w2 and w3, which engines ask for by other names, and its drafter's blocks are renumbered."""
+    folder = write(tmp_path / "source", release()[0], config=CONFIG | {"quantization_config": QUANTIZATION})
+    with mfptq.plan(folder, formats=formats) as plan:
+        found = [each for each in plan.check(engines=("vllm", "sglang")) if each.code != "no-tokenizer"]
+        kept = {row.format for row in plan.tensors if row.name.startswith("mtp.")}
+    assert not found, found
+    assert kept == {""}
