@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 from ..errors import HubError, SourceError, quote
 from ..limits import MAX_FILES
 from ..storage.files import expanded, relative_name
+from .answers import PASSING, requested_wait
 from .companions import UNWANTED, FileChoice, is_wanted
 from .file_digests import HubFile
 from .folder import Checkpoint, Origin, read_checkpoint
 from .hub_errors import hub_errors, reason
 from .hub_source import HubSource, LocalFiles
-from .ranges import LONGEST_REQUESTED_WAIT, PASSING, RangeReader, requested_wait
+from .ranges import LONGEST_REQUESTED_WAIT, RangeReader
 from .source import FolderSource
 
 logger = logging.getLogger(__name__)

@@ -1,23 +1,22 @@
 """Fetch byte ranges of a Hub repo's files over HTTP, with the session, headers and redirects of huggingface_hub.
 
-`hub_source` calls it from several threads. A file's address is asked for once; the ranges are read from there. Whatever passes
-(timeouts, broken connections, 429, 5xx, an address that ran out) is tried again from the byte that was reached. Bytes are taken
-only from an answer that says exactly which they are. A token goes only to the host that the client itself would send it to.
+`hub_source` calls it from several threads. A file's address is asked for once; the ranges are read from there. The client makes
+the first request to a host, and `connections` those that follow. Whatever passes (timeouts, broken connections, 429, 5xx, an
+address that ran out) is tried again from the byte that was reached. Bytes are taken only from an answer that says exactly which
+they are. A token goes only to the host that the client itself would send it to.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import HubError, SourceChangedError, quote
+from .answers import MOVED, PASSING, Headers, TransientError, check_place, check_status, etag, requested_wait, too_long
+from .connections import Connection, Connections, UnusableError, received
 from .file_digests import HubFile
 from .hub_errors import hub_errors, reason
 
@@ -26,10 +25,6 @@ logger = logging.getLogger(__name__)
 MAX_TRIES = 6  # without a byte in between
 FIRST_WAIT, LONGEST_WAIT = 1.0, 8.0  # seconds
 LONGEST_REQUESTED_WAIT = 330.0  # seconds; the Hub counts requests by five minutes
-PASSING = {408, 425, 429, 500, 502, 503, 504}
-_MOVED = {401, 403, 404, 410}  # what a signed address says when its time is over
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_RATE_LIMIT = re.compile(r"\bt=(\d+)")
 
 
 @dataclass(slots=True)
@@ -41,12 +36,20 @@ class _Address:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-class _TransientError(Exception):
-    """A failure that another try may not meet; `wait` in seconds, where the server named one."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A request to be made: fill `buffer` from byte `start` of a file, which is at `url`, as `address` says or said."""
 
-    def __init__(self, text: str, wait: float | None = None) -> None:
-        super().__init__(text)
-        self.wait = wait
+    file: HubFile
+    address: _Address
+    url: str
+    start: int
+    buffer: memoryview
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its first byte and its length."""
+        return self.start, len(self.buffer)
 
 
 class RangeReader:
@@ -64,6 +67,15 @@ class RangeReader:
         self._addresses: dict[str, _Address] = {}
         self._lock = threading.Lock()  # guards the counts and the table of addresses
         self._stopped = threading.Event()
+        self._connections = Connections()
+
+    def __enter__(self) -> RangeReader:
+        """Return itself: it is stopped at the end of the block."""
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Stop."""
+        self.stop()
 
     def read_into(
         self, file: HubFile, offset: int, buffer: memoryview, note: Callable[[int], None] | None = None
@@ -74,28 +86,28 @@ class RangeReader:
         """
         filled = failures = 0
         while filled < len(buffer):
-            if self._stopped.is_set():
-                raise HubError("the run was stopped")
+            self._go_on()
             try:
                 with hub_errors("read", self.repo_id, self.revision):
-                    for data in self._body(file, offset + filled, len(buffer) - filled):
-                        buffer[filled : filled + len(data)] = data
-                        filled += len(data)
+                    for count in self._received(file, offset + filled, buffer[filled:]):
+                        filled += count
                         failures = 0
                         if note is not None:
                             note(filled)
                 if filled < len(buffer):
-                    raise _TransientError("the answer ended early")
-            except _TransientError as failure:
+                    raise TransientError("the answer ended early")
+            except TransientError as failure:
                 failures += 1
                 self._wait_after(failure, failures, file.name)
 
     def stop(self) -> None:
-        """Let every read fail soon."""
+        """Let every read fail at once or soon, and give the client its connections back."""
         self._stopped.set()
+        self._connections.close()
 
-    def _wait_after(self, failure: _TransientError, failures: int, name: str) -> None:
+    def _wait_after(self, failure: TransientError, failures: int, name: str) -> None:
         """Wait before another try, or raise HubError where there were too many."""
+        self._go_on()
         if failures >= MAX_TRIES:
             raise HubError(
                 f"cannot read {quote(name)} of {quote(self.repo_id)} after {failures} tries: {failure}; "
@@ -105,74 +117,100 @@ class RangeReader:
         logger.warning("%s: %s; trying again in %.0f s", quote(name), failure, wait)
         self._stopped.wait(min(wait, LONGEST_REQUESTED_WAIT))
 
-    def _body(self, file: HubFile, start: int, size: int) -> Any:
-        """Yield the bytes of a range, checked, as they come; raises _TransientError for what may be tried again."""
-        from huggingface_hub import constants, errors
-        from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise HubError("the run was stopped")
 
-        address = self._address(file)
-        headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
-        headers |= self._authorization(address.url)
-        left = size
+    def _received(self, file: HubFile, start: int, buffer: memoryview) -> Iterator[int]:
+        """Fill a buffer from byte `start` on; yield how many bytes were added. Raises TransientError for what may be tried again."""
+        address, url = self._address(file)
+        part = _Part(file, address, url, start, buffer)
         try:
-            with get_session().stream(
-                "GET", address.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-            ) as response:
+            with self._connections.lent(url) as connection:
+                if connection is not None:
+                    yield from self._by_connection(connection, part)
+                    return
+        except UnusableError:  # and no byte has come
+            self._go_on()
+        yield from self._by_client(part)
+
+    def _by_connection(self, connection: Connection, part: _Part) -> Iterator[int]:
+        """Ask on a connection that the client has opened before."""
+        try:
+            answer = connection.ask(part.url, part.start, part.start + len(part.buffer))
+            self._count(requests=1)
+            self._check_status(answer.status, answer.headers, part)
+            if answer.status not in (200, 206):
+                raise UnusableError  # the client knows what to make of it
+            self._check_place(answer.status, answer.headers, part)
+            for count in received(answer, part.buffer):
+                self._count(fetched=count)
+                yield count
+        except OSError as error:
+            raise TransientError(reason(error)) from None
+
+    def _by_client(self, part: _Part) -> Iterator[int]:
+        """Ask with huggingface_hub's client, and keep the connection that it has opened."""
+        from huggingface_hub import constants, errors
+        from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+        session, (start, size), done, is_kept = get_session(), part.place, 0, False
+        headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
+        headers |= self._authorization(part.url)
+        try:
+            request = session.build_request("GET", part.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            response = session.send(request, stream=True)
+            try:
                 self._count(requests=1)
-                self._check(response, file, address, (start, size))
-                for data in response.iter_raw():
+                self._check_status(response.status_code, response.headers, part)
+                if response.status_code >= 400:
+                    response.read()
+                    hf_raise_for_status(response)
+                self._check_place(response.status_code, response.headers, part)
+                body = response.iter_raw()
+                for data in body:
+                    self._go_on()
                     self._count(fetched=len(data))
-                    if len(data) > left:
-                        raise SourceChangedError(f"{quote(file.name)}: the Hub sent more bytes than asked for")
-                    left -= len(data)
-                    yield data
+                    if done + len(data) > size:
+                        raise too_long(part.file)
+                    part.buffer[done : done + len(data)] = data
+                    done += len(data)
+                    is_kept = done == size and self._connections.adopt(response, body)
+                    yield len(data)
+                    if is_kept:
+                        return
+            finally:
+                if not is_kept:
+                    response.close()
         except errors.HfHubHTTPError:
             raise
         except errors.HTTPError as error:  # type: ignore[attr-defined]  # timeouts, resets, connections that end early
-            raise _TransientError(reason(error)) from None
+            raise TransientError(reason(error)) from None
 
-    def _check(self, response: Any, file: HubFile, address: _Address, place: tuple[int, int]) -> None:
-        """Raise unless an answer holds exactly the bytes (start, size) of the file that the listing names."""
-        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+    def _check_status(self, status: int, headers: Headers, part: _Part) -> None:
+        """Raise for a status that may pass; where an address's time is over, the next try asks for another one."""
+        check_status(status, headers, part.file)
+        if status in MOVED and part.url != self._resolve_url(part.file):
+            with part.address.lock:
+                part.address.url = part.address.url if part.address.url != part.url else ""
+            raise TransientError(f"HTTP status {status}", 0.0)
 
-        status, (start, size) = response.status_code, place
-        if status in PASSING:
-            raise _TransientError(f"HTTP status {status}", requested_wait(response.headers))
-        if status in _MOVED and address.url != self._resolve_url(file):
-            address.url = ""  # signed for a time that is over: ask again
-            raise _TransientError(f"HTTP status {status}", 0.0)
-        if status == 416:
-            raise SourceChangedError(f"{quote(file.name)} is shorter on the Hub than its listing says")
-        if status >= 400:
-            response.read()
-            hf_raise_for_status(response)
-        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if status == 206 and found is not None:
-            first, last, total = map(int, found.groups())
-            if total != file.size:
-                raise SourceChangedError(
-                    f"{quote(file.name)} has {total} bytes on the Hub, its listing says {file.size}"
-                )
-            right = (first, last) == (start, start + size - 1)
-        else:
-            right = status == 200 and size == file.size and _length(response.headers) in (None, size)
-        if not right or response.headers.get("Content-Encoding", "identity") != "identity":
-            raise HubError(
-                f"{quote(file.name)}: the server does not answer byte ranges as asked for; download the repo whole instead"
-            )
-        etag = _plain(response.headers.get("ETag", ""))
-        if address.etag and etag and etag != address.etag:
-            raise SourceChangedError(f"{quote(file.name)} changed on the Hub while it was being read: start again")
-        address.etag = address.etag or etag
+    def _check_place(self, status: int, headers: Headers, part: _Part) -> None:
+        """Raise unless an answer holds the bytes that were asked for, of the same content as the answers before."""
+        check_place(status, headers, part.file, part.place)
+        found, address = etag(headers), part.address
+        if address.etag and found and found != address.etag:
+            raise SourceChangedError(f"{quote(part.file.name)} changed on the Hub while it was being read: start again")
+        address.etag = address.etag or found
 
-    def _address(self, file: HubFile) -> _Address:
-        """Return where a file's bytes are, asked for once for all threads."""
+    def _address(self, file: HubFile) -> tuple[_Address, str]:
+        """Return where a file's bytes are, asked for once for all threads, with the address of now."""
         with self._lock:
             address = self._addresses.setdefault(file.name, _Address())
         with address.lock:
             if not address.url:
                 address.url = self._resolve(file)
-        return address
+            return address, address.url
 
     def _resolve(self, file: HubFile) -> str:
         from huggingface_hub import constants, errors, get_hf_file_metadata
@@ -184,10 +222,10 @@ class RangeReader:
         except errors.HfHubHTTPError as error:
             if error.response.status_code in PASSING:
                 text = f"HTTP status {error.response.status_code}"
-                raise _TransientError(text, requested_wait(error.response.headers)) from None
+                raise TransientError(text, requested_wait(error.response.headers)) from None
             raise
         except errors.HTTPError as error:  # type: ignore[attr-defined]
-            raise _TransientError(reason(error)) from None
+            raise TransientError(reason(error)) from None
         if found.commit_hash not in (None, self.revision):
             raise SourceChangedError(f"{quote(file.name)} is of another commit than {self.revision}: start again")
         if (found.etag is not None and found.etag != file.etag) or found.size not in (None, file.size):
@@ -214,27 +252,3 @@ class RangeReader:
         with self._lock:
             self.fetched += fetched
             self.requests += requests
-
-
-def requested_wait(headers: Mapping[str, str]) -> float | None:
-    """Return how many seconds a server asks to wait, or None if it does not say."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return float(text)
-    if text:
-        try:
-            return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-        except ValueError:
-            return None
-    found = _RATE_LIMIT.search(headers.get("RateLimit", ""))
-    return float(found[1]) if found else None
-
-
-def _length(headers: Mapping[str, str]) -> int | None:
-    text = headers.get("Content-Length", "")
-    return int(text) if text.isdigit() else None
-
-
-def _plain(etag: str) -> str:
-    """Return an ETag without its quotes and the mark of a weak one."""
-    return etag.removeprefix("W/").strip('"')

@@ -12,6 +12,7 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from .file_digests import FileDigests
 from .reads import SEGMENT_BYTES, ByteRange, ReadAhead
@@ -275,8 +276,7 @@ class Window:
                     self._changed.notify_all()
 
         try:
-            # Private memory of its own, which goes back to the system at once when it is let go.
-            data = mmap.mmap(-1, segment.place.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            data = _memory(segment.place.size)
             with self._changed:
                 segment.data = None if segment.released else data
             self._fetch(segment.place, memoryview(data), note)
@@ -284,3 +284,12 @@ class Window:
             with self._changed:
                 segment.error = error
                 self._changed.notify_all()
+
+
+def _memory(size: int) -> mmap.mmap:
+    """Return private memory of its own, which goes back to the system at once when it is let go."""
+    data = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # else the system takes 0.4 s of a core to hand out 1 GB by small pages
+        with suppress(OSError):
+            data.madvise(mmap.MADV_HUGEPAGE)
+    return data

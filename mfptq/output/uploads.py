@@ -172,8 +172,11 @@ def published_report(publisher: Publisher) -> Mapping[str, Any]:
         return {}
     target, data = publisher.target, bytearray(entry.size)
     file = HubFile(REPORT, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
-    with hub_errors("read", target.repo_id, target.revision):
-        RangeReader(target.repo_id, publisher.parent, target.token).read_into(file, 0, memoryview(data))
+    with (
+        hub_errors("read", target.repo_id, target.revision),
+        RangeReader(target.repo_id, publisher.parent, target.token) as reader,
+    ):
+        reader.read_into(file, 0, memoryview(data))
     try:
         found = parse_json(bytes(data))
     except StrictJsonError:

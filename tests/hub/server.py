@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -31,7 +32,8 @@ class Fault:
     """What is wrong with an answer: `kind`, for requests whose `METHOD path` matches `where`, the first `times` of them.
 
     Kinds: a status, as "503"; "reset" and "short" after half of the body, "long", "slow", "timeout", "whole" (200 in answer to a
-    range), "range" (other bytes than asked for), "total" (another length), "etag", "encoded", "expired" (403 of an address).
+    range), "range" (other bytes than asked for), "total" (another length), "etag", "encoded", "expired" (403 of an address),
+    "chunked" (without a length), "last" (the connection ends after the answer), "hang" (it ends instead of an answer).
     """
 
     kind: str
@@ -129,6 +131,7 @@ class LoopbackHub:
         self.token = ""  # needed for private repos and for writing
         self.bytes_per_second = 0
         self.latency = 0.0
+        self.connections = 0  # that were opened
         self._lock = threading.Lock()
 
     def add(self, folder: Path, repo_id: str = REPO) -> str:
@@ -172,6 +175,10 @@ class Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     is_storage = False
 
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections += 1
+
     def log_message(self, *_args: object) -> None:
         pass
 
@@ -200,6 +207,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(int(fault.kind), b'{"error":"no"}', {"X-Error-Message": "no", **fault.headers})
         elif self._fault == "timeout":
             time.sleep(4)
+            self.close_connection = True
+        elif self._fault == "hang":
             self.close_connection = True
         elif self.is_storage:
             self._storage(path, length)
@@ -325,11 +334,10 @@ class Handler(BaseHTTPRequestHandler):
         size = end - start
         promised = size // 2 if self._fault == "half" else size + 4 if self._fault == "long" else size
         self.send_response(status)
-        for name, value in {
-            "Content-Length": str(promised),
-            "Content-Type": "application/octet-stream",
-            **headers,
-        }.items():
+        length = {"Transfer-Encoding": "chunked"} if self._fault == "chunked" else {"Content-Length": str(promised)}
+        if self._fault == "last":
+            headers["Connection"] = "close"
+        for name, value in {**length, "Content-Type": "application/octet-stream", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -342,7 +350,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         for piece in content.pieces(start, stop):
             begun = time.monotonic()
-            self.wfile.write(piece)
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._fault == "chunked" else piece)
             self._asked.sent += len(piece)
             if self.hub.bytes_per_second:
                 time.sleep(max(0.0, len(piece) / self.hub.bytes_per_second - (time.monotonic() - begun)))
@@ -350,6 +358,8 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(0.05)
         if self._fault == "long":
             self.wfile.write(b"more")
+        if self._fault == "chunked":
+            self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
         if self._fault in ("reset", "short"):
             self.close_connection = True
@@ -467,19 +477,32 @@ class _Server(ThreadingHTTPServer):
 @contextmanager
 def serving(hub: LoopbackHub) -> Iterator[LoopbackHub]:
     """Serve a Hub and its storage for as long as the block lasts."""
-    servers = []
-    for is_storage in (False, True):
-        handler = type("Bound", (Handler,), {"hub": hub, "is_storage": is_storage})
-        server = _Server(("127.0.0.1", 0), handler)
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        servers.append((server, thread))
-    hub.address = f"http://127.0.0.1:{servers[0][0].server_address[1]}"
-    hub.storage = f"http://localhost:{servers[1][0].server_address[1]}"
-    try:
+    with _listening(hub, is_storage=False) as hub_port, _listening(hub, is_storage=True) as storage_port:
+        hub.address, hub.storage = f"http://127.0.0.1:{hub_port}", f"http://localhost:{storage_port}"
         yield hub
+
+
+@contextmanager
+def storage_over_tls(hub: LoopbackHub, context: ssl.SSLContext) -> Iterator[None]:
+    """Let large files come over TLS for as long as the block lasts."""
+    before = hub.storage
+    with _listening(hub, is_storage=True, context=context) as port:
+        hub.storage = f"https://localhost:{port}"
+        yield
+    hub.storage = before
+
+
+@contextmanager
+def _listening(hub: LoopbackHub, *, is_storage: bool, context: ssl.SSLContext | None = None) -> Iterator[int]:
+    handler = type("Bound", (Handler,), {"hub": hub, "is_storage": is_storage})
+    server = _Server(("127.0.0.1", 0), handler)
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
     finally:
-        for server, thread in servers:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        server.shutdown()
+        server.server_close()
+        thread.join()
