@@ -17,7 +17,7 @@ from .checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from .checkpoint.weights import candidates, layer_pattern, name_pattern
 from .encodings.fp4 import Nvfp4
 from .encodings.smoothed import Smoothed
-from .errors import HubError, MfptqError, SourceError, quote
+from .errors import HubError, MfptqError, SourceError, StorageError, quote
 from .execution.comparing import compare_parts
 from .execution.events import OnEvent
 from .execution.measuring import MeasuredPart
@@ -79,6 +79,11 @@ class _Findings:
         values = {each.name: getattr(self, each.name) for each in fields(Verification)}
         return Verification(**values | {"faults": tuple(self.faults)})
 
+    def broken(self, error: MfptqError) -> Verification:
+        """Return what was found until an error of the output ended the rest."""
+        self.faults.append(Fault("", "", str(error)))
+        return self.result()
+
 
 def verify(
     output: str | Path,
@@ -97,7 +102,7 @@ def verify(
     `revision`, `token` and `cache_dir` are for a source on the Hub, `follow_links` for one whose files are links out of its
     folder. `on_event` is called in this thread with `Planned`, then
     `Advanced`, in bytes of both. Faults are collected, not raised; what is raised, as HubError, is of the source, and
-    SourceError for an output that is no folder.
+    SourceError for an output or a source that is no folder.
     """
     if not expanded(output).is_dir() and not names_repo(output):
         raise SourceError(f"{quote(output)} is no folder: give the folder that a conversion wrote, or a Hub repo")
@@ -106,17 +111,20 @@ def verify(
         try:
             checkpoint = open_checkpoint(output, HubOptions(None, token, cache_dir, keep_source=True))
             opened.callback(checkpoint.source.close)
-            original = None
-            if source is not None:
-                shards = frozenset(shard.name for shard in checkpoint.shards)
-                choice = FileChoice(output=shards, follow_links=follow_links)
-                original = open_checkpoint(source, HubOptions(revision, token, cache_dir), choice)
-                opened.callback(original.source.close)
+        except (SourceError, StorageError) as error:
+            return found.broken(error)
+        original = None
+        if source is not None:
+            shards = frozenset(shard.name for shard in checkpoint.shards)
+            choice = FileChoice(output=shards, follow_links=follow_links)
+            original = open_checkpoint(source, HubOptions(revision, token, cache_dir), choice)
+            opened.callback(original.source.close)
+        try:
             _check(checkpoint, original, found)
         except MfptqError as error:
             if isinstance(error, HubError) or (source is not None and not isinstance(error, SourceError)):
                 raise
-            found.faults.append(Fault("", "", str(error)))
+            return found.broken(error)
     return found.result()
 
 

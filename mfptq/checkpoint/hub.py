@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import HubError, SourceError, quote
+from ..errors import HubError, SourceError, did_you_mean, quote
 from ..limits import MAX_FILES
 from ..storage.files import expanded, relative_name
 from .answers import PASSING, requested_wait
@@ -59,8 +59,17 @@ def open_checkpoint(source: str | Path, hub: HubOptions | None = None, choice: F
     options = hub or HubOptions()
     repo_id, _, revision = text.removeprefix("hf://").partition("@")
     if not names_repo(source):
-        raise SourceError(f"{quote(text)}: no such folder, and not a Hub repo id (org/name)")
+        hint = did_you_mean(folder.name, _folders(folder.parent))
+        raise SourceError(f"{quote(text)}: no such folder, and not a Hub repo id (org/name){hint}")
     return _open_repo(repo_id, replace(options, revision=revision or options.revision), choice)
+
+
+def _folders(parent: Path) -> list[str]:
+    """Return the names of the folders in one, of none where it cannot be listed."""
+    try:
+        return [each.name for each in parent.iterdir() if each.is_dir()]
+    except OSError:
+        return []
 
 
 def names_repo(source: str | Path) -> bool:

@@ -157,14 +157,18 @@ def demo(output: Path) -> None:
     """
     from ..conversion import convert as run_conversion
     from ..demo import DemoShape, write_demo
+    from ..storage.files import expanded, storage_errors
     from ..verification import verify as check
     from . import text
 
-    if output.exists() and any(output.iterdir()):
-        raise UsageError(f"{quote(output)} is not empty: name a new folder")
+    output = expanded(output)
+    with storage_errors("write", output):
+        if output.exists() and any(output.iterdir()):
+            raise UsageError(f"{quote(output)} is not empty: name a new folder")
     for name, shape in (("dense", DemoShape()), ("experts", DemoShape(experts=4, intermediate=128))):
         source, target = output / name, output / f"{name}-NVFP4"
-        write_demo(source, shape)
+        with storage_errors("write", output):
+            write_demo(source, shape)
         with text.progress(quiet=False) as show, deferred_signals() as stop:
             report = run_conversion(source, target, on_event=lambda event: (stop(), show(event)))
         click.echo(text.summary(report, timings=False, serve=False))

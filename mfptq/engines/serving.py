@@ -12,6 +12,7 @@ from typing import Any
 
 from ..dtypes import DTYPE_BITS
 from ..nvfp4 import BLOCK_SIZE
+from ..sizes import size_text
 from .findings import Fault, Text
 from .judge import Subject
 from .layers import text_config
@@ -82,8 +83,8 @@ def _memory_faults(subject: Subject, serving: Serving) -> Iterator[Fault]:
     if weights + cache <= usable:
         return
     told = Text(
-        f"weights take {weights / 1e9:.2f} GB on each GPU and a context of {serving.context} tokens {cache / 1e9:.2f} GB, "
-        f"of {usable / 1e9:.2f} GB that engines use by default",
+        f"weights take {size_text(weights)} on each GPU and a context of {serving.context} tokens {size_text(cache)}, "
+        f"of {size_text(usable)} that engines use by default",
         "engines run out of memory while they start",
         "use more GPUs, a shorter context, an FP8 cache, or quantize more layers",
     )

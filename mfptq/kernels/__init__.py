@@ -154,7 +154,7 @@ def is_cuda(device: str) -> bool:
     if device == "cpu":
         return False
     if re.fullmatch("cuda(:[0-9]{1,4})?", device) is None:
-        raise UsageError(f"device {quote(device)} is unknown, expected cpu, cuda or cuda:N")
+        raise UsageError(f"device {quote(device)} is unknown, expected cpu, cuda, cuda:N or auto")
     if not has_compiler():  # eager torch takes minutes there where the CPU takes seconds
         raise UsageError(f"device {quote(device)} needs llvmlite: install it, or use cpu")
     return True

@@ -87,7 +87,7 @@ def allocate(units: Sequence[Unit], budget: int) -> dict[str, Option]:
     if left < 0:
         raise UsageError(
             f"the target leaves {size_text(max(budget, 0))} for the layers that may be made smaller, "
-            f"which take {size_text(budget - left, up=True)} at least"
+            f"which take {size_text(budget - left, up=True)} at least: give a larger one"
         )
     steps = [step for unit in units for step in _steps(unit)]
     steps.sort(key=lambda each: (-each.gain, each.unit))

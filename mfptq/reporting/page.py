@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
+from ..errors import printable
 from ..output.evaluations import figure
 from ..sizes import size_text
 from .data import KindRow, ReportData, TensorRow, by_kind
@@ -54,6 +55,7 @@ count();
 
 def page(report: ReportData, title: str, coverage: Overview | None = None) -> str:
     """Return the page; `title` names the output, `coverage` says what text the calibration had, if that is known."""
+    title = printable(title)  # a name may hold what no encoding can write
     figures = [
         ("Error over depth", heat_map(report)),
         ("Distribution of errors", histograms(report)),

@@ -100,3 +100,42 @@ def test_a_model_without_a_tokenizer_says_so(source: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 3
     assert "the model has no tokenizer" in done.stderr
+
+
+def test_a_folder_that_is_mistyped(source: Path, tmp_path: Path) -> None:
+    done = command("convert", tmp_path / "sorce", tmp_path / "out")
+    assert done.returncode == 3
+    assert "no such folder, and not a Hub repo id (org/name); did you mean source?" in done.stderr
+    assert "did you mean" not in command("inspect", tmp_path / "elsewhere" / "sorce").stderr
+
+
+def test_a_source_that_is_mistyped_is_no_fault_of_the_output(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "out")
+    done = command("verify", tmp_path / "out", "--source", tmp_path / "sorce")
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert "'out' has" not in done.stderr
+
+
+def test_a_demo_says_where_it_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "inside"):
+        done = command("demo", place)
+        assert done.returncode == 5
+        assert f"cannot write '{place}': Not a directory" in done.stderr
+
+
+def test_small_memory_is_told_in_small_units(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "out")
+    done = command("check", tmp_path / "out", "--gpu-memory", "100kB", COLUMNS="110")
+    assert done.returncode == 6
+    assert "of 90.0 kB that engines use by default" in done.stderr
+
+
+def test_a_page_of_a_folder_whose_name_no_encoding_knows(source: Path, tmp_path: Path) -> None:
+    """As where the locale is C: Python holds the bytes of such a name as lone surrogates."""
+    output = tmp_path / "o\udcfct"
+    mfptq.convert(source, output)
+    done = command("report", output, "--html", tmp_path / "r.html")
+    assert done.returncode == 0, done.stderr
+    assert "<h1>&#x27;o\\udcfct&#x27;</h1>" in (tmp_path / "r.html").read_text()

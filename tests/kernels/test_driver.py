@@ -300,7 +300,7 @@ def test_less_memory_than_a_tile_needs(library: FakeLibrary) -> None:
 def test_devices_that_cannot_be_used(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda:", "cuda:x", "cuda:-1", "cuda0", "cuda:99999", "mps", "xpu", "cpu:0", "CUDA", ""):
         for load in (load_kernel, load_calibrated_kernel):
-            with pytest.raises(UsageError, match=r"is unknown, expected cpu, cuda or cuda:N"):
+            with pytest.raises(UsageError, match=r"is unknown, expected cpu, cuda, cuda:N or auto"):
                 load(name)
     with monkeypatch.context() as patch:
         patch.setattr("mfptq.kernels.has_compiler", lambda: False)
