@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..kernels import Kernel, has_compiler, is_cuda, load_kernel
 from ..kernels.calibrated import FEEDBACK, CalibratedKernel, load_calibrated_kernel
 from ..kernels.choice import choose_device
+from ..kernels.turning import load_turner
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.digest import available_cores
@@ -28,7 +29,8 @@ from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_b
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
-TALLER = 8
+TALLER = 2
+_SIDE = 64  # rows and columns of a matrix that is surely turned by compiled code
 REMOTE_TILE = 2**20  # bytes; what is fetched ahead takes memory too, and the network is slower than small tiles
 
 
@@ -113,3 +115,6 @@ def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel 
                 kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
         kernel.amax(block)
         family_of(target, method).try_out(method, block, kernel, calibrated)
+    for dtype in {weight.dtype for weight, _ in shown if weight.pitch}:
+        block = np.zeros((_SIDE, _SIDE), NUMPY_DTYPES[dtype])
+        load_turner().turn(block, np.empty_like(block))

@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
-import numpy as np
-
 from ..checkpoint.source import Source
 from ..checkpoint.weights import Weight
-from ..dtypes import NUMPY_DTYPES
+from ..dtypes import DTYPE_BITS
 from ..kernels import TileArray
+from ..kernels.turning import load_turner
 from ..nvfp4 import ByteArray
-from ..storage.files import read_exact, read_strided
-from .tiles import Tile, stored_end, tiles
+from ..storage.files import read_exact
+from .tiles import Tile, tiles
 
 _PANEL = 2**19  # bytes: what is read is turned before it leaves the cache
-_AT_ONCE = 64  # columns of a block: what is written of a row fills whole cache lines
-_ROWS = 512  # of a block, which then fits into the processor's nearest caches
-_PADDING = 32  # values behind each column: powers of two apart, columns would push each other out of the cache
-_WASTE = 2  # read up to so many times what is wanted in one call, rather than in one for each column
+_LINE = 64  # bytes: whole cache lines are written of each row
+_GAP = 4096  # bytes between columns that are read with them: a call for each column costs as much
 
 
 def read_turned(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> None:
@@ -31,70 +28,78 @@ def read_turned(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> 
     weight, width = tile.weight, out.itemsize
     first, begin = divmod(tile.start, weight.columns)
     values = out.reshape(tile.rows, tile.columns)
-    block = np.empty((_AT_ONCE, _ROWS + _PADDING), out.dtype)
-    count = _columns(tile, min(len(room), _PANEL) // width)
+    turner = load_turner()
+    room = room[:_PANEL]
+    span = _span(tile, len(room))
+    count = _columns(len(room), span, width)
     for column in range(0, tile.columns, count):
         columns = min(count, tile.columns - column)
         place = weight.offset + (first + (begin + column) * weight.pitch) * width
-        panel = _read_panel(source, tile, (place, columns), room).view(out.dtype)[:, : tile.rows]
-        _turn(panel, block, values[:, column : column + columns])
+        panel = _read_panel(source, tile, place, room[: columns * span * width].reshape(columns, -1)).view(out.dtype)[
+            :, : tile.rows
+        ]
+        turner.turn(panel, values[:, column : column + columns])
 
 
-def _turn(panel: TileArray, block: TileArray, out: TileArray) -> None:
-    """Write a panel, column after column, to `out`, row after row, by way of a block that stays in the cache."""
-    for column in range(0, len(panel), _AT_ONCE):
-        for row in range(0, len(out), _ROWS):
-            part = panel[column : column + _AT_ONCE, row : row + _ROWS]
-            columns, rows = part.shape
-            block[:columns, :rows] = part
-            out[row : row + rows, column : column + columns] = block[:columns, :rows].T
+def joined(weights: Iterable[Weight]) -> Iterator[Weight]:
+    """Yield weights, those that lie side by side in one stored matrix as one: gate and up, whose rows follow each other."""
+    last: Weight | None = None
+    for weight in weights:
+        if last is not None and _continues(weight, last):
+            last = last._replace(rows=last.rows + weight.rows)
+        else:
+            if last is not None:
+                yield last
+            last = weight
+    if last is not None:
+        yield last
+
+
+def _continues(weight: Weight, last: Weight) -> bool:
+    """Return whether the rows of a weight are the next ones of the stored matrix that another lies in."""
+    end = last.offset + last.rows * DTYPE_BITS[last.dtype] // 8
+    place = last._replace(module=weight.module, offset=end, rows=weight.rows)
+    return weight.pitch >= last.rows + weight.rows and weight == place
 
 
 def amax_tiles(weights: Iterable[Weight], tile_bytes: int) -> Iterator[Tile]:
     """Yield tiles that hold all values of the weights of one fused group, as they lie in the file where that is simpler.
 
-    Gate and up that lie side by side are one contiguous matrix: its largest magnitude is that of both.
+    A whole stored matrix, gate and up as one, is contiguous: its largest magnitude is the same as that of what it is turned to.
     """
-    spans: dict[tuple[str, int], list[Weight]] = {}
-    for weight in weights:
-        if weight.pitch:
-            spans.setdefault((weight.shard, weight.pitch), []).append(weight)
+    for weight in joined(sorted(weights, key=attrgetter("shard", "offset"))):
+        if weight.rows == weight.pitch:
+            yield from tiles(weight._replace(rows=weight.columns, columns=weight.pitch, pitch=0), tile_bytes)
         else:
             yield from tiles(weight, tile_bytes)
-    for (shard, pitch), parts in spans.items():
-        first = min(parts, key=attrgetter("offset"))
-        end = max(stored_end(weight) for weight in parts)
-        if end - first.offset == sum(weight.nbytes for weight in parts):
-            stored = Weight(first.module, shard, first.dtype, first.offset, first.columns, pitch)
-            yield from tiles(stored, tile_bytes)
-        else:
-            yield from (tile for weight in parts for tile in tiles(weight, tile_bytes))
 
 
-def _span(tile: Tile) -> int:
+def _span(tile: Tile, room: int) -> int:
     """Return how many elements of each column are read: with the gaps where they are small."""
-    return tile.weight.pitch if tile.weight.pitch <= _WASTE * tile.rows else tile.rows
+    pitch, width = tile.weight.pitch, DTYPE_BITS[tile.weight.dtype] // 8
+    return pitch if (pitch - tile.rows) * width <= _GAP and pitch * width <= room else tile.rows
 
 
-def _columns(tile: Tile, elements: int) -> int:
-    return max(1, elements // _span(tile))
+def _columns(room: int, span: int, width: int) -> int:
+    """Return how many columns fit into so many bytes: as many as fill whole cache lines of a row, if there is room."""
+    count, line = room // (span * width), _LINE // width
+    return count // line * line or max(1, count)
 
 
-def _read_panel(source: Source, tile: Tile, place: tuple[int, int], room: ByteArray) -> ByteArray:
-    """Return columns of the stored matrix as bytes `[columns, ...]`; `place` is where they begin, and how many they are."""
-    offset, columns = place
-    weight, span = tile.weight, _span(tile)
-    width = np.dtype(NUMPY_DTYPES[weight.dtype]).itemsize
-    panel = room[: columns * span * width].reshape(columns, span * width)
-    wanted, step = tile.rows * width, weight.pitch * width
-    with source.reading(weight.shard, offset, (columns - 1) * step + wanted) as fd:
-        if fd is None and span == weight.pitch:
-            source.read_into(weight.shard, offset, panel.reshape(-1).data[: (columns - 1) * step + wanted])
+def _read_panel(source: Source, tile: Tile, offset: int, panel: ByteArray) -> ByteArray:
+    """Fill `panel`, bytes `[columns, ...]`, with columns of the stored matrix, from `offset` of the file on."""
+    weight, (columns, span) = tile.weight, panel.shape
+    width = DTYPE_BITS[weight.dtype] // 8
+    step = weight.pitch * width
+    size = (columns - 1) * step + tile.rows * width
+    with source.reading(weight.shard, offset, size) as fd:
+        if fd is None and span == step:
+            source.read_into(weight.shard, offset, panel.reshape(-1).data[:size])
         elif fd is None:
             for column, row in enumerate(panel):
                 source.read_into(weight.shard, offset + column * step, row.data)
-        elif span == weight.pitch:
-            read_exact(fd, panel.reshape(-1).data[: (columns - 1) * step + wanted], offset)
+        elif span == step:
+            read_exact(fd, panel.reshape(-1).data[:size], offset)
         else:
-            read_strided(fd, panel.data, offset, step)
+            load_turner().read(fd, panel, offset, step)
     return panel

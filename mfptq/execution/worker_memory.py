@@ -24,7 +24,7 @@ from ..kernels.fp8 import add_errors
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array, as_float32
 from ..planning.jobs import QuantizeWeight
 from .tiles import Batch, Tile, whole
-from .turned import read_turned
+from .turned import joined, read_turned
 
 WIDENED_AT_ONCE = 2**17  # elements: temporaries stay small
 
@@ -82,9 +82,10 @@ class WorkerMemory:
     def read_batch(self, source: Source, batch: Batch) -> TileArray:
         """Return the data of many weights, flat, which must fit into the buffer. The next call overwrites it."""
         if batch.is_turned:
-            for step, start in zip(batch.steps, batch.starts.tolist(), strict=False):
-                self._read_turned(source, whole(step.weight), start)
-            return self._values(len(self._source), batch.dtype)[: int(batch.starts[-1])]
+            start = 0
+            for weight in joined(step.weight for step in batch.steps):
+                start += self._read_turned(source, whole(weight), start).size
+            return self._values(len(self._source), batch.dtype)[:start]
         if batch.encoded:
             width = self._values(0, batch.dtype).itemsize
             for step, start in zip(batch.steps, batch.starts.tolist(), strict=False):

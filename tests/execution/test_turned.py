@@ -1,15 +1,20 @@
 """Matrices that are stored transposed: turned while they are read, to the bytes of the same matrix stored plainly."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+from safetensors.torch import save_file
 
 import mfptq
 from mfptq.checkpoint.folder import Origin, read_checkpoint
 from mfptq.errors import NonFiniteWeightError
+
+from ..calibration.files import calibrate, described
 
 HIDDEN, INNER, EXPERTS = 64, 48, 3
 P = "model.layers.0."
@@ -24,40 +29,85 @@ def stored(folder: Path) -> dict[str, bytes]:
     return found
 
 
-def write(folder: Path, tensors: dict[str, np.ndarray], config: dict) -> Path:
+def write(folder: Path, tensors: dict[str, np.ndarray] | dict[str, torch.Tensor], config: dict) -> Path:
     folder.mkdir()
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: torch.as_tensor(value).contiguous() for name, value in tensors.items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def experts(hidden: int, inner: int, *, turned: bool, dtype: type = np.float32) -> dict[str, np.ndarray]:
+def experts(hidden: int, inner: int, *, turned: bool, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(1)
     stacks = {
         "gate_up_proj": rng.standard_normal((EXPERTS, 2 * inner, hidden)),
         "down_proj": rng.standard_normal((EXPERTS, hidden, inner)),
     }
     return {
-        f"{P}mlp.experts.{name}": (value.transpose(0, 2, 1) if turned else value).astype(dtype)
+        f"{P}mlp.experts.{name}": torch.from_numpy(value.transpose(0, 2, 1) if turned else value).to(dtype)
         for name, value in stacks.items()
     }
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("search", np.float32), ("minmax", np.float16)])
-@pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (2048, 1024)], ids=["batches", "tiles"])
-def test_turned_experts_have_the_bytes_of_plain_ones(
-    hidden: int, inner: int, method: str, dtype: type, tmp_path: Path
-) -> None:
-    config = {"num_hidden_layers": 1, "hidden_size": hidden}
+def converted(tmp_path: Path, tensors: Callable[..., dict], config: dict, **options: object) -> list[dict[str, bytes]]:
+    """Return the tensors of plain and of turned experts, converted and verified."""
     outputs = []
     for turned in (False, True):
-        source = write(tmp_path / f"source-{turned}", experts(hidden, inner, turned=turned, dtype=dtype), config)
-        output = tmp_path / f"out-{turned}"
-        mfptq.convert(source, output, method=method, max_memory="400MB")
-        assert mfptq.verify(output, source).ok
-        outputs.append(stored(output))
-    plain, found = outputs
-    assert f"{P}mlp.experts.2.up_proj.weight_packed" in plain
+        source = write(tmp_path / f"source-{turned}", tensors(turned=turned), config)
+        mfptq.convert(source, tmp_path / f"out-{turned}", **options)
+        assert mfptq.verify(tmp_path / f"out-{turned}", source).ok
+        outputs.append(stored(tmp_path / f"out-{turned}"))
+    assert any(name.startswith(f"{P}mlp.experts.2.up_proj.weight") for name in outputs[0])
+    return outputs
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("search", torch.float32), ("search", torch.bfloat16), ("minmax", torch.float16)]
+)
+@pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (2048, 1024)], ids=["batches", "tiles"])
+def test_turned_experts_have_the_bytes_of_plain_ones(
+    hidden: int, inner: int, method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = {"num_hidden_layers": 1, "hidden_size": hidden}
+    tensors = partial(experts, hidden, inner, dtype=dtype)
+    plain, found = converted(tmp_path, tensors, config, method=method, max_memory="400MB")
+    assert plain == found
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "tile"),
+    [(80, 1040, 6000), (80, 1040, 2**16), (1072, 112, 2**14), (1072, 112, 2**20), (272, 48, 512)],
+)
+def test_tiles_may_end_anywhere(
+    hidden: int, inner: int, tile: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that fill no block, columns that fill no cache line, parts of rows, gaps of many bytes and of few."""
+    monkeypatch.setattr("mfptq.execution.memory_budget.MIN_TILE", tile)
+    monkeypatch.setattr("mfptq.execution.prepare.TALLER", 1)
+    monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", tile)
+    config = {"num_hidden_layers": 1, "hidden_size": hidden}
+    tensors = partial(experts, hidden, inner, dtype=torch.bfloat16)
+    plain, found = converted(tmp_path, tensors, config, max_workers=workers)
+    assert plain == found
+
+
+@pytest.mark.parametrize(
+    "decisions", [{"method": "hessian+"}, {"method": "gptq"}, {"formats": ["fp8-dynamic=re:.*experts.*"]}]
+)
+def test_other_methods_and_formats_are_given_the_same_values(
+    decisions: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mfptq.execution.memory_budget.MIN_TILE", 2**15)
+    monkeypatch.setattr("mfptq.execution.prepare.TALLER", 1)
+    monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", 2**15)
+    config = {"num_hidden_layers": 1, "hidden_size": 128}
+    tensors = partial(experts, 128, 240, dtype=torch.bfloat16)
+    if "method" in decisions:
+        plain = write(tmp_path / "plain", tensors(turned=False), config)
+        decisions["calibration"] = calibrate(plain, tmp_path / "calibration.safetensors", described("factors"))
+    plain, found = converted(tmp_path, tensors, config, **decisions)
     assert plain == found
 
 
