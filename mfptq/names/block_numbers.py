@@ -5,15 +5,21 @@ Engines build as many blocks as config.json says, and number them from 0. The pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import MAX_LISTED, counted, quote
-from .structure import DecoderBlocks, Structure
+from .structure import DecoderBlocks, Structure, block_of
+from .wrappers import logical
 
 
-def block_warnings(structure: Structure) -> tuple[str, ...]:
-    """Return a line for each way in which the numbers of a decoder's blocks and config.json disagree."""
-    return tuple(line for stack, blocks in structure.decoders().items() for line in _lines(stack, blocks, structure))
+def block_warnings(structure: Structure, modules: Iterable[str]) -> tuple[str, ...]:
+    """Return a line for each way in which config.json and the numbers of a decoder's blocks disagree; `modules` are the quantized ones.
+
+    A stack without any of them is none that config.json speaks of.
+    """
+    stacks = {block.stack for name in modules if (block := block_of(logical(name))) is not None}
+    decoders = {stack: blocks for stack, blocks in structure.decoders().items() if stack in stacks}
+    return tuple(line for stack, blocks in decoders.items() for line in _lines(stack, blocks, structure))
 
 
 def _lines(stack: str, blocks: DecoderBlocks, structure: Structure) -> Iterator[str]:

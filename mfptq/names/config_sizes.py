@@ -18,7 +18,8 @@ _OTHER_MODALITY = (
 )  # fmt: skip
 _DEPTH = re.compile(
     r"(num_)?(hidden_)?layers|n_layers?|num_blocks|(num_)?(encoder|decoder)_layers|"
-    r"((encoder|decoder)_num|num_(encoder|decoder))_hidden_layers"
+    r"((encoder|decoder)_num|num_(encoder|decoder))_hidden_layers|"
+    r"num_layers_per_stack|n_(input|recurrent|output)_layers|num_hidden_groups|num_self_attends_per_block"
 )
 _HIDDEN = frozenset(
     {"hidden_size", "d_model", "n_embd", "n_embed", "dim", "embed_dim", "emb_dim", "model_dim", "hidden_dim"}

@@ -18,7 +18,7 @@ from .wrappers import logical
 
 OUTSIDE = "outside of the decoder's blocks"
 DRAFTER = "draft layer (multi-token prediction)"
-_TOWER = "other modality"
+TOWER = "other modality"
 _OTHER = "a stack of blocks that is not the decoder"
 _DRAFT_MARKS = frozenset({"eh_proj", "enorm", "hnorm"})
 _TOWER_MARKS = frozenset({"linear_fc1", "linear_fc2"})  # of Qwen's vision blocks, which may lie beside the text model's
@@ -106,7 +106,7 @@ class Structure:
             return DRAFTER if block.number >= length or block.number in self._stacks[block.stack].drafts else ""
         if _is_drafter(block.stack):
             return DRAFTER
-        return _TOWER if self._is_tower(block.stack) else _OTHER
+        return TOWER if self._is_tower(block.stack) else _OTHER
 
     def decoders(self) -> Mapping[str, DecoderBlocks]:
         """Return the decoders' stacks, by name, with the numbers of their blocks."""
@@ -158,7 +158,9 @@ class Structure:
             fitting = {name: stack.length for name, stack in seen.items()}
         wide = {stack: fitting[stack] for stack in fitting if self._stacks[stack].sizes & self.sizes.hidden} or fitting
         roots = {stack.partition(".")[0] for stack in wide if self._is_of_text(stack)}
-        return {stack: wide[stack] for stack in wide if stack.partition(".")[0] in roots} or wide
+        rooted = {stack: wide[stack] for stack in wide if stack.partition(".")[0] in roots} or wide
+        beside = {home for home in self._homes if any(stack.rpartition(".")[0] == home for stack in rooted)}
+        return {stack: rooted[stack] for stack in rooted if not any(_lies_deeper(stack, home) for home in beside)}
 
     def _is_of_text(self, stack: str) -> bool:
         """Return whether a stack is named for it, or lies where an embedding table of the vocabulary lies."""
@@ -210,6 +212,11 @@ def _home_of_table(name: str) -> set[str]:
 
 def _starts_with(name: str, parent: str) -> bool:
     return not parent or name == parent or name.startswith(f"{parent}.")
+
+
+def _lies_deeper(stack: str, home: str) -> bool:
+    """Return whether a stack belongs to another model inside of the one whose embedding table and blocks lie side by side."""
+    return _starts_with(stack, home) and stack.rpartition(".")[0] != home
 
 
 def _words(stack: str) -> list[set[str]]:

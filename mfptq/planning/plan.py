@@ -102,7 +102,8 @@ class ConversionPlan:
         chosen = Counter[str]()
         for run in self.runs():
             chosen[run.target.method] += len(run.weights) if run.target.format.takes_statistics else 0
-        blocks = block_warnings(self.selection.structure)
+        members = (name for group in self.selection.sample_groups for name in group.members)
+        blocks = block_warnings(self.selection.structure, members)
         own = (*filter(None, [self.share.warning]), *blocks, *self.carried.warnings)
         return (*own, *scales, *_unreached(self.method, +chosen))
 

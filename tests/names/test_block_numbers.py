@@ -2,10 +2,16 @@
 
 import pytest
 
-from mfptq.names.block_numbers import block_warnings
+from mfptq.names import block_numbers
+from mfptq.names.structure import Structure
 from tests.names.test_structure import CONFIG, HIDDEN, stack, structure
 
 DRAFT = {"model.layers.3.eh_proj.weight": (HIDDEN, 2 * HIDDEN)}
+
+
+def block_warnings(found: Structure) -> tuple[str, ...]:
+    """Return the warnings of a model of which everything is quantized."""
+    return block_numbers.block_warnings(found, [f"{stack}.0.attn.q_proj" for stack in found.decoders()])
 
 
 def without(number: int, blocks: int) -> dict[str, tuple[int, ...]]:
@@ -47,3 +53,7 @@ def test_blocks_behind_the_last_that_nothing_calls_drafts() -> None:
 )
 def test_blocks_of_the_config_need_no_warning(shapes: dict[str, tuple[int, ...]], config: dict) -> None:
     assert block_warnings(structure(shapes, config)) == ()
+
+
+def test_a_stack_of_which_nothing_is_quantized_is_none_that_the_config_speaks_of() -> None:
+    assert block_numbers.block_warnings(structure(without(1, 3), CONFIG), ["other.layers.0.attn.q_proj"]) == ()

@@ -69,6 +69,18 @@ def test_a_stack_that_lies_apart_from_the_embedding_table_is_not_the_decoder() -
     assert not structure(beside, config).outside("blocks.0.attn.q_proj")  # the table tells nothing apart here
 
 
+def test_a_language_model_that_encodes_images_inside_of_another_is_not_the_decoder() -> None:
+    shapes = stack("model.layers", 3) | stack("model.qwen2_model.model.layers", 3) | stack("model.mtp_layers", 1)
+    found = structure(shapes | {"model.embed_tokens.weight": (160, HIDDEN)}, {**CONFIG, "vocab_size": 160})
+    assert found.outside("model.qwen2_model.model.layers.0.attn.q_proj")
+    assert not found.outside("model.layers.0.attn.q_proj")
+    both = structure(
+        stack("model.encoder.layers", 3) | stack("model.decoder.layers", 3) | {"model.shared.weight": (160, HIDDEN)},
+        {**CONFIG, "vocab_size": 160},
+    )
+    assert not both.outside("model.encoder.layers.0.attn.q_proj")
+
+
 def test_vision_blocks_beside_a_text_model_at_the_root_are_told_by_their_layers() -> None:
     vision = {f"blocks.{n}.mlp.linear_fc1.weight": (128, HIDDEN) for n in range(3)}
     shapes = stack("layers", 3) | stack("blocks", 3) | vision | {"embed_tokens.weight": (160, HIDDEN)}
@@ -85,6 +97,13 @@ def test_towers_as_engines_name_them_that_leave_out_their_own_name() -> None:
     for tower in towers:
         shapes |= stack(tower, 3)
     assert structure(shapes, CONFIG).tower_tails() == ("a.b", "encoder.layers")
+
+
+def test_stacks_of_recurrent_models_have_lengths_of_their_own() -> None:
+    config = {"num_hidden_layers": 2, "num_layers_per_stack": 5, "hidden_size": HIDDEN}
+    found = structure(stack("model.H_module.layers", 5) | stack("model.L_module.layers", 5), config)
+    assert not found.outside("model.H_module.layers.4.attn.q_proj")
+    assert not found.outside("model.L_module.layers.4.attn.q_proj")
 
 
 def test_encoder_and_decoder_may_differ_in_length() -> None:

@@ -12,7 +12,8 @@ from mfptq.names.config_sizes import read_sizes
 from mfptq.names.engine import experts_parent
 from mfptq.names.fusion import fused_groups
 from mfptq.names.patterns import match_names
-from mfptq.planning.quantization_config import head_targets, ignore_list
+from mfptq.planning.ignored import ignore_list
+from mfptq.planning.quantization_config import head_targets
 from mfptq.planning.rules import DEFAULT_RULES, Decision, Rules, Selection, select
 
 
@@ -315,6 +316,8 @@ KEPT = [
     ("l.mixer.conv1d", "convolution", r"re:(.*\.)?conv1d$"), ("l.input_layernorm", "norm", r"re:(.*[._])?(layer)?norm\w*$"),
     ("l.A_log", "state-space parameter", r"re:(.*\.)?(A_log|dt_bias)$"),
     ("whisper_encoder.a", "other modality", r"re:.*whisper_encoder.*"),
+    ("model.decoder.proj", "between encoder and decoder", r"re:(.*\.)?(decoder\.proj|encoder\.subsampling\.linear)$"),
+    ("m.projector", "other modality", r"re:(.*\.)?projector$"),
     ("model.mtp_block.a", "multi-token prediction head", r"re:(.*\.)?mtp[^.]+\..*"),
     ("proj_out", "output head",
      r"re:(.*\.)?(lm_head\..*|proj_out|vocab_projector|lm_loss|decoder|pred_layer\.proj)$"),
@@ -596,6 +599,29 @@ def test_towers_that_engines_build_without_their_name_are_ignored() -> None:
     assert not is_ignored(names, "model.layers.0.self_attn.qkv_proj")
     text = {"language_model.encoder.layers.0.self_attn.q_proj.weight": (32, 32)}
     assert not is_ignored(listed(tower | text), "language_model.encoder.layers.0.self_attn.q_proj")
+
+
+def test_what_is_kept_in_blocks_is_ignored_below_other_names_too() -> None:
+    block = "model.layers.0.self_attn."
+    gate = {
+        f"{block}g_proj.weight": (4, 64),
+        f"{block}o_proj.weight": (64, 64),
+        "vit.layers.0.mlp.fc1.weight": (64, 64),
+    }
+    config = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+    names = ignore_list(decide(gate, config=config), Rules())
+    assert is_ignored(names, "language_model.layers.0.self_attn.g_proj")
+    assert not is_ignored(names, "language_model.layers.0.self_attn.o_proj")
+    assert is_ignored(names, "model.vit.layers.0.mlp.linear_fc1")
+    assert is_ignored(names, "model.vision_tower.blocks.0.linear")
+
+
+def test_a_pattern_for_blocks_matches_nothing_quantized() -> None:
+    shapes = {f"{stack}.layers.{n}.attn.q_proj.weight": (64, 64) for stack in ("encoder", "decoder") for n in range(2)}
+    shapes |= {"encoder.layers.1.attn.k_proj.weight": (64, 40), "encoder.layers.0.attn.k_proj.weight": (64, 64)}
+    names = ignore_list(decide(shapes, config={"num_layers": 2, "hidden_size": 64}), Rules())
+    assert is_ignored(names, "encoder.layers.1.attn.k_proj")
+    assert not any(is_ignored(names, f"{stack}.layers.0.attn.q_proj") for stack in ("encoder", "decoder"))
 
 
 def test_routers_that_transformers_renames_are_ignored() -> None:

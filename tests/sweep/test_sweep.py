@@ -8,6 +8,7 @@ import re
 import pytest
 
 import mfptq
+from mfptq.names.block_numbers import block_warnings
 from mfptq.names.engine import experts_parent
 from mfptq.planner import make_plan
 from mfptq.planning.defaults import UNKNOWN
@@ -75,6 +76,7 @@ def test_a_tiny_model_is_converted_as_it_should(kind: str, tmp_path) -> None:
     assert left <= decoder / 100 or kind in UNNAMED
     assert bool(plan.share.warning) == (plan.share.inside < plan.share.decoder / 2)
     assert plan.share.warning in ("", *plan.warnings)
+    assert block_warnings(plan.selection.structure, quantized) == ()
     plan.close()
     mfptq.convert(tmp_path / "source", tmp_path / "out", method="minmax")
     found = mfptq.verify(tmp_path / "out", tmp_path / "source")

@@ -1,0 +1,168 @@
+"""The `ignore` list of a checkpoint: what is kept, under the names that engines build it under.
+
+Engines and transformers rename modules while they load, so that a name on disk may be missed: patterns that leave out what is
+renamed stand before the names. A pattern that matches anything quantized is never listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from ..checkpoint.weights import Candidate, name_pattern
+from ..names import REGEX_PREFIX
+from ..names.bridge import bare
+from ..names.engine import built_modules, experts_module, experts_parent
+from ..names.fusion import parameters
+from ..names.leaves import KEPT, TURNED, Leaf
+from ..names.patterns import match_names
+from ..names.structure import TOWER, Structure, block_of
+from ..names.wrappers import logical
+from .defaults import is_kept_stack, siblings_of
+from .rules import Rules, Selection
+
+_ALL_EXPERTS = r".*\.experts(\..*)?$"
+
+
+def ignore_list(selection: Selection, rules: Rules) -> list[str]:
+    """Return the regexes, then the explicit names, of what is kept: some readers know only one of the two.
+
+    Last come the names of layers that engines fuse from what is kept, where no regex matches them.
+    A regex is listed if something kept matches it and nothing quantized does, so that config and tensors always agree.
+    Heads' are listed even where tied embeddings leave no tensor: models still build the layer.
+    """
+    kept = sorted({name for item in selection.tensors if not item.decision.quantize for name in _built(item.candidate)})
+    joined = sorted({group.name for group in selection.groups if len(group.members) > 1})
+    named = [*joined, *(member for group in selection.groups for member in group.members)]
+    asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], named)
+    samples = selection.sample_groups
+    quantized = [name for group in samples for name in (group.name, *group.members)]
+    listed = [pattern for pattern, swallowed in asked.items() if not swallowed]
+    if rules.use_defaults:
+        listed += _default_patterns(kept, {name_pattern(logical(name), "0") for name in quantized})
+    stacks = [item.candidate for item in selection.tensors if is_kept_stack(item.candidate)]
+    listed += _experts_patterns(selection.structure, stacks, quantized)
+    listed += _draft_patterns(selection.structure, quantized)
+    listed += _tower_patterns(selection.structure, kept, quantized)
+    if rules.use_defaults:
+        listed += _tower_rows(_missed(listed, kept), selection.structure, quantized)
+    listed += _outside_patterns(_missed(listed, kept), quantized)
+    listed += _block_patterns(_missed(listed, kept), selection.structure, quantized)
+    return [*dict.fromkeys(listed), *kept, *(name for name in _fused(selection, kept) if not _listed_in(listed, name))]
+
+
+def _outside_patterns(kept: Iterable[str], quantized: Collection[str]) -> Iterator[str]:
+    """Yield patterns for what is kept outside of blocks, since engines build some of it below modules of their own."""
+    for name in sorted({_any_number(bare(name)) for name in kept if block_of(name) is None}):
+        pattern = rf"re:(.*\.)?{name}$"
+        if not _matches_any(pattern, quantized):
+            yield pattern
+
+
+def _fused(selection: Selection, kept: Sequence[str]) -> Iterator[str]:
+    """Yield the names of parameters that engines build of kept layers; of experts they ask for the members."""
+    siblings = siblings_of(item.candidate.tensor.info.name for item in selection.tensors)
+    for group in parameters([name for name in kept if experts_parent(name) is None], siblings):
+        yield group.name
+
+
+def _missed(listed: Sequence[str], kept: Iterable[str]) -> list[str]:
+    return [name for name in kept if not _listed_in(listed, name)]
+
+
+def _listed_in(patterns: Iterable[str], name: str) -> bool:
+    return any(_matches_any(pattern, [name]) for pattern in patterns)
+
+
+def _default_patterns(kept: Sequence[str], quantized: Collection[str]) -> Iterator[str]:
+    """Yield the default patterns that belong in the list; no pattern looks at a number."""
+    kinds = {name_pattern(logical(name), "0") for name in kept}
+    heads = [line for line in KEPT if line.role == "head" and line.is_listed]
+    without_head = not any(_matches_any(line.pattern, kinds) for line in heads)
+    for line in KEPT:
+        if line.role == TURNED or not line.is_listed:
+            continue
+        wanted = any(_matches_any(pattern, kinds) for pattern in (line.pattern, *_aliases(line))) or (
+            line.role == "head" and (line is heads[0] or without_head)
+        )
+        if wanted and not _matches_any(line.pattern, quantized):
+            yield line.pattern
+
+
+def _aliases(line: Leaf) -> list[str]:
+    return [rf"(.*\.)?{regex}(\..*)?$" for regex in line.aliases]
+
+
+def _experts_patterns(structure: Structure, stacks: Iterable[Candidate], quantized: Iterable[str]) -> Iterator[str]:
+    """Yield patterns for the experts of stacks that stay as they are, which engines look for under other names."""
+    homes = [
+        experts_module(item.tensor.info.name, item.tensor.info.shape)
+        for item in stacks
+        if not structure.outside(item.module)
+    ]
+    if homes and not any(re.match(_ALL_EXPERTS, name) for name in quantized):
+        yield REGEX_PREFIX + _ALL_EXPERTS
+        return
+    for home in dict.fromkeys(homes):
+        block = block_of(home)
+        tail = home if block is None else f"{block.stack.rpartition('.')[2]}.{block.number}.{block.rest}"
+        yield rf"re:(.*\.)?{re.escape(tail)}(\..*)?$"
+
+
+def _draft_patterns(structure: Structure, quantized: Iterable[str]) -> Iterator[str]:
+    """Yield patterns for draft layers, which engines number on from the decoder's last block."""
+    numbers = structure.draft_numbers()
+    blocks = {f"{block.stack}.{block.number}." for name in quantized if (block := block_of(name))} if numbers else set()
+    for number in numbers:
+        if not any(re.match(rf".*layers\.{number}\..*", name) for name in blocks):
+            yield rf"re:.*layers\.{number}\..*"
+
+
+def _tower_rows(missed: Iterable[str], structure: Structure, quantized: Collection[str]) -> Iterator[str]:
+    """Yield the table's patterns for towers where a tower has another name: engines may give it one of these."""
+    if any(structure.outside(name) == TOWER for name in missed):
+        for line in KEPT:
+            if (
+                line.role == "tower"
+                and line.is_certain
+                and not line.aliases
+                and not _matches_any(line.pattern, quantized)
+            ):
+                yield line.pattern
+
+
+def _tower_patterns(structure: Structure, kept: Sequence[str], quantized: Collection[str]) -> Iterator[str]:
+    """Yield patterns for towers' blocks as engines name them that leave out the tower's own name."""
+    for tail in structure.tower_tails():
+        pattern = rf"re:(.*\.)?{re.escape(tail)}\.\d+\..*"
+        if _matches_any(pattern, kept) and not _matches_any(pattern, quantized):
+            yield pattern
+
+
+def _block_patterns(missed: Iterable[str], structure: Structure, quantized: Collection[str]) -> Iterator[str]:
+    """Yield patterns for what is kept in blocks of the decoder, from the last name of the stack on, and for blocks of other stacks."""
+    found: dict[str, None] = {}
+    for name in missed:
+        block = block_of(logical(name))
+        if block is None or experts_parent(name) is not None:
+            continue
+        if structure.outside(name):
+            found[rf"re:(.*\.)?{re.escape(block.stack)}\.\d+\..*"] = None
+        else:
+            found[rf"re:(.*\.)?{re.escape(block.stack.rpartition('.')[2])}\.\d+\.{_any_number(block.rest)}$"] = None
+    yield from (pattern for pattern in found if not _matches_any(pattern, quantized))
+
+
+def _any_number(name: str) -> str:
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+
+
+def _matches_any(pattern: str, names: Iterable[str]) -> bool:
+    regex = re.compile(pattern.removeprefix(REGEX_PREFIX))
+    return any(regex.match(name) for name in names)
+
+
+def _built(item: Candidate) -> Iterator[str]:
+    """Yield the layers that an engine may build for a tensor that is kept; of experts kept by their layout, the first's."""
+    shape = item.tensor.info.shape
+    return built_modules(item.tensor.info.name, (1, *shape[1:]) if is_kept_stack(item) and len(shape) == 3 else shape)
