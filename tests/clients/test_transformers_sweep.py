@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 import mfptq
 from tests.clients.dequantize import dequantize_checkpoint, read_tensors, write_twin
 from tests.clients.known_transformers import KNOWN
 from tests.models import Tensors, write_shards
 from tests.sweep.test_sweep import MAMBA_1, NO_LINEAR
 from tests.sweep.tiny import build, types
+
+transformers = pytest.importorskip("transformers")
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 SAMPLE = ("qwen3", "granite_speech", "glm4_moe")
