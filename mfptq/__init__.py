@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .execution.events import Advanced, Event, Planned, ShardFinished
     from .execution.executors import Executed, Executor, Order, ThreadExecutor
     from .execution.partial_run import PartReport
+    from .execution.prepare import ResourceKeywords
     from .execution.preview import OutputPreview, Preview
     from .inspection import Inspection, TensorSummary, inspect
     from .kernels import ErrorStats
@@ -82,6 +83,7 @@ _EXPORTS = {
     "execution.events": "Advanced Event Planned ShardFinished",
     "execution.executors": "Executed Executor Order ThreadExecutor",
     "execution.partial_run": "PartReport",
+    "execution.prepare": "ResourceKeywords",
     "execution.preview": "OutputPreview Preview",
     "inspection": "Inspection TensorSummary inspect",
     "kernels": "ErrorStats",

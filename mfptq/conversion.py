@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from .checking import check_plan
 from .engines.findings import Finding
@@ -17,7 +17,7 @@ from .errors import counted
 from .execution.events import OnEvent, ignore
 from .execution.executors import Executor, Order, Request, ThreadExecutor
 from .execution.memory_budget import caller_bytes, memory_errors
-from .execution.prepare import Measuring, Resources, prepare
+from .execution.prepare import Measuring, ResourceKeywords, Resources, prepare
 from .output.publish import PushTarget
 from .output.report import Report
 from .planning.parts import Part
@@ -47,9 +47,7 @@ class Plan:
         self.source_bytes = planned.checkpoint.tensor_bytes
         self.output_bytes = planned.tensor_bytes
         self.scheme = planned.scheme
-        self.left_out = (
-            planned.checkpoint.left_out
-        )  # files that are neither converted nor copied, with their sizes in bytes
+        self.left_out = planned.checkpoint.left_out  # files neither converted nor copied, with their sizes in bytes
 
     def __repr__(self) -> str:
         weights = counted(sum(self.methods.values()), "weight", "weights")
@@ -85,13 +83,11 @@ class Plan:
         self,
         destination: str | Path | None = None,
         *,
-        max_memory: str | int = "1GiB",
-        max_workers: int | None = None,
-        device: str = "cpu",
         overwrite: bool = False,
         push_to: PushTarget | None = None,
         discard_output: bool = False,
         estimate: bool = False,
+        **resources: Unpack[ResourceKeywords],
     ) -> Preview:
         """Return what `run` with the same keywords would use and find: device, threads, memory, disk, what comes from the Hub.
 
@@ -105,32 +101,33 @@ class Plan:
         target = None
         if destination is not None:
             target = Target(expanded(destination), overwrite=overwrite, push_to=push_to, discard=discard_output)
-        resources, timed = Resources(max_memory, max_workers, device), Timed(computing=estimate, fetching=estimate)
+        timed = Timed(computing=estimate, fetching=estimate)
         with memory_errors():
-            return preview(self._planned, resources, target, held=self._held, timed=timed)
+            return preview(self._planned, Resources(**resources), target, held=self._held, timed=timed)
 
-    def run(  # noqa: PLR0913 - one keyword for each option of the command
+    def run(
         self,
         destination: str | Path,
         *,
-        max_memory: str | int = "1GiB",
-        max_workers: int | None = None,
-        device: str = "cpu",
         overwrite: bool = False,
         on_event: OnEvent | None = None,
         push_to: PushTarget | None = None,
         discard_output: bool = False,
         executor: Executor | None = None,
+        **resources: Unpack[ResourceKeywords],
     ) -> Report:
-        """Carry the plan out into a folder, and return what was done; see `convert`. `push_to` says where it is published."""
+        """Carry the plan out into a folder, and return what was done.
+
+        The keywords are those of `convert`; `push_to` says where the output is published.
+        """
         from .execution.carrying_out import run_whole
         from .execution.output_target import Target
 
         target = Target(expanded(destination), overwrite=overwrite, push_to=push_to, discard=discard_output)
-        doing, resources = executor or ThreadExecutor(), Resources(max_memory, max_workers, device)
+        doing = executor or ThreadExecutor()
         target.check()
         with memory_errors():
-            order = partial(self._order, resources, remote=doing.remote)
+            order = partial(self._order, Resources(**resources), remote=doing.remote)
             return run_whole(self._planned, target, doing, order, on_event=on_event or ignore)
 
     def run_part(
@@ -138,10 +135,8 @@ class Plan:
         destination: str | Path,
         part: Part | str,
         *,
-        max_memory: str | int = "1GiB",
-        max_workers: int | None = None,
-        device: str = "cpu",
         on_event: OnEvent | None = None,
+        **resources: Unpack[ResourceKeywords],
     ) -> PartReport:
         """Make one part of the output's shards, such as "2/16", into a folder that all machines share; see `convert`.
 
@@ -151,7 +146,7 @@ class Plan:
 
         chosen = part if isinstance(part, Part) else Part.parse(part)
         with memory_errors():
-            run = prepare(self._planned, Resources(max_memory, max_workers, device), self._held)
+            run = prepare(self._planned, Resources(**resources), self._held)
             return run_shards(run, expanded(destination), chosen.of(self._planned), on_event or ignore)
 
     def finish(
@@ -229,8 +224,8 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     """Convert a checkpoint to NVFP4 and return what was done.
 
     `source` is a folder in Hugging Face layout or a Hub repo id, `destination` a folder that does not exist, is empty,
-    or holds a run with the same decisions: an unfinished one is resumed, a finished one checked and left as it is. The decisions are the keywords that `Decisions`
-    describes. `max_memory` is a ceiling for the whole process, in bytes or as "2GB"; what a calling program already holds
+    or holds a run with the same decisions: an unfinished one is resumed, a finished one checked and left as it is. The
+    decisions are the keywords that `Decisions` describes. `max_memory` is a ceiling for the whole process, in bytes or as "2GB"; what a calling program already holds
     does not count. `max_workers` are threads, one for each core by default. `device` is `cpu`, `cuda[:N]` or `auto`.
     `overwrite` discards an existing output of mfptq. `on_event` is called in this thread with `Planned`, `Advanced`, and
     `ShardFinished`. `executor` says what does the work: by default threads of this process; `RayExecutor` a cluster, where
@@ -242,11 +237,12 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
     Raises MfptqError and its subclasses; see `mfptq.errors`. The source is only read.
     """
     decisions = with_errors_beside(decisions, destination)
-    resources: Any = {"max_memory": max_memory, "max_workers": max_workers, "device": device, "on_event": on_event}
-    with plan(source, **resources, **decisions) as made:
+    resources: ResourceKeywords = {"max_memory": max_memory, "max_workers": max_workers, "device": device}
+    with plan(source, on_event=on_event, **resources, **decisions) as made:
         return made.run(
             destination,
             overwrite=overwrite,
+            on_event=on_event,
             **resources,
             push_to=PushTarget(push_to_hub, private, token=decisions.get("token")) if push_to_hub else None,
             discard_output=discard_output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -45,6 +46,7 @@ EXPECTED = {
     "PushTarget",
     "RayExecutor",
     "Report",
+    "ResourceKeywords",
     "Serving",
     "ShardFinished",
     "TensorSummary",
@@ -113,3 +115,12 @@ def test_what_functions_take_and_return_is_exported(name: str) -> None:
     found = {word: vars(sys.modules[function.__module__]).get(word) for word in words}
     ours = {word for word, value in found.items() if inspect.isclass(value) and value.__module__.startswith("mfptq.")}
     assert ours <= set(mfptq.__all__)
+
+
+def test_keywords_of_resources_are_those_of_the_class_that_holds_them(source: Path, tmp_path: Path) -> None:
+    from mfptq.execution.prepare import Resources
+
+    kinds = {each.name: each.type for each in dataclasses.fields(Resources)}
+    assert {name: kind.__forward_arg__ for name, kind in mfptq.ResourceKeywords.__annotations__.items()} == kinds
+    with mfptq.plan(source) as plan, pytest.raises(TypeError, match="max_memry"):
+        plan.run(tmp_path / "out", max_memry="1GB")  # type: ignore[call-arg]

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 TALLER = 2
 _SIDE = 64  # rows and columns of a matrix that is surely turned by compiled code
 REMOTE_TILE = 2**20  # bytes; what is fetched ahead takes memory too, and the network is slower than small tiles
+
+
+class ResourceKeywords(TypedDict, total=False):
+    """The keywords `max_memory`, `max_workers` and `device`, as `convert` describes them; each may be left out."""
+
+    max_memory: str | int
+    max_workers: int | None
+    device: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,28 +65,25 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
     """
     from . import models
 
+    output, executor = expanded(output), None if isinstance(executor, ThreadExecutor) else executor
     options = CalibrationOptions(
-        samples, max_seq_length, batch_size, statistics, device, max_memory, dtype, all_experts, sensitivities
-    )
-    output = expanded(output)
-    executor = None if isinstance(executor, ThreadExecutor) else executor
+        samples=samples, max_seq_length=max_seq_length, batch_size=batch_size, statistics=statistics, device=device,
+        max_memory=max_memory, dtype=dtype, all_experts=all_experts, sensitivities=sensitivities,
+    )  # fmt: skip
     check_output(output, overwrite=overwrite or executor is None)
     models.require_extra()
     if executor is None:
         models.check_device(device)
     decisions: Decisions = {"ignore": tuple(ignore), "targets": tuple(targets), "cache_dir": cache_dir}
     checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir, keep_source=True))
-    try:
-        with models.quiet_transformers():
-            plan = build_plan(checkpoint, check_decisions(decisions))
-            encoder = encoder if encoder is not None else models.DeferredEncoder(checkpoint.origin.local)
-            files = dataset_files(dataset, token=token, cache_dir=cache_dir)
-            text = read_samples(files, encoder, samples=samples, max_seq_length=max_seq_length)
-            if executor is None:
-                return run_pass(plan, Share.whole(text), output, options, overwrite=overwrite, on_event=on_event)
-            from .calibration_parts import CalibrationOrder, calibrate_in_parts
+    with closing(checkpoint.source), models.quiet_transformers():
+        plan = build_plan(checkpoint, check_decisions(decisions))
+        encoder = encoder if encoder is not None else models.DeferredEncoder(checkpoint.origin.local)
+        files = dataset_files(dataset, token=token, cache_dir=cache_dir)
+        text = read_samples(files, encoder, samples=samples, max_seq_length=max_seq_length)
+        if executor is None:
+            return run_pass(plan, Share.whole(text), output, options, overwrite=overwrite, on_event=on_event)
+        from .calibration_parts import CalibrationOrder, calibrate_in_parts
 
-            order = CalibrationOrder(plan, Request.of(plan, decisions), options, text)
-            return calibrate_in_parts(order, output, executor, overwrite=overwrite, on_event=on_event)
-    finally:
-        checkpoint.source.close()
+        order = CalibrationOrder(plan, Request.of(plan, decisions), options, text)
+        return calibrate_in_parts(order, output, executor, overwrite=overwrite, on_event=on_event)

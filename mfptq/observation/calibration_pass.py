@@ -19,7 +19,7 @@ from ..checkpoint.folder import Checkpoint, read_shard
 from ..checkpoint.source import FolderSource
 from ..errors import ScaleError, UsageError, quote
 from ..planning.plan import ConversionPlan
-from ..sizes import parse_size
+from .forward_options import ForwardOptions
 from .inputs import Blocks, find_blocks, find_inputs
 from .key_values import KeyValueRanges
 from .recording import Recorder
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .models import Skeleton
     from .streaming import Runner
 
-DTYPES = ("auto", "bfloat16", "float32")
 OFFLOAD = ".mfptq-"  # folders of weights that are rearranged while a model is streamed
 OnProgress = Callable[["CalibrationProgress"], object]
 
@@ -44,29 +43,21 @@ class CalibrationProgress:
     total_steps: int
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrationOptions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOptions(ForwardOptions):
     """How a calibration is made: the keywords of `calibrate` that decide neither what is read nor written, checked."""
 
-    samples: int = 256
-    max_seq_length: int = 4096
-    batch_size: int | None = None
-    statistics: Level = "hessian"
-    device: str = "cpu"
-    max_memory: str | int | None = None
-    dtype: str = "auto"
-    all_experts: bool = True
-    sensitivities: bool = False
+    batch_size: int | None
+    statistics: Level
+    all_experts: bool
+    sensitivities: bool
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_seq_length", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, expected at least 1")
+        ForwardOptions.__post_init__(self)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"batch_size is {self.batch_size}, expected at least 1")
         if self.statistics not in get_args(Level):
             raise UsageError(f"statistics {quote(self.statistics)} are unknown, expected {', '.join(get_args(Level))}")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype {quote(self.dtype)} is unknown, expected one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +223,7 @@ class _Making:
         asked = asked[share.number - 1 :: share.count]
         demand = measure_demand(self.skeleton, self.checkpoint, infos, level=options.statistics, length=longest)
         demand = with_walk(demand, len(asked), longest) if asked else demand
-        budget = parse_size(options.max_memory) if options.max_memory is not None else None
-        residency = choose_residency(demand, budget, options.batch_size, options.device)
+        residency = choose_residency(demand, options.budget, options.batch_size, options.device)
         with ExitStack() as stack:
             if residency.streamed and blocks.outside:
                 raise ScaleError(

@@ -21,8 +21,8 @@ from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..errors import SourceError, UsageError, quote
 from ..output.estimates import Estimate, WindowSums, exponential, ratio
 from ..output.evaluations import check_writable, record_evaluation
-from ..sizes import parse_size
 from ..storage.files import expanded
+from .forward_options import ForwardOptions
 from .hub_datasets import dataset_files
 from .texts import Encoder, Samples, TokenIds, read_samples
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .unfinished import Progress, Unfinished
 
 BUILT_IN = Path(__file__).with_name("evaluation.txt")
-DTYPES = ("auto", "bfloat16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +73,14 @@ class Evaluation:
     windows: tuple[WindowSums, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationOptions:
-    """How an evaluation is made: the keywords of `evaluate`, checked."""
-
-    samples: int = 64
-    max_seq_length: int = 512
-    device: str = "cpu"
-    dtype: str = "auto"
-    max_memory: str | int | None = None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions(ForwardOptions):
+    """How an evaluation is made: the keywords of `evaluate` that decide neither what is read nor written, checked."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UsageError(f"samples is {self.samples}, expected at least 1")
+        ForwardOptions.__post_init__(self)
         if self.max_seq_length < 2:
             raise UsageError(f"max_seq_length is {self.max_seq_length}, expected at least 2: a token and the next")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype {quote(self.dtype)} is unknown, expected one of {', '.join(DTYPES)}")
-
-    @property
-    def budget(self) -> int | None:
-        """The ceiling for the process, in bytes."""
-        return None if self.max_memory is None else parse_size(self.max_memory)
 
 
 def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
@@ -130,7 +115,9 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
     from .quantized import read_quantized
     from .unfinished import Unfinished
 
-    options = EvaluationOptions(samples, max_seq_length, device, dtype, max_memory)
+    options = EvaluationOptions(
+        samples=samples, max_seq_length=max_seq_length, device=device, max_memory=max_memory, dtype=dtype
+    )
     files = dataset_files(BUILT_IN if dataset is None else dataset, token=token, cache_dir=cache_dir)
     models.require_extra("evaluate")
     models.check_device(device)
