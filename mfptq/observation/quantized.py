@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.stored_bytes import read_scalar
@@ -26,9 +26,6 @@ from ..output.stored_formats import ConfigGroup, cache_scales, config_of, group_
 from ..planning.formats import GLOBAL_SCALE, TargetFormat
 from ..smoothing.record import read_record
 from .rounded_inputs import rounding
-
-if TYPE_CHECKING:
-    import torch
 
 DECODED_AT_ONCE = 2**20  # weights: the reference takes several float32 copies of them
 
@@ -86,8 +83,6 @@ class QuantizedCheckpoint:
 
     def decode(self, weight: QuantizedWeight, into: torch.Tensor) -> None:
         """Fill `into` `[rows, columns]` with a weight's values, rounded to its dtype."""
-        import torch
-
         flat = into.view(-1)
         source = weight.stored.weight
         for tile in tiles(source, DECODED_AT_ONCE * DTYPE_BITS[source.dtype] // 8):
@@ -96,8 +91,6 @@ class QuantizedCheckpoint:
 
     def values(self, tensor: StoredTensor) -> torch.Tensor:
         """Return the values of a kept tensor, in its dtype."""
-        import torch
-
         data = bytearray(tensor.info.nbytes)
         self.checkpoint.source.read_into(tensor.shard, tensor.offset, memoryview(data))
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.info.dtype]

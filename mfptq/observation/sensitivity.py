@@ -18,9 +18,9 @@ from ..calibration.file import InputInfo
 from ..errors import ScaleError, quote
 from ..nvfp4 import BLOCK_SIZE, INPUT_SCALE_NUMERATOR
 from .inputs import Inputs, Names
-from .nvfp4_inputs import round_inputs
 from .recording import swap_parameter
 from .residency import Demand
+from .rounded_inputs import round_nvfp4
 from .streaming import Runner, StreamingRunner, floats
 from .texts import TokenIds
 
@@ -177,5 +177,5 @@ def rounded_weight(weight: torch.Tensor, columns: int, module: str = "") -> torc
     scale = INPUT_SCALE_NUMERATOR / max(float(weight.detach().abs().max()), torch.finfo(torch.float32).tiny)
     step = max(1, ROUNDED_AT_ONCE // columns)
     for start in range(0, len(rows), step):
-        out[start : start + step] = round_inputs(rows[start : start + step], scale)
+        out[start : start + step] = round_nvfp4(rows[start : start + step], scale)
     return result

@@ -26,7 +26,7 @@ from mfptq.output.estimates import Estimate
 from tests.calibration.files import calibrate as write_calibration
 from tests.clients.dequantize import read_tensors, write_twin
 from tests.models import DENSE, MOE, write_checkpoint
-from tests.observation.test_nvfp4_inputs import reference
+from tests.observation.test_rounded_nvfp4 import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTH = 64

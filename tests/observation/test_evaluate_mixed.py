@@ -21,8 +21,8 @@ from tests.calibration.files import calibrate as write_calibration
 from tests.clients.dequantize import read_tensors
 from tests.models import DENSE, MOE
 from tests.observation.test_evaluate import OPTIONS, Case, dataset, load, windows
-from tests.observation.test_fp8_inputs import reference as fp8
-from tests.observation.test_nvfp4_inputs import reference as nvfp4
+from tests.observation.test_rounded_fp8 import reference as fp8
+from tests.observation.test_rounded_nvfp4 import reference as nvfp4
 
 __all__ = ["dataset"]
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from mfptq.fp8 import dequantize, encode
-from mfptq.observation.fp8_inputs import round_dynamic, round_static
-from mfptq.observation.rounded_inputs import rounding
+from mfptq.observation.rounded_inputs import round_dynamic, round_static, rounding
 from mfptq.planning.formats import FORMATS
 
 
