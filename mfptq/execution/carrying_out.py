@@ -91,7 +91,7 @@ def carry_out(
 
 def _feeding(uploads: Uploads, out: Destination, on_event: OnEvent) -> OnEvent:
     """Start uploading, and return what is to be called with the run's events: it hands on every finished shard."""
-    out.before_shard, out.has_room = uploads.wait_for_room, uploads.has_room
+    out.before_shard, out.has_room, out.one_by_one = uploads.wait_for_room, uploads.has_room, uploads.discard
     uploads.begin()
 
     def feed(event: Event) -> None:

@@ -37,12 +37,16 @@ from .worker_memory import WorkerMemory
 from .worker_pool import POLL_SECONDS, Task, WorkerPool
 
 if TYPE_CHECKING:
-    from ..planning.plan import ConversionPlan
+    from ..planning.plan import ConversionPlan, ShardPlan
 
 MemoryTask = Task[WorkerMemory]
 Ranges = Iterable[tuple[int, int]]
 WeightTile = tuple[QuantizeWeight, Tile]
 Way = Callable[[ShardWriter, Iterable[GroupStep]], Iterator[MemoryTask]]
+
+# Shards that are made at the same time, where there are so many workers. The digest of a file can follow its writes only
+# where they come in order; one worker too many in a file, and most of it is read back.
+OPEN_SHARDS = 4
 
 
 class Execution:
@@ -60,7 +64,9 @@ class Execution:
         self._open: dict[str, ShardWriter] = {}
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._drop = self._forget or self._source.is_remote
-        self._pool = WorkerPool(self._tasks(), memories)
+        shards, one = iter(largest_first(plan.shards)), self._source.is_remote or destination.one_by_one
+        lines = 1 if one else min(OPEN_SHARDS, len(memories))
+        self._pool = WorkerPool([self._tasks(shards) for _ in range(lines)], memories)
 
     def run(self, on_event: OnEvent, *, held_bytes: int = 0) -> None:
         """Do all the work that is not done yet; raise the first error, leaving no temporary behind.
@@ -79,16 +85,16 @@ class Execution:
                 self._source.stop()  # no worker waits for a network while the run ends
                 raise
 
+        self._pool.emit(Advanced(self._plan.contents.scale_bytes))
         try:
             self._pool.run(watched)
         finally:
             for writer in self._open.values():
                 writer.discard()
 
-    def _tasks(self) -> Iterator[MemoryTask]:
-        """Yield the tasks of all shards; a shard is opened when its first task is asked for."""
-        self._pool.emit(Advanced(self._plan.contents.scale_bytes))
-        for shard in largest_first(self._plan.shards):
+    def _tasks(self, shards: Iterator[ShardPlan]) -> Iterator[MemoryTask]:
+        """Yield the tasks of one shard after the other; a shard is taken and opened when its first task is asked for."""
+        for shard in shards:
             if shard.name in self._destination.done:
                 self._pool.emit(Advanced(self._plan.contents.stored_bytes(shard.name)))
                 self._pool.emit(ShardFinished(shard.name, resumed=True))

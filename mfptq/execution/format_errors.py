@@ -69,7 +69,7 @@ def measure_errors(
     run = prepare(plan, measuring.resources, measuring.held)
     memories = [WorkerMemory(run.kernel, BUFFER_BYTES, run.calibrated) for _ in range(_workers(run))]
     pass_ = _Pass(plan, [each for each in formats if each != KEEP])
-    pool = WorkerPool(pass_.tasks(layers), memories)
+    pool = WorkerPool([pass_.tasks(layers)], memories)
     pass_.pool = pool
     measuring.on_event(Planned(sum(weight.nbytes for each in layers for weight in each.weights)))
     pool.run(measuring.on_event)

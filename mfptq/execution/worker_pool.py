@@ -1,13 +1,16 @@
-"""Run tasks on threads: follow-ups first, the newest before all others, then the next task of one lazy supply.
+"""Run tasks on threads: of several lazy supplies, each with its follow-ups first, the newest before all others.
 
 Kernels, reads and writes release the interpreter's lock, so threads are enough. A task is small (one tile), so that the last
 tensor is never one worker's alone; follow-ups come first, so that what was just read is used while it is in the page cache.
+A worker turns to the supply that has the fewest tasks under way, so that the tasks of each end in their order, mostly.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -16,23 +19,36 @@ from .events import Advanced, Event, OnEvent, ignore
 State = TypeVar("State")
 Task = Callable[[State], None]
 POLL_SECONDS = 0.1
+_active = attrgetter("active")
+
+
+@dataclass(slots=True)
+class _Line(Generic[State]):
+    """A supply, its follow-ups, and how many workers run one of its tasks or ask it, so that more may still come."""
+
+    supply: Iterator[Task[State]]
+    ready: list[Task[State]] = field(default_factory=list)
+    asking: bool = False  # a generator cannot be asked twice at once
+    exhausted: bool = False
+    active: int = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a worker may turn to it."""
+        return bool(self.ready) or not (self.asking or self.exhausted)
 
 
 class WorkerPool(Generic[State]):
-    """Threads, one for each state, that run tasks until the supply is exhausted and every follow-up is done.
+    """Threads, one for each state, that run tasks until the supplies are exhausted and every follow-up is done.
 
-    Threads: `add` and `emit` from tasks and from the supply, `run` from the caller. `_lock` guards `_ready`, `_asking` and
-    `_active`, the number of workers that run a task or ask the supply, so that more tasks may still come. The calling thread
-    takes no lock: an exception that a signal raises in it cannot leave one taken. It learns everything from `_events`.
+    Threads: `add` from tasks, `emit` from tasks and supplies, `run` from the caller. `_lock` guards the lines. The calling
+    thread takes no lock: an exception that a signal raises in it cannot leave one taken. It learns everything from `_events`.
     """
 
-    def __init__(self, supply: Iterator[Task[State]], states: Sequence[State]) -> None:
-        self._supply = supply
+    def __init__(self, supplies: Iterable[Iterator[Task[State]]], states: Sequence[State]) -> None:
+        self._lines = [_Line(supply) for supply in supplies]
         self._states = states
-        self._ready: list[Task[State]] = []
-        self._asking = False  # a generator cannot be asked twice at once
-        self._exhausted = False
-        self._active = 0
+        self._own = threading.local()  # `line`: whose task a worker runs
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -43,11 +59,11 @@ class WorkerPool(Generic[State]):
         self._started = self._ended = 0  # the calling thread's own
 
     def add(self, tasks: Iterable[Task[State]]) -> None:
-        """Add follow-up tasks; they run in the given order, before anything else."""
+        """Add follow-ups of the task that calls this; they run in the given order, before what its supply yields."""
+        added = list(tasks)
         with self._lock:
-            before = len(self._ready)
-            self._ready.extend(reversed(list(tasks)))
-            self._changed.notify(len(self._ready) - before)
+            self._own.line.ready.extend(reversed(added))
+            self._changed.notify(len(added))
 
     def emit(self, event: Event) -> None:
         """Have an event delivered in the calling thread."""
@@ -96,36 +112,36 @@ class WorkerPool(Generic[State]):
 
     def _finish(self) -> None:
         with self._lock:
-            self._active -= 1
-            if not self._active:
+            self._own.line.active -= 1
+            if not any(line.active for line in self._lines):
                 self._changed.notify_all()
 
     def _next(self) -> Task[State] | None:
         """Return the next task, waiting for one if others may still add some; None when all is done or failed."""
-        with self._lock:
-            while not self._error:
-                if self._ready:
-                    self._active += 1
-                    return self._ready.pop()
-                if not self._asking and not self._exhausted:
-                    self._asking = True
-                    self._active += 1
-                    break
-                if not self._active:
-                    return None
-                self._changed.wait(POLL_SECONDS)  # an error is noted without the lock, so it is looked for
-            else:
-                return None
-        return self._ask()
+        while not self._error:
+            with self._lock:
+                line = min((each for each in self._lines if each.has_work), key=_active, default=None)
+                if line is None:
+                    if not any(each.active for each in self._lines):
+                        return None
+                    self._changed.wait(POLL_SECONDS)  # an error is noted without the lock, so it is looked for
+                    continue
+                self._own.line = line
+                line.active += 1
+                if line.ready:
+                    return line.ready.pop()
+                line.asking = True
+            task = self._ask(line)
+            if task is not None:
+                return task
+            self._finish()
+        return None
 
-    def _ask(self) -> Task[State] | None:
-        """Return the supply's next task; with the last one gone, whatever comes next."""
-        task = next(self._supply, None)
+    def _ask(self, line: _Line[State]) -> Task[State] | None:
+        """Return a supply's next task, or None at its end."""
+        task = next(line.supply, None)
         with self._lock:
-            self._asking = False
-            self._exhausted = task is None
+            line.asking = False
+            line.exhausted = task is None
             self._changed.notify()
-        if task is not None:
-            return task
-        self._finish()
-        return self._next()
+        return task

@@ -53,6 +53,7 @@ class Destination:
         self._temporaries = temporaries or root / WORK
         self.before_shard: Callable[[], None] = lambda: None  # may wait until there is room for another
         self.has_room: Callable[[], bool] = lambda: True  # the same, for who cannot wait
+        self.one_by_one = False  # there is room for one unfinished shard only
 
     def create(self, name: str, size: int) -> PartialFile:
         """Return a new temporary of `size` bytes that will become `name`."""
