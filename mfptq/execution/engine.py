@@ -1,6 +1,6 @@
 """Convert a plan's shards on worker threads. Nothing here decides: the plan has decided.
 
-One supply yields the tasks of every shard, in the order of work. A worker reads a tile, quantizes it, hashes and writes the
+A supply yields the tasks of one shard after the other, and few supplies share all shards. A worker reads a tile, quantizes it, hashes and writes the
 result, in one function from top to bottom; whoever ends a shard's last task completes the shard. A fused group larger than
 a tile is read twice: its largest magnitude first, then its bytes, the second time from the page cache.
 """
@@ -25,11 +25,11 @@ from ..output.shard_writer import ShardWriter
 from ..planning.jobs import CAST, CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first, stats_key
 from ..storage.partial_file import Piece
 from .carried_codes import carried, carried_scales, read_codes
-from .events import Advanced, Event, OnEvent, Planned, ShardFinished
+from .events import Advanced, Event, OnEvent, Planned, ShardFinished, ignore
 from .families import Family, TileWork, family_of
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
-from .reading_order import reading_order, work_order
+from .reading_order import reading_order, shards_at_once, work_order
 from .strips import Strip, strip_scales, strips
 from .tiles import Batch, GroupStep, Tile, batches, tiles
 from .turned import amax_tiles
@@ -43,10 +43,6 @@ MemoryTask = Task[WorkerMemory]
 Ranges = Iterable[tuple[int, int]]
 WeightTile = tuple[QuantizeWeight, Tile]
 Way = Callable[[ShardWriter, Iterable[GroupStep]], Iterator[MemoryTask]]
-
-# Shards that are made at the same time, where there are so many workers. The digest of a file can follow its writes only
-# where they come in order; one worker too many in a file, and most of it is read back.
-OPEN_SHARDS = 4
 
 
 class Execution:
@@ -64,8 +60,8 @@ class Execution:
         self._open: dict[str, ShardWriter] = {}
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._drop = self._forget or self._source.is_remote
-        shards, one = iter(largest_first(plan.shards)), self._source.is_remote or destination.one_by_one
-        lines = 1 if one else min(OPEN_SHARDS, len(memories))
+        shards = iter(largest_first(plan.shards))
+        lines = shards_at_once(len(memories), one_by_one=self._source.is_remote or destination.one_by_one)
         self._pool = WorkerPool([self._tasks(shards) for _ in range(lines)], memories)
 
     def run(self, on_event: OnEvent, *, held_bytes: int = 0) -> None:
@@ -107,7 +103,7 @@ class Execution:
             for task in self._shard_tasks(writer):
                 writer.expect(1)
                 yield partial(self._carry_out, writer, task)
-            yield partial(self._carry_out, writer, _nothing)
+            yield partial(self._carry_out, writer, ignore)
 
     def _carry_out(self, writer: ShardWriter, task: MemoryTask, memory: WorkerMemory) -> None:
         """Run one task of a shard; after the last, make the shard durable under its name."""
@@ -300,7 +296,3 @@ class Execution:
 
 def _family(step: QuantizeWeight) -> Family:
     return family_of(step.format, step.method)
-
-
-def _nothing(_memory: WorkerMemory) -> None:
-    """Do nothing: the task that stands for a shard while its tasks are handed out."""

@@ -36,7 +36,7 @@ def test_every_task_and_every_follow_up_runs_once() -> None:
 
         return run
 
-    workers = WorkerPool((task(number, 0) for number in range(50)), range(4))
+    workers = WorkerPool([(task(number, 0) for number in range(50))], range(4))
     workers.run(ignore)
     assert len(done) == 50 * (1 + 2 + 4 + 8)
     assert {number for number, _ in done} == set(range(50))
@@ -50,9 +50,42 @@ def test_follow_ups_come_before_the_supply() -> None:
         order.append("first")
         workers.add([lambda _s: order.append("follow 1"), lambda _s: order.append("follow 2")])
 
-    workers = WorkerPool(iter([first, lambda _s: order.append("second")]), [0])
+    workers = WorkerPool([iter([first, lambda _s: order.append("second")])], [0])
     workers.run(ignore)
     assert order == ["first", "follow 1", "follow 2", "second"]
+
+
+def test_workers_turn_to_different_supplies_while_there_are_enough() -> None:
+    together, rounds = threading.Barrier(3), [[] for _ in range(20)]
+
+    def task(line: int, number: int):
+        def run(_state: int) -> None:
+            rounds[number].append(line)
+            together.wait(10)
+
+        return run
+
+    def supply(line: int):
+        yield from (task(line, number) for number in range(20))
+
+    WorkerPool([supply(line) for line in range(3)], range(3)).run(ignore)
+    assert [sorted(lines) for lines in rounds] == [[0, 1, 2]] * 20
+
+
+def test_follow_ups_belong_to_the_supply_of_their_task() -> None:
+    order: list[str] = []
+    workers: WorkerPool[int]
+
+    def first(_state: int) -> None:
+        order.append("first")
+        workers.add([lambda _s: order.append("follow")])
+
+    def noted(name: str):
+        return lambda _s: order.append(name)
+
+    workers = WorkerPool([iter([first, noted("second")]), iter([noted("other")])], [0])
+    workers.run(ignore)
+    assert order == ["first", "follow", "second", "other"]
 
 
 def test_events_come_in_the_calling_thread_and_something_comes_all_the_time() -> None:
@@ -62,7 +95,7 @@ def test_events_come_in_the_calling_thread_and_something_comes_all_the_time() ->
         workers.emit(Advanced(5))
         time.sleep(3 * POLL_SECONDS)
 
-    workers = WorkerPool(iter([work, work]), range(2))
+    workers = WorkerPool([iter([work, work])], range(2))
     workers.run(lambda event: heard.append((event, threading.current_thread())))
     assert {thread for _, thread in heard} == {threading.current_thread()}
     events = [event for event, _ in heard]
@@ -83,7 +116,7 @@ def test_what_the_caller_raises_stops_the_run_and_every_worker(error: type[BaseE
         if len(done) >= 5:
             raise error
 
-    workers = WorkerPool((work for _ in range(10_000)), range(3))
+    workers = WorkerPool([(work for _ in range(10_000))], range(3))
     with pytest.raises(error):
         workers.run(stop)
     assert 5 <= len(done) < 10_000
@@ -101,7 +134,7 @@ def test_a_thread_that_cannot_begin_stops_those_that_have(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(RuntimeError, match="can't start"):
-        WorkerPool((lambda _s: time.sleep(0.001) for _ in range(100_000)), range(5)).run(ignore)
+        WorkerPool([(lambda _s: time.sleep(0.001) for _ in range(100_000))], range(5)).run(ignore)
     assert len(begun) == 2
     for thread in begun:
         thread.join(10)
@@ -156,7 +189,7 @@ def test_the_first_error_stops_everything(where: str) -> None:
     def fail() -> None:
         raise ValueError("task")
 
-    workers, before = WorkerPool(supply(), range(3)), threading.active_count()
+    workers, before = WorkerPool([supply()], range(3)), threading.active_count()
     with pytest.raises(ValueError, match=where):
         workers.run(ignore)
     assert len(ran) < 9_000
@@ -170,7 +203,7 @@ def test_workers_wait_for_tasks_that_may_still_come() -> None:
         time.sleep(0.05)
         workers.add([lambda _s: seen.append(1)] * 20)
 
-    workers = WorkerPool(iter([slow]), range(4))
+    workers = WorkerPool([iter([slow])], range(4))
     workers.run(ignore)
     assert len(seen) == 20
 
