@@ -22,7 +22,7 @@ from ..kernels.calibrated import PreparedStatistics
 from ..nvfp4 import Float32Array
 from ..output.destination import Destination
 from ..output.shard_writer import ShardWriter
-from ..planning.jobs import CAST, CopyRun, QuantizeWeight, WidenTensor, copy_runs, largest_first, stats_key
+from ..planning.jobs import CAST, CopyRun, QuantizeWeight, ShardPlan, WidenTensor, copy_runs, largest_first, stats_key
 from ..storage.partial_file import Piece
 from .carried_codes import carried, carried_scales, read_codes
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished, ignore
@@ -37,7 +37,7 @@ from .worker_memory import WorkerMemory
 from .worker_pool import POLL_SECONDS, Task, WorkerPool
 
 if TYPE_CHECKING:
-    from ..planning.plan import ConversionPlan, ShardPlan
+    from ..planning.plan import ConversionPlan
 
 MemoryTask = Task[WorkerMemory]
 Ranges = Iterable[tuple[int, int]]

@@ -32,5 +32,5 @@ Event = Planned | Advanced | ShardFinished
 OnEvent = Callable[[Event], object]
 
 
-def ignore(_event: Event) -> None:
-    """Take no notice of an event."""
+def ignore(_event: object) -> None:
+    """Take no notice of an event, or do nothing as a task."""
