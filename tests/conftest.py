@@ -115,7 +115,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(told):
         for name, value in environment.items():
             patch.setenv(name, value)
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(constants, "HF_HUB_OFFLINE", environment.get("HF_HUB_OFFLINE") != "0")
         patch.setattr(estimate, "MEASURED_SECONDS", 0.01)
         patch.setattr(sys, "argv", words)
         patch.setattr(main, "tune_interpreter", lambda: None)

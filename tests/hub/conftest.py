@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import command_apart
+from tests.conftest import command
 from tests.hub.server import LoopbackHub, serving
 
 TOKEN = "hf_secretsecretsecretsecretsecretsecret"
@@ -24,16 +24,6 @@ def hub(source: Path) -> Iterator[LoopbackHub]:
     made.token = TOKEN
     with serving(made):
         yield made
-
-
-@pytest.fixture
-def run(hub: LoopbackHub, tmp_path: Path) -> Run:
-    """Run the command line against the Hub, with a cache of its own."""
-
-    def run_command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        return command_apart(*arguments, **{**hub_environment(hub, tmp_path), **environment})
-
-    return run_command
 
 
 def hub_environment(hub: LoopbackHub, home: Path) -> dict[str, str]:
@@ -66,3 +56,13 @@ def client(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ranges, "LONGEST_WAIT", 0.02)
     monkeypatch.setattr(opening, "_WAITS", (0.01, 0.01))
     return hub
+
+
+@pytest.fixture
+def run(client: LoopbackHub) -> Run:
+    """Run the command line against the Hub, with a cache of its own."""
+
+    def run_command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return command(*arguments, **{"HF_HUB_OFFLINE": "0", **environment})
+
+    return run_command
