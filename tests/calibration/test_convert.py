@@ -256,7 +256,7 @@ _WIDE = """
 import sys, pathlib, numpy as np, mfptq
 from mfptq.checkpoint.header import TensorSpec, encode_header
 from tests.calibration.files import described, InputInfo, write_file, InputStatistics
-rows, columns = 16, 2**16
+rows, columns = 16, {'hessian': 2**16, 'factors': 2**15}[sys.argv[2]]
 folder = pathlib.Path(sys.argv[1]) / "wide"
 folder.mkdir()
 head, header = encode_header([TensorSpec(f"layers.{n}.down_proj.weight", "BF16", (rows, columns)) for n in range(2)])
@@ -274,7 +274,7 @@ write_file(folder.parent / "wide.calibration.safetensors", inputs, described(sys
 
 @pytest.mark.parametrize("level", ["hessian", "factors"])
 def test_a_run_with_wide_inputs_keeps_its_ceiling(level, tmp_path):
-    """Hessians of 4 MB, or records of 38 MB, for each input, which a worker holds in two forms, beside tiles of at most 4 MB."""
+    """Hessians of 4 MB, or records of 19 MB, for each input, which a worker holds in two forms, beside tiles of at most 4 MB."""
     import subprocess
     import sys
 

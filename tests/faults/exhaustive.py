@@ -90,19 +90,19 @@ def parts() -> dict[str, Part]:
 
 # Small choices of the same, for every run of the tests.
 SAMPLES: Mapping[str, Part] = {
-    "kills": lambda: kill_points(LAYOUTS[:3:2], spread(5), lambda total: (total // 2,)),
-    "parts": lambda: kill_points([IN_PARTS], spread(10), middle),
-    "parts power": lambda: power_cuts([IN_PARTS], spread(6), 3),
-    "errors": lambda: storage_errors(LAYOUTS[:1], spread(2), lasting=False),
+    "kills": lambda: kill_points(LAYOUTS[:3:2], spread(3), middle),
+    "parts": lambda: kill_points([IN_PARTS], spread(5), middle),
+    "parts power": lambda: power_cuts([IN_PARTS], spread(4), 2),
+    "errors": lambda: storage_errors(LAYOUTS[:1], middle, lasting=False),
     "lasting": lambda: storage_errors(LAYOUTS[1:2], middle, lasting=True),
-    "power": lambda: power_cuts((LAYOUTS[0], LAYOUTS[-1]), spread(6), 3),
-    "unsynced": lambda: power_cuts(LAYOUTS[:1], spread(8), 3, unsynced=True),
-    "memory": lambda: memory_errors(LAYOUTS[:1], spread(20)),
+    "power": lambda: power_cuts((LAYOUTS[0], LAYOUTS[-1]), spread(4), 2),
+    "unsynced": lambda: power_cuts(LAYOUTS[:1], spread(6), 2, unsynced=True),
+    "memory": lambda: memory_errors(LAYOUTS[:1], spread(10)),
     "short": lambda: short_calls(LAYOUTS[:2]),
     "conversions": lambda: random_conversions(12, 7),
-    "flips": lambda: flipped_outputs(150, 2),
+    "flips": lambda: flipped_outputs(80, 2),
     "headers": malformed_headers,
-    "fuzz": lambda: fuzz(50_000, 4),
+    "fuzz": lambda: fuzz(20_000, 4),
     "strace": lambda: strace_faults(1),
 }
 

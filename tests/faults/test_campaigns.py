@@ -26,11 +26,11 @@ def test_killed_at_any_call_fresh_resuming_overwriting(sample: Sample) -> None:
     tried, broken = sample("kills")
     assert not broken
     assert tried.keys() == {"kill, fresh", "kill, resumed", "kill, overwriting", "kill, replacing"}
-    assert sum(tried.values()) > 30
+    assert sum(tried.values()) > 20
 
 
 def test_parts_killed_at_any_call_and_after_power_cuts(sample: Sample) -> None:
-    for name, least in (("parts", 20), ("parts power", 30)):
+    for name, least in (("parts", 10), ("parts power", 15)):
         tried, broken = sample(name)
         assert not broken
         assert sum(tried.values()) > least
@@ -40,7 +40,7 @@ def test_parts_killed_at_any_call_and_after_power_cuts(sample: Sample) -> None:
 def test_any_call_fails_once(sample: Sample) -> None:
     tried, broken = sample("errors")
     assert not broken
-    assert sum(tried.values()) > 60
+    assert sum(tried.values()) > 30
 
 
 @pytest.mark.case(83, 86, 87, 91)
@@ -61,7 +61,7 @@ def test_short_reads_and_writes(sample: Sample) -> None:
 def test_power_cuts(sample: Sample) -> None:
     tried, broken = sample("power")
     assert not broken
-    assert sum(tried.values()) > 100
+    assert sum(tried.values()) > 50
 
 
 def test_power_cuts_would_find_a_missing_sync(sample: Sample) -> None:
@@ -74,7 +74,7 @@ def test_power_cuts_would_find_a_missing_sync(sample: Sample) -> None:
 def test_no_memory_at_any_call(sample: Sample) -> None:
     tried, broken = sample("memory")
     assert not broken
-    assert tried["memory"] >= 20
+    assert tried["memory"] >= 10
 
 
 @pytest.mark.case(96, 100, 101, 104)
@@ -87,12 +87,12 @@ def test_random_checkpoints_killed_and_resumed(sample: Sample) -> None:
 def test_a_flipped_bit_anywhere_in_an_output_is_found(sample: Sample) -> None:
     tried, broken = sample("flips")
     assert not broken
-    assert sum(tried.values()) == 150
+    assert sum(tried.values()) == 80
 
 
 @pytest.mark.case(*range(1, 34))
 def test_headers_flipped_cut_and_fuzzed(sample: Sample) -> None:
-    for name, least in (("headers", 3000), ("fuzz", 50_000)):
+    for name, least in (("headers", 3000), ("fuzz", 20_000)):
         tried, broken = sample(name)
         assert not broken
         assert sum(tried.values()) >= least

@@ -33,9 +33,14 @@ DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 METHODS = ("search", "minmax", *FUNCTIONS.values())
 
 
-@pytest.fixture(scope="module")
-def texts() -> dict[str, str]:
-    names = [f"{method}_{dtype}" for method in METHODS for dtype in DTYPES]
+def of_dtypes(*names: str) -> list:
+    """Return the dtypes as parameters: these by default, the others with `-m slow`."""
+    return [pytest.param(dtype, marks=() if dtype in names else pytest.mark.slow) for dtype in DTYPES]
+
+
+@pytest.fixture(scope="module", params=of_dtypes("BF16"))
+def texts(request: pytest.FixtureRequest) -> dict[str, str]:
+    names = [f"{method}_{request.param}" for method in METHODS]
     return {name: compile_ptx(name).decode() for name in (*names, "amax_16", "amax_32")}
 
 
