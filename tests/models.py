@@ -40,7 +40,7 @@ def tiny_config(kind: str):
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
-        "num_hidden_layers": 8 if kind == DENSE else 4,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from mfptq.cli.main import main
+from mfptq.observation import evaluate
 from tests.calibration.files import calibrate as write_calibration
 from tests.calibration.files import described, layers_of
 from tests.generate_cli_docs import PAGE, commands, options, page
@@ -65,9 +66,12 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workspace(prepared, tmp_path, monkeypatch) -> Path:
-    """A copy of it, as the current folder."""
+    """A copy of it, as the current folder; the built-in text is a few lines of it."""
     shutil.copytree(prepared, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
+    short = tmp_path / evaluate.BUILT_IN.name
+    short.write_text("".join(evaluate.BUILT_IN.read_text().splitlines(keepends=True)[:4]))
+    monkeypatch.setattr(evaluate, "BUILT_IN", short)
     return tmp_path / "work"
 
 

@@ -58,7 +58,7 @@ def test_layouts_give_the_same_quantized_bytes(kind: str, tmp_path: Path) -> Non
         assert mfptq.verify(tmp_path / f"{layout}-out", tmp_path / layout).ok
         stored = read_tensors(tmp_path / f"{layout}-out")
         found.append({name: stored[name].values.tobytes() for name in stored if name.endswith(QUANTIZED)})
-    assert len(found[0]) >= 3 * 50
+    assert len(found[0]) >= 3 * 25
     assert all(other == found[0] for other in found[1:])
 
 

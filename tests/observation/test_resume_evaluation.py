@@ -58,8 +58,14 @@ def stopping_at(step: int, seen: list[int]) -> Callable[[EvaluationProgress], No
     return event
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("left", [3, 9, 20])  # steps before the end: within the head, at its beginning, in a block
+@pytest.mark.parametrize(
+    ("left", "streamed"),  # steps before the end: within the head, at its beginning, in a block
+    [
+        (3, False),
+        (20, True),
+        *[pytest.param(*each, marks=pytest.mark.slow) for each in ((9, False), (3, True), (9, True), (20, False))],
+    ],
+)
 def test_what_is_done_is_not_done_again_and_figures_are_the_same(
     left: int, streamed: bool, source: Path, output: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
