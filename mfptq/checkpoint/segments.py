@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from bisect import bisect_right, insort
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -94,3 +95,12 @@ class SegmentTable:
 def overlap(place: ByteRange, start: int, end: int) -> int:
     """Return how many bytes of a range lie from `start` to `end`."""
     return max(0, min(place.end, end) - max(place.start, start))
+
+
+def private_memory(size: int) -> mmap.mmap:
+    """Return memory that goes back to the system at once when it is let go."""
+    data = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without: then the system takes 0.4 s of a core for each GB, page by page
+            data.madvise(mmap.MADV_HUGEPAGE)
+    return data

@@ -8,15 +8,13 @@ stop the run.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 
 from .file_digests import FileDigests
 from .reads import SEGMENT_BYTES, ByteRange, ReadAhead
-from .segments import Segment, SegmentTable, overlap
+from .segments import Segment, SegmentTable, overlap, private_memory
 
 AHEAD_BYTES = 32 * 2**20  # held of what is read once, or on its way; a larger unit may take its size instead
 CONNECTIONS = 8
@@ -29,7 +27,8 @@ Fetch = Callable[[ByteRange, memoryview, Callable[[int], None]], None]
 class Window:
     """Ranges in memory. `copy` and `drop` are called from any thread, `_work` runs in the window's own.
 
-    `_changed` guards all state but the bytes of a segment, which one connection writes and others read up to `filled`.
+    One lock guards all state but the bytes of a segment, which one connection writes and others read up to `filled`. Readers wait
+    for `_changed`. Connections wait for `_room`, and are woken one by one: whoever finds something to fetch wakes the next.
     `fetch` fills a buffer from a range and reports how many bytes are there; it is called by several threads at once.
     `digests` takes every file's bytes in order; of what is dropped before its turn, AHEAD_BYTES at most stay until then.
     """
@@ -41,7 +40,8 @@ class Window:
         self._order = ahead.order
         self._budget = ahead.budget
         self._digests = digests
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed, self._room = threading.Condition(lock), threading.Condition(lock)
         self._table = SegmentTable()
         self._pulled: set[str] = set()
         self._queue: deque[Segment] = deque()  # announced, in the order in which they are fetched
@@ -129,6 +129,7 @@ class Window:
             for segment in self._table:
                 segment.error = segment.error or error
             self._changed.notify_all()
+            self._room.notify_all()
 
     def _find(self, name: str, offset: int) -> Segment | None:
         while (found := self._table.find(name, offset)) is None and name not in self._pulled and self._pull():
@@ -147,6 +148,7 @@ class Window:
             self._queue.extend(self._table.announce(unit, SEGMENT_BYTES))
             if unit.size <= self._budget:
                 self._largest = max(self._largest, unit.size)
+        self._room.notify()
         return True
 
     def _demand(self, segment: Segment) -> bool:
@@ -154,7 +156,7 @@ class Window:
         if self._closed or not self._allocate(segment):
             return False
         self._demanded.append(segment)
-        self._changed.notify_all()
+        self._room.notify()
         return True
 
     def _allocate(self, segment: Segment) -> bool:
@@ -174,6 +176,7 @@ class Window:
         if (segment.place.later or segment.place.shared) and not segment.lasting:
             segment.lasting = True
             self._lasting += segment.place.size
+            self._room.notify()
 
     def _awaits_digest(self, segment: Segment) -> bool:
         return self._digests is not None and not segment.hashed and segment.place.name not in self._unchecked
@@ -217,6 +220,7 @@ class Window:
         if not segment.allocated:
             return
         size, segment.data = segment.place.size, None
+        self._room.notify()
         self._forget_lasting(segment)
         self._held -= size
         self._later -= size if segment.place.later else 0
@@ -239,8 +243,9 @@ class Window:
         with self._changed:
             while not self._closed:
                 if (segment := self._next()) is not None:
+                    self._room.notify()
                     return segment
-                self._changed.wait()
+                self._room.wait()
             return None
 
     def _next(self) -> Segment | None:
@@ -276,7 +281,7 @@ class Window:
                     self._changed.notify_all()
 
         try:
-            data = _memory(segment.place.size)
+            data = private_memory(segment.place.size)
             with self._changed:
                 segment.data = None if segment.released else data
             self._fetch(segment.place, memoryview(data), note)
@@ -284,12 +289,3 @@ class Window:
             with self._changed:
                 segment.error = error
                 self._changed.notify_all()
-
-
-def _memory(size: int) -> mmap.mmap:
-    """Return private memory of its own, which goes back to the system at once when it is let go."""
-    data = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # else the system takes 0.4 s of a core to hand out 1 GB by small pages
-        with suppress(OSError):
-            data.madvise(mmap.MADV_HUGEPAGE)
-    return data
