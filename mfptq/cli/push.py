@@ -28,7 +28,7 @@ def publish_options(function: Function) -> Function:
 @click.argument("output", type=click.Path(path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make the repo private, if it is made now.")
-@click.option("--revision", help="Branch to commit to; made if need be.")
+@click.option("--revision", help="Branch to commit to; a new one holds this output alone.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")

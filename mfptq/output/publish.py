@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,18 +132,32 @@ class Publisher:
         with hub_errors("write to", repo, revision):
             self._api.create_repo(repo, private=self.target.private or None, exist_ok=True)
             if revision is not None and not self.target.create_pr:
-                self._api.create_branch(repo, branch=revision, exist_ok=True)
+                self._make_branch(revision)
             self.parent = self._api.model_info(repo, revision=revision).sha
             self.listed = self._listed(self.parent)
 
+    def _make_branch(self, name: str) -> None:
+        """Make a branch, unless it is there, of the repo's first commit: what its other branches hold is no part of an output."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        repo = self.target.repo_id
+        with suppress(RevisionNotFoundError):
+            self._api.model_info(repo, revision=name)
+            return
+        first = self._api.list_repo_commits(repo)[-1].commit_id
+        self.listed = self._listed(first)
+        self.refuse_foreign()
+        self._api.create_branch(repo, branch=name, revision=first, exist_ok=True)
+
     def refuse_foreign(self, own: Iterable[StoredFile] = ()) -> None:
         """Raise HubError for a repo that holds anything but the files `own`, unless by a pull request."""
-        repo = self.target.repo_id
+        repo, branch = self.target.repo_id, self.target.revision
         same = {file.name for file in own if file.name in self.listed and self._agrees(self.listed[file.name], file)}
         foreign = sorted(self.listed.keys() - same - _OF_EVERY_REPO)
         if foreign and not self.target.create_pr:
+            where = f"{quote(repo)}, branch {quote(branch)}," if branch is not None else quote(repo)
             raise HubError(
-                f"{quote(repo)} holds other files already ({quote(foreign[0])}): push to an empty repo, or open a pull request"
+                f"{where} holds other files already ({quote(foreign[0])}): push to an empty repo, or open a pull request"
             )
 
     def upload(self, file: StoredFile) -> None:

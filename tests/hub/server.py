@@ -91,7 +91,7 @@ class Content:
 
 @dataclass
 class Repo:
-    """A repo: its commits, newest last, as listings of files; `refs` are branches by name."""
+    """A repo: its commits, newest last, as listings of files, and those of other branches than `main` by name."""
 
     commits: list[tuple[str, dict[str, Content]]] = field(default_factory=list)
     private: bool = False
@@ -99,24 +99,30 @@ class Repo:
     gated: bool = False
     messages: list[str] = field(default_factory=list)
     pulls: dict[str, tuple[str, dict[str, Content]]] = field(default_factory=dict)
+    branches: dict[str, list[tuple[str, dict[str, Content]]]] = field(default_factory=dict)
 
-    def oid(self, name: str) -> str | None:
+    def oid(self, name: str, revision: str) -> str | None:
         """What the client compares a file with, to see whether it is there already."""
-        content = self.commits[-1][1].get(name)
+        found = self.at(revision)
+        content = None if found is None else found[1].get(name)
         return None if content is None else content.sha256 if name.endswith(LARGE) else content.sha1
 
-    def commit(self, files: dict[str, Content], message: str = "") -> str:
+    def commit(self, files: dict[str, Content], message: str = "", branch: str = "main") -> str:
+        commits = self.branches.get(branch, self.commits)
         sha = hashlib.sha1(
-            repr((len(self.commits), sorted((n, c.sha256) for n, c in files.items()))).encode()
+            repr((branch, len(commits), sorted((n, c.sha256) for n, c in files.items()))).encode()
         ).hexdigest()
-        self.commits.append((sha, files))
+        commits.append((sha, files))
         self.messages.append(message)
         return sha
 
     def at(self, revision: str) -> tuple[str, dict[str, Content]] | None:
         if revision in ("main", "HEAD"):
             return self.commits[-1]
-        return self.pulls.get(revision) or next((found for found in self.commits if found[0] == revision), None)
+        if revision in self.branches:
+            return self.branches[revision][-1]
+        every = [found for commits in (self.commits, *self.branches.values()) for found in commits]
+        return self.pulls.get(revision) or next((found for found in every if found[0] == revision), None)
 
 
 class LoopbackHub:
@@ -255,15 +261,25 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         if rest.startswith("/preupload/"):
-            asked = json.loads(self._body)["files"]
+            asked, at = json.loads(self._body)["files"], rest.removeprefix("/preupload/")
             modes = [
-                {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(LARGE) else "regular", "shouldIgnore": False, "oid": repo.oid(each["path"])}
+                {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(LARGE) else "regular", "shouldIgnore": False, "oid": repo.oid(each["path"], at)}
                 for each in asked
             ]  # fmt: skip
             self.reply(200, json.dumps({"files": modes}).encode())
             return
         if rest.startswith("/commit/"):
-            self._commit(repo_id, repo)
+            self._commit(repo_id, repo, rest.removeprefix("/commit/"))
+            return
+        if rest.startswith("/commits/"):
+            commits = [
+                {"id": sha, "authors": [], "date": "2026-01-01T00:00:00Z", "title": "", "message": ""}
+                for sha, _ in reversed(repo.commits)
+            ]
+            self.reply(200, json.dumps(commits).encode())
+            return
+        if rest.startswith("/branch/"):
+            self._branch(repo, rest.removeprefix("/branch/"))
             return
         if rest.startswith("/tree/"):
             found = repo.at(rest.removeprefix("/tree/"))
@@ -272,7 +288,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.reply(200, json.dumps([_entry(name, each) for name, each in found[1].items()]).encode())
             return
-        revision = rest.split("/")[2] if rest.startswith("/revision/") else "main"
+        revision = rest.removeprefix("/revision/") if rest.startswith("/revision/") else "main"
         found = repo.at(revision)
         if found is None:
             self._missing("RevisionNotFound")
@@ -426,10 +442,24 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.stored[content.sha256] = content
         self.reply(200, b"")
 
-    def _commit(self, repo_id: str, repo: Repo) -> None:
+    def _branch(self, repo: Repo, name: str) -> None:
         if not self._may_write():
             return
-        sha, files = repo.commits[-1]
+        found = repo.at(json.loads(self._body).get("startingPoint", "main"))
+        if name in repo.branches or found is None:
+            self.reply(409 if found else 404, b'{"error":"no"}')
+            return
+        repo.branches[name] = [found]
+        self.reply(200, b"{}")
+
+    def _commit(self, repo_id: str, repo: Repo, branch: str) -> None:
+        if not self._may_write():
+            return
+        at = repo.at(branch)
+        if at is None:
+            self._missing("RevisionNotFound")
+            return
+        sha, files = at
         files, message = dict(files), ""
         for line in self._body.splitlines():
             entry = json.loads(line)
@@ -450,7 +480,7 @@ class Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "deletedFile":
                 files.pop(value["path"], None)
         is_pull = "create_pr=1" in self.path
-        made = f"{len(repo.pulls):040x}" if is_pull else repo.commit(files, message)
+        made = f"{len(repo.pulls):040x}" if is_pull else repo.commit(files, message, branch)
         if is_pull:
             repo.pulls["refs/pr/1"] = (made, files)
         answer = {"commitUrl": f"{self.hub.address}/{repo_id}/commit/{made}", "commitOid": made, "success": True}

@@ -10,7 +10,7 @@ from mfptq.output.evaluations import FIGURES, record_evaluation
 from mfptq.output.publish import Publisher, PushTarget, StoredFile, push
 from tests.conftest import digests
 from tests.hub.conftest import TOKEN
-from tests.hub.server import Content, LoopbackHub
+from tests.hub.server import Content, LoopbackHub, Repo
 
 TARGET = PushTarget("me/made", token=TOKEN)
 
@@ -140,3 +140,52 @@ def test_uploads_are_tried_again(client: LoopbackHub, output: Path, monkeypatch:
     client.fault("503", "storage PUT", 2)
     push(output, TARGET)
     assert published(client) == digests(output)
+
+
+def on_branch(hub: LoopbackHub, name: str) -> dict[str, str]:
+    return {name: content.sha256 for name, content in hub.repos["me/made"].branches[name][-1][1].items()}
+
+
+@pytest.mark.parametrize("branch", ["fp4", "formats/fp4"])
+def test_a_branch_is_made_and_holds_this_output_alone(
+    branch: str, client: LoopbackHub, output: Path, source: Path
+) -> None:
+    client.repos["me/made"] = Repo()
+    client.repos["me/made"].commit({})
+    client.add(source, "me/made")  # main holds another model
+    target = PushTarget("me/made", revision=branch, token=TOKEN)
+    done = push(output, target)
+    assert on_branch(client, branch) == digests(output)
+    assert len(client.repos["me/made"].commits) == 2  # main is as it was
+    client.reset_counts()
+    assert push(output, target).commit == done.commit  # the branch is there, and nothing is to send
+    assert not uploads(client)
+
+
+def test_a_branch_that_exists_gets_the_commit(client: LoopbackHub, output: Path, source: Path) -> None:
+    repo = client.repos["me/made"] = Repo()
+    repo.commit({})
+    repo.branches["fp4"] = [repo.commits[0]]
+    push(output, PushTarget("me/made", revision="fp4", token=TOKEN))
+    assert on_branch(client, "fp4") == digests(output)
+    repo.branches["old"] = [(client.add(source, "me/made"), repo.commits[-1][1])]
+    with pytest.raises(HubError, match="'me/made', branch 'old', holds other files"):
+        push(output, PushTarget("me/made", revision="old", token=TOKEN))
+
+
+def test_no_branch_is_made_of_a_repo_that_began_with_other_files(
+    client: LoopbackHub, output: Path, source: Path
+) -> None:
+    client.add(source, "me/made")
+    with pytest.raises(HubError, match="holds other files"):
+        push(output, PushTarget("me/made", revision="fp4", token=TOKEN))
+    assert not client.repos["me/made"].branches
+
+
+def test_the_command_makes_the_branch(hub: LoopbackHub, run, output: Path) -> None:
+    done = run("push", output, "me/made", "--revision", "fp4", "--token", TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert on_branch(hub, "fp4") == digests(output)
+    missing = run("push", output, "me/made", "--revision", "none", "--create-pr", "--token", TOKEN)
+    assert missing.returncode == 7
+    assert "has no revision 'none'" in missing.stderr
