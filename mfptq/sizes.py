@@ -32,3 +32,9 @@ def size_text(size: int, *, up: bool = False) -> str:
     if up:
         value = math.ceil(value * 10**digits) / 10**digits
     return f"{value:.{digits}f} {unit}"
+
+
+def transfer_text(done: int, total: int, rate: float) -> str:
+    """Return how far a transfer is, at `rate` bytes a second, and how long the rest takes."""
+    left = f", about {(total - done) / rate:.0f} s left" if rate > 0 and 0 < done < total else ""
+    return f"{size_text(done)} of {size_text(total)}, {size_text(int(rate))}/s{left}"

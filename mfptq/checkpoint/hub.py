@@ -18,6 +18,7 @@ from ..limits import MAX_FILES
 from ..storage.files import expanded, relative_name
 from .answers import PASSING, requested_wait
 from .companions import UNWANTED, FileChoice, is_wanted
+from .downloads import watched
 from .file_digests import HubFile
 from .folder import Checkpoint, Origin, read_checkpoint
 from .hub_errors import hub_errors, reason
@@ -94,6 +95,11 @@ def _open_repo(repo_id: str, options: HubOptions, choice: FileChoice | None) -> 
     local = FolderSource(folder) if folder is not None else None
     source = HubSource(RangeReader(repo_id, sha, options.token), files, LocalFiles(local, cached))
     return read_checkpoint(Origin(None, repo_id, sha), source, choice)
+
+
+def _wanted(repo_id: str, options: HubOptions) -> list[HubFile]:
+    listing = _listing(repo_id, options)
+    return [] if listing is None else [file for file in listing[1].values() if is_wanted(file.name)]
 
 
 def _is_offline() -> bool:
@@ -173,7 +179,9 @@ def _download(repo_id: str, options: HubOptions, *, local_only: bool) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    with hub_errors("fetch", repo_id, options.revision):
+    cache = Path(options.cache_dir or hub.constants.HF_HUB_CACHE)
+    blobs = cache / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    with hub_errors("fetch", repo_id, options.revision), watched(blobs, lambda: _wanted(repo_id, options)) as bars:
         try:
             folder = hub.snapshot_download(
                 repo_id,
@@ -182,6 +190,7 @@ def _download(repo_id: str, options: HubOptions, *, local_only: bool) -> Path:
                 cache_dir=options.cache_dir,
                 ignore_patterns=list(UNWANTED),
                 local_files_only=local_only,
+                tqdm_class=bars,
             )
         except errors.LocalEntryNotFoundError as error:
             why = f": {reason(error.__cause__)}" if error.__cause__ is not None and not local_only else ""

@@ -14,6 +14,7 @@ import click
 
 from ..errors import counted
 from .cluster import cluster_options, executor_of
+from .download_lines import download_lines
 from .options import forward_options, source_options
 from .process import deferred_signals
 
@@ -60,7 +61,7 @@ def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     from ..observation.calibrate import calibrate as run_calibration
 
     quiet, options["executor"] = options.pop("quiet"), executor_of(options)
-    with _progress(output, quiet=quiet) as show, deferred_signals() as check:
+    with _progress(output, quiet=quiet) as show, deferred_signals() as check, download_lines(quiet=quiet):
         done = run_calibration(model, dataset, output, on_event=lambda event: (check(), show(event)), **options)
     if not quiet:
         click.echo(f"{output}: {done.statistics} over {counted(done.samples, 'sample', 'samples')} of {done.model}")

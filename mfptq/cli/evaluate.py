@@ -16,6 +16,7 @@ import click
 
 from ..errors import counted, listed, printable
 from .columns import fitted
+from .download_lines import download_lines
 from .options import forward_options, source_options
 from .process import deferred_signals
 
@@ -46,7 +47,7 @@ def evaluate(output: Path, source: str, **options: Any) -> None:
 
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     options["record"] = not options.pop("no_record")
-    with _progress(quiet=quiet) as show, deferred_signals() as check:
+    with _progress(quiet=quiet) as show, deferred_signals() as check, download_lines(quiet=quiet):
         found = run_evaluation(output, source, on_event=lambda event: (check(), show(event)), **options)
     click.echo(json.dumps(asdict(found)) if as_json else fitted(evaluation_text(found)))
 

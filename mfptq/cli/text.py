@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ..errors import counted, printable, quote
 from ..execution.events import Advanced, Event, OnEvent, Planned, ShardFinished
 from ..output.report import Report
-from ..sizes import size_text
+from ..sizes import size_text, transfer_text
 from .columns import fitted
+from .download_lines import download_lines
 from .duration import duration
 from .target_text import target_values
 
@@ -44,7 +45,8 @@ def progress(*, quiet: bool, what: str = "convert") -> Iterator[OnEvent]:
         yield lambda _event: None
         return
     if not sys.stderr.isatty():
-        yield ProgressLines(sys.stderr).show
+        with download_lines(quiet=quiet):
+            yield ProgressLines(sys.stderr).show
         return
     from tqdm import tqdm
 
@@ -89,9 +91,7 @@ class ProgressLines:
         done = min(
             self._done, self._total
         )  # scales of a quantized source are read beside its codes, some of them twice
-        rate = self._done / max(seconds, 1e-9)
-        left = f", about {(self._total - self._done) / rate:.0f} s left" if 0 < done < self._total else ""
-        return f"{size_text(done)} of {size_text(self._total)}, {size_text(int(rate))}/s{left}"
+        return transfer_text(done, self._total, self._done / max(seconds, 1e-9))
 
 
 def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
