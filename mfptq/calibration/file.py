@@ -83,6 +83,11 @@ class Description:
     origin: str = "calibrate"
 
     @property
+    def has_moments(self) -> bool:
+        """Whether the file holds second moments of every input."""
+        return includes(self.statistics, "moments")
+
+    @property
     def is_complete(self) -> bool:
         """Whether the pass went through all of its samples."""
         return self.samples >= self.requested

@@ -41,6 +41,7 @@ from .file import (
     TOKENS,
     VALUES,
     Description,
+    Float32Array,
     InputInfo,
     InputStatistics,
     Int64Array,
@@ -100,7 +101,7 @@ class Calibration:
         found: dict[str, float] = {}
         for info in self.inputs.values():
             exponents = self._exponents.get(info.name)
-            amax = self._number(info, AMAX) if exponents is None else largest(self.read(info), exponents)
+            amax = self._number(info, AMAX) if exponents is None else largest(self.ranges(info), exponents)
             value = ScaleConvention("amax").global_scale(info.name, None, amax)
             found.update(dict.fromkeys(info.modules, _with_margin(value, margin)))
         about = "taken from a calibration file" + (f", with a margin of {margin:g}" if margin != 1 else "")
@@ -158,14 +159,14 @@ class Calibration:
 
     def read(self, info: InputInfo) -> InputStatistics:
         """Return everything that the file holds of an input."""
-        amax, tokens = self._number(info, AMAX), None
+        return replace(self.ranges(info), hessian=self._part(info, HESSIAN), factors=self._part(info, FACTORS))
+
+    def ranges(self, info: InputInfo) -> InputStatistics:
+        """Return what the file holds of an input but for its large parts: amax, tokens and second moments."""
+        tokens = None
         if f"{info.name}.{TOKENS}" in self._places:
             tokens = int(self._array(f"{info.name}.{TOKENS}", "<i8")[0])
-        moment, hessian, factors = (
-            self._array(f"{info.name}.{part}", "<f4") if f"{info.name}.{part}" in self._places else None
-            for part in (MOMENT, HESSIAN, FACTORS)
-        )
-        return InputStatistics(amax, tokens, moment, hessian, factors)
+        return InputStatistics(self._number(info, AMAX), tokens, self._part(info, MOMENT))
 
     def known(self, module: str) -> InputStatistics | None:
         """Return everything that the file holds of a module's input; None where no text reached it."""
@@ -219,6 +220,10 @@ class Calibration:
             for name in self._places
             if name.endswith(suffix)
         }
+
+    def _part(self, info: InputInfo, part: str) -> Float32Array | None:
+        name = f"{info.name}.{part}"
+        return self._array(name, "<f4") if name in self._places else None
 
     def _number(self, info: InputInfo, part: str) -> float:
         return float(self._array(f"{info.name}.{part}", "<f4")[0])

@@ -54,7 +54,9 @@ def rule_options(function: Function) -> Function:
             help="What the numbers of --input-scales are.",
         ),
         click.option(
-            "--smooth", is_flag=True, help="With --calibration: move the size of loud input channels into the weights."
+            "--smooth/--no-smooth",
+            default=None,
+            help="With --calibration: move the size of loud input channels into the weights. By default for W4A4 by --method auto.",
         ),
         click.option("--input-margin", type=float, help="Widens the ranges of --calibration; by default 4, minmax 1."),
         click.option(

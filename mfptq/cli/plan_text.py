@@ -88,7 +88,7 @@ def plan_text(
     prefix = _common(groups[FP4].values())
     lines = wrapped(_title(plan) + (f"; names without {prefix}" if prefix else ""), columns)
     lines += wrapped(str(plan.share), columns)
-    for text in plan.smoothing.lines if plan.smoothing is not None else ():
+    for text in _smoothing_lines(plan):
         lines += wrapped(text, columns)
     for note in plan.contents.notes:
         lines += wrapped(f"source: {note}", columns)
@@ -109,6 +109,16 @@ def plan_text(
     if findings:
         lines += ["", "what engines would find:", *findings_lines(findings, columns)]
     return "\n".join(lines)
+
+
+def _smoothing_lines(plan: ConversionPlan) -> Iterator[str]:
+    """Yield what is smoothed and what is not, and how that came about."""
+    if plan.smoothing is None:
+        return
+    first, *rest = plan.smoothing.lines
+    by_default = plan.smoothing.weights and plan.settings.smooth is None
+    yield first + (" (by default for W4A4; --no-smooth turns it off)" if by_default else "")
+    yield from rest
 
 
 def _title(plan: ConversionPlan) -> str:

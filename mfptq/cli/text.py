@@ -111,6 +111,9 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
         f"  {report.seconds:.1f} s ({size_text(int(report.source_bytes / max(report.seconds, 1e-9)))}/s), "
         f"peak memory {size_text(report.peak_memory)}",
     ]
+    if report.smoothed:
+        smoothed = counted(report.smoothed, "weight", "weights")
+        lines.append(f"  inputs of {smoothed} smoothed, which scales norms: --no-smooth turns it off")
     if report.resumed_shards:
         shards = counted(report.resumed_shards, "shard was", "shards were")
         lines.append(f"  {shards} finished by an earlier run and checked by content")

@@ -1,8 +1,9 @@
 """Tensors multiplied by powers of two, a row's and a column's, while they are read: what smoothing does to a checkpoint.
 
 Made by `smoothing`. To whoever reads it a smoothed tensor is one more encoding, so kernels, methods and devices know nothing
-of it. A product that the tensor's dtype cannot hold exactly is an error, never rounded; only a norm whose weight is added to
-something before it multiplies is rounded, since the sum is what is multiplied.
+of it. Products are exact as long as they are normal numbers of the tensor's dtype. Below those they are rounded, by no more than
+2^-134; beyond them is an error where smoothing was asked for, and the largest number where it came by default. A norm whose weight is
+added to something before it multiplies is rounded too, since the sum is what is multiplied.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ Exponents = npt.NDArray[np.int8]
 EXACT_DTYPES = (BF16, F32)  # F16 has too few exponents for its products to be exact
 _AT_ONCE = 2**16  # values multiplied at once: temporaries stay in the processor's cache
 _BF16_MANTISSA = 7
+_LARGEST = {
+    np.uint16: np.float32(2.0**128 - 2.0**120),
+    np.float32: np.finfo(np.float32).max,
+}  # of bfloat16 as bits, of float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,11 +58,15 @@ class Powers:
 
 @dataclass(frozen=True, slots=True)
 class Smoothed(Encoding):
-    """A tensor, plain or itself encoded, with the powers of two that it is multiplied by; from a row on."""
+    """A tensor, plain or itself encoded, with the powers of two that it is multiplied by; from a row on.
+
+    `strict`: a product beyond the dtype's range is an error, instead of the largest number.
+    """
 
     tensor: StoredTensor
     powers: Powers
     first_row: int = 0
+    strict: bool = False
 
     @property
     def format(self) -> str:
@@ -83,24 +92,21 @@ class Smoothed(Encoding):
         return [(self.tensor.offset + start * width, region.size * width)]
 
     def decode(self, source: Source, region: Region, out: npt.NDArray[Any], scaler: CodeScaler) -> None:
-        """Read a region, whole rows or a part of one, and multiply it; raises SmoothingError where that is not exact."""
+        """Read a region, whole rows or a part of one, and multiply it; raises SmoothingError for products out of range if strict."""
         place = self._absolute(region)
         exponents = self.powers.of(place, self.tensor.matrix.rows)
         values = out.reshape(region.rows, region.columns)
         self._read(source, region, out, scaler)
-        if self.powers.offset:
-            _multiply_sum(values, exponents, self.powers.offset)
-            return
-        if values.dtype == np.uint16:
+        if values.dtype == np.uint16 and not self.powers.offset:
             if scaler.shift(values, (exponents << _BF16_MANTISSA).view(np.uint16)):
                 return
             self._read(source, region, out, scaler)  # for a closer look
         step = max(1, _AT_ONCE // region.columns)
         for row in range(0, region.rows, step):
             part = exponents if len(exponents) == 1 else exponents[row : row + step]
-            wrong = _multiply(values[row : row + step], part)
-            if wrong is not None:
-                raise self._inexact(place.row + row + wrong[0], place.column + wrong[1])
+            beyond = _multiply(values[row : row + step], part, self.powers.offset)
+            if beyond is not None and self.strict:
+                raise self._out_of_range(place.row + row + beyond[0], place.column + beyond[1])
 
     def _read(self, source: Source, region: Region, out: npt.NDArray[Any], scaler: CodeScaler) -> None:
         if self.tensor.encoding is not None:
@@ -112,16 +118,16 @@ class Smoothed(Encoding):
     def _absolute(self, region: Region) -> Region:
         return region._replace(row=self.first_row + region.row)
 
-    def _inexact(self, row: int, column: int) -> SmoothingError:
+    def _out_of_range(self, row: int, column: int) -> SmoothingError:
         exponent = int(self.powers.of(Region(row, 1, column, 1), self.tensor.matrix.rows)[0, 0])
         return SmoothingError(
             f"{quote(self.tensor.info.name)} in {quote(self.tensor.shard)}: the value in row {row}, column {column} times "
-            f"2^{exponent} is none that {self.tensor.info.dtype} can hold exactly: convert without smoothing"
+            f"2^{exponent} is larger than any number of {self.tensor.info.dtype}: convert without smoothing"
         )
 
 
-def smoothed(tensor: StoredTensor, powers: Mapping[str, Powers]) -> StoredTensor:
-    """Return a tensor as it is to be read, given the factors of tensors by name: itself, or multiplied.
+def smoothed(tensor: StoredTensor, powers: Mapping[str, Powers], *, strict: bool = False) -> StoredTensor:
+    """Return a tensor as it is to be read, given the factors of tensors by name: itself, or multiplied; see `Smoothed`.
 
     Raises SourceError for factors of a tensor of another shape.
     """
@@ -135,36 +141,30 @@ def smoothed(tensor: StoredTensor, powers: Mapping[str, Powers]) -> StoredTensor
         fits = fits and columns == matrix.columns and slices > 0 and matrix.rows % slices == 0
     if not fits:
         raise SourceError(f"{quote(tensor.info.name)} is {list(tensor.info.shape)}: its factors are of another shape")
-    return tensor._replace(encoding=Smoothed(tensor, found))
+    return tensor._replace(encoding=Smoothed(tensor, found, strict=strict))
 
 
 Place = tuple[int, int]
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
-def _multiply(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16]) -> Place | None:
-    """Multiply bfloat16 or float32 values in place; return the place of one that would not be exact, or None.
+def _multiply(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16], offset: float) -> Place | None:
+    """Replace bfloat16 or float32 values x in place by `(x + offset) * 2^exponent - offset`, rounded to their dtype.
 
-    NaN and infinity stay: who reads them must look.
+    What is beyond the dtype becomes its largest number; the place of the first such value is returned, or None. NaN and infinity
+    stay: who reads them must look.
     """
     is_bf16 = values.dtype == np.uint16
     exact = (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values
-    factors = np.ldexp(np.float32(1), exponents)
-    found = exact * factors
-    bits = found.view(np.uint32)
-    wrong = np.isfinite(exact) & (~np.isfinite(found) | (found / factors != exact))
-    if is_bf16:
-        wrong |= (bits & 0xFFFF) != 0
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        return int(row), int(column)
-    values[...] = bits >> 16 if is_bf16 else found
-    return None
-
-
-def _multiply_sum(values: npt.NDArray[Any], exponents: npt.NDArray[np.int16], offset: float) -> None:
-    """Replace values x in place by `(x + offset) * 2^exponent - offset`, rounded to their dtype."""
-    is_bf16 = values.dtype == np.uint16
-    exact = (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values
-    found = (np.ldexp(exact.astype(np.float64) + offset, exponents) - offset).astype(np.float32)
+    if offset:
+        found = (np.ldexp(exact.astype(np.float64) + offset, exponents) - offset).astype(np.float32)
+    else:
+        found = exact * np.ldexp(np.float32(1), exponents)
+    beyond = np.isfinite(exact) & np.isinf(found)
+    place: Place | None = None
+    if beyond.any():
+        row, column = np.argwhere(beyond)[0]
+        place = int(row), int(column)
+        found = np.where(beyond, np.copysign(_LARGEST[values.dtype.type], exact), found)
     values[...] = bf16_bits(found) if is_bf16 else found
+    return place

@@ -134,6 +134,7 @@ def _report(run: Run, out: Destination, executed: Executed, resumed: int) -> Rep
         left_out=plan.checkpoint.left_out,
         fetched_bytes=plan.checkpoint.source.fetched_bytes,
         unchecked_files=_unchecked(plan, resumed),
+        smoothed=plan.smoothing.weights if plan.smoothing is not None else 0,
     )
 
 

@@ -113,6 +113,7 @@ def _key(plan: ConversionPlan, layers: Sequence[Layers], target: SizeTarget) -> 
     bases = [(each.name, plan.format_of(each.weights[0]).name) for each in layers]
     calibration = plan.digests.get("calibration", "")
     parts = [ERRORS_FORMAT, shards, plan.method, calibration, bases, target.formats]
+    parts += [plan.digests["smoothing"]] if "smoothing" in plan.digests else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -51,7 +51,7 @@ def finish(
     for name in plan.checkpoint.companions:
         sums[name] = out.copy(name, source)
     texts = {REPORT: report_text(plan, patterns), CARD: card}
-    if plan.smoothing is not None:
+    if plan.smoothing is not None and plan.smoothing.powers:
         texts[RECORD] = record_text(plan.smoothing.powers)
     if plan.settings.recipe is not None:
         texts[RECIPE] = plan.settings.recipe.text

@@ -95,4 +95,5 @@ def finished_report(plan: ConversionPlan, root: Path, stored: Mapping[str, Any],
         timings={},
         already_complete=True,
         left_out=plan.checkpoint.left_out,
+        smoothed=plan.smoothing.weights if plan.smoothing is not None else 0,
     )

@@ -83,7 +83,7 @@ def _summary(plan: ConversionPlan, name: str) -> str:
     origin = plan.checkpoint.origin
     source = f"`{origin.repo_id}` at commit `{origin.revision}`" if origin.repo_id else "a local checkpoint"
     inputs = f" Input scales are {plan.input_scales.about}." if plan.input_scales is not None else ""
-    if plan.smoothing is not None:
+    if plan.smoothing is not None and plan.smoothing.powers:
         inputs += (
             f" Inputs of {counted(plan.smoothing.weights, 'weight', 'weights')} are smoothed: norms and other tensors are "
             f"scaled by powers of two, listed in `{RECORD}`."
@@ -139,7 +139,8 @@ def _origin(plan: ConversionPlan, names: tuple[str, str]) -> str:
     options += [part for rule in plan.settings.formats for part in ("--format", str(rule))]
     options += _target_options(plan.settings.target) if plan.settings.target is not None else []
     options += ["--kv-cache", plan.settings.kv_cache] if plan.settings.kv_cache else []
-    options += ["--smooth"] if plan.settings.smooth else []
+    options += ["--smooth"] if plan.smoothing is not None and plan.smoothing.powers else []
+    options += ["--no-smooth"] if plan.settings.smooth is False else []
     options += [] if rules.use_defaults else ["--no-default-ignore"]
     given = "  # and the input scales or calibration file" if plan.input_scales is not None or plan.calibration else ""
     kept = Counter(

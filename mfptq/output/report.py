@@ -54,7 +54,7 @@ class Report:
 
     `left_out`: files of the source that were not taken, with their sizes; `fetched_bytes`: what came from the Hub;
     `unchecked_files`: how many shards this run read there without comparing their SHA-256, as they did not come whole and in order;
-    `published`: the address of the commit, where the output was pushed.
+    `published`: the address of the commit, where the output was pushed; `smoothed`: how many weights have smoothed inputs.
     `already_complete`: an earlier run had done everything, and its files proved intact.
     """
 
@@ -82,6 +82,7 @@ class Report:
     fetched_bytes: int = 0
     unchecked_files: int = 0
     published: str = ""
+    smoothed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""

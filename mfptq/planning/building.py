@@ -55,7 +55,7 @@ def build_plan(
     selection = select_formats(source, settings.rules, settings.all_formats, FORMATS[scheme.lower()])
     given = smoothed_inputs(Inputs(stored, selection, calibration, scales), checkpoint.config, settings)
     contents, selection = given.contents, with_kept_codes(given.selection)
-    found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.casts)
+    found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.is_auto)
     group_of = {member: group for group in selection.groups for member in group.members}
     cache = cache_scales(contents, settings, calibration, given.smoothing, source=checkpoint.source)
     targets = found.targets(method)

@@ -31,7 +31,7 @@ def digests_of(
         **({} if found.calibration is None else {"calibration": found.calibration.digest}),
         **found.carried.digests,
         **({"cast": sha256("\n".join(sorted(found.cast)))} if found.cast else {}),
-        **({} if smoothing is None else {"smoothing": smoothing.digest}),
+        **({"smoothing": smoothing.digest} if smoothing is not None and smoothing.powers else {}),
     }
 
 

@@ -52,7 +52,8 @@ class Decisions(TypedDict, total=False):
     `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
     checkpoint with input scales, what `read_input_scales` returned, or "auto", which bounds them without calibration; an NVFP4 checkpoint whose choice of layers is
     taken as well.
-    `smooth`: True moves the size of loud input channels into the weights, by powers of two; needs a calibration file.
+    `smooth`: True moves the size of loud input channels into the weights, by powers of two; needs a calibration file with second
+    moments. By default so it is in W4A4 where the file has them and `method` is `auto`; False turns it off.
     `input_margin`: by how much the ranges of a calibration file are widened, 4 by default; 1 for `minmax` and ranges
     that another tool found.
     `revision`, `token`, `cache_dir`: as in huggingface_hub. `keep_source`: a repo goes into its cache whole, and stays there.
@@ -77,7 +78,7 @@ class Decisions(TypedDict, total=False):
     calibration: str | Path | None
     input_scales: str | Path | InputScales | None
     input_margin: float | None
-    smooth: bool
+    smooth: bool | None
     like: str | Path | None
     revision: str | None
     token: str | None
@@ -99,7 +100,7 @@ class Settings:
     formats: tuple[FormatRule, ...] = ()
     kv_cache: str | None = None
     recipe: Recipe | None = None
-    smooth: bool = False
+    smooth: bool | None = None
     target: SizeTarget | None = None
     chosen: tuple[FormatRule, ...] | None = None
 
@@ -112,13 +113,13 @@ class Settings:
         """Return the method; `auto` remains only where a calibration file is there to decide."""
         if self.method in CALIBRATED_METHODS and not calibrated:
             raise UsageError(f"method {self.method} needs a calibration file; without one choose search or minmax")
-        if self.method in (None, "auto"):
+        if self.is_auto:
             return "auto" if calibrated else "search"
         return str(self.method)
 
     @property
-    def casts(self) -> bool:
-        """Whether MXFP4 keeps its codes: so by default, while a method that is asked for holds for every weight."""
+    def is_auto(self) -> bool:
+        """Whether the method is left open: then MXFP4 keeps its codes, while a method that is asked for holds for every weight."""
         return self.method in (None, "auto")
 
     def resolve_scheme(self, *, with_input: bool) -> Scheme:
@@ -166,7 +167,7 @@ def check_decisions(decisions: Decisions) -> Settings:
         tuple(parse_format_rule(text) for text in _patterns(decisions.get("formats", ()))),
         _kv_cache(decisions.get("kv_cache")),
         recipe,
-        smooth=decisions.get("smooth", False),
+        smooth=decisions.get("smooth"),
         target=target,
         chosen=_chosen(decisions.get("chosen_formats"), target),
     )

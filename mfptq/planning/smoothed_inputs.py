@@ -15,13 +15,15 @@ from ..names.config_sizes import read_sizes
 from ..scales.input_scales import InputScales
 from ..scales.uncalibrated import UncalibratedInputs
 from .formats import FORMATS
+from .kept_codes import with_kept_codes
 from .rules import Selection, TensorDecision
 from .settings import Settings, input_margin
+from .stored_codes import takes_codes
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
     from ..encodings.contents import Contents
-    from ..smoothing.plan import Smoothing
+    from ..smoothing.plan import Fates, Smoothing
 
 
 class Inputs(NamedTuple):
@@ -35,33 +37,54 @@ class Inputs(NamedTuple):
 
 
 def smoothed_inputs(given: Inputs, config: Mapping[str, Any], settings: Settings) -> Inputs:
-    """Return everything with the inputs smoothed that can be, if that is asked for; `config` is the source's config.json."""
-    if not settings.smooth or given.calibration is None:
+    """Return everything with the inputs smoothed that can be, where that is due; `config` is the source's config.json."""
+    calibration = given.calibration
+    if calibration is None or not _is_due(given, calibration, settings):
         return given
     from ..smoothing.plan import find_smoothing
     from ..smoothing.structure import find_links
 
-    quantized: dict[str, int] = {}
-    fixed: set[str] = set()
-    for item in given.selection.tensors:
-        target = FORMATS[item.decision.format] if item.decision.quantize else None
-        if target is not None and target.takes_statistics and not isinstance(item.candidate.tensor.encoding, Nvfp4):
-            quantized.update((weight.module, weight.columns) for weight in item.candidate.weights)
-        elif target is not None and target.needs_input_scales:
-            fixed.update(weight.module for weight in item.candidate.weights)
+    fates = _fates(given.selection, casts=settings.is_auto)
     modules = [weight.module for item in given.selection.tensors for weight in item.candidate.weights]
-    kept = [each for each in (*modules, *_tensors_alone(given.selection)) if each not in quantized]
+    kept = [each for each in (*modules, *_tensors_alone(given.selection)) if each not in fates.quantized]
     smoothing = find_smoothing(
         find_links({each.info.name: each for each in given.contents}, config, given.selection.structure.outside),
         {item.candidate.tensor.info.name: item.candidate for item in given.selection.tensors},
-        quantized,
-        given.calibration.of_model(quantized, kept),
-        fixed=fixed,
+        fates,
+        calibration.of_model(fates.quantized, kept),
+        strict=settings.smooth is True,
     )
-    calibration = given.calibration.smoothed(smoothing.inputs)
+    calibration = calibration.smoothed(smoothing.inputs)
     scales = given.scales and calibration.input_scales(input_margin(settings, calibration.description.origin))
     contents = given.contents.mapped(smoothing.of)
     return Inputs(contents, _reread(given.selection, contents, config), calibration, scales, smoothing)
+
+
+def _is_due(given: Inputs, calibration: Calibration, settings: Settings) -> bool:
+    """Return whether to smooth: as asked; by default in W4A4, where the method is left open too and the file has second moments."""
+    if settings.smooth is not None:
+        return settings.smooth
+    return given.scales is not None and settings.is_auto and calibration.description.has_moments
+
+
+def _fates(selection: Selection, *, casts: bool) -> Fates:
+    from ..smoothing.plan import Fates
+
+    fates = Fates({}, set(), set(), set())
+    for item in with_kept_codes(selection).tensors:
+        weights = item.candidate.weights
+        target = FORMATS[item.decision.format] if item.decision.quantize else None
+        if target is None or isinstance(item.candidate.tensor.encoding, Nvfp4):
+            continue
+        modules = [weight.module for weight in weights]
+        if target.takes_statistics:
+            fates.quantized.update(zip(modules, (weight.columns for weight in weights), strict=True))
+            fates.rounded.update(modules if target.needs_input_scales else ())
+        elif target.needs_input_scales:
+            fates.fixed.update(modules)
+        if all(takes_codes(target, weight) for weight in weights) and (casts or not target.takes_statistics):
+            fates.as_they_are.add(item.candidate.tensor.info.name)
+    return fates
 
 
 def _tensors_alone(selection: Selection) -> list[str]:

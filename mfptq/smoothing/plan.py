@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,12 +31,25 @@ ROOM = 256.0  # a magnitude up to which an input scale has its margin and is not
 UNKNOWN = "what makes their input is not known for certain"
 
 
+class Fates(NamedTuple):
+    """What becomes of the source's weights, as far as smoothing asks, by module.
+
+    `quantized` become NVFP4 from values, with so many columns each; the inputs of `rounded`, some or none of them, are NVFP4
+    too. What modules in `fixed` read has a fixed scale in another format. `as_they_are` names tensors whose codes go over.
+    """
+
+    quantized: dict[str, int]
+    rounded: set[str]
+    fixed: set[str]
+    as_they_are: set[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Smoothing:
     """Powers of two by tensor, and by input of the calibration file.
 
     `weights` counts the quantized weights whose input is smoothed, `left` those that are left alone, by reason; `kept` the kept
-    tensors that are scaled, by pattern of their names.
+    tensors that are scaled, by pattern of their names. `strict`: a product that its dtype cannot hold is an error.
     """
 
     powers: Mapping[str, Powers] = field(repr=False)
@@ -44,10 +57,11 @@ class Smoothing:
     weights: int
     left: Mapping[str, int]
     kept: Mapping[str, int]
+    strict: bool = False
 
     def of(self, tensor: StoredTensor) -> StoredTensor:
         """Return a tensor of the source as it is to be read: itself, or multiplied."""
-        return smoothed(tensor, self.powers)
+        return smoothed(tensor, self.powers, strict=self.strict)
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -56,7 +70,7 @@ class Smoothing:
         factors = f", factors from 2^{min(exponents)} to 2^{max(exponents)}" if exponents else ""
         weights = counted(self.weights, "quantized weight", "quantized weights")
         return (
-            f"smoothing: the inputs of {weights}{factors}",
+            f"smoothing: the inputs of {weights}{factors}, so that FP4 loses less of them",
             *(f"kept, but scaled by smoothing: {count} {printable(pattern)}" for pattern, count in self.kept.items()),
             *(f"not smoothed: {counted(count, 'weight', 'weights')}, {why}" for why, count in self.left.items()),
         )
@@ -76,44 +90,56 @@ class Smoothing:
 
 
 def find_smoothing(
-    structure: Structure,
-    candidates: Mapping[str, Candidate],
-    quantized: Collection[str],
-    calibration: Calibration,
-    *,
-    fixed: Collection[str] = (),
+    structure: Structure, candidates: Mapping[str, Candidate], fates: Fates, calibration: Calibration, *, strict: bool
 ) -> Smoothing:
-    """Return the smoothing of all inputs that quantized weights read and that are certain.
+    """Return the smoothing of all inputs that are certain and that quantized weights read.
 
-    `candidates` are the source's tensors by name, `quantized` modules that become FP4 from values, `calibration` knows the
-    source's names. What modules in `fixed` read is left alone: they have a fixed input scale in another format.
+    `candidates` are the source's tensors by name, `calibration` knows the source's names. Where the inputs of some weights are
+    quantized, those that only others read are left alone.
     """
     sums = FactorSums({name: item.tensor for name, item in candidates.items()})
-    inputs: dict[str, Exponents] = {}
+    chosen: list[_Chosen] = []
     reasons: dict[str, str] = {}
-    done: set[str] = set()
     for link in structure.links:
         every = [weight.module for reader in link.readers for weight in _weights(reader, candidates)]
-        modules = [name for name in every if name in quantized]
-        reason = _obstacle(link, candidates) if modules else ""
-        if modules and not reason and not set(every).isdisjoint(fixed):
-            reason = "a layer that reads the same input has a fixed scale in another format"
-        if reason or not modules:
-            reasons.update(dict.fromkeys(modules, reason))
-            continue
-        chosen = _factors(link, modules, calibration)
-        if chosen is None:
-            reasons.update(dict.fromkeys(modules, "no text of the calibration pass reached them"))
-            continue
-        sums.add(link, chosen)
-        done.update(modules)
-        for name in _inputs(modules, calibration):
-            if not np.array_equal(inputs.setdefault(name, chosen[link.channels]), chosen[link.channels]):
-                raise ScaleError(f"input {quote(name)} of the calibration file is that of layers with different inputs")
-    left = Counter(reasons.get(name) or _unknown(name, structure) for name in quantized if name not in done)
+        modules = [name for name in every if name in fates.quantized]
+        reason = _obstacle(link, every, candidates, fates) if modules else ""
+        exponents = None if reason or not modules else _factors(link, modules, calibration)
+        if exponents is not None:
+            chosen.append(_Chosen(link, modules, exponents))
+        reasons.update(dict.fromkeys(modules, reason or "no text of the calibration pass reached them"))
+    inputs, shared = _by_input(chosen, calibration)
+    done: set[str] = set()
+    for each in chosen:
+        if shared.isdisjoint(_inputs(each.modules, calibration)):
+            sums.add(each.link, each.exponents)
+            done.update(each.modules)
+        else:
+            reasons.update(dict.fromkeys(each.modules, "the calibration file has one input for them and others"))
+    left = Counter(reasons.get(name) or _unknown(name, structure) for name in fates.quantized if name not in done)
     powers = sums.powers()
-    kept = Counter(name_pattern(name) for name in powers if not _is_quantized(candidates[name], quantized))
-    return Smoothing(powers, inputs, len(done), dict(left.most_common()), dict(sorted(kept.items())))
+    kept = Counter(name_pattern(name) for name in powers if not _is_quantized(candidates[name], fates.quantized))
+    return Smoothing(powers, inputs, len(done), dict(left.most_common()), dict(sorted(kept.items())), strict)
+
+
+class _Chosen(NamedTuple):
+    """An input, the quantized modules that read it, and an exponent for each of its channels."""
+
+    link: Link
+    modules: list[str]
+    exponents: Exponents
+
+
+def _by_input(chosen: Iterable[_Chosen], calibration: Calibration) -> tuple[dict[str, Exponents], set[str]]:
+    """Return the exponents of columns by input of the calibration file, and the inputs that would need several."""
+    found: dict[str, Exponents] = {}
+    shared: set[str] = set()
+    for each in chosen:
+        columns = each.exponents[each.link.channels]
+        for name in _inputs(each.modules, calibration):
+            if not np.array_equal(found.setdefault(name, columns), columns):
+                shared.add(name)
+    return {name: columns for name, columns in found.items() if name not in shared}, shared
 
 
 def _is_quantized(item: Candidate, quantized: Collection[str]) -> bool:
@@ -133,18 +159,28 @@ def _weights(reader: Reader, candidates: Mapping[str, Candidate]) -> tuple[Weigh
     return found[reader.expert * each : (reader.expert + 1) * each]
 
 
-def _obstacle(link: Link, candidates: Mapping[str, Candidate]) -> str:
-    """Return why the tensors around an input cannot be multiplied exactly, or ""."""
-    for name in [*(maker.tensor for maker in link.makers), *(reader.tensor for reader in link.readers)]:
-        item = candidates[name]
-        encoding = item.tensor.encoding
-        if encoding is not None and encoding.is_nvfp4:
-            return "they, or what makes their input, are NVFP4 already"
-        if item.tensor.info.dtype not in EXACT_DTYPES:
-            return f"factors of {item.tensor.info.dtype} tensors would not be exact"
-        stored_plainly = item.weights and not any(weight.pitch for weight in item.weights)
-        if len(item.tensor.info.shape) > 1 and not stored_plainly:
-            return "they, or what makes their input, are not stored row by row"
+def _obstacle(link: Link, modules: Collection[str], candidates: Mapping[str, Candidate], fates: Fates) -> str:
+    """Return why an input that `modules` read is to be left alone, or ""."""
+    if fates.rounded and set(modules).isdisjoint(fates.rounded):
+        return "their inputs stay in 16 bits"
+    if not set(modules).isdisjoint(fates.fixed):
+        return "a layer that reads the same input has a fixed scale in another format"
+    names = [*(maker.tensor for maker in link.makers), *(reader.tensor for reader in link.readers)]
+    if not fates.as_they_are.isdisjoint(names):
+        return "codes of theirs, or of what makes their input, go over as they are"
+    return next(filter(None, (_unscalable(candidates[name]) for name in names)), "")
+
+
+def _unscalable(item: Candidate) -> str:
+    """Return why a tensor cannot be multiplied row by row and column by column, or ""."""
+    encoding = item.tensor.encoding
+    if encoding is not None and encoding.is_nvfp4:
+        return "they, or what makes their input, are NVFP4 already"
+    if item.tensor.info.dtype not in EXACT_DTYPES:
+        return f"factors of {item.tensor.info.dtype} tensors would not be exact"
+    stored_plainly = item.weights and not any(weight.pitch for weight in item.weights)
+    if len(item.tensor.info.shape) > 1 and not stored_plainly:
+        return "they, or what makes their input, are not stored row by row"
     return ""
 
 
@@ -159,7 +195,7 @@ def _factors(link: Link, modules: Collection[str], calibration: Calibration) -> 
 
     Moments of several inputs, as experts record their own, count by their tokens; those of columns that share a channel alike.
     """
-    every = [calibration.read(calibration.inputs[name]) for name in _inputs(modules, calibration)]
+    every = [calibration.ranges(calibration.inputs[name]) for name in _inputs(modules, calibration)]
     if not every:
         return None
     total, tokens = np.zeros(len(link.channels)), 0

@@ -1,4 +1,4 @@
-"""Tensors times powers of two: exact, or refused; the same however they are cut."""
+"""Tensors times powers of two: exact in the normal range, rounded below it; the same however they are cut."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def scaler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 SCALER = scale_codes
 
 
-def decoded(folder: Path, tensor: torch.Tensor, powers: Powers, *regions: Region) -> list[np.ndarray]:
+def decoded(
+    folder: Path, tensor: torch.Tensor, powers: Powers, *regions: Region, strict: bool = False
+) -> list[np.ndarray]:
     """Return regions of a tensor that is read times its factors."""
     folder.mkdir(exist_ok=True)
     save_file({"w": tensor}, folder / "model.safetensors", {"format": "pt"})
@@ -38,7 +40,7 @@ def decoded(folder: Path, tensor: torch.Tensor, powers: Powers, *regions: Region
     found = []
     for region in regions or (Region(0, stored.matrix.rows, 0, stored.matrix.columns),):
         out = np.empty(region.size, NUMPY_DTYPES[stored.info.dtype])
-        Smoothed(stored, powers).decode(checkpoint.source, region, out, SCALER)
+        Smoothed(stored, powers, strict=strict).decode(checkpoint.source, region, out, SCALER)
         found.append(out.reshape(region.rows, region.columns))
     checkpoint.source.close()
     return found
@@ -86,35 +88,59 @@ def test_each_slice_of_a_stack_has_its_own_factors(tmp_path: Path) -> None:
     assert (found == np.repeat(np.ldexp(np.float32(1), columns), 2, axis=0)).all()
 
 
+def with_one(value: float, exponent: int, dtype: torch.dtype) -> tuple[torch.Tensor, Powers]:
+    """Return a tensor with a value in row 7, column 21, and the factors of its columns."""
+    tensor, exponents = random(dtype), np.zeros((1, COLUMNS), np.int8)
+    tensor[7, 21], exponents[0, 21] = value, exponent
+    return tensor, Powers(None, exponents)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_beyond_the_range_is_refused_or_the_largest_number(
+    sign: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensor, powers = with_one(sign * 3e38, 1, dtype)
+    with pytest.raises(SmoothingError, match=r"row 7, column 21 times 2\^1 is larger than any number of"):
+        decoded(tmp_path, tensor, powers, strict=True)
+    [found] = decoded(tmp_path, tensor, powers)
+    tensor[7, 21] = 1
+    [expected] = decoded(tmp_path, tensor, powers)
+    assert floats(found)[7, 21] == sign * torch.finfo(dtype).max
+    assert (np.delete(found.reshape(-1), 7 * COLUMNS + 21) == np.delete(expected.reshape(-1), 7 * COLUMNS + 21)).all()
+
+
 @pytest.mark.parametrize(
     ("value", "exponent", "dtype"),
     [
-        (3e38, 1, torch.bfloat16),
-        (3e38, 1, torch.float32),
         (1.0078125 * 2.0**-120, -8, torch.bfloat16),
-        (2.0**-133 * 3, -1, torch.bfloat16),
+        (-(2.0**-133) * 3, -1, torch.bfloat16),
+        (2.0**-133, -1, torch.bfloat16),
         ((1 + 2.0**-23) * 2.0**-120, -8, torch.float32),
     ],
 )
-def test_what_would_not_be_exact_is_refused(value: float, exponent: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    tensor = random(dtype)
-    tensor[7, 21] = value
+@pytest.mark.parametrize("strict", [False, True])
+def test_below_normal_numbers_products_are_rounded(
+    value: float, exponent: int, dtype: torch.dtype, strict: bool, tmp_path: Path
+) -> None:
+    tensor, powers = with_one(value, exponent, dtype)
     assert tensor[7, 21] != 0
-    exponents = np.zeros((1, COLUMNS), np.int8)
-    exponents[0, 21] = exponent
-    with pytest.raises(SmoothingError, match=rf"row 7, column 21 times 2\^{exponent} is none that"):
-        decoded(tmp_path, tensor, Powers(None, exponents))
+    [found] = decoded(tmp_path, tensor, powers, strict=strict)
+    exact = tensor[7, 21].double() * 2.0**exponent
+    assert float(floats(found)[7, 21]) == float(exact.to(dtype)) != float(exact)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay(value: float, tmp_path: Path) -> None:
+    [found] = decoded(tmp_path, *with_one(value, -3, torch.bfloat16), strict=True)
+    assert str(floats(found)[7, 21]) == str(value)
 
 
 @pytest.mark.parametrize(
     ("value", "exponent"), [(2.0**-130, 20), (2.0**-126, -3), (2.0**-120, -10), (1.5 * 2.0**126, 1)]
 )
 def test_subnormal_and_largest_numbers_that_fit_are_exact(value: float, exponent: int, tmp_path: Path) -> None:
-    tensor = random(torch.bfloat16)
-    tensor[7, 21] = value
-    exponents = np.zeros((1, COLUMNS), np.int8)
-    exponents[0, 21] = exponent
-    [found] = decoded(tmp_path, tensor, Powers(None, exponents))
+    [found] = decoded(tmp_path, *with_one(value, exponent, torch.bfloat16))
     assert float(floats(found)[7, 21]) == value * 2.0**exponent
 
 
