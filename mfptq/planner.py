@@ -69,9 +69,9 @@ def _read_named(settings: Settings, decisions: Decisions, hub: HubOptions, opene
     if (like := decisions.get("like")) is not None:
         from .scales.sibling import read_sibling
 
-        sibling = read_sibling(like, token=hub.token, cache_dir=hub.cache_dir)
+        sibling = read_sibling(like, token=hub.token, cache_dir=hub.cache_dir, with_scales=not weight_only)
         settings = replace(settings, rules=replace(settings.rules, like=sibling))
-        return _Known(settings, None if weight_only else sibling.scales)
+        return _Known(settings, sibling.scales)
     if (calibrated := decisions.get("calibration")) is not None:
         from .calibration.reading import load_calibration
 

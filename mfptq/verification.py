@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from .calibration.reading import load_calibration
+from .calibration.reading import Calibration, load_calibration
 from .checkpoint.companions import FileChoice
 from .checkpoint.folder import Checkpoint
 from .checkpoint.hub import HubOptions, names_repo, open_checkpoint
-from .checkpoint.weights import candidates, layer_pattern, name_pattern
+from .checkpoint.weights import Weight, candidates, layer_pattern, name_pattern
 from .encodings.fp4 import Nvfp4
-from .encodings.smoothed import Smoothed
+from .encodings.smoothed import Exponents, Smoothed
 from .errors import HubError, MfptqError, SourceError, StorageError, quote
 from .execution.comparing import compare_parts
 from .execution.events import OnEvent
@@ -156,6 +156,7 @@ def measure(
             columns = {weight.module: weight.columns for weight in shaped}
             others = [item.module for item in candidates(original.tensors()) if item.module not in columns]
             known = known.of_model(columns, others)
+            known = known.smoothed(_divisors(known, shaped))
         measured = [
             MeasuredPart(each.stored, each.rows, OutputErrors.of(known, each.stored.weight.module), Measured())
             for each in parts
@@ -165,6 +166,18 @@ def measure(
     for part in measured:
         found.setdefault(layer_pattern(part.stored.weight.module), Measured()).add(part.found)
     return dict(sorted(found.items()))
+
+
+def _divisors(calibration: Calibration, weights: Iterable[Weight]) -> dict[str, Exponents]:
+    """Return what smoothing divided the inputs of weights by, by their names in the calibration file."""
+    found: dict[str, Exponents] = {}
+    for weight in weights:
+        info, divisors = calibration.input_of(weight.module), None
+        if isinstance(weight.encoding, Smoothed):
+            divisors = weight.encoding.divisors
+        if info is not None and divisors is not None:
+            found[info.name] = divisors
+    return found
 
 
 def _check(output: Checkpoint, original: Checkpoint | None, found: _Findings) -> None:

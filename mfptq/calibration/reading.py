@@ -153,8 +153,7 @@ class Calibration:
                 self._recent.popitem(last=False)
         with recent.lock:
             if recent.made is None:
-                found, exponents = self.read(info), self._exponents.get(info.name)
-                recent.made = prepare(found if exponents is None else smoothed(found, exponents), method)
+                recent.made = prepare(self._divided(info), method)
             return recent.made
 
     def read(self, info: InputInfo) -> InputStatistics:
@@ -169,9 +168,13 @@ class Calibration:
         return InputStatistics(self._number(info, AMAX), tokens, self._part(info, MOMENT))
 
     def known(self, module: str) -> InputStatistics | None:
-        """Return everything that the file holds of a module's input; None where no text reached it."""
+        """Return everything that is known of a module's input, smoothed if it is; None where no text reached it."""
         info = self._input_of.get(module)
-        return None if info is None else self.read(info)
+        return None if info is None else self._divided(info)
+
+    def _divided(self, info: InputInfo) -> InputStatistics:
+        found, exponents = self.read(info), self._exponents.get(info.name)
+        return found if exponents is None else smoothed(found, exponents)
 
     def sensitivity(self, module: str) -> float | None:
         """Return how much the model's output suffers where the layers of a module's input are rounded to plain NVFP4.

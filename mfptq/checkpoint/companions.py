@@ -17,6 +17,7 @@ from ..limits import MAX_COMPANION_BYTES
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SMOOTHING = "mfptq_smoothing.json"  # the factors of an output whose inputs are smoothed
 MODULES = "modules.json"  # of sentence-transformers: names folders that belong to the model
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_SUFFIX = ".safetensors"
@@ -28,7 +29,7 @@ _WEIGHTS = (
 _OTHER_FORMAT = "consolidated"  # Mistral's own, beside the Hugging Face files
 _OTHER_FOLDERS = ("original",)  # Meta's own
 _REPLACED = (
-    CONFIG, INDEX, "README.md", "SHA256SUMS", "mfptq_report.json", "mfptq_smoothing.json", "mfptq_evaluation.json",
+    CONFIG, INDEX, "README.md", "SHA256SUMS", "mfptq_report.json", SMOOTHING, "mfptq_evaluation.json",
 )  # fmt: skip
 REPLACED_FOLDED = {name.casefold() for name in _REPLACED}  # some systems take README.md and readme.md for one file
 # What other tools wrote of how this checkpoint was quantized, and what Mistral's own format adds: a second truth beside ours.

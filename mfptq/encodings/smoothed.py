@@ -82,6 +82,12 @@ class Smoothed(Encoding):
         """Return the encoding of the rows from one on."""
         return replace(self, first_row=self.first_row + row)
 
+    @property
+    def divisors(self) -> Exponents | None:
+        """Exponents `[K]` of what the channels of its input are divided by, at its first row; None where they are not."""
+        columns = self.powers.columns
+        return None if columns is None else columns[self.first_row * len(columns) // self.tensor.matrix.rows]
+
     def ranges(self, region: Region) -> list[tuple[int, int]]:
         """Return where a region of whole rows, or of a part of one, lies; of an encoded tensor, where its codes lie."""
         region = self._absolute(region)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from ..checkpoint.companions import SMOOTHING
 from ..checkpoint.folder import Checkpoint, read_shard, stored_tensors
 from ..checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from ..checkpoint.source import FolderSource, Source
@@ -91,6 +92,11 @@ def _read_safetensors(path: Path, scale_kind: ScaleKind | None) -> dict[str, flo
 
 def _of_checkpoint(checkpoint: Checkpoint, scale_kind: ScaleKind | None) -> dict[str, float]:
     try:
+        if SMOOTHING in checkpoint.source.files():
+            raise ScaleError(
+                f"{SMOOTHING} says that its inputs are smoothed: their scales fit no others; take the calibration file, or an "
+                "output that was made without smoothing"
+            )
         named = [tensor for tensor in checkpoint.tensors() if split_name(tensor.info.name)[1]]
         convention = ScaleConvention(scale_kind, _algorithms(checkpoint, named))
         return _global_scales(_numbers(checkpoint.source, named), convention)

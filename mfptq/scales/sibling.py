@@ -40,9 +40,14 @@ class SiblingLayers:
 
 
 def read_sibling(
-    path: str | Path, kind: str | None = None, *, token: str | None = None, cache_dir: str | Path | None = None
+    path: str | Path,
+    kind: str | None = None,
+    *,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    with_scales: bool = True,
 ) -> SiblingLayers:
-    """Return the quantized layers of a checkpoint, a folder or a Hub repo, and their input scales.
+    """Return the quantized layers of a checkpoint, a folder or a Hub repo, and their input scales if they are wanted.
 
     `kind` says what its scales are where neither names nor config tell. Raises ScaleError for what is neither NVFP4 nor FP8.
     """
@@ -57,7 +62,7 @@ def read_sibling(
     layers = dict(_layers(tensors))
     if not layers:
         raise ScaleError(f"checkpoint {quote(path)} has no layers in NVFP4 or FP8, with their scales")
-    if not any(split_name(name)[1] and split_name(name)[0] in layers for name in tensors):
+    if not with_scales or not any(split_name(name)[1] and split_name(name)[0] in layers for name in tensors):
         return SiblingLayers(str(path), layers, None)
     found = read_input_scales(path, kind, token=token, cache_dir=cache_dir)
     scales = {name: value for name, value in found.global_scales.items() if name in layers}

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.companions import SMOOTHING
 from ..checkpoint.small_files import read_object
 from ..checkpoint.source import Source
 from ..checkpoint.strict_json import dump_json
@@ -26,7 +27,7 @@ from ..encodings.smoothed import Exponents, Powers
 from ..errors import SourceError, quote
 from ..limits import MAX_INDEX_BYTES
 
-RECORD = "mfptq_smoothing.json"
+RECORD = SMOOTHING
 FORMAT = 1
 _LETTERS = string.ascii_lowercase[::-1] + "." + string.ascii_uppercase  # from -26 to 26
 _ZERO = _LETTERS.index(".")

@@ -21,6 +21,7 @@ from mfptq.planning.allocation import NORM, REFERENCE
 from mfptq.planning.size_units import changeable_layers
 from tests.calibration.files import calibrate, random_inputs, statistics_of, stored
 from tests.conftest import command, digests
+from tests.smoothing.models import fold, smoothed_file, write_model
 
 FP8 = "fp8-dynamic"
 
@@ -180,6 +181,25 @@ def test_w4a4_keeps_its_input_scales_where_layers_stay_nvfp4(source: Path, tmp_p
     scaled = {name.removesuffix(".input_global_scale") for name in tensors if name.endswith(".input_global_scale")}
     assert packed == scaled != set()
     assert mfptq.check(tmp_path / "out").ok
+
+
+def test_errors_of_smoothed_weights_are_those_of_the_folded_model(tmp_path: Path) -> None:
+    """With the statistics of its own inputs; a file that keeps them is not taken for errors without smoothing."""
+    source = write_model(tmp_path / "source", "qwen3_moe")
+    file, kept = calibrate(source, tmp_path / "demo.calibration.safetensors"), tmp_path / "errors.json"
+    folded = fold(source, tmp_path / "folded", calibration=file)
+    own = smoothed_file(source, file, tmp_path / "own.calibration.safetensors")
+    rest = {"scheme": "NVFP4A16", "method": "search"}
+    found = measured(source, calibration=file, smooth=True, **rest)
+    expected = measured(folded, calibration=own, **rest)
+    assert found.keys() == expected.keys()
+    for name, errors in found.items():
+        assert errors == pytest.approx(expected[name], rel=1e-3), name
+    keys = []
+    for smooth in (True, False, True):
+        with mfptq.plan(source, calibration=file, smooth=smooth, target_bits=6, format_errors=kept, **rest):
+            keys.append(json.loads(kept.read_text())["key"])
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_errors_are_kept_beside_the_output_and_found_once(

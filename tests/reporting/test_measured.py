@@ -19,6 +19,7 @@ from mfptq.verification import measure
 from tests.calibration.files import calibrate, described, layers_of, random_inputs, stored
 from tests.clients.dequantize import write_twin
 from tests.conftest import command
+from tests.smoothing.models import fold, smoothed_file, write_model
 
 
 def test_errors_are_those_that_the_conversion_found(moe_source: Path, tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_errors_are_those_that_the_conversion_found(moe_source: Path, tmp_path: 
 def test_errors_of_outputs_are_what_the_inputs_let_expect(statistics: str, source: Path, tmp_path: Path) -> None:
     """Held against the inputs themselves: with moments, columns count each alone, with Hessians blocks of 16 of them."""
     calibration = calibrate(source, tmp_path / "c.safetensors", described(statistics))
-    mfptq.convert(source, tmp_path / "out", calibration=calibration)
+    mfptq.convert(source, tmp_path / "out", calibration=calibration, smooth=False)
     found = measure(tmp_path / "out", source, calibration=calibration)
     before = stored(source)
     write_twin(tmp_path / "out", source, tmp_path / "twin", stacked=False)
@@ -50,6 +51,21 @@ def test_errors_of_outputs_are_what_the_inputs_let_expect(statistics: str, sourc
             exact, rounded = (tensors[f"{name}.weight"].double().numpy() for tensors in (before, after))
             error, norm = (_outputs(inputs, values, width) for values in (rounded - exact, exact))
             assert found[name].relative_output_error == pytest.approx((error / norm) ** 0.5, rel=0.02), name
+
+
+def test_smoothed_weights_meet_the_divided_inputs(tmp_path: Path) -> None:
+    """As in the plain conversion of the folded model, with statistics of its own inputs."""
+    source = write_model(tmp_path / "source", "qwen3_moe")
+    calibration = calibrate(source, tmp_path / "c.safetensors")
+    mfptq.convert(source, tmp_path / "out", calibration=calibration, method="search", smooth=True)
+    folded = fold(source, tmp_path / "folded", calibration=calibration)
+    own = smoothed_file(source, calibration, tmp_path / "own.safetensors")
+    mfptq.convert(folded, tmp_path / "plain", calibration=own, method="search")
+    found = measure(tmp_path / "out", source, calibration=calibration)
+    expected = measure(tmp_path / "plain", folded, calibration=own)
+    assert found.keys() == expected.keys()
+    for name, each in found.items():
+        assert each.relative_output_error == pytest.approx(expected[name].relative_output_error, rel=1e-4), name
 
 
 def _outputs(inputs: np.ndarray, weights: np.ndarray, width: int) -> float:

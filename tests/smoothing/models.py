@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from mfptq.calibration.file import InputInfo
+from mfptq.calibration.reading import load_calibration
 from mfptq.checkpoint.encoding import Region
 from mfptq.dtypes import NUMPY_DTYPES
 from mfptq.kernels.decode import load_decoder
 from mfptq.planner import make_plan
 
-from ..calibration.files import calibrate
+from ..calibration.files import calibrate, random_inputs, statistics_of, write_file
 from ..models import DENSE, MOE, write_checkpoint
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -101,6 +103,18 @@ def fold(source: Path, folder: Path, **decisions: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(plan.checkpoint.config))
     plan.close()
     return folder
+
+
+def smoothed_file(source: Path, path: Path, output: Path) -> Path:
+    """Write the statistics of the smoothed inputs, computed from activations instead of from statistics."""
+    plan = make_plan(source, calibration=path, smooth=True)
+    inputs = {}
+    for seed, info in enumerate(load_calibration(path).inputs.values()):
+        exact = random_inputs(info.columns, seed=seed)
+        divided = exact * 2.0 ** -plan.smoothing.inputs.get(info.name, np.zeros(1)).astype(float)
+        inputs[InputInfo(info.name, info.columns, info.modules)] = statistics_of(divided)
+    plan.close()
+    return write_file(output, inputs)
 
 
 def logits(folder: Path, dtype: torch.dtype | str = "auto") -> torch.Tensor:

@@ -21,11 +21,11 @@ from mfptq.errors import PlanMismatchError, ScaleError, SmoothingError, UsageErr
 from mfptq.planner import make_plan
 from mfptq.smoothing.record import RECORD
 
-from ..calibration.files import calibrate, described, layers_of, random_inputs, statistics_of, stored, write_file
+from ..calibration.files import calibrate, described, layers_of, stored, write_file
 from ..conftest import SMALL, SMALL_EXPERTS, Stopped, command, digests, stopping_at
 from ..encodings.checkpoints import decoded
 from ..models import MOE
-from .models import fold, write_model
+from .models import fold, smoothed_file, write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,18 +42,6 @@ def path(source: Path) -> Path:
 
 def tensors(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests(folder).items() if name.endswith(".safetensors")}
-
-
-def smoothed_file(source: Path, path: Path, output: Path) -> Path:
-    """Write the statistics of the smoothed inputs, computed from activations instead of from statistics."""
-    plan = make_plan(source, calibration=path, smooth=True)
-    inputs = {}
-    for seed, info in enumerate(load_calibration(path).inputs.values()):
-        exact = random_inputs(info.columns, seed=seed)
-        divided = exact * 2.0 ** -plan.smoothing.inputs.get(info.name, np.zeros(1)).astype(float)
-        inputs[InputInfo(info.name, info.columns, info.modules)] = statistics_of(divided)
-    plan.close()
-    return write_file(output, inputs)
 
 
 @pytest.fixture(scope="module")

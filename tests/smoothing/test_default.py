@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mfptq
 from mfptq.calibration.file import InputInfo
-from mfptq.errors import PlanMismatchError, SmoothingError
+from mfptq.errors import PlanMismatchError, ScaleError, SmoothingError
 from mfptq.planner import make_plan
 from mfptq.planning.plan import ConversionPlan
 from mfptq.smoothing.record import RECORD
@@ -211,6 +211,23 @@ def test_one_input_of_the_file_for_layers_with_different_ones_is_left_alone(llam
     assert plan.smoothing.weights == 9
     mfptq.convert(llama, tmp_path / "out", calibration=path)
     assert mfptq.verify(tmp_path / "out", llama).ok
+
+
+def test_scales_of_a_smoothed_output_are_not_taken_for_those_of_others(llama, path, tmp_path):
+    """Its choice of layers may be, and it can be repaired as any NVFP4 checkpoint."""
+    out = tmp_path / "out"
+    mfptq.convert(llama, out, calibration=path, ignore=["re:.*o_proj"])
+    for decisions in ({"input_scales": out}, {"like": out}):
+        with pytest.raises(ScaleError, match=r"mfptq_smoothing\.json says that its inputs are smoothed"):
+            planned(llama, **decisions)
+    done = command("calibration", "extract", out, "--output", tmp_path / "taken.calibration.safetensors")
+    assert done.returncode == 4
+    assert "its inputs are smoothed" in done.stderr
+    assert planned(llama, like=out, scheme="W4A16").formats == {"nvfp4a16": 12}
+    mfptq.convert(out, tmp_path / "repaired", ignore=["re:.*o_proj"])
+    assert mfptq.verify(tmp_path / "repaired", out).ok
+    one, other = stored(tmp_path / "repaired"), stored(out)
+    assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in other)
 
 
 def test_parts_and_a_resumed_run_make_the_same(tmp_path):
