@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 import mfptq
+from mfptq.checkpoint.companions import SMOOTHING
 from mfptq.errors import HubError, UsageError
+from tests.calibration.files import calibrate
 from tests.conftest import digests
 from tests.hub.conftest import TOKEN
 from tests.hub.server import REPO, LoopbackHub
@@ -86,3 +88,15 @@ def test_refusals_come_before_the_work(client: LoopbackHub, source: Path, tmp_pa
     with pytest.raises(UsageError, match="discard_output"):
         mfptq.convert(REPO, tmp_path / "out", discard_output=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_smoothing_by_default_from_a_repo_into_one(client: LoopbackHub, source: Path, tmp_path: Path) -> None:
+    """Read by range and published with its factors, to the tensors and factors of a conversion from the folder."""
+    file = calibrate(source, tmp_path / "x.calibration.safetensors")
+    mfptq.convert(source, tmp_path / "local", calibration=file)
+    mfptq.convert(REPO, tmp_path / "out", calibration=file, discard_output=True, **OPTIONS)
+    names = [name for name in digests(tmp_path / "local") if name.endswith(".safetensors") or name == SMOOTHING]
+    assert SMOOTHING in names
+    found, expected = published(client), digests(tmp_path / "local")
+    assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+    assert mfptq.verify("me/made", source, token=TOKEN).ok
