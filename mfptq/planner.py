@@ -48,6 +48,8 @@ def make_plan(source: str | Path, measuring: Measuring | None = None, **decision
         settings, scales, calibration = _read_named(asked, decisions, hub, opened)
         checkpoint = open_checkpoint(source, hub, choice)
         opened.callback(checkpoint.source.close)
+        if scales is not None:
+            scales.check_smoothing(checkpoint.source)
         found = UncalibratedInputs(checkpoint) if decisions.get("input_scales") == AUTO else scales
         made = build_plan(checkpoint, settings, found, calibration)
         if settings.target is not None and settings.chosen is None:
@@ -69,9 +71,9 @@ def _read_named(settings: Settings, decisions: Decisions, hub: HubOptions, opene
     if (like := decisions.get("like")) is not None:
         from .scales.sibling import read_sibling
 
-        sibling = read_sibling(like, token=hub.token, cache_dir=hub.cache_dir, with_scales=not weight_only)
+        sibling = read_sibling(like, token=hub.token, cache_dir=hub.cache_dir)
         settings = replace(settings, rules=replace(settings.rules, like=sibling))
-        return _Known(settings, sibling.scales)
+        return _Known(settings, None if weight_only else sibling.scales)
     if (calibrated := decisions.get("calibration")) is not None:
         from .calibration.reading import load_calibration
 

@@ -27,6 +27,8 @@ def extract_scales(path: str | Path, output: str | Path, kind: str | None = None
     sibling = read_sibling(path, kind)
     if sibling.scales is None:
         raise ScaleError(f"checkpoint {quote(path)} has no input scales: it is weight-only")
+    if sibling.scales.smoothing:
+        raise ScaleError(f"checkpoint {quote(path)} has smoothed inputs: their ranges fit no other conversion")
     amax = {name: _amax(value) for name, value in sibling.scales.global_scales.items() if is_calibrated(value)}
     if not amax:
         raise ScaleError(f"checkpoint {quote(path)}: every input scale is a mark of no calibration")

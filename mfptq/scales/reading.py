@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ..checkpoint.companions import SMOOTHING
 from ..checkpoint.folder import Checkpoint, read_shard, stored_tensors
 from ..checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from ..checkpoint.source import FolderSource, Source
@@ -22,7 +22,7 @@ from ..errors import ScaleError, SourceError, UsageError, quote
 from ..limits import MAX_SCALES_BYTES
 from ..names.bridge import ScaleKind, split_name
 from ..storage.files import expanded, read_small
-from .input_scales import InputScales
+from .input_scales import InputScales, smoothing_of
 from .stored_as import agreed_algorithms
 from .values import Algorithms, ScaleConvention, algorithms, check_scalar, number_in_json, number_in_tensor
 
@@ -45,17 +45,17 @@ def read_input_scales(
         found = _of_checkpoint(open_checkpoint(path, hub), known) if names_repo(path) else _read(expanded(path), known)
     except (SourceError, StrictJsonError, ScaleError) as error:
         raise ScaleError(f"input scales {quote(path)}: {error}") from None
-    return InputScales(found, str(path))
+    return replace(found, origin=str(path))
 
 
-def _read(path: Path, scale_kind: ScaleKind | None) -> dict[str, float]:
+def _read(path: Path, scale_kind: ScaleKind | None) -> InputScales:
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a parent is unreadable
         return _of_checkpoint(open_checkpoint(path), scale_kind)
     suffix = path.suffix.lower()
     if suffix == ".json":
-        return _read_json(path, scale_kind)
+        return InputScales(_read_json(path, scale_kind), str(path))
     if suffix == ".safetensors":
-        return _read_safetensors(path, scale_kind)
+        return InputScales(_read_safetensors(path, scale_kind), str(path))
     raise ScaleError("this sort of file is not opened: use .json or .safetensors, or a checkpoint folder or Hub repo")
 
 
@@ -90,16 +90,12 @@ def _read_safetensors(path: Path, scale_kind: ScaleKind | None) -> dict[str, flo
         source.close()
 
 
-def _of_checkpoint(checkpoint: Checkpoint, scale_kind: ScaleKind | None) -> dict[str, float]:
+def _of_checkpoint(checkpoint: Checkpoint, scale_kind: ScaleKind | None) -> InputScales:
     try:
-        if SMOOTHING in checkpoint.source.files():
-            raise ScaleError(
-                f"{SMOOTHING} says that its inputs are smoothed: their scales fit no others; take the calibration file, or an "
-                "output that was made without smoothing"
-            )
         named = [tensor for tensor in checkpoint.tensors() if split_name(tensor.info.name)[1]]
         convention = ScaleConvention(scale_kind, _algorithms(checkpoint, named))
-        return _global_scales(_numbers(checkpoint.source, named), convention)
+        values = _global_scales(_numbers(checkpoint.source, named), convention)
+        return InputScales(values, str(checkpoint.origin), smoothing=smoothing_of(checkpoint.source))
     finally:
         checkpoint.source.close()
 

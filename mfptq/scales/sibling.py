@@ -8,7 +8,7 @@ are `<module>.weight` F8_E4M3 with a scale beside it. Called by `planner` and `c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.header import TensorInfo
@@ -40,14 +40,9 @@ class SiblingLayers:
 
 
 def read_sibling(
-    path: str | Path,
-    kind: str | None = None,
-    *,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-    with_scales: bool = True,
+    path: str | Path, kind: str | None = None, *, token: str | None = None, cache_dir: str | Path | None = None
 ) -> SiblingLayers:
-    """Return the quantized layers of a checkpoint, a folder or a Hub repo, and their input scales if they are wanted.
+    """Return the quantized layers of a checkpoint, a folder or a Hub repo, and their input scales.
 
     `kind` says what its scales are where neither names nor config tell. Raises ScaleError for what is neither NVFP4 nor FP8.
     """
@@ -62,11 +57,11 @@ def read_sibling(
     layers = dict(_layers(tensors))
     if not layers:
         raise ScaleError(f"checkpoint {quote(path)} has no layers in NVFP4 or FP8, with their scales")
-    if not with_scales or not any(split_name(name)[1] and split_name(name)[0] in layers for name in tensors):
+    if not any(split_name(name)[1] and split_name(name)[0] in layers for name in tensors):
         return SiblingLayers(str(path), layers, None)
     found = read_input_scales(path, kind, token=token, cache_dir=cache_dir)
     scales = {name: value for name, value in found.global_scales.items() if name in layers}
-    return SiblingLayers(str(path), layers, InputScales(scales, found.origin))
+    return SiblingLayers(str(path), layers, replace(found, global_scales=scales))
 
 
 def _layers(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, int]]:

@@ -218,13 +218,13 @@ def test_scales_of_a_smoothed_output_are_not_taken_for_those_of_others(llama, pa
     out = tmp_path / "out"
     mfptq.convert(llama, out, calibration=path, ignore=["re:.*o_proj"])
     for decisions in ({"input_scales": out}, {"like": out}):
-        with pytest.raises(ScaleError, match=r"mfptq_smoothing\.json says that its inputs are smoothed"):
+        with pytest.raises(ScaleError, match=r"are of smoothed inputs, see its mfptq_smoothing\.json"):
             planned(llama, **decisions)
     done = command("calibration", "extract", out, "--output", tmp_path / "taken.calibration.safetensors")
     assert done.returncode == 4
-    assert "its inputs are smoothed" in done.stderr
+    assert "has smoothed inputs" in done.stderr
     assert planned(llama, like=out, scheme="W4A16").formats == {"nvfp4a16": 12}
-    mfptq.convert(out, tmp_path / "repaired", ignore=["re:.*o_proj"])
+    mfptq.convert(out, tmp_path / "repaired", like=out)  # as `repair` does
     assert mfptq.verify(tmp_path / "repaired", out).ok
     one, other = stored(tmp_path / "repaired"), stored(out)
     assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in other)
