@@ -21,6 +21,8 @@ SMOOTHING = "mfptq_smoothing.json"  # the factors of an output whose inputs are 
 MODULES = "modules.json"  # of sentence-transformers: names folders that belong to the model
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_SUFFIX = ".safetensors"
+PARAMS = "params.json"  # Mistral's, and Meta's
+GGUF = (".gguf", ".ggml")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHTS = (
     *PICKLES, SHARD_SUFFIX, ".gguf", ".ggml", ".onnx", ".onnx_data", ".onnx.data", ".h5", ".hdf5", ".msgpack", ".ot",
@@ -94,13 +96,21 @@ def unindexed_shards(files: Iterable[str], choice: FileChoice) -> list[str]:
     found = [name for name in names if name.endswith(SHARD_SUFFIX) and name not in choice.skip]
     shards = [name for name in found if not name.startswith(_OTHER_FORMAT)] or found
     if not shards:
-        pickles = [name for name in names if name.endswith(PICKLES)]
-        hint = f"; pickle checkpoints ({quote(pickles[0])}) are not read" if pickles else ""
-        raise SourceError(f"no safetensors file here: expected {SINGLE} or shards with {INDEX}{hint}")
+        raise SourceError(f"no safetensors file here: expected {SINGLE} or shards with {INDEX}{unread_hint(names)}")
     if SINGLE in shards:
         return [SINGLE]
     _check_numbers(shards)
     return shards
+
+
+def unread_hint(names: Iterable[str]) -> str:
+    """Return what to add to a message that something is missing: which weights of another kind there are; "" for none."""
+    found = sorted(names)
+    for endings, kind in ((GGUF, "GGUF files"), (PICKLES, "pickle checkpoints")):
+        first = next((name for name in found if name.endswith(endings)), None)
+        if first is not None:
+            return f"; {kind} ({quote(first)}) are not read: convert the original in safetensors"
+    return f"; {PARAMS} is of a vendor's own format: convert the one of Hugging Face" if PARAMS in found else ""
 
 
 def _check_numbers(shards: Iterable[str]) -> None:

@@ -25,8 +25,10 @@ from .companions import (
     SINGLE,
     FileChoice,
     sort_files,
+    top_level,
     unindexed_shards,
     unnamed_shards,
+    unread_hint,
 )
 from .header import PREFIX_BYTES, ShardHeader, TensorInfo, header_length, parse_header
 from .index import check_tensors, read_weight_map, superseded
@@ -132,7 +134,7 @@ def read_checkpoint(origin: Origin, source: Source | None = None, choice: FileCh
 def _no_config(origin: Origin, files: Iterable[str]) -> str:
     """Return what to say of a place without config.json: it names the folders inside that have one."""
     inner = [name.removesuffix(f"/{CONFIG}") for name in files if name.endswith(f"/{CONFIG}")]
-    hint = f"; these folders in it have one: {listed(inner)}" if inner else ""
+    hint = f"; these folders in it have one: {listed(inner)}" if inner else unread_hint(top_level(files))
     return f"{quote(origin)} is no checkpoint in Hugging Face layout: it holds no {CONFIG}{hint}"
 
 

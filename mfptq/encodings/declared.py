@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# File beside config.json -> the method of whoever writes it, where it does not say: ModelOpt, AutoGPTQ, AutoAWQ.
+QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 MAX_CONFIG_DEPTH = 32  # a model of models of models has 3
 Block = tuple[int, int]
 
@@ -56,7 +57,7 @@ class Declared:
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """Bits of a weight's code."""
+        """Bits of a weight's code, where it is an integer."""
         return self._numbers("num_bits") or self._numbers("bits")
 
     def says(self, key: str, value: object) -> bool:
@@ -68,7 +69,10 @@ class Declared:
         return next((part[key] for part in self._parts() if part.get(key) is not None), None)
 
     def _numbers(self, key: str) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(part[key] for part in self._parts() if type(part.get(key)) is int))
+        parts = [part for part in self._parts() if type(part.get(key)) is int]
+        if key == "num_bits":
+            parts = [part for part in parts if part.get("type") != "float"]
+        return tuple(dict.fromkeys(part[key] for part in parts))
 
     def _parts(self) -> Iterator[Mapping[str, Any]]:
         """Yield every config, and the arguments for weights of each of its groups."""
@@ -90,11 +94,11 @@ def read_declared(checkpoint: Checkpoint) -> Declared:
     """Return what config.json, at any depth, and the quantization files beside it declare."""
     found = list(declared_in_config(checkpoint).all)
     files = checkpoint.source.files()
-    for name in QUANTIZATION_FILES:
+    for name, writer in QUANTIZATION_FILES.items():
         if name in files:
             content = read_object(checkpoint.source, name, MAX_CONFIG_BYTES)
             inner = content.get("quantization")
-            found.append(_declaration(name, inner if isinstance(inner, dict) else content, "modelopt"))
+            found.append(_declaration(name, inner if isinstance(inner, dict) else content, writer))
     return Declared(tuple(found))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..checkpoint.weights import StoredTensor
 from ..errors import SourceError, quote
 from .asymmetric import AsymmetricIntegers, check_zeros
 from .codes import INT4, INT8, UINT8
@@ -28,27 +29,41 @@ def packed_integers(module: Module) -> Iterable[Recognized]:
             f"{quote(codes.info.name)} is stored in another order of columns (weight_g_idx), which is not read: "
             "convert the original"
         )
-    bits = module.declared.bits
-    if len(bits) != 1 or bits[0] not in _CODES:
-        said = f"num_bits {' and '.join(map(str, bits))}" if bits else "no num_bits"
-        raise SourceError(f"{quote(codes.info.name)} is packed, but the config declares {said}: expected 4 or 8")
     rows, words = codes.info.shape
-    columns, groups = words * (32 // bits[0]), scales.info.shape[1]
+    groups = scales.info.shape[1]
+    bits = _bits(module, codes, groups)
+    columns = words * (32 // bits)
     group = columns // groups if groups else 0
     if scales.info.shape[0] != rows or not groups or columns % groups or group not in (columns, *_sizes(module)):
         raise SourceError(
             f"scale {quote(scales.info.name)} is {list(scales.info.shape)} for a weight [{rows}, {columns}], expected one "
             f"for each row, or groups of {', '.join(map(str, _sizes(module))) or 'a size that the config declares'}"
         )
-    label = f"INT{bits[0]}, {scales.info.dtype} scale per {'row' if groups == 1 else f'{group} columns'}"
-    parts = (_CODES[bits[0]], codes, scales, rows, columns, 1, group)
+    label = f"INT{bits}, {scales.info.dtype} scale per {'row' if groups == 1 else f'{group} columns'}"
+    parts = (_CODES[bits], codes, scales, rows, columns, 1, group)
     zeros = module.get("weight_zero_point")
     if zeros is None:
         encoding = ScaledCodes(label, *parts)
     else:
-        check_zeros(zeros, rows, groups, bits[0])
+        check_zeros(zeros, rows, groups, bits)
         encoding = AsymmetricIntegers(f"{label}, with zero points", *parts, zeros=zeros)
     yield recognized(module, codes, (rows, columns), (encoding, scales, zeros))
+
+
+def _bits(module: Module, codes: StoredTensor, groups: int) -> int:
+    """Return the bits of a code: what the config declares, and of several numbers the one with which a declared group fits."""
+    declared = module.declared.bits
+    known = [bits for bits in declared if bits in _CODES]
+    if len(declared) > 1:
+        words = codes.info.shape[1]
+        known = [bits for bits in known if groups and words * (32 // bits) // groups in _sizes(module)]
+    if len(known) != 1:
+        said = f"num_bits {' and '.join(map(str, declared))} for integers" if declared else "no num_bits"
+        raise SourceError(
+            f"{quote(codes.info.name)} is packed, but the config declares {said}: expected 4 or 8, or both with groups that "
+            "tell them apart: convert the original"
+        )
+    return known[0]
 
 
 def _sizes(module: Module) -> tuple[int, ...]:

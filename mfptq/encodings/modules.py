@@ -20,7 +20,7 @@ ONE_BYTE_SCALES = ("F8_E8M0", "U8")
 # What may lie beside a quantized weight and is of no use once its values are decoded.
 COMPANIONS = (
     "input_scale", "activation_scale", "act_scale", "qscale_act", "input_global_scale", "input_zero_point",
-    "output_scale", "weight_shape",
+    "input_scale_ub", "output_scale", "weight_shape",
 )  # fmt: skip
 
 

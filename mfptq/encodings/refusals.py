@@ -38,6 +38,10 @@ _UNREAD_NAMES = (
     (re.compile(r".*\.quant_state\."), "bitsandbytes 4-bit"),
     (re.compile(r".*(:\w+|[._]qdata)$"), "torchao"),
     (re.compile(r".*\.centroids\.weight$"), "VPTQ"),
+    (
+        re.compile(r".*\.experts\.\w+_proj_weight_scale_2$"),
+        "ModelOpt in stacks of experts, whose order of values is the model's own",
+    ),
 )
 _GPT_OSS = (
     "MXFP4 expert stacks with biases: no engine loads NVFP4 experts with a bias, and every engine serves MXFP4 as it is"
@@ -65,6 +69,10 @@ def check_methods(declared: Declared, tensors: Iterable[StoredTensor]) -> None:
 def unread(tensor: StoredTensor, declared: Declared) -> UnsupportedTensorError:
     """Return the error for a tensor of codes that no format explains."""
     info = tensor.info
+    if info.dtype.startswith("F8_E5M2") or info.dtype.endswith("FNUZ"):
+        return UnsupportedTensorError(
+            f"{quote(info.name)} in {quote(tensor.shard)} is {info.dtype}: of FP8, only F8_E4M3 is read: {ORIGINAL}"
+        )
     said = ", ".join(f"{quote(each.method)} in {each.place}" for each in declared.all)
     return UnsupportedTensorError(
         f"{quote(info.name)} in {quote(tensor.shard)} is {info.dtype} {list(info.shape)} without the scales that would make "

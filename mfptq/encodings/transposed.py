@@ -20,12 +20,15 @@ from ..checkpoint.weights import StoredTensor
 from ..dtypes import DTYPE_BITS
 from ..errors import SourceError, quote
 from .codes import bf16_bits, scale_values
+from .declared import Declared
 from .modules import Module, Recognized, check_dtype, recognized
 from .refusals import ORIGINAL
 
 PER_WORD = 8
 PLAIN_ORDER = tuple(range(PER_WORD))
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds each row of a word
+GPTQ_V1, GPTQ_V2 = "gptq", "gptq_v2"  # forms of zero points: less one, and as they are
+_PACKING_KEYS = ("checkpoint_format", "format")  # of files, and of GPTQModel's own configs
 _FLOATS = ("F16", "BF16", "F32")
 _AT_ONCE = 2**16  # values decoded at once: temporaries stay small
 
@@ -155,7 +158,7 @@ def transposed_int4(module: Module) -> Iterable[Recognized]:
         raise SourceError(f"{quote(g_idx.info.name)} is {list(g_idx.info.shape)}, expected [{columns}]")
     _check(module, codes, (rows, columns), is_awq=is_awq)
     name, order = ("AWQ", AWQ_ORDER) if is_awq else ("GPTQ", PLAIN_ORDER)
-    offset = 0 if is_awq or module.declared.says("checkpoint_format", "gptq_v2") else 1
+    offset = 0 if is_awq or _packing(module.declared) == GPTQ_V2 else 1
     label = f"{name} INT4, {scales.info.dtype} scale per {columns // groups} columns"
     encoding = TransposedInt4(label, codes, scales, zeros, g_idx, rows, columns, offset, order)
     yield recognized(module, codes, (rows, columns), (encoding, scales, zeros, g_idx))
@@ -175,5 +178,20 @@ def _check(module: Module, codes: StoredTensor, shape: tuple[int, int], *, is_aw
     if is_awq and str(version).lower() != "gemm":
         said = "no version" if version is None else f"version {quote(version)}"
         raise SourceError(f"{name} is AWQ, already quantized, of {said} in the config, expected 'gemm': {ORIGINAL}")
-    if not is_awq and method not in declared.methods:
+    if is_awq:
+        return
+    if method not in declared.methods:
         raise SourceError(f"{name} is stored as GPTQ does, but no config says how its zero points are: {ORIGINAL}")
+    if _packing(declared) not in (GPTQ_V1, GPTQ_V2):
+        raise SourceError(
+            f"{name} is GPTQ packed as {quote(_packing(declared))}, expected {GPTQ_V1!r} or {GPTQ_V2!r}: {ORIGINAL}"
+        )
+    if declared.says("desc_act", True) and module.get("g_idx") is None:
+        raise SourceError(f"{name} has no g_idx, but desc_act in the config says that its columns are in another order")
+
+
+def _packing(declared: Declared) -> str:
+    """Return what GPTQ calls the form of its zero points; without a word, it is the first."""
+    if declared.says("is_marlin_format", True):
+        return "marlin"
+    return str(next((said for key in _PACKING_KEYS if (said := declared.value(key)) is not None), GPTQ_V1)).lower()

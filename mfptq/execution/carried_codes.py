@@ -1,6 +1,6 @@
-"""Take FP8 weights over whose codes stay as they are: read a tile's codes, see that they are numbers, count what is in them.
+"""Take weights over whose codes stay as they are: see that FP8's codes, and NVFP4's block scales, are numbers.
 
-Called by `execution.engine`. No code is changed here, and none is decoded.
+Called by `execution.engine`. No code is changed here, and none is decoded; block scales are, where fused partners must share them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from ..kernels import ErrorStats, Float64Array
 from ..nvfp4 import E4M3_VALUES, ByteArray, Float32Array
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..checkpoint.source import Source
+    from ..planning.jobs import CopyRun, CopyTensor
     from .strips import Parts, Strip
     from .tiles import Tile
 
 AT_ONCE: Final = 2**17  # codes: temporaries stay in the processor's cache
+_NAN_CODES: Final = (b"\x7f", b"\xff")
 _SQUARES: Final = np.square(E4M3_VALUES, dtype=np.float32)  # NaN for the codes of NaN
 
 
@@ -47,6 +51,23 @@ def carried(tile: Tile, codes: ByteArray, parts: Parts, scales: Float32Array) ->
         raise _not_finite(tile, codes, parts, first)
     zero = int((energy == 0).sum())
     return ErrorStats(tile.size, squared_weight=float(energy.sum()), zero_blocks=zero, checksum=tile.checksum(codes))
+
+
+def mapped_scales(run: CopyRun, data: bytes, copies: Iterable[CopyTensor]) -> bytes:
+    """Return block scales (E4M3) as they are to be written; `copies` are all that is copied into the file.
+
+    Raises NonFiniteWeightError for the first that is NaN.
+    """
+    assert run.table is not None
+    nan = min((place for code in _NAN_CODES if (place := data.find(code)) >= 0), default=-1)
+    if nan >= 0:
+        place = run.offset + nan
+        of = next(copy for copy in copies if copy.offset <= place < copy.offset + copy.size)
+        raise NonFiniteWeightError(
+            f"the scale of block {place - of.offset} of {quote(of.name)} in {quote(of.shard or 'the source')} is NaN: it cannot go over: "
+            "get the source anew, or convert what it was made from"
+        )
+    return data.translate(run.table)
 
 
 def _energy(codes: ByteArray, parts: Parts) -> Float64Array:

@@ -24,7 +24,7 @@ from ..output.destination import Destination
 from ..output.shard_writer import ShardWriter
 from ..planning.jobs import CAST, CopyRun, QuantizeWeight, ShardPlan, WidenTensor, copy_runs, largest_first, stats_key
 from ..storage.partial_file import Piece
-from .carried_codes import carried, carried_scales, read_codes
+from .carried_codes import carried, carried_scales, mapped_scales, read_codes
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished, ignore
 from .families import Family, TileWork, family_of
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
@@ -161,7 +161,7 @@ class Execution:
         with memory.timed("copy"):
             data = memory.read_bytes(self._source, run.shard or writer.job.name, run.ranges)
             if run.table is not None:
-                data[:] = bytes(data).translate(run.table)
+                data[:] = mapped_scales(run, bytes(data), writer.job.copies)
         self._write(writer, [Piece(run.offset, data)], run.ranges, memory)
 
     def _write_scalars(self, writer: ShardWriter, memory: WorkerMemory) -> None:

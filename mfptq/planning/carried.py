@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from ..encodings.contents import Contents
 
 
+UNCHANGED = bytes(range(256))
+
+
 @dataclass(frozen=True, slots=True)
 class CarriedWeight:
     """An NVFP4 weight of the source, with the scales that it will have; `table` maps the codes of its block scales."""
@@ -37,7 +40,7 @@ class CarriedWeight:
     encoding: Nvfp4
     global_scale: float
     input_scale: float | None
-    table: bytes | None = None
+    table: bytes = UNCHANGED
 
     def work(self, weight: Weight, at: Mapping[str, int]) -> CarriedWork:
         """Return what is to be done for it; `at` are the places of its output tensors, by suffix."""
@@ -141,7 +144,7 @@ def _share(found: dict[str, CarriedWeight], members: Sequence[str]) -> float:
     least, least_input = min(scales), min(known, default=given)
     for member in members:
         own = found[member]
-        table = None if own.global_scale == least else _rescaled(least / own.global_scale)
+        table = UNCHANGED if own.global_scale == least else _rescaled(least / own.global_scale)
         found[member] = replace(own, global_scale=least, input_scale=least_input, table=table)
     return max(max(scales) / least, max(known) / min(known) if known else 1.0)
 

@@ -29,7 +29,8 @@ CAST = "cast"  # the method of weights whose codes go over as they are: FP8, and
 class CopyTensor:
     """Bytes that go over; offsets are in bytes in the source file and in the output file.
 
-    They lie in the source file `shard`, and go over unchanged, or by way of `table`: byte b becomes `table[b]`.
+    They lie in the source file `shard`, and go over unchanged; block scales, which are looked at, by way of `table`: byte b
+    becomes `table[b]`.
     """
 
     name: str

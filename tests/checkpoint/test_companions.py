@@ -181,3 +181,20 @@ def test_an_output_does_not_follow_a_link_of_its_sub_folder(source: Path, tmp_pa
     with pytest.raises(UnsafePathError, match="leads out of"):
         mfptq.convert(source, tmp_path / "out", overwrite=True)
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["model-Q4_K_M.gguf"], r"no config.json; GGUF files \('model-Q4_K_M.gguf'\) are not read"),
+        (["config.json", "model-Q4_K_M.gguf"], r"no safetensors file here: .*GGUF files"),
+        (["config.json", "pytorch_model.bin"], r"no safetensors file here: .*pickle checkpoints \('pytorch_model.bin'\) are not read"),
+        (["params.json", "consolidated.safetensors"], r"no config.json; params.json is of a vendor's own format"),
+    ],
+    ids=["GGUF", "GGUF with a config", "pickles", "Mistral's own"],
+)  # fmt: skip
+def test_weights_of_another_kind_are_named(files: list[str], message: str, tmp_path: Path) -> None:
+    for name in files:
+        put(tmp_path / name, "{}" if name.endswith(".json") else b"GGUF")
+    with pytest.raises(SourceError, match=message):
+        read(tmp_path)

@@ -126,7 +126,7 @@ def test_scales_in_another_shard(tmp_path: Path) -> None:
 
 REFUSED = {
     "no scale": ({"a.weight": torch.zeros(16, 16, dtype=FP8)}, "without the scales"),
-    "E5M2": ({"a.weight": torch.zeros(16, 16, dtype=torch.float8_e5m2), "a.weight_scale": torch.ones(1)}, "without the scales"),
+    "E5M2": ({"a.weight": torch.zeros(16, 16, dtype=torch.float8_e5m2), "a.weight_scale": torch.ones(1)}, "of FP8, only F8_E4M3 is read"),
     "orphan": ({"a.weight": weight(16, 16), "a.weight_scale_inv": torch.ones(1, 1)}, "is a scale without a weight"),
     "orphan alone": ({"b.weight": weight(16, 16), "a.weight_scale": torch.ones(1, 1)}, "is a scale without a weight"),
     "two scales": (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import mfptq
 from mfptq.demo import DemoShape, write_demo
-from mfptq.errors import SourceError
+from mfptq.errors import NonFiniteWeightError, SourceError
 from mfptq.nvfp4 import dequantize
 
 from ..calibration.files import calibrate, stored
@@ -188,6 +188,24 @@ def test_global_scales_that_are_no_numbers_are_refused(ours: Path, value: float,
 
     with pytest.raises(SourceError, match="expected a positive number"):
         mfptq.plan(rewritten(ours, tmp_path / "bad", change))
+
+
+@pytest.mark.parametrize(("code", "ratio"), [(0x7F, 1.0), (0xFF, 1.0), (0x7F, 1.37)])
+def test_block_scales_that_are_nan_do_not_go_over(ours: Path, code: int, ratio: float, tmp_path: Path) -> None:
+    """Neither as they are, nor where fused partners get one global scale."""
+    module = "model.language_model.layers.1.mlp.up_proj"
+
+    def change(tensors: Tensors) -> Tensors:
+        if f"{module}.weight_scale" in tensors:
+            scales = tensors[f"{module}.weight_scale"].view(torch.uint8)
+            scales[3, 2] = code
+            tensors[f"{module}.weight_global_scale"] *= ratio
+        return tensors
+
+    bad = rewritten(ours, tmp_path / "bad", change)
+    place = 3 * SHAPE.hidden // 16 + 2
+    with pytest.raises(NonFiniteWeightError, match=f"the scale of block {place} of '{module}' in .* is NaN"):
+        mfptq.convert(bad, tmp_path / "out")
 
 
 def test_ignored_modules_are_widened(ours: Path, tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ REFUSED: dict[str, tuple[Tensors, dict, str]] = {
     "hqq": ({f"{M}.W_q": U8}, said("hqq"), "'hqq'"),
     "auto-round": ({f"{M}.qweight": U8}, {"llm_config": said("auto-round")}, "'auto-round' .*llm_config: quantization_config"),
     "pre_quant_scale": ({f"{M}.weight": U8, f"{M}.pre_quant_scale": torch.ones(16)}, {}, "whose inputs are rescaled"),
+    "ModelOpt's stacks": (
+        {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 32, 8, dtype=torch.uint8),
+         "model.layers.0.mlp.experts.gate_up_proj_weight_scale": torch.zeros(2, 32, 1, dtype=torch.float8_e4m3fn),
+         "model.layers.0.mlp.experts.gate_up_proj_weight_scale_2": torch.ones(2)},
+        {},
+        "ModelOpt in stacks of experts",
+    ),
     "sparse": ({f"{M}.compressed": weight(16, 16), f"{M}.bitmask": U8}, {}, "sparse 2:4"),
     "rotated": (
         {f"{M}.weight": torch.zeros(16, 16, dtype=torch.float8_e4m3fn), f"{M}.weight_scale": torch.ones(1)},

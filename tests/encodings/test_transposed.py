@@ -142,6 +142,45 @@ def test_variants_that_look_alike_are_refused(config: dict, message: str, tmp_pa
         opened(write(tmp_path, named(tensors), config={"quantization_config": config}))
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"checkpoint_format": "marlin"}, "GPTQ packed as 'marlin', expected 'gptq' or 'gptq_v2'"),
+        ({"is_marlin_format": True}, "GPTQ packed as 'marlin'"),
+        ({"desc_act": True}, "has no g_idx, but desc_act in the config"),
+    ],
+)
+def test_gptq_that_would_be_read_wrongly_is_refused(config: dict, message: str, tmp_path: Path) -> None:
+    tensors, _ = gptq(16, 64, "gptq", act_order=False)
+    del tensors["g_idx"]
+    with pytest.raises(SourceError, match=message):
+        opened(write(tmp_path, named(tensors), config={"quantization_config": GPTQ | config}))
+
+
+def test_gptqmodels_own_word_for_the_form_of_zero_points(tmp_path: Path) -> None:
+    tensors, expected = gptq(16, 64, "gptq_v2", act_order=False)
+    write(tmp_path, named(tensors), config={"quantization_config": GPTQ | {"format": "gptq_v2"}})
+    assert same(decoded(tmp_path)["a.weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "file", "content"),
+    [
+        (lambda: gptq(16, 64, "gptq", act_order=False), "quantize_config.json", '{"bits": 4, "desc_act": false}'),
+        (lambda: awq(16, 64), "quant_config.json", '{"w_bit": 4, "q_group_size": 32, "version": "GEMM"}'),
+    ],
+    ids=["AutoGPTQ", "AutoAWQ"],
+)
+def test_old_releases_say_it_in_a_file_of_their_tool(build, file: str, content: str, tmp_path: Path) -> None:
+    tensors, expected = build()
+    write(tmp_path, named(tensors))
+    (tmp_path / file).write_text(content)
+    assert same(decoded(tmp_path)["a.weight"], expected)
+
+
 def test_shapes_that_fit_neither_are_refused(tmp_path: Path) -> None:
     tensors, _ = awq(16, 64)
     tensors["scales"] = tensors["scales"][:, :8].contiguous()
