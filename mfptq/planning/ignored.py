@@ -140,17 +140,24 @@ def _tower_patterns(structure: Structure, kept: Sequence[str], quantized: Collec
 
 
 def _block_patterns(missed: Iterable[str], structure: Structure, quantized: Collection[str]) -> Iterator[str]:
-    """Yield patterns for what is kept in blocks of the decoder, from the last name of the stack on, and for blocks of other stacks."""
+    """Yield patterns for what is kept in blocks of the decoder, from the last name of the stack on, and for all of other parts."""
     found: dict[str, None] = {}
     for name in missed:
         block = block_of(logical(name))
-        if block is None or experts_parent(name) is not None:
-            continue
-        if structure.outside(name):
-            found[rf"re:(.*\.)?{re.escape(block.stack)}\.\d+\..*"] = None
-        else:
+        if block is not None and structure.outside(name):
+            found[_part_pattern(block.stack, quantized)] = None
+        elif block is not None and experts_parent(name) is None:
             found[rf"re:(.*\.)?{re.escape(block.stack.rpartition('.')[2])}\.\d+\.{_any_number(block.rest)}$"] = None
     yield from (pattern for pattern in found if not _matches_any(pattern, quantized))
+
+
+def _part_pattern(stack: str, quantized: Collection[str]) -> str:
+    """Return a pattern for the largest part of the model that has a stack and nothing quantized: transformers changes names inside."""
+    parts = stack.split(".")
+    parents = [".".join(parts[:end]) for end in range(1, len(parts))]
+    part = next((each for each in parents if not any(name.startswith(f"{each}.") for name in quantized)), stack)
+    anywhere = rf"re:(.*\.)?{re.escape(part.rpartition('.')[2])}\..*"
+    return rf"re:{re.escape(part)}\..*" if _matches_any(anywhere, quantized) else anywhere
 
 
 def _any_number(name: str) -> str:

@@ -39,6 +39,13 @@ KEYS: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 16, "use_qk_norm": True, "scoring_func": "sigmoid", "use_routing_bias": True},
     "qwen3_vl_moe": {"norm_topk_prob": True},
 }  # fmt: skip
+# The class of a text model that vLLM builds inside of another one, as the `text_config` of published checkpoints says.
+_TEXT = {
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 _TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|post_layernorm|pre_layrnorm|head)\.")
 
 
@@ -48,6 +55,10 @@ def tiny(kind: str, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     text = config.get("text_config", config)
     text.update(KEYS.get(kind, {}))
+    if text is not config:
+        text["architectures"] = (
+            [_TEXT[text["model_type"]]] if text.get("model_type") in _TEXT else text.get("architectures")
+        )
     (folder / "config.json").write_text(json.dumps(config))
     if kind == "qwen3_vl_moe":
         rewrite(folder, lambda name, values: (name, values.mT.contiguous() if ".experts." in name else values))

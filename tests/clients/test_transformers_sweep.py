@@ -7,6 +7,7 @@ pass where the type computes on one of a few plain inputs.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,26 +42,45 @@ def every() -> list[Any]:
     return found
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that does not outlive the test: hundreds of models would fill a disk."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 @pytest.mark.parametrize("kind", every())
-def test_a_conversion_is_what_its_twin_is(kind: str, tmp_path: Path) -> None:
+def test_a_conversion_is_what_its_twin_is(kind: str, folder: Path) -> None:
     try:
         model = build(kind)
-        model.save_pretrained(tmp_path / "source")
-        source = load(type(model), tmp_path / "source")[1]
-    except Exception as error:  # whatever a model's code raises for sizes that it does not expect
+        model.save_pretrained(folder / "source")
+        keys = load(type(model), folder / "source")[1]
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
         pytest.skip(f"not built tiny, or not loaded as it is: {error}")
-    mfptq.convert(tmp_path / "source", tmp_path / "out", method="minmax")
-    found, keys = load(type(model), tmp_path / "out")
-    assert keys == source
-    twin, keys = load(type(model), twin_of(tmp_path))
-    assert keys == source
-    found.hf_quantizer.compressor.decompress_model(found)
-    divide_by_global_scales(found, tmp_path / "out", dict(twin.named_parameters()))
-    assert unequal(found.state_dict(), twin.state_dict()) == []
+    if keys:
+        pytest.skip(f"not loaded as it is: {keys}")
+    mfptq.convert(folder / "source", folder / "out", method="minmax")
+    found, keys = load(type(model), folder / "out")
+    assert not keys
+    twin, keys = load(type(model), twin_of(folder))
+    assert not keys
+    if hasattr(found, "hf_quantizer"):  # not dequantized yet
+        found.hf_quantizer.compressor.decompress_model(found)
+    divide_by_global_scales(found, folder / "out", dict(twin.named_parameters()))
+    assert unequal(found.state_dict(), unstacked(twin.state_dict(), found.state_dict())) == []
+    if twin.state_dict().keys() <= found.state_dict().keys():
+        compare_outputs(found, twin)
+
+
+def compare_outputs(found: Any, twin: Any) -> None:
+    """Compare two models on the first of the plain inputs that the twin computes on."""
     for inputs in plain_inputs(twin.config):
         if (expected := outputs(twin, inputs)) is not None:
-            assert all(map(same, outputs(found, inputs), expected))
-            break
+            computed = outputs(found, inputs)
+            assert computed is not None
+            assert [same(one, other) for one, other in zip(computed, expected, strict=True)] == [True] * len(expected)
+            print("outputs compared on", *inputs)
+            return
 
 
 def load(cls: Any, folder: Path) -> tuple[Any, dict[str, list[str]]]:
@@ -108,11 +128,25 @@ def divide_by_global_scales(model: Any, out: Path, expected: dict[str, torch.Ten
             scales[re.findall(r"\d+", match[1])[-1], int(match[2]), leaf] = each.values
     for name, parameter in model.named_parameters():
         stack, _, leaf = name.rpartition(".")
-        if stack.endswith("experts") and not same(parameter, expected[name]):
+        if stack.endswith("experts") and name in expected and not same(parameter, expected[name]):
             layer = re.findall(r"\d+", stack)[-1]
             for number, expert in enumerate(parameter.data):
                 scale = scales[layer, number, DOWN if leaf == DOWN else GATE]
                 expert.div_(torch.from_numpy(np.array(scale)).to(expert.dtype))
+
+
+def unstacked(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a twin's tensors with experts as modules of their own, where the class builds compressed ones so (Llama 4)."""
+    result = {}
+    for name, values in expected.items():
+        stack, _, leaf = name.rpartition(".")
+        if name in found or f"{stack}.0.{DOWN}.weight" not in found:
+            result[name] = values
+            continue
+        for number, expert in enumerate(values.mT):
+            parts = expert.chunk(len(STACKS[leaf]))
+            result |= {f"{stack}.{number}.{part}.weight": each for part, each in zip(STACKS[leaf], parts, strict=True)}
+    return result
 
 
 def unequal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:

@@ -317,7 +317,7 @@ KEPT = [
     ("l.A_log", "state-space parameter", r"re:(.*\.)?(A_log|dt_bias)$"),
     ("whisper_encoder.a", "other modality", r"re:.*whisper_encoder.*"),
     ("model.decoder.proj", "between encoder and decoder", r"re:(.*\.)?(decoder\.proj|encoder\.subsampling\.linear)$"),
-    ("m.projector", "other modality", r"re:(.*\.)?projector$"),
+    ("m.mm_projector.proj", "other modality", r"re:(.*\.)?(\w*_)?projector(\..*)?$"),
     ("model.mtp_block.a", "multi-token prediction head", r"re:(.*\.)?mtp[^.]+\..*"),
     ("proj_out", "output head",
      r"re:(.*\.)?(lm_head\..*|proj_out|vocab_projector|lm_loss|decoder|pred_layer\.proj)$"),
