@@ -18,7 +18,7 @@ from .wrappers import logical
 
 OUTSIDE = "outside of the decoder's blocks"
 DRAFTER = "draft layer (multi-token prediction)"
-TOWER = "other modality"
+_TOWER = "other modality"
 _OTHER = "a stack of blocks that is not the decoder"
 _DRAFT_MARKS = frozenset({"eh_proj", "enorm", "hnorm"})
 _TOWER_MARKS = frozenset({"linear_fc1", "linear_fc2"})  # of Qwen's vision blocks, which may lie beside the text model's
@@ -94,6 +94,11 @@ class Structure:
         """Whether anything is numbered; without, there is no structure to go by."""
         return bool(self._stacks)
 
+    @property
+    def has_towers(self) -> bool:
+        """Whether there are blocks of another modality."""
+        return any(self._is_tower(stack) for stack in self._stacks if stack not in self._lengths)
+
     def outside(self, module: str) -> str:
         """Return why a module is no part of a decoder block, or "" if it is one."""
         if not self._stacks:
@@ -106,7 +111,7 @@ class Structure:
             return DRAFTER if block.number >= length or block.number in self._stacks[block.stack].drafts else ""
         if _is_drafter(block.stack):
             return DRAFTER
-        return TOWER if self._is_tower(block.stack) else _OTHER
+        return _TOWER if self._is_tower(block.stack) else _OTHER
 
     def decoders(self) -> Mapping[str, DecoderBlocks]:
         """Return the decoders' stacks, by name, with the numbers of their blocks."""

@@ -16,7 +16,7 @@ from ..names.engine import built_modules, experts_module, experts_parent
 from ..names.fusion import parameters
 from ..names.leaves import KEPT, TURNED, Leaf
 from ..names.patterns import match_names
-from ..names.structure import TOWER, Structure, block_of
+from ..names.structure import Structure, block_of
 from ..names.wrappers import logical
 from .defaults import is_kept_stack, siblings_of
 from .rules import Rules, Selection
@@ -78,7 +78,7 @@ def _default_patterns(kept: Sequence[str], quantized: Collection[str]) -> Iterat
     """Yield the default patterns that belong in the list; no pattern looks at a number."""
     kinds = {name_pattern(logical(name), "0") for name in kept}
     heads = [line for line in KEPT if line.role == "head" and line.is_listed]
-    without_head = not any(_matches_any(line.pattern, kinds) for line in heads)
+    without_head = not _matches_any(heads[0].pattern, kinds)  # tied, or of a name that models may change
     for line in KEPT:
         if line.role == TURNED or not line.is_listed:
             continue
@@ -119,8 +119,8 @@ def _draft_patterns(structure: Structure, quantized: Iterable[str]) -> Iterator[
 
 
 def _tower_rows(missed: Iterable[str], structure: Structure, quantized: Collection[str]) -> Iterator[str]:
-    """Yield the table's patterns for towers where a tower has another name: engines may give it one of these."""
-    if any(structure.outside(name) == TOWER for name in missed):
+    """Yield the table's patterns for towers where a part of one has another name: engines may give it one of these."""
+    if structure.has_towers and any(structure.outside(name) for name in missed):
         for line in KEPT:
             if (
                 line.role == "tower"

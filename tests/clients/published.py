@@ -27,10 +27,11 @@ KEYS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _ROUTING,
     "gptj": {"rotary_dim": 16},
     "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 128, "route_norm": True, "moe_router_use_sigmoid": True,
-              "moe_router_enable_expert_bias": True},
+              "moe_router_enable_expert_bias": True, "qk_norm": True},
     "inkling_text": {"padded_vocab_size": 160, "use_embed_norm": False, "local_layer_ids": [0, 1, 2], "q_bias": False},
     "lfm2": _SHORT_CONV,
     "lfm2_vl": _SHORT_CONV,
+    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1, 0, 1], "moe_layer_freq": [0, 1, 1, 1], "layernorm_epsilon": 1e-5, "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2, "swa_head_dim": 16, "swa_v_head_dim": 16, "v_head_dim": 16, "add_swa_attention_sink_bias": False,
@@ -39,6 +40,12 @@ KEYS: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 16, "use_qk_norm": True, "scoring_func": "sigmoid", "use_routing_bias": True},
     "qwen3_vl_moe": {"norm_topk_prob": True},
 }  # fmt: skip
+# Keys of other parts than the text model.
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "ernie4_5_vl_moe": {"vision_config": {"embed_dim": 64, "mlp_ratio": 2}},
+    "qianfan_ocr": {"vision_config": {"image_size": 32, "patch_size": 8}},
+    "qwen3_omni_moe": {"vision_config": {"image_size": 32, "apply_vit_abs_pos_embed": True}},
+}
 # The class of a text model that vLLM builds inside of another one, as the `text_config` of published checkpoints says.
 _TEXT = {
     "qwen2": "Qwen2ForCausalLM",
@@ -46,6 +53,9 @@ _TEXT = {
     "granite": "GraniteForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
+_INNER = re.compile(
+    r"(language_model\.model\.|model\.language_model\.)model\."
+)  # transformers keeps a head's module, published names do not
 _TOWER = re.compile(r"(vision_tower\.)(embeddings|encoder|post_layernorm|pre_layrnorm|head)\.")
 
 
@@ -55,14 +65,19 @@ def tiny(kind: str, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     text = config.get("text_config", config)
     text.update(KEYS.get(kind, {}))
-    if text is not config:
-        text["architectures"] = (
-            [_TEXT[text["model_type"]]] if text.get("model_type") in _TEXT else text.get("architectures")
-        )
+    for part, values in PARTS.get(kind, {}).items():
+        config.get("thinker_config", config)[part].update(values)
+    if text.get("model_type") in _TEXT:
+        text["architectures"] = [_TEXT[text["model_type"]]]
     (folder / "config.json").write_text(json.dumps(config))
+    rewrite(folder, lambda name, values: (_INNER.sub(r"\1", name), values))
     if kind == "qwen3_vl_moe":
         rewrite(folder, lambda name, values: (name, values.mT.contiguous() if ".experts." in name else values))
-    if (config.get("vision_config") or {}).get("model_type") in ("siglip_vision_model", "clip_vision_model"):
+    if (config.get("vision_config") or {}).get("model_type") in (
+        "siglip_vision_model",
+        "siglip2_vision_model",
+        "clip_vision_model",
+    ):
         rewrite(folder, lambda name, values: (_TOWER.sub(r"\1vision_model.\2.", name), values))
     return folder
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ _COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
 DRAFTER = {"method": "mtp", "num_speculative_tokens": 1}
 # Of the key-value cache, which any quantization config has, and of inputs, which experts have even where none are quantized.
 _UNUSED = re.compile(r".*attn(_per_step\.\d+)?\.[kqv]_(scale|zero_point)$|.*\.w(13|2)_input_global_scale$")
+
+
+_ROOM = tempfile.TemporaryDirectory()  # for the store of this one process, which groups of every model ask
 
 
 def prepare_vllm(monkeypatch: Any) -> None:
@@ -35,6 +39,9 @@ def prepare_vllm(monkeypatch: Any) -> None:
     monkeypatch.setattr(f"{linear}.init_nvfp4_linear_kernel", lambda *_, **__: Kernel())
     monkeypatch.setattr(f"{experts}.select_nvfp4_moe_backend", lambda *_, **__: (None, None))
     monkeypatch.setattr(f"{experts}.is_global_sf_supported_for_nvfp4_backend", lambda *_: False)
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.fused_moe.config.current_platform.is_xpu", lambda: True, raising=False
+    )
     choose = current_platform.get_attn_backend_cls
 
     def dense(selected_backend: Any, attn_selector_config: Any, **options: Any) -> str:
@@ -43,10 +50,23 @@ def prepare_vllm(monkeypatch: Any) -> None:
     monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", staticmethod(dense))
 
 
+def take_any_activation() -> Any:
+    """Return how experts are configured, without the error that processors have none without a gate (Nemotron-H)."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    configure = FusedMoEConfig.__post_init__
+
+    def post_init(config: Any) -> None:
+        with suppress(NotImplementedError):
+            configure(config)
+
+    return post_init
+
+
 def load(folder: Path, *, drafter: bool = False) -> dict[str, torch.Tensor]:
     """Return the parameters of the model, or of the drafter that speculates for it, as the loader left them."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.distributed import destroy_model_parallel, ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -56,9 +76,10 @@ def load(folder: Path, *, drafter: bool = False) -> dict[str, torch.Tensor]:
         speculative_config=DRAFTER if drafter else None,
     )  # fmt: skip
     config = arguments.create_engine_config()
-    with set_current_vllm_config(config), tempfile.TemporaryDirectory() as room, torch.no_grad():
+    with set_current_vllm_config(config), torch.no_grad():
         if not torch.distributed.is_initialized():
-            init_distributed_environment(1, 0, f"file://{room}/store", 0, "gloo")
+            init_distributed_environment(1, 0, f"file://{_ROOM.name}/store", 0, "gloo")
+        destroy_model_parallel()  # groups are those of the model before: one for experts is made only where there are some
         ensure_model_parallel_initialized(1, 1)
         described = config.speculative_config.draft_model_config if drafter else config.model_config
         loader = DefaultModelLoader(config.load_config)
