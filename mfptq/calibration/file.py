@@ -1,6 +1,6 @@
 """Define, write and check the calibration file: statistics of a model's linear layers' inputs, in one safetensors file.
 
-Called by `observation.calibrate`, `calibration.merge` and `calibration.extract` to write, by `calibration.reading` to read.
+Called by `observation.calibration_pass`, `calibration.merge` and `calibration.extract` to write, by `calibration.reading` to read.
 A file appears under its name whole or not at all.
 
 For each input, by its name:

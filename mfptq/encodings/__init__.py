@@ -1,1 +1,1 @@
-"""Where bytes become numbers: weights that are stored as codes and scales, found in headers and decoded range by range."""
+"""Turn bytes into numbers: weights that are stored as codes and scales, found in headers and decoded range by range."""

@@ -1,6 +1,6 @@
 """Sizes of the text model as config.json tells them: how many blocks, how wide, how many attention heads.
 
-`structure.py` finds the decoder with them, `checkpoint/expert_stacks.py` the orientation of experts. Configs of models with
+`structure.py` finds the decoder with them, `checkpoint/weights.py` the orientation of experts. Configs of models with
 several parts hold those of the language model in a dictionary of its own.
 """
 

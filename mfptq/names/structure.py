@@ -1,4 +1,4 @@
-"""Where a module lies in its model: inside a block of the decoder, in a draft layer, or outside.
+"""Find where a module lies in its model: inside a block of the decoder, in a draft layer, or outside.
 
 A decoder is a numbered stack of blocks (`model.layers.0`, `transformer.h.0`, `encoder.block.0`) of the length and the
 width that config.json names. Everything else is kept: a name that nobody has seen costs size, not function. Names decide

@@ -1,6 +1,6 @@
 """Give modules of a transformers model the weights, and the rounded inputs, of a quantized output, for a while.
 
-Called by `evaluate`. Inside `lent` the model computes what an engine computes with the output; afterwards it is itself again.
+Called by `side_by_side`. Inside `lent` the model computes what an engine computes with the output; afterwards it is itself again.
 Nothing here changes a module that holds no quantized weight.
 """
 

@@ -1,4 +1,4 @@
-"""What comparing a layer of an output with its source has shown: its errors, those of its blocks, and of what it computes.
+"""Hold what comparing a layer of an output with its source has shown: errors of its values, its blocks, and what it computes.
 
 Filled by `execution.measuring`, shown by `reporting`. Numbers only; nothing is read here.
 """

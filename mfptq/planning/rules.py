@@ -1,4 +1,4 @@
-"""Which weights become FP4: names, shapes and the model's structure decide, since no module types are known.
+"""Decide which weights become FP4: names, shapes and the model's structure decide, since no module types are known.
 
 Order: what the user ignores is kept; what the user targets is quantized; then the defaults choose the linear layers of the
 decoder's blocks.

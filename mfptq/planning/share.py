@@ -1,4 +1,4 @@
-"""How much of a model is quantized: said first of every plan, since a model may be kept for the most part without a fault.
+"""Tell how much of a model is quantized: said first of every plan, since most of a model may be kept without a fault.
 
 Made from a selection, read by the plan and what shows it.
 """

@@ -1,0 +1,66 @@
+"""docs/architecture.md is the code: its files, classes and locks are those of the package, and no lock is missing there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import mfptq
+
+PACKAGE = Path(mfptq.__file__).parent
+PAGE = PACKAGE.parent / "docs" / "architecture.md"
+LOCKS = {"Lock", "RLock", "Condition"}
+
+
+def section(title: str) -> str:
+    """Return the text below a heading of the page."""
+    return PAGE.read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def names_lock(value: ast.AST) -> bool:
+    """Return whether an expression makes a lock of its own; a condition of another lock is none."""
+    made = [node for node in ast.walk(value) if isinstance(node, ast.Call) and not node.args]
+    named = [node.func for node in made] + [each.value for node in made for each in node.keywords]
+    return any(getattr(node, "attr", getattr(node, "id", "")) in LOCKS for node in named)
+
+
+def locks() -> Iterator[str]:
+    """Yield `Class.attribute`, or `module.name`, of every lock in the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        owners = [(node.name, ast.walk(node)) for node in tree.body if isinstance(node, ast.ClassDef)]
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for owner, nodes in [*owners, (module, iter(tree.body))]:
+            for node in nodes:
+                if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and names_lock(node.value):
+                    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                    yield f"{owner}.{target.attr if isinstance(target, ast.Attribute) else ast.unparse(target)}"
+
+
+def test_every_step_is_where_the_page_says() -> None:
+    lines = section("One weight, from header to shard").splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("|") and ".py" in line]
+    assert [row[1].strip() for row in rows if row[1].strip()] == [str(number) for number in range(1, 9)]
+    for row in rows:
+        files = [PACKAGE / name for name in re.findall(r"`([\w/]+\.py)`", row[3])]
+        text = "".join(path.read_text() for path in files)
+        for name in re.findall(r"`([A-Z]\w+)`", row[3]):
+            assert f"class {name}" in text
+
+
+def test_every_lock_is_in_the_table() -> None:
+    table = section("Threads and locks")
+    missing = [lock for lock in locks() if f"`{lock}`" not in table]
+    # of one for each file, the row of the table of digests tells
+    assert missing == ["_Progress.lock"]
+    told = set(re.findall(r"^\| .*?`([\w.]+\._?(?:lock|changed|hashing))`", table, re.MULTILINE))
+    assert told <= set(locks())
+
+
+def test_module_docstrings_name_a_thing_and_no_question() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert text, path
+        assert text.split()[0] not in {"What", "Which", "Whether", "How", "Where", "When", "Why", "Who"}, path
