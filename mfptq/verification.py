@@ -128,21 +128,14 @@ def verify(
     return found.result()
 
 
-def measure(
-    output: str | Path,
-    source: str | Path,
-    *,
-    calibration: str | Path | None = None,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> dict[str, Measured]:
+def measure(output: str | Path, source: str | Path, *, calibration: str | Path | None = None) -> dict[str, Measured]:
     """Return what quantizing did to each layer and kind of module of an output, by name, from its weights and the source's.
 
     With a calibration file also to what the layers compute. Weights that were NVFP4 in the source are left out.
     Raises SourceError for what is no checkpoint, ScaleError for a calibration file of another model, and HubError.
     """
     with ExitStack() as opened:
-        checkpoint, original = (open_checkpoint(each, HubOptions(None, token, cache_dir)) for each in (output, source))
+        checkpoint, original = map(open_checkpoint, (output, source))
         opened.callback(checkpoint.source.close)
         opened.callback(original.source.close)
         stored = {tensor.info.name: tensor for tensor in checkpoint.tensors()}

@@ -103,11 +103,11 @@ def _vision(prefix: str, hidden: int) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{prefix}pos_embed.weight", "BF16", (VISION_POSITIONS, wide))
 
 
-def write_demo(folder: Path, shape: DemoShape, shards: int = 3, seed: int = 0) -> None:
+def write_demo(folder: Path, shape: DemoShape, shards: int = 3) -> None:
     """Write the checkpoint; tensors go to shards in turn, so that fused partners lie in different ones."""
     folder.mkdir(parents=True)
     specs = sorted(demo_tensors(shape), key=lambda spec: spec.name)
-    rng, places, total = np.random.default_rng(seed), dict[str, str](), 0
+    rng, places, total = np.random.default_rng(0), dict[str, str](), 0
     for number in range(shards):
         name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         head, header = encode_header(specs[number::shards])
