@@ -9,9 +9,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,15 @@ def default_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def sampled(often: Iterable[Any], rest: Iterable[Any]) -> list[Any]:
+    """Return a test's parameters: those that every run tries, then those that only `-m slow` tries."""
+
+    def parameter(values: Any, *marks: pytest.MarkDecorator) -> Any:
+        return pytest.param(*(values if isinstance(values, tuple) else (values,)), marks=marks)
+
+    return [*map(parameter, often), *(parameter(values, pytest.mark.slow) for values in rest)]
 
 
 class Stopped(BaseException):

@@ -17,7 +17,7 @@ from mfptq.execution import memory_budget
 from mfptq.kernels.calibrated import CALIBRATED_METHODS
 
 from ..calibration.files import calibrate, described, stored
-from ..conftest import command
+from ..conftest import command, sampled
 from .checkpoints import (
     E8M0,
     Tensors,
@@ -132,6 +132,8 @@ def equal(one: Path, other: Path) -> bool:
 
 WIDENED = ["bf16=re:mtp.*"]  # which FP8 would carry over
 BY_EVERY_METHOD = ("blocks, F32", "MXFP4")  # decoding knows no methods
+TILES = [("blocks, F32", 2048), ("MXFP4", 256)]
+OTHER_TILES = [("blocks, F32", 256), ("MXFP4", 2048), ("blocks, F32", 2**15), ("MXFP4", 2**15)]
 
 
 @pytest.mark.parametrize(
@@ -161,8 +163,7 @@ def test_a_release_converts_to_what_its_cast_converts_to(name: str, shape: DemoS
     assert made == expected
 
 
-@pytest.mark.parametrize("tile", [256, 2048, 2**15])
-@pytest.mark.parametrize("name", ["blocks, F32", "MXFP4"])
+@pytest.mark.parametrize(("name", "tile"), sampled(TILES, OTHER_TILES))
 def test_bytes_do_not_depend_on_tiles(name: str, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release, cast = twins(tmp_path, SMALL, name)
     mfptq.convert(release if name == "MXFP4" else cast, tmp_path / "expected", formats=WIDENED)

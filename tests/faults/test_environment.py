@@ -16,7 +16,7 @@ import pytest
 import mfptq
 from mfptq.demo import DemoShape, write_demo
 from mfptq.errors import DestinationLockedError, MemoryBudgetError
-from tests.conftest import SMALL, command, command_apart, digests
+from tests.conftest import SMALL, command, command_apart, digests, sampled
 
 RUN = "from mfptq.cli.main import run; run()"
 STOPPED = "mfptq: error: stopped; rerun the same command to resume\n"
@@ -151,7 +151,7 @@ NO_LOCK = "import filelock; filelock.FileLock.acquire = lambda self, timeout=0: 
 
 
 @pytest.mark.case(108)
-@pytest.mark.parametrize("count", [2, *[pytest.param(count, marks=pytest.mark.slow) for count in (3, 3, 5)]])
+@pytest.mark.parametrize("count", sampled([2], [3, 3, 5]))
 def test_runs_with_locks_that_do_nothing(count: int, source: Path, tmp_path: Path) -> None:
     mfptq.convert(source, tmp_path / "expected")
     out = tmp_path / "out"
@@ -262,9 +262,7 @@ def convert_limited(source: Path, out: Path, limit: int, *options: str) -> subpr
 
 
 @pytest.mark.case(115, 116)
-@pytest.mark.parametrize(
-    "limits", [(112, 400), pytest.param((96, 104, 112, 120, 128, 160, 224, 400), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("limits", sampled([((112, 400),)], [((96, 104, 112, 120, 128, 160, 224, 400),)]))
 def test_memory_that_the_system_refuses(limits: tuple[int, ...], source: Path, tmp_path: Path) -> None:
     codes = []
     for megabytes in limits:

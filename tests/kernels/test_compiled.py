@@ -28,17 +28,13 @@ from mfptq.kernels.feedback_blocks import Record, RowSums, with_feedback
 from mfptq.kernels.feedback_cpu import emit_feedback
 from mfptq.kernels.ptx import compile_ptx
 from mfptq.kernels.vector import BYTE, FLOAT, LONG, VOID, WORD, Code, Words
+from tests.conftest import sampled
 
 DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 METHODS = ("search", "minmax", *FUNCTIONS.values())
 
 
-def of_dtypes(*names: str) -> list:
-    """Return the dtypes as parameters: these by default, the others with `-m slow`."""
-    return [pytest.param(dtype, marks=() if dtype in names else pytest.mark.slow) for dtype in DTYPES]
-
-
-@pytest.fixture(scope="module", params=of_dtypes("BF16"))
+@pytest.fixture(scope="module", params=sampled(["BF16"], ["F16", "F32"]))
 def texts(request: pytest.FixtureRequest) -> dict[str, str]:
     names = [f"{method}_{request.param}" for method in METHODS]
     return {name: compile_ptx(name).decode() for name in (*names, "amax_16", "amax_32")}
@@ -89,7 +85,8 @@ def test_processors_do_not_share_what_is_kept(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "name", ["search_BF16", "minmax_F16", "search_F32", "weighted_F16", "hessian_BF16", "descent_F32", "gptq_BF16"]
+    "name",
+    sampled(["search_BF16", "minmax_F16", "descent_F32", "gptq_BF16"], ["search_F32", "weighted_F16", "hessian_BF16"]),
 )
 def test_cpu_code_contracts_nothing(name: str) -> None:
     module = ir.Module(name)

@@ -20,6 +20,7 @@ from mfptq.output.evaluations import read_evaluations
 from mfptq.reporting.compare import compare
 from mfptq.reporting.data import read_report
 from mfptq.reporting.page import page
+from tests.conftest import sampled
 from tests.models import DENSE, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,11 +61,7 @@ def stopping_at(step: int, seen: list[int]) -> Callable[[EvaluationProgress], No
 
 @pytest.mark.parametrize(
     ("left", "streamed"),  # steps before the end: within the head, at its beginning, in a block
-    [
-        (3, False),
-        (20, True),
-        *[pytest.param(*each, marks=pytest.mark.slow) for each in ((9, False), (3, True), (9, True), (20, False))],
-    ],
+    sampled([(3, False), (20, True)], [(9, False), (3, True), (9, True), (20, False)]),
 )
 def test_what_is_done_is_not_done_again_and_figures_are_the_same(
     left: int, streamed: bool, source: Path, output: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,7 +81,7 @@ def test_what_is_done_is_not_done_again_and_figures_are_the_same(
     assert not (output / unfinished.FOLDER).exists()
 
 
-@pytest.mark.parametrize("change", ["text", "torn", "foreign", "output"])
+@pytest.mark.parametrize("change", sampled(["text", "torn", "output"], ["foreign"]))
 def test_notes_that_are_torn_or_of_another_evaluation_count_as_nothing(
     change: str, source: Path, output: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
