@@ -1,12 +1,10 @@
-"""Define `mfptq calibrate`, and show how far it is.
+"""Define `mfptq calibrate`; a run that stops early says what is kept.
 
 Thin: options become keywords of `mfptq.calibrate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +12,9 @@ import click
 
 from ..errors import counted
 from .cluster import cluster_options, executor_of
-from .download_lines import download_lines
 from .options import forward_options, source_options
 from .process import deferred_signals
+from .progress import block_progress
 
 if TYPE_CHECKING:
     from ..observation.calibration_pass import CalibrationProgress
@@ -61,36 +59,22 @@ def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     from ..observation.calibrate import calibrate as run_calibration
 
     quiet, options["executor"] = options.pop("quiet"), executor_of(options)
-    with _progress(output, quiet=quiet) as show, deferred_signals() as check, download_lines(quiet=quiet):
-        done = run_calibration(model, dataset, output, on_event=lambda event: (check(), show(event)), **options)
+    latest: CalibrationProgress | None = None
+    try:
+        with block_progress("calibrate", quiet=quiet) as show, deferred_signals() as check:
+
+            def tell(event: CalibrationProgress) -> None:
+                nonlocal latest
+                latest = event
+                check()
+                show(event.steps, event.total_steps, f"{event.samples}/{event.requested} samples kept")
+
+            done = run_calibration(model, dataset, output, on_event=tell, **options)
+    finally:
+        if latest and latest.samples < latest.requested:
+            _say_what_is_kept(output, latest.requested)
     if not quiet:
         click.echo(f"{output}: {done.statistics} over {counted(done.samples, 'sample', 'samples')} of {done.model}")
-
-
-@contextmanager
-def _progress(output: Path, *, quiet: bool) -> Iterator[Callable[[CalibrationProgress], None]]:
-    """Lend a callback that moves a bar; a run that stops early says how much is in the file."""
-    import os
-    import sys
-
-    from tqdm import tqdm
-
-    disabled = quiet or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
-    latest: list[CalibrationProgress] = []
-    with tqdm(unit="block", disable=disabled, desc="calibrate", leave=False) as bar:
-
-        def show(event: CalibrationProgress) -> None:
-            latest[:] = [event]
-            bar.total = event.total_steps
-            bar.update(event.steps - bar.n)
-            bar.set_postfix_str(f"{event.samples}/{event.requested} samples kept", refresh=False)
-
-        try:
-            yield show
-        finally:
-            if latest and latest[0].samples < latest[0].requested:
-                bar.clear()
-                _say_what_is_kept(output, latest[0].requested)
 
 
 def _say_what_is_kept(output: Path, requested: int) -> None:

@@ -11,6 +11,7 @@ import click
 from ..errors import UsageError, counted
 from .options import Function, decisions_of, file_options, format_options, rule_options, source_options
 from .process import deferred_signals
+from .progress import progress
 
 if TYPE_CHECKING:
     from ..cluster.ray_executor import RayExecutor
@@ -131,7 +132,7 @@ def finish(model: str, output: Path, as_json: bool, quiet: bool, **options: Any)
     from . import text
 
     decisions = with_errors_beside(decisions_of(options), output)
-    with plan(model, **decisions) as made, text.progress(quiet=quiet) as show, deferred_signals() as check:
+    with plan(model, **decisions) as made, progress(quiet=quiet) as show, deferred_signals() as check:
         report = made.finish(output, on_event=lambda event: (check(), show(event)))
     if as_json:
         click.echo(json.dumps(report.as_dict()))

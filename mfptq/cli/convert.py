@@ -16,6 +16,7 @@ from .check import engine_option, judges, refuse_findings, refuse_unloadable
 from .cluster import carry_out, check_part_options, cluster_options, executor_of, shards_option, summary
 from .options import decisions_of, file_options, format_options, resource_options, rule_options, source_options
 from .process import deferred_signals
+from .progress import progress
 from .push import publish_options
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def convert(model: str, output: Path, **options: Any) -> None:
     from ..output.publish import PushTarget
     from ..planning.size_target import with_errors_beside
     from ..storage.files import expanded
-    from . import text
 
     engine = options.pop("engine")
     resources = {name: options.pop(name) for name in RESOURCES}
@@ -69,7 +69,7 @@ def convert(model: str, output: Path, **options: Any) -> None:
         _show_plan(model, decisions, shown | {"target": target, "executor": executor})
         return
     with ExitStack() as opened:
-        show, check = opened.enter_context(text.progress(quiet=quiet)), opened.enter_context(deferred_signals())
+        show, check = opened.enter_context(progress(quiet=quiet)), opened.enter_context(deferred_signals())
         resources["on_event"] = lambda event: (check(), show(event))
         made = opened.enter_context(make_plan(model, **resources, **decisions))
         if not decisions.get("force"):

@@ -1,4 +1,4 @@
-"""Define `mfptq evaluate`, show how far it is, and show what came of it.
+"""Define `mfptq evaluate`, and show what came of it.
 
 Thin: options become keywords of `mfptq.evaluate`.
 """
@@ -6,8 +6,6 @@ Thin: options become keywords of `mfptq.evaluate`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,9 @@ import click
 
 from ..errors import counted, listed, printable
 from .columns import fitted
-from .download_lines import download_lines
 from .options import forward_options, source_options
 from .process import deferred_signals
+from .progress import block_progress
 
 if TYPE_CHECKING:
     from ..observation.evaluate import Evaluation, EvaluationProgress
@@ -47,27 +45,14 @@ def evaluate(output: Path, source: str, **options: Any) -> None:
 
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     options["record"] = not options.pop("no_record")
-    with _progress(quiet=quiet) as show, deferred_signals() as check, download_lines(quiet=quiet):
-        found = run_evaluation(output, source, on_event=lambda event: (check(), show(event)), **options)
+    with block_progress("evaluate", quiet=quiet) as show, deferred_signals() as check:
+
+        def tell(event: EvaluationProgress) -> None:
+            check()
+            show(event.steps, event.total_steps, "")
+
+        found = run_evaluation(output, source, on_event=tell, **options)
     click.echo(json.dumps(asdict(found)) if as_json else fitted(evaluation_text(found)))
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[EvaluationProgress], None]]:
-    """Lend a callback that moves a bar."""
-    import os
-    import sys
-
-    from tqdm import tqdm
-
-    disabled = quiet or not sys.stderr.isatty() or bool(os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"))
-    with tqdm(unit="block", disable=disabled, desc="evaluate", leave=False) as bar:
-
-        def show(event: EvaluationProgress) -> None:
-            bar.total = event.total_steps
-            bar.update(event.steps - bar.n)
-
-        yield show
 
 
 def evaluation_text(found: Evaluation) -> str:

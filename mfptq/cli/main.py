@@ -36,6 +36,7 @@ from .process import (
     set_up_logging,
     tune_interpreter,
 )
+from .progress import progress
 from .push import push
 from .recipe import recipe
 from .repair import repair
@@ -135,7 +136,7 @@ def verify(output: str, source: str | None, as_json: bool, quiet: bool, **option
     from ..verification import verify as check
     from . import text
 
-    with text.progress(quiet=quiet, what="verify") as show, deferred_signals() as stop:
+    with progress(quiet=quiet, what="verify") as show, deferred_signals() as stop:
         found = check(output, source, on_event=lambda event: (stop(), show(event)), **options)
     click.echo(json.dumps({**asdict(found), "ok": found.ok}) if as_json else fitted(text.verification_text(found)))
     if not found.ok:
@@ -169,7 +170,7 @@ def demo(output: Path) -> None:
         source, target = output / name, output / f"{name}-NVFP4"
         with storage_errors("write", output):
             write_demo(source, shape)
-        with text.progress(quiet=False) as show, deferred_signals() as stop:
+        with progress(quiet=False) as show, deferred_signals() as stop:
             report = run_conversion(source, target, on_event=lambda event: (stop(), show(event)))
         click.echo(text.summary(report, timings=False, serve=False))
         found = check(target, source)

@@ -41,7 +41,7 @@ def push(output: Path, repo: str, as_json: bool, **options: object) -> None:
 
     from ..output.publish import PushTarget
     from ..output.publish import push as publish
-    from .upload_lines import UploadLines
+    from .progress import UploadLines
 
     lines = (
         None if sys.stderr is None or sys.stderr.isatty() else UploadLines(sys.stderr)

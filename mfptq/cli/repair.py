@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from .process import deferred_signals
+from .progress import progress
 
 
 @click.command()
@@ -36,7 +37,7 @@ def repair(checkpoint: str, output: Path, as_json: bool, quiet: bool, **options:
     from ..conversion import convert
     from . import text
 
-    with text.progress(quiet=quiet) as show, deferred_signals() as check:
+    with progress(quiet=quiet) as show, deferred_signals() as check:
         options["on_event"] = lambda event: (check(), show(event))
         report = convert(options.pop("source") or checkpoint, output, like=checkpoint, **options)
     if as_json:

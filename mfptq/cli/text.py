@@ -1,4 +1,4 @@
-"""Render text for people: progress bars, tables and summaries.
+"""Render text for people: tables and summaries.
 
 Called by the commands, which print what comes back. Names of a source are shown so that control characters never reach the
 terminal raw.
@@ -6,21 +6,15 @@ terminal raw.
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ..errors import counted, printable, quote
-from ..execution.events import Advanced, Event, OnEvent, Planned, ShardFinished
 from ..output.report import Report
-from ..sizes import size_text, transfer_text
+from ..sizes import size_text
 from .columns import fitted
-from .download_lines import download_lines
 from .duration import duration
 from .target_text import target_values
 
@@ -35,63 +29,6 @@ if TYPE_CHECKING:
 SHOWN_FAULTS = 20
 SHOWN_FILES = 10
 COMMON_RATE = 125e6  # bytes a second
-MINUTE = 60.0  # seconds between two lines of progress in a log
-
-
-@contextmanager
-def progress(*, quiet: bool, what: str = "convert") -> Iterator[OnEvent]:
-    """Lend a callback that moves a bar in source bytes; off a terminal it writes a line for each shard, and each minute."""
-    if quiet or sys.stderr is None or (sys.stderr.isatty() and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")):
-        yield lambda _event: None
-        return
-    if not sys.stderr.isatty():
-        with download_lines(quiet=quiet):
-            yield ProgressLines(sys.stderr).show
-        return
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, desc=what, leave=False) as bar:
-
-        def show(event: Event) -> None:
-            match event:
-                case Planned(total_bytes):
-                    bar.reset(total_bytes)
-                case Advanced(source_bytes):
-                    bar.update(source_bytes)
-
-        yield show
-
-
-class ProgressLines:
-    """Progress for logs of jobs: a line for each finished shard, and one at least every MINUTE seconds."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._begun = self._last = time.monotonic()
-        self._done = self._total = 0
-
-    def show(self, event: Event) -> None:
-        """Take an event, and write a line where one is due."""
-        finished = ""
-        match event:
-            case Planned(total_bytes):
-                self._total = total_bytes
-            case Advanced(source_bytes):
-                self._done += source_bytes
-            case ShardFinished(name, resumed):
-                finished = f"{printable(name)} {'was finished before' if resumed else 'finished'}: "
-        now = time.monotonic()
-        if finished or now - self._last >= MINUTE:
-            self._last = now
-            with suppress(OSError):
-                self._stream.write(f"mfptq: {finished}{self._state(now - self._begun)}\n")
-                self._stream.flush()
-
-    def _state(self, seconds: float) -> str:
-        done = min(
-            self._done, self._total
-        )  # scales of a quantized source are read beside its codes, some of them twice
-        return transfer_text(done, self._total, self._done / max(seconds, 1e-9))
 
 
 def summary(report: Report, *, timings: bool, serve: bool = True) -> str:

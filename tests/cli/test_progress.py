@@ -4,8 +4,8 @@ import io
 import logging
 from pathlib import Path
 
-from mfptq.cli import text
-from mfptq.cli.upload_lines import UploadLines
+from mfptq.cli import progress
+from mfptq.cli.progress import BlockLines, ProgressLines, UploadLines
 from mfptq.execution.events import Advanced, Planned, ShardFinished
 from mfptq.output.publish import StoredFile
 from tests.conftest import command
@@ -13,9 +13,9 @@ from tests.conftest import command
 
 def test_a_line_for_each_shard_and_one_each_minute(monkeypatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(text.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    lines = text.ProgressLines(stream)
+    lines = ProgressLines(stream)
     lines.show(Planned(1_000_000_000))
     for _ in range(130):
         now[0] += 1
@@ -60,6 +60,20 @@ def test_uploads_have_lines_too(monkeypatch) -> None:
     assert stream.getvalue() == ""
     lines.show_upload(file, 3_000_000, 4_000_000)
     assert stream.getvalue().startswith("mfptq: model.safetensors finished: 3.00 MB of 4.00 MB, ")
-    monkeypatch.setattr("mfptq.cli.text.MINUTE", 0.0)
+    monkeypatch.setattr("mfptq.cli.progress.MINUTE", 0.0)
     lines.show_upload(None, 3_000_000, 4_000_000)
     assert stream.getvalue().count("\n") == 2
+
+
+def test_a_walk_through_a_model_has_a_line_each_minute(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    lines = BlockLines(stream, "calibrate")
+    for done in range(100, 231):  # an earlier run has done 100
+        lines.show(done, 400, "8/64 samples kept")
+        now[0] += 1
+    assert stream.getvalue().splitlines() == [
+        "mfptq: calibrate: 160 of 400 blocks, 8/64 samples kept, about 4 min left",
+        "mfptq: calibrate: 220 of 400 blocks, 8/64 samples kept, about 3 min left",
+    ]
