@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import os
@@ -21,6 +22,7 @@ import pytest
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 from mfptq.demo import DemoShape, write_demo
+from mfptq.execution import estimate
 
 SMALL = DemoShape(hidden=64, intermediate=64, layers=4, vocabulary=64)
 SMALL_EXPERTS = DemoShape(hidden=64, intermediate=32, layers=4, experts=4, vocabulary=64)
@@ -53,6 +55,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"{item.nodeid}: case {min(unknown)} is not in {CASES.name}")
         if item.get_closest_marker("slow") is None:
             marked |= numbers
+
+
+def pytest_collection_finish() -> None:
+    """Leave all that was imported out of garbage collections: it stays, and there is a million of it."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let estimates of a run's time try the kernel for a moment only."""
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -119,14 +132,12 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
     from huggingface_hub import constants
 
     from mfptq.cli import main
-    from mfptq.execution import estimate
 
     words, said, told = ["mfptq", *map(str, arguments)], io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(told):
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setattr(constants, "HF_HUB_OFFLINE", environment.get("HF_HUB_OFFLINE") != "0")
-        patch.setattr(estimate, "MEASURED_SECONDS", 0.01)
         patch.setattr(sys, "argv", words)
         patch.setattr(main, "tune_interpreter", lambda: None)
         patch.setattr(main, "handle_signals", lambda: None)

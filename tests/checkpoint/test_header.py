@@ -55,7 +55,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(["a", "__metadata__", "dtype", "b"]), json_values, max_size=3))
 def test_any_json_gives_a_result_or_header_error(value: dict) -> None:
     blob = shard(value, 16)

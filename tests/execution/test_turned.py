@@ -15,6 +15,7 @@ from mfptq.checkpoint.folder import Origin, read_checkpoint
 from mfptq.errors import NonFiniteWeightError
 
 from ..calibration.files import calibrate, described
+from ..conftest import sampled
 
 HIDDEN, INNER, EXPERTS = 64, 48, 3
 P = "model.layers.0."
@@ -62,10 +63,12 @@ def converted(tmp_path: Path, tensors: Callable[..., dict], config: dict, **opti
     return outputs
 
 
-@pytest.mark.parametrize(
-    ("method", "dtype"), [("search", torch.float32), ("search", torch.bfloat16), ("minmax", torch.float16)]
-)
-@pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (2048, 1024)], ids=["batches", "tiles"])
+METHODS = [("search", torch.float32), ("search", torch.bfloat16), ("minmax", torch.float16)]
+BATCHES = [(HIDDEN, INNER, *each) for each in METHODS]
+IN_TILES = [(2048, 1024, *each) for each in METHODS]
+
+
+@pytest.mark.parametrize(("hidden", "inner", "method", "dtype"), sampled([*BATCHES, IN_TILES[0]], IN_TILES[1:]))
 def test_turned_experts_have_the_bytes_of_plain_ones(
     hidden: int, inner: int, method: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 import mfptq
 from mfptq.demo import write_demo
-from tests.conftest import SMALL_EXPERTS, digests
+from tests.conftest import SMALL_EXPERTS, digests, sampled
 from tests.hub.server import LoopbackHub
 
 
@@ -35,8 +35,9 @@ def experts(folder: Path) -> None:
     write_demo(folder, SMALL_EXPERTS)
 
 
-@pytest.mark.parametrize("write", [turned, experts], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("tile", [2**18, 2**11], ids=["whole groups", "tiles"])
+@pytest.mark.parametrize(  # with tiles of a whole group, or of a part
+    ("write", "tile"), sampled([(turned, 2**11), (experts, 2**18)], [(turned, 2**18), (experts, 2**11)])
+)
 def test_any_layout(write, tile: int, client: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mfptq.execution import prepare
 

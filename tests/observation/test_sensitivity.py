@@ -17,6 +17,7 @@ from mfptq.calibration.reading import load_calibration
 from mfptq.errors import ScaleError
 from mfptq.nvfp4 import dequantize
 from mfptq.observation.sensitivity import TEXTS, TOKENS, rounded_weight, short_texts
+from tests.conftest import sampled
 from tests.models import DENSE, MOE, write_checkpoint
 
 PARTS = {
@@ -29,7 +30,7 @@ PARTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[DENSE, MOE])
+@pytest.fixture(scope="module", params=sampled([MOE], [DENSE]))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model") / "source", request.param)
 

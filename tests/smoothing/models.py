@@ -39,8 +39,8 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32}
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 PLAIN = (  # a norm's weight is all that it multiplies by
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe",
-    "granite", "olmoe", "smollm3", "seed_oss",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3_moe", "qwen3", "deepseek_v3", "deepseek_v2", "glm4_moe", "qwen2_moe",
+    "granite", "smollm3", "olmoe", "seed_oss",
 )  # fmt: skip
 ADDED = ("gemma", "gemma2", "gemma3_text", "qwen3_next")  # 1 is added to it
 
