@@ -4,8 +4,8 @@
 
 Gemma 3 270M, from those packages, is written to WORK as a bfloat16 checkpoint. mfptq calibrates it on the text of --train, converts it by
 every method, weight-only, W4A4 and smoothed W4A4, and evaluates each output on the text of --test: datasets as `mfptq calibrate` takes
-them. What WORK already holds is not made again, so that an interrupted run goes on. On two idle cores about an hour and a half; where others
-use them too, OMP_NUM_THREADS=1 is several times faster.
+them. What WORK already holds is not made again, so that an interrupted run goes on. On two idle cores about an hour and a half, with --device cuda
+some minutes; where others use the cores too, OMP_NUM_THREADS=1 is several times faster.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def judged(args: argparse.Namespace, model: Path, calibration: Path, method: str
     if not kept.exists():
         output = args.work / name
         mfptq.convert(model, output, calibration=calibration, method=method, **{"smooth": False} | decisions)
-        found = mfptq.evaluate(output, model, dataset=args.test, samples=args.windows, max_seq_length=WINDOW)
+        options = {"samples": args.windows, "max_seq_length": WINDOW, "device": args.device}
+        found = mfptq.evaluate(output, model, dataset=args.test, **options)
         kept.write_text(json.dumps(asdict(found)))
         shutil.rmtree(output)
     return json.loads(kept.read_text())
@@ -88,13 +89,14 @@ def main() -> None:
     parser.add_argument("--test", required=True, help="text to evaluate on")
     parser.add_argument("--samples", type=int, default=98, help="windows of 512 tokens to calibrate on")
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens to evaluate on")
+    parser.add_argument("--device", default="cpu", help="where the passes run; conversions stay on the CPU")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--docs", type=Path, help="folder whose calibration.md gets the table")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     model, calibration = build_model(args.work / "gemma"), args.work / "gemma.calibration.safetensors"
     if not calibration.exists():
-        options = {"samples": args.samples, "max_seq_length": WINDOW, "statistics": "factors"}
+        options = {"samples": args.samples, "max_seq_length": WINDOW, "statistics": "factors", "device": args.device}
         mfptq.calibrate(model, args.train, calibration, **options)
     rows = []
     for method in args.methods:
