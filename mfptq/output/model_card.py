@@ -82,6 +82,8 @@ def _model_name(plan: ConversionPlan, known: Mapping[str, Any]) -> str:
 def _summary(plan: ConversionPlan, name: str) -> str:
     origin = plan.checkpoint.origin
     source = f"`{origin.repo_id}` at commit `{origin.revision}`" if origin.repo_id else "a local checkpoint"
+    if plan.contents.formats:
+        source += f" ({'; '.join(sorted(plan.contents.formats))})"
     inputs = f" Input scales are {plan.input_scales.about}." if plan.input_scales is not None else ""
     if plan.smoothing is not None and plan.smoothing.powers:
         inputs += (

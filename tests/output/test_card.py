@@ -7,6 +7,8 @@ import yaml
 
 import mfptq
 
+from ..encodings.checkpoints import fp8_block, weight, write
+
 
 def card(folder: Path) -> tuple[dict, str]:
     _, front, body = (folder / "README.md").read_text().split("---\n", 2)
@@ -48,3 +50,11 @@ def test_a_mixture_is_named_by_all_its_formats_and_says_how_to_make_it_again(sou
     assert "Tiny-1B-NVFP4-FP8 --scheme NVFP4A16 --method search --target-bits 6 --target-format fp8-dynamic\n" in body
     mfptq.convert(source, tmp_path / "fp8", formats=["fp8-dynamic=re:.*"])
     assert "# Tiny-1B-FP8\n" in card(tmp_path / "fp8")[1]
+
+
+def test_it_says_what_a_quantized_source_is_stored_as(tmp_path: Path) -> None:
+    made = fp8_block(weight(128, 256))
+    name = "model.layers.0.mlp.down_proj"
+    tensors = {f"{name}.weight": made["weight"], f"{name}.weight_scale_inv": made["scale"]}
+    mfptq.convert(write(tmp_path / "source", tensors), tmp_path / "out")
+    assert "Made from a local checkpoint (FP8 E4M3, F32 scale per 128x128) with mfptq" in card(tmp_path / "out")[1]
