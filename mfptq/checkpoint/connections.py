@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+TOLD_BYTES = 2**17  # TLS brings 16 kB at a time
+
 
 class UnusableError(Exception):
     """A connection brings no answer that can be read here: ask with the client."""
@@ -152,12 +154,32 @@ class Connections:
 
 
 def received(answer: http.client.HTTPResponse, buffer: memoryview) -> Iterator[int]:
-    """Fill a buffer from an answer, to the end of one of them; yield how many bytes were added."""
+    """Fill a buffer from an answer, to the end of one of them; yield how many bytes were added, some TOLD_BYTES at a time.
+
+    Raises OSError, after the bytes before it were told.
+    """
     done, size = 0, min(len(buffer), answer.length or 0)
-    while done < size and (count := answer.fp.readinto1(buffer[done:size])):
-        done += count
-        yield count
+    while done < size:
+        added, error = _add(answer, buffer[done:size])
+        if added:
+            done += added
+            yield added
+        if error is not None:
+            raise error
+        if not added:
+            break
     answer.close()
+
+
+def _add(answer: http.client.HTTPResponse, room: memoryview) -> tuple[int, OSError | None]:
+    """Receive until TOLD_BYTES or more are there, or the room is full, or nothing more comes, for the reason returned."""
+    added = 0
+    try:
+        while added < min(TOLD_BYTES, len(room)) and (count := answer.fp.readinto1(room[added:])):
+            added += count
+    except OSError as error:
+        return added, error
+    return added, None
 
 
 def _host(url: str) -> tuple[str, str]:

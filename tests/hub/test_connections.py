@@ -118,7 +118,7 @@ def test_a_range_goes_on_where_its_connection_broke(client: LoopbackHub, opened:
 
 
 FAULTS = [
-    ("503", HubError, "after 6 tries"), ("timeout", HubError, "after 6 tries"), ("whole", HubError, "byte ranges"),
+    ("503", HubError, "after 6 tries"), ("timeout", HubError, "after 6 tries"), ("reset", HubError, "after 6 tries"), ("whole", HubError, "byte ranges"),
     ("range", HubError, "byte ranges"), ("encoded", HubError, "byte ranges"), ("total", SourceChangedError, "listing says"),
     ("etag", SourceChangedError, "changed on the Hub"), ("long", SourceChangedError, "more bytes than"),
     ("416", SourceChangedError, "shorter"), ("400", HubError, "cannot read"), ("302", HubError, "byte ranges"),
