@@ -4,7 +4,7 @@
 read to its last byte. What the client has settled stays so: the way there (proxies, certificates, timeouts), the headers, and
 whether a token is sent. Later requests are the same one for another range, on the same connection. The client's own reading takes
 some hundred microseconds of Python for every 16 to 64 KB; this takes one call for whatever has arrived. Where it is not possible
-(HTTP/2, TLS inside of a proxy's TLS, a client that shows no socket), or a host does not answer so, all goes the client's way.
+(HTTP/2, a proxy for plain HTTP, TLS inside of a proxy's TLS, a client that shows no socket), or a host does not answer so, all goes the client's way.
 """
 
 from __future__ import annotations
@@ -194,8 +194,12 @@ def _socket(response: Any) -> socket.socket | None:
         return None
     if isinstance(stream.get_extra_info("ssl_object"), ssl.SSLObject):  # the socket's own TLS is that of a proxy
         return None
-    opened = stream.get_extra_info("socket")
-    is_tls = isinstance(opened, ssl.SSLSocket)
-    if not isinstance(opened, socket.socket) or (response.request.url.scheme == "https" and not is_tls):
+    opened, url = stream.get_extra_info("socket"), response.request.url
+    if not isinstance(opened, socket.socket):
         return None
-    return opened
+    if url.scheme == "https":
+        return opened if isinstance(opened, ssl.SSLSocket) else None
+    with suppress(OSError):  # closed by now
+        if opened.getpeername()[1] == (url.port or 80):  # else it is a proxy's, which wants whole addresses
+            return opened
+    return None

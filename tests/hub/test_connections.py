@@ -16,6 +16,7 @@ from mfptq.checkpoint.hub import HubOptions, open_checkpoint
 from mfptq.checkpoint.hub_source import HubSource
 from mfptq.errors import HubError, MfptqError, SourceChangedError
 from tests.hub.conftest import TOKEN
+from tests.hub.proxy import proxying
 from tests.hub.server import REPO, LoopbackHub, storage_over_tls
 
 BIG = "model-00002-of-00003.safetensors"
@@ -279,3 +280,37 @@ def test_a_certificate_that_nobody_knows(over_tls: LoopbackHub, monkeypatch: pyt
     close_session()
     with pytest.raises(HubError, match="CERTIFICATE_VERIFY_FAILED"):
         open_checkpoint(REPO)
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A proxy that the client knows by the environment; what it was asked for."""
+    from huggingface_hub import close_session
+
+    with proxying() as (address, seen):
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, address)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        close_session()
+        yield seen
+        close_session()
+
+
+def test_a_tunnel_through_a_proxy_serves_all_ranges(over_tls: LoopbackHub, proxy: list[str], source: Path) -> None:
+    expected, opened = (source / BIG).read_bytes(), open_checkpoint(REPO).source
+    found = b"".join(read(opened, begin, min(begin + STEP, len(expected))) for begin in range(0, len(expected), STEP))
+    opened.close()
+    assert found == expected
+    tunnels = [line for line in proxy if line.startswith("CONNECT")]
+    assert 1 <= len(tunnels) <= 8  # of planning; far fewer than ranges
+    assert len(stored(over_tls)) > 2 * len(tunnels)
+
+
+def test_a_proxy_for_plain_http_is_the_clients_affair(client: LoopbackHub, proxy: list[str], source: Path) -> None:
+    expected, opened = (source / BIG).read_bytes(), open_checkpoint(REPO).source
+    for begin in range(0, 9000, STEP):
+        assert read(opened, begin, begin + STEP) == expected[begin : begin + STEP]
+    opened.close()
+    assert len(proxy) > 3
+    assert all(line.split()[1].startswith("http://") for line in proxy)
