@@ -46,10 +46,11 @@ class Connection:
     @property
     def is_quiet(self) -> bool:
         """Whether it is open and nothing has come unasked: a host that closes a connection shows so."""
-        if self._socket.fileno() < 0:
-            return False
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        try:
+            poll.register(self._socket, select.POLLIN)
+        except ValueError:  # the client has closed it, with all its connections
+            return False
         return not poll.poll(0)
 
     def ask(self, url: str, start: int, end: int) -> http.client.HTTPResponse:
