@@ -32,7 +32,8 @@ def progress(*, quiet: bool, what: str = "convert") -> Iterator[OnEvent]:
         yield lambda _event: None
         return
     if not sys.stderr.isatty():
-        yield ProgressLines(sys.stderr).show
+        with _download_lines():
+            yield ProgressLines(sys.stderr).show
         return
     from tqdm import tqdm
 
