@@ -56,7 +56,7 @@ def rule_options(function: Function) -> Function:
         click.option(
             "--smooth/--no-smooth",
             default=None,
-            help="With --calibration: move the size of loud input channels into the weights. By default for W4A4 by --method auto.",
+            help="With --calibration: scale outlier channels of the inputs into the weights. By default for W4A4 by --method auto.",
         ),
         click.option("--input-margin", type=float, help="Widens the ranges of --calibration; by default 4, minmax 1."),
         click.option(

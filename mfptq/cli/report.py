@@ -88,7 +88,8 @@ def report_text(found: ReportData) -> str:
     values, rows = found.summary, {row.name: row for row in found.layers}
     lines = [
         f"{size_text(values['source_bytes'])} -> {size_text(values['output_bytes'])}, relative error of weights "
-        f"{values['relative_error']:.2%}, least, middle and largest by kind:",
+        f"{values['relative_error']:.2%}",
+        "errors of weights, least, middle and largest by kind:",
     ]
     lines += _kind_lines(found)
     lines += _measured_lines(found)
@@ -153,7 +154,7 @@ def _measured_lines(found: ReportData) -> list[str]:
 @click.option("--source", help="What both were made from: measures their errors against it; reads all weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def compare(first: Path, second: Path, source: str | None, as_json: bool) -> None:
-    """Show how two outputs of mfptq differ: treatment and error of each layer, from their reports, and scales.
+    """Show how two outputs of mfptq differ: which layers each quantizes, their errors, both by their reports, and scales.
 
     Example: mfptq compare Qwen3.5-27B-minmax Qwen3.5-27B-search
     """
@@ -187,7 +188,7 @@ def _scales(output: Path) -> Mapping[str, float]:
 
 
 def compare_text(found: Comparison) -> str:
-    """Return a comparison in a few lines: sums, then layers with other treatment, then the largest changes."""
+    """Return a comparison in a few lines: sums, then layers that only one quantizes, then the largest changes."""
     from dataclasses import asdict
 
     from ..output.evaluations import figure
@@ -203,9 +204,10 @@ def compare_text(found: Comparison) -> str:
         lines.append(
             f"KL divergence on {printable(each.dataset)}: {each.first:.4g} -> {each.second:.4g}, by {change} window by window"
         )
-    for rows, title in ((found.treated, "treated otherwise"), (found.changed, "with another error")):
-        lines.append(f"{counted(len(rows), 'layer is' if rows is found.treated else 'layer', 'layers')} {title}")
-        lines += [_compared(row) for row in rows[:SHOWN]]
+    treated = counted(len(found.treated), "layer is", "layers are")
+    changed = counted(len(found.changed), "layer has another error", "layers have other errors")
+    for rows, title in ((found.treated, f"{treated} quantized in one of them only"), (found.changed, changed)):
+        lines += [title, *(_compared(row) for row in rows[:SHOWN])]
         if len(rows) > SHOWN:
             lines.append(f"  ... and {len(rows) - SHOWN} more")
     for row in found.scales:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import counted, printable, quote
+from ..kernels.choice import AS_GIVEN
 from ..output.report import Report
 from ..sizes import size_text
 from .columns import fitted
@@ -37,11 +38,12 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
         made = f"{report.source}, {formats_text(report.formats)}"
         return f"{report.destination} is already complete: {made}, every file checked by content"
     weights = counted(report.quantized, "weight", "weights")
-    how = f"method {report.method}" if report.method else "nothing quantized anew"
     error = f", relative error {report.relative_error:.2%}" if report.method else ""
+    why = "" if report.device_reason == AS_GIVEN else f" ({report.device_reason})"
+    how = f"method {report.method}, kernel {report.kernel}{why}" if report.method else "nothing quantized anew"
     lines = [
         f"{report.source} -> {report.destination}",
-        f"  {formats_text(report.formats)}, {how}, kernel {report.kernel} ({report.device_reason}): "
+        f"  {formats_text(report.formats)}, {how}: "
         f"{weights} {'quantized' if report.method else 'taken over'}, {counted(report.kept, 'tensor', 'tensors')} kept",
         f"  {size_text(report.source_bytes)} -> {size_text(report.output_bytes)} "
         f"({report.output_bytes / report.source_bytes:.1%}){error}",

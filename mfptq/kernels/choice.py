@@ -24,6 +24,7 @@ CORE_SECONDS = {
 }  # a weight
 OTHER_SECONDS = 2.2e-9  # of a core, for a weight, on either device: reading, hashing, writing
 GPU_SECONDS = 1 / 7e9  # a weight at the least, by any method: the copies to and from the device decide
+AS_GIVEN = "as given"  # why a device was chosen that is no "auto"
 GPU_START = 0.6  # seconds, of opening the device, loading kernels and pinning memory
 
 
@@ -38,7 +39,7 @@ class Choice:
 def choose_device(device: str, weights: Mapping[str, int], cores: int) -> Choice:
     """Return the device for so many weights of each method: `device` itself, or for "auto" what should finish first."""
     if device != "auto":
-        return Choice(device, "as asked")
+        return Choice(device, AS_GIVEN)
     if FEEDBACK in weights:
         return Choice("cpu", f"method {FEEDBACK} was never timed on a GPU")
     if not cuda_devices():

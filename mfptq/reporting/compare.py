@@ -1,4 +1,4 @@
-"""Compare two outputs of mfptq: which layers are treated otherwise, and how their errors differ.
+"""Compare two outputs of mfptq: which layers only one of them quantizes, and how errors differ.
 
 Called by the command `compare`. It reads the reports of both, and no weight.
 """
@@ -58,7 +58,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two outputs side by side. `treated` are layers that only one quantizes, `changed` those with another error."""
+    """Two outputs side by side. `treated` are layers that only one quantizes, `changed` those whose errors differ."""
 
     first_error: float
     second_error: float
