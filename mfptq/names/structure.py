@@ -135,9 +135,14 @@ class Structure:
         return tuple(sorted(found))
 
     def is_renumbered(self, module: str) -> bool:
-        """Return whether engines build a module of a draft layer under another name than its own: `mtp.0` of DeepSeek-V4."""
+        """Return whether engines build a module of a draft layer under another name than its own: `mtp.0` of DeepSeek-V4.
+
+        Where drafts are `layers` of a module of their own (`model.mtp.layers` of MiMo-V2) they keep their names.
+        """
         block = block_of(logical(module))
-        return block is not None and block.stack not in self._lengths and _is_renumbered(block.stack)
+        if block is None or block.stack in self._lengths or block.stack.endswith(".layers"):
+            return False
+        return _is_renumbered(block.stack)
 
     def tower_tails(self) -> tuple[str, ...]:
         """Return the stacks of towers without the towers' own names, `encoder.layers`: some engines build them so.

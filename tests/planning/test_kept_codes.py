@@ -168,3 +168,20 @@ def test_a_source_that_changed_is_found(ending: str, tmp_path: Path) -> None:
     write(folder, tensors, config=config)
     faults = mfptq.verify(tmp_path / "out", folder).faults
     assert any(each.tensor == f"{DRAFT}.up_proj" and "other codes or scales" in each.what for each in faults)
+
+
+@pytest.mark.parametrize(
+    ("draft", "expected"),
+    [
+        ("mtp.layers.0.mlp", "fp8-block"),
+        ("model.mtp.layers.0.mlp", "fp8-block"),
+        ("mtp.0.mlp", ""),
+        ("model.mtp_layers.0.mlp", ""),
+    ],
+)
+def test_a_drafter_that_engines_name_otherwise_is_widened(draft: str, expected: str, tmp_path: Path) -> None:
+    """DeepSeek-V4's `mtp.0` is `layers.N` in engines: patterns over names of tensors would not find it."""
+    folder = source(tmp_path / "source")
+    tensors = {name.replace(DRAFT, draft): values for name, values in stored(folder).items()}
+    write(folder, tensors, config=json.loads((folder / "config.json").read_text()))
+    assert {formats(folder)[f"{draft}.{leaf}"] for leaf in LEAVES} == {expected}
