@@ -88,8 +88,8 @@ def _matrix(rows: int, columns: int) -> torch.Tensor:
     return (torch.randn(rows, columns) * 0.05).to(torch.bfloat16)
 
 
-def release() -> tuple[Tensors, Tensors]:
-    """Return the tensors of a release, and of its bfloat16 twin: DeepSeek's own cast of each weight."""
+def release(block: tuple[int, int] = (128, 128)) -> tuple[Tensors, Tensors]:
+    """Return the tensors of a release, and of its bfloat16 twin: DeepSeek's own cast of each weight; `block` shares an FP8 scale."""
     torch.manual_seed(0)
     stored: Tensors = {}
     twin: Tensors = {}
@@ -97,12 +97,12 @@ def release() -> tuple[Tensors, Tensors]:
     for prefix, layer in places:
         _add_plain(prefix, dict(plain_of_block(layer)), stored, twin)
         for name, shape in linear_shapes(layer).items():
-            _add_fp8(f"{prefix}.{name}", shape, stored, twin)
+            _add_fp8(f"{prefix}.{name}", shape, block, (stored, twin))
         for expert in range(EXPERTS):
             for leaf, shape in expert_shapes().items():
                 _add_mxfp4(f"{prefix}.ffn.experts.{expert}.{leaf}", shape, stored, twin)
     for leaf in ("e_proj", "h_proj"):
-        _add_fp8(f"mtp.0.{leaf}", (HIDDEN, HIDDEN), stored, twin)
+        _add_fp8(f"mtp.0.{leaf}", (HIDDEN, HIDDEN), block, (stored, twin))
     norms = {f"{leaf}.weight": torch.rand(HIDDEN).to(torch.bfloat16) for leaf in ("enorm", "hnorm", "norm")}
     tables = {f"{leaf}.weight": _matrix(VOCABULARY, HIDDEN) for leaf in ("emb.tok_emb", "head")}
     _add_plain("mtp.0", norms | tables | _hyper_head(), stored, twin)
@@ -125,10 +125,11 @@ def _add_plain(prefix: str, tensors: Tensors, stored: Tensors, twin: Tensors) ->
     twin.update(named)
 
 
-def _add_fp8(name: str, shape: Shape, stored: Tensors, twin: Tensors) -> None:
-    coded = fp8_block(_matrix(*shape), dtype=torch.float8_e8m0fnu)
+def _add_fp8(name: str, shape: Shape, block: tuple[int, int], forms: tuple[Tensors, Tensors]) -> None:
+    stored, twin = forms
+    coded = fp8_block(_matrix(*shape), block, torch.float8_e8m0fnu)
     stored |= {f"{name}.weight": coded["weight"], f"{name}.scale": coded["scale"]}
-    twin[f"{name}.weight"] = deepseek(coded["weight"], coded["scale"].view(torch.uint8))
+    twin[f"{name}.weight"] = deepseek(coded["weight"], coded["scale"].view(torch.uint8), block)
 
 
 def _add_mxfp4(name: str, shape: Shape, stored: Tensors, twin: Tensors) -> None:
