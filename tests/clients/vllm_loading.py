@@ -40,8 +40,9 @@ def prepare_vllm(monkeypatch: Any) -> None:
     monkeypatch.setattr(f"{experts}.select_nvfp4_moe_backend", lambda *_, **__: (None, None))
     monkeypatch.setattr(f"{experts}.is_global_sf_supported_for_nvfp4_backend", lambda *_: False)
     monkeypatch.setattr(
-        "vllm.model_executor.layers.fused_moe.config.current_platform.is_xpu", lambda: True, raising=False
+        "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig.__post_init__", take_any_activation()
     )
+    monkeypatch.setattr("triton.set_allocator", lambda *_: None, raising=False)
     choose = current_platform.get_attn_backend_cls
 
     def dense(selected_backend: Any, attn_selector_config: Any, **options: Any) -> str:
