@@ -44,7 +44,10 @@ KEYS: dict[str, dict[str, Any]] = {
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "ernie4_5_vl_moe": {"vision_config": {"embed_dim": 64, "mlp_ratio": 2}},
     "qianfan_ocr": {"vision_config": {"image_size": 32, "patch_size": 8}},
-    "qwen3_omni_moe": {"vision_config": {"image_size": 32, "apply_vit_abs_pos_embed": True}},
+    "qwen3_omni_moe": {
+        "vision_config": {"image_size": 32, "apply_vit_abs_pos_embed": True},
+        "text_config": {"tie_word_embeddings": False},
+    },
 }
 # The class of a text model that vLLM builds inside of another one, as the `text_config` of published checkpoints says.
 _TEXT = {

@@ -18,6 +18,7 @@ from tests.clients.dequantize import E2M1
 
 MARK = 0xA5
 _COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
+_MOE = "vllm.model_executor.layers.fused_moe"
 DRAFTER = {"method": "mtp", "num_speculative_tokens": 1}
 # Of the key-value cache, which any quantization config has, and of inputs, which experts have even where none are quantized.
 _UNUSED = re.compile(r".*attn(_per_step\.\d+)?\.[kqv]_(scale|zero_point)$|.*\.w(13|2)_input_global_scale$")
@@ -39,10 +40,10 @@ def prepare_vllm(monkeypatch: Any) -> None:
     monkeypatch.setattr(f"{linear}.init_nvfp4_linear_kernel", lambda *_, **__: Kernel())
     monkeypatch.setattr(f"{experts}.select_nvfp4_moe_backend", lambda *_, **__: (None, None))
     monkeypatch.setattr(f"{experts}.is_global_sf_supported_for_nvfp4_backend", lambda *_: False)
-    monkeypatch.setattr(
-        "vllm.model_executor.layers.fused_moe.config.FusedMoEConfig.__post_init__", take_any_activation()
-    )
-    monkeypatch.setattr("triton.set_allocator", lambda *_: None, raising=False)
+    monkeypatch.setattr(f"{_MOE}.config.FusedMoEConfig.__post_init__", take_any_activation())
+    monkeypatch.setattr("vllm.triton_utils.allocation.triton.set_allocator", lambda *_: None, raising=False)
+    select = f"{_MOE}.unquantized_fused_moe_method.select_unquantized_moe_backend"
+    monkeypatch.setattr(select, lenient_selection())
     choose = current_platform.get_attn_backend_cls
 
     def dense(selected_backend: Any, attn_selector_config: Any, **options: Any) -> str:
@@ -62,6 +63,22 @@ def take_any_activation() -> Any:
             configure(config)
 
     return post_init
+
+
+def lenient_selection() -> Any:
+    """Return how kernels of experts in bfloat16 are selected, or none where a processor has none."""
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+
+    select = method.select_unquantized_moe_backend
+
+    def selected(*arguments: Any, **options: Any) -> Any:
+        try:
+            return select(*arguments, **options)
+        except NotImplementedError:
+            return UnquantizedMoeBackend.CPU, None
+
+    return selected
 
 
 def load(folder: Path, *, drafter: bool = False) -> dict[str, torch.Tensor]:

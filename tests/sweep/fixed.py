@@ -45,6 +45,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}, "num_key_value_heads": 4, "index_head_dim": 32, "index_n_heads": 4},
     "kyutai_speech_to_text": {"codec_config": {"model_type": "mimi", **_MIMI}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "mimi": _MIMI,
     "molmo2_adapter": {"vision_feature_layer": [3, 2], "text_hidden_size": 64},
