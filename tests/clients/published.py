@@ -31,7 +31,6 @@ KEYS: dict[str, dict[str, Any]] = {
     "inkling_text": {"padded_vocab_size": 160, "use_embed_norm": False, "local_layer_ids": [0, 1, 2], "q_bias": False},
     "lfm2": _SHORT_CONV,
     "lfm2_vl": _SHORT_CONV,
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1, 0, 1], "moe_layer_freq": [0, 1, 1, 1], "layernorm_epsilon": 1e-5, "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 2, "swa_head_dim": 16, "swa_v_head_dim": 16, "v_head_dim": 16, "add_swa_attention_sink_bias": False,
@@ -45,7 +44,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "ernie4_5_vl_moe": {"vision_config": {"embed_dim": 64, "mlp_ratio": 2}},
     "qianfan_ocr": {"vision_config": {"image_size": 32, "patch_size": 8}},
     "qwen3_omni_moe": {
-        "vision_config": {"image_size": 32, "apply_vit_abs_pos_embed": True},
+        "vision_config": {"image_size": 384, "apply_vit_abs_pos_embed": True},
         "text_config": {"tie_word_embeddings": False},
     },
 }
