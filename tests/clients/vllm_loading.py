@@ -81,7 +81,7 @@ def lenient_selection() -> Any:
     return selected
 
 
-def load(folder: Path, *, drafter: bool = False) -> dict[str, torch.Tensor]:
+def load(folder: Path, *, drafter: bool = False, runner: str = "auto") -> dict[str, torch.Tensor]:
     """Return the parameters of the model, or of the drafter that speculates for it, as the loader left them."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import destroy_model_parallel, ensure_model_parallel_initialized, init_distributed_environment
@@ -91,7 +91,7 @@ def load(folder: Path, *, drafter: bool = False) -> dict[str, torch.Tensor]:
 
     arguments = EngineArgs(
         str(folder), dtype="bfloat16", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True, max_num_seqs=2,
-        speculative_config=DRAFTER if drafter else None,
+        speculative_config=DRAFTER if drafter else None, runner=runner,
     )  # fmt: skip
     config = arguments.create_engine_config()
     with set_current_vllm_config(config), torch.no_grad():
