@@ -18,7 +18,6 @@ from ..checkpoint.reads import ReadAhead
 from ..errors import NonFiniteWeightError
 from ..fp8 import Candidates, stored_scales
 from ..kernels import WeightBatch
-from ..kernels.calibrated import PreparedStatistics
 from ..nvfp4 import Float32Array
 from ..output.destination import Destination
 from ..output.shard_writer import ShardWriter
@@ -26,7 +25,7 @@ from ..planning.jobs import CAST, CopyRun, QuantizeWeight, ShardPlan, WidenTenso
 from ..storage.partial_file import Piece
 from .carried_codes import carried, carried_scales, mapped_scales, read_codes
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished, ignore
-from .families import Family, TileWork, family_of
+from .families import Family, TileWork, convert_tile, family_of
 from .global_scales import AmaxSearch, GlobalScales, global_scale, scalar
 from .memory_budget import exceeds_half_of_memory
 from .reading_order import reading_order, shards_at_once, work_order
@@ -192,7 +191,7 @@ class Execution:
         """Find the largest magnitude over all members, wherever they lie; then quantize those of this shard."""
         members = self._plan.members(step.weights[0].weight)
         found = list(amax_tiles(members, self._tile_bytes))
-        work = [(each, tile) for each in step.weights for tile in tiles(each.weight, self._tile_bytes)]
+        work = [(each, tile) for each in step.weights for tile in _family(each).tiles(each, self._tile_bytes)]
         writer.expect(len(work))
         waiter = partial(self._quantize_group, writer, work)
         rule = partial(_family(step.weights[0]).scale, self._plan.method)
@@ -218,13 +217,14 @@ class Execution:
 
     def _quantize_tile(self, writer: ShardWriter, work: WeightTile, scale: float, memory: WorkerMemory) -> None:
         step, tile = work
-        data = memory.read(self._source, tile)
-        found = TileWork(step, tile, data, scale, self._source, self._statistics(step, tile))
-        checksum = memory.checksum(tile, data)
-        pieces, stats = _family(step).convert(memory, found)
-        stats.checksum = checksum
+        pieces, stats = convert_tile(memory, step, tile, partial(self._read, step, scale))
         writer.note(stats_key(step), stats)
         self._write(writer, pieces, tile.ranges, memory, keep=tile.weight.pitch > 0)
+
+    def _read(self, step: QuantizeWeight, scale: float, memory: WorkerMemory, tile: Tile) -> TileWork:
+        data, found = memory.read(self._source, tile), self._plan.statistics(step)
+        known = None if found is None else found.part(tile.start % step.weight.columns, tile.columns)
+        return TileWork(step, tile, data, scale, self._source, known, memory.checksum(tile, data))
 
     def _convert_strip(self, writer: ShardWriter, work: tuple[QuantizeWeight, Strip], memory: WorkerMemory) -> None:
         """Convert rows that share no scale with others: one that fits into the memory is read once, else twice."""
@@ -274,10 +274,6 @@ class Execution:
         stored = stored_scales(scales, step.format.scale_dtype(step.weight, step.method))
         size = len(stored) // scales.size
         self._write(writer, [Piece(step.scale + strip.scale_index * size, stored)], (), memory)
-
-    def _statistics(self, step: QuantizeWeight, tile: Tile) -> PreparedStatistics | None:
-        found = self._plan.statistics(step)
-        return None if found is None else found.part(tile.start % step.weight.columns, tile.columns)
 
     def _write(
         self, writer: ShardWriter, pieces: Iterable[Piece], reads: Ranges, memory: WorkerMemory, *, keep: bool = False

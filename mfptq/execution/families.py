@@ -5,20 +5,22 @@ Called by `execution.engine` and `execution.prepare`. Formats whose scales belon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from ..fp8 import Candidates, Segments, minmax_scales
 from ..kernels import ErrorStats, Kernel, QuantizeArgs, TileArray
-from ..kernels.calibrated import CALIBRATED_METHODS, CalibratedKernel, PreparedStatistics
+from ..kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, CalibratedKernel, PreparedStatistics
 from ..kernels.fp8 import add_errors
 from ..nvfp4 import BLOCK_SIZE, ByteArray
 from ..planning.jobs import CAST, QuantizeWeight
 from ..storage.partial_file import Piece
 from .cast import cast_blocks, cast_global_scale, largest_scale, read_codes
 from .global_scales import global_scale, scalar
+from .tall_tiles import column_parts, tall_tiles
+from .tiles import tiles
 
 if TYPE_CHECKING:
     from ..checkpoint.source import Source
@@ -30,7 +32,10 @@ _TRIED = 256  # segments, as few as a GPU takes
 
 
 class TileWork(NamedTuple):
-    """A tile that was read, of a group whose scale is known; `statistics` are those of its input, if its method has any."""
+    """A tile that was read, of a group whose scale is known; `statistics` are those of its input, if its method has any.
+
+    `checksum` is that of its values.
+    """
 
     step: QuantizeWeight
     tile: Tile
@@ -38,6 +43,7 @@ class TileWork(NamedTuple):
     scale: float
     source: Source
     statistics: PreparedStatistics | None = None
+    checksum: int = 0
 
     def scalars(self) -> Iterator[Piece]:
         """Yield what belongs to the weight as a whole, with its first tile."""
@@ -56,6 +62,9 @@ class Family(Protocol):
     def scale(self, method: str, amax: float, dtype: str) -> float:
         """Return the scale of a fused group with that largest magnitude."""
 
+    def tiles(self, step: QuantizeWeight, tile_bytes: int) -> Iterator[Tile]:
+        """Yield a weight in tiles to convert; those that do not fit into so many bytes are converted in parts."""
+
     def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
         """Return what a tile becomes, kept in the worker's memory, and what it cost."""
 
@@ -69,6 +78,9 @@ class _OfValues:
     def amax(self, memory: WorkerMemory, source: Source, tile: Tile) -> float:
         return memory.amax(source, tile)
 
+    def tiles(self, step: QuantizeWeight, tile_bytes: int) -> Iterator[Tile]:
+        return tiles(step.weight, tile_bytes)
+
 
 class _Nvfp4(_OfValues):
     """Two values to a byte, an E4M3 scale for each 16, and a divisor."""
@@ -77,6 +89,10 @@ class _Nvfp4(_OfValues):
 
     def scale(self, method: str, amax: float, dtype: str) -> float:
         return global_scale(method, amax, dtype)
+
+    def tiles(self, step: QuantizeWeight, tile_bytes: int) -> Iterator[Tile]:
+        cut = tiles if step.method == FEEDBACK else tall_tiles  # FEEDBACK takes all columns at once
+        return cut(step.weight, tile_bytes)
 
     def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
         step = work.step
@@ -114,6 +130,9 @@ class _Cast:
     def scale(self, method: str, amax: float, dtype: str) -> float:
         del method, dtype
         return cast_global_scale(amax)
+
+    def tiles(self, step: QuantizeWeight, tile_bytes: int) -> Iterator[Tile]:
+        return tiles(step.weight, tile_bytes)
 
     def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
         codes, scales = memory.room(work.tile)
@@ -165,3 +184,34 @@ _CAST: Family = _Cast()
 def family_of(target: TargetFormat, method: str) -> Family:
     """Return how weights of a format are converted by a method."""
     return _CAST if method == CAST else FAMILIES[target.family]
+
+
+def convert_tile(
+    memory: WorkerMemory, step: QuantizeWeight, tile: Tile, read: Callable[[WorkerMemory, Tile], TileWork]
+) -> tuple[list[Piece], ErrorStats]:
+    """Return what a tile becomes, whole or part by part, kept in the worker's memory, and what it cost."""
+    if tile.nbytes > memory.tile_bytes:
+        return _convert_parts(memory, tile, read)
+    work = read(memory, tile)
+    pieces, stats = family_of(step.format, step.method).convert(memory, work)
+    stats.checksum = work.checksum
+    return pieces, stats
+
+
+def _convert_parts(
+    memory: WorkerMemory, tile: Tile, read: Callable[[WorkerMemory, Tile], TileWork]
+) -> tuple[list[Piece], ErrorStats]:
+    """Return what a tall tile becomes in NVFP4."""
+    memory, codes = memory.for_parts()
+    ends = tile.size // 2, tile.size // 2 + tile.size // BLOCK_SIZE
+    packed, scales = (each.reshape(tile.rows, -1) for each in np.split(codes, ends)[:2])
+    total = ErrorStats()
+    for part in column_parts(tile, memory.tile_bytes):
+        work = read(memory, part)
+        done = memory.quantize(work.data, QuantizeArgs(work.step.method, work.scale), work.statistics)
+        column = part.start - tile.start
+        packed[:, column // 2 : (column + part.columns) // 2] = done.packed
+        scales[:, column // BLOCK_SIZE : (column + part.columns) // BLOCK_SIZE] = done.scales
+        done.stats.checksum = work.checksum
+        total.add(done.stats)
+    return _nvfp4_pieces(work._replace(tile=tile), packed.reshape(-1), scales.reshape(-1)), total

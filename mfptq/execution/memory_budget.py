@@ -90,9 +90,14 @@ class MemoryPlan:
     spare: int = 0
 
 
+def buffer_bytes(tile_bytes: int) -> int:
+    """Return how much a tile and what it becomes take."""
+    return tile_bytes + tile_bytes // 4 + tile_bytes // 32
+
+
 def worker_bytes(tile_bytes: int, statistics: int = 0) -> int:
     """Return what one worker holds: a tile and what it becomes, scratch, an input's statistics in two forms."""
-    return tile_bytes + tile_bytes // 4 + tile_bytes // 32 + PER_WORKER + 2 * statistics
+    return buffer_bytes(tile_bytes) + PER_WORKER + 2 * statistics
 
 
 def plan_memory(

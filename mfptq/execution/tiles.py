@@ -20,7 +20,7 @@ from ..kernels import ErrorStats, Float64Array, Int64Array, TileArray
 from ..names.fusion import by_group
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from ..planning.jobs import QuantizeWeight, stats_key
-from ..storage.checksum import MODULUS, checksum
+from ..storage.checksum import MODULUS, checksum, checksum_of_columns
 from ..storage.partial_file import Piece
 
 
@@ -28,7 +28,7 @@ from ..storage.partial_file import Piece
 class Tile:
     """A contiguous part of a weight: `rows` whole rows, or, of a row too long for a tile, `columns` of it.
 
-    `start` is the index of its first element in the weight.
+    `start` is the index of its first element in the weight. A part of a tall tile is not contiguous: `columns` of several rows.
     """
 
     weight: Weight
@@ -60,7 +60,10 @@ class Tile:
 
     def checksum(self, values: TileArray) -> int:
         """Return what the tile's values add to the checksum of its weight."""
-        return checksum(self.weight.module, self.start * values.itemsize, values)
+        place = self.weight.module, self.start * values.itemsize
+        if self.rows > 1 and self.columns < self.weight.columns:
+            return checksum_of_columns(*place, values.reshape(self.rows, -1), self.weight.columns * values.itemsize)
+        return checksum(*place, values)
 
     @property
     def offset(self) -> int:

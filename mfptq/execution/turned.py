@@ -27,18 +27,20 @@ def read_turned(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> 
     """Write a tile's values to `out`, flat, row after row; `room` is memory for a panel, at least one column of the tile."""
     weight, width = tile.weight, out.itemsize
     first, begin = divmod(tile.start, weight.columns)
-    values = out.reshape(tile.rows, tile.columns)
-    turner = load_turner()
+    step, values = weight.pitch * width, out.reshape(tile.rows, tile.columns)
+    offset = weight.offset + first * width + begin * step
     room = room[:_PANEL]
     span = _span(tile, len(room))
     count = _columns(len(room), span, width)
-    for column in range(0, tile.columns, count):
-        columns = min(count, tile.columns - column)
-        place = weight.offset + (first + (begin + column) * weight.pitch) * width
-        panel = _read_panel(source, tile, place, room[: columns * span * width].reshape(columns, -1)).view(out.dtype)[
-            :, : tile.rows
-        ]
-        turner.turn(panel, values[:, column : column + columns])
+    with source.reading(weight.shard, offset, (tile.columns - 1) * step + tile.rows * width) as fd:
+        for column in range(0, tile.columns, count):
+            columns = min(count, tile.columns - column)
+            panel = room[: columns * span * width].reshape(columns, -1)
+            if fd is None:
+                _fetch_panel(source, tile, offset + column * step, panel)
+            else:
+                _read_panel(fd, tile, offset + column * step, panel)
+            load_turner().turn(panel.view(out.dtype)[:, : tile.rows], values[:, column : column + columns])
 
 
 def joined(weights: Iterable[Weight]) -> Iterator[Weight]:
@@ -86,20 +88,31 @@ def _columns(room: int, span: int, width: int) -> int:
     return count // line * line or max(1, count)
 
 
-def _read_panel(source: Source, tile: Tile, offset: int, panel: ByteArray) -> ByteArray:
+def _read_panel(fd: int, tile: Tile, offset: int, panel: ByteArray) -> None:
     """Fill `panel`, bytes `[columns, ...]`, with columns of the stored matrix, from `offset` of the file on."""
-    weight, (columns, span) = tile.weight, panel.shape
-    width = DTYPE_BITS[weight.dtype] // 8
-    step = weight.pitch * width
-    size = (columns - 1) * step + tile.rows * width
-    with source.reading(weight.shard, offset, size) as fd:
-        if fd is None and span == step:
-            source.read_into(weight.shard, offset, panel.reshape(-1).data[:size])
-        elif fd is None:
-            for column, row in enumerate(panel):
-                source.read_into(weight.shard, offset + column * step, row.data)
-        elif span == step:
-            read_exact(fd, panel.reshape(-1).data[:size], offset)
-        else:
-            load_turner().read(fd, panel, offset, step)
-    return panel
+    step = _step(tile)
+    if panel.shape[1] == step:
+        read_exact(fd, _wanted(tile, panel), offset)
+    else:
+        load_turner().read(fd, panel, offset, step)
+
+
+def _fetch_panel(source: Source, tile: Tile, offset: int, panel: ByteArray) -> None:
+    """Fill `panel` as `_read_panel` does, from a source that lends no file."""
+    step = _step(tile)
+    if panel.shape[1] == step:
+        source.read_into(tile.weight.shard, offset, _wanted(tile, panel))
+        return
+    for column, row in enumerate(panel):
+        source.read_into(tile.weight.shard, offset + column * step, row.data)
+
+
+def _step(tile: Tile) -> int:
+    """Return how far columns are apart, in bytes."""
+    return tile.weight.pitch * DTYPE_BITS[tile.weight.dtype] // 8
+
+
+def _wanted(tile: Tile, panel: ByteArray) -> memoryview:
+    """Return a panel but for the gap behind its last column, which may lie behind the end of the file."""
+    gap = panel.shape[1] - tile.rows * DTYPE_BITS[tile.weight.dtype] // 8
+    return panel.reshape(-1).data[: panel.size - gap]

@@ -5,6 +5,7 @@ Called by `execution.engine`. Nothing here knows of output files or other worker
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import defaultdict
@@ -23,6 +24,8 @@ from ..kernels.calibrated import CalibratedKernel, PreparedStatistics
 from ..kernels.fp8 import add_errors
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array, as_float32
 from ..planning.jobs import QuantizeWeight
+from .memory_budget import buffer_bytes
+from .tall_tiles import part_bytes
 from .tiles import Batch, Tile, whole
 from .turned import joined, read_turned
 
@@ -39,11 +42,16 @@ class WorkerMemory:
         self.kernel = kernel
         self.calibrated = calibrated
         self._decoder = kernel.decoder
-        self.tile_bytes = tile_bytes
         self.seconds: dict[str, float] = defaultdict(float)
-        self._source = kernel.allocate(tile_bytes)
-        self._packed = kernel.allocate(tile_bytes // 4)
-        self._scales = kernel.allocate(tile_bytes // 2 // BLOCK_SIZE)
+        self._memory = kernel.allocate(buffer_bytes(tile_bytes))
+        self._cut(tile_bytes)
+
+    def _cut(self, tile_bytes: int) -> ByteArray:
+        """Make room for tiles of so many bytes; return what is left."""
+        self.tile_bytes = tile_bytes
+        ends = tile_bytes, tile_bytes + tile_bytes // 4, buffer_bytes(tile_bytes)
+        self._source, self._packed, self._scales, rest = np.split(self._memory, ends)
+        return rest
 
     @property
     def bytes(self) -> memoryview:
@@ -137,6 +145,11 @@ class WorkerMemory:
     def room(self, tile: Tile) -> tuple[ByteArray, ByteArray]:
         """Return the memory for what a tile becomes in NVFP4, packed values and scales, both flat."""
         return self._packed[: tile.size // 2], self._scales[: tile.size // BLOCK_SIZE]
+
+    def for_parts(self) -> tuple[WorkerMemory, ByteArray]:
+        """Return this memory cut anew: for parts of a tall tile, and what is left for its codes."""
+        parts = copy.copy(self)
+        return parts, parts._cut(part_bytes(self.tile_bytes))
 
     def checksum(self, tile: Tile, data: TileArray) -> int:
         """Return what a tile's values, as they were read, add to the checksum of its weight."""

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from mfptq.storage.checksum import MODULUS, RUN_WORDS, checksum
+from mfptq.storage.checksum import MODULUS, RUN_WORDS, checksum, checksum_of_columns
 
 
 def tensor(dtype: str = "u2", size: int = 50_000) -> np.ndarray:
@@ -25,6 +25,20 @@ def test_pieces_in_any_order_make_the_same(seed: int) -> None:
     width = values.itemsize
     total = sum(checksum("a", begin * width, values[begin:end]) for begin, end in pieces) % MODULUS
     assert total == checksum("a", 0, values)
+
+
+@pytest.mark.parametrize("dtype", ["u2", "f4"])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(50, 5120), (37, 80), (9, 4 * RUN_WORDS), (7, 20_000), (100, 2880), (300, 16)]
+)
+def test_so_do_columns_of_several_rows(rows: int, columns: int, dtype: str) -> None:
+    matrix = tensor(dtype, rows * columns).reshape(rows, columns)
+    width, above = matrix.itemsize, rows // 3
+    total = checksum("a", 0, matrix[:above])
+    for begin, end in itertools.pairwise(sorted({0, 16, columns // 32 * 16, columns})):
+        part = np.ascontiguousarray(matrix[above:, begin:end])
+        total += checksum_of_columns("a", (above * columns + begin) * width, part, columns * width)
+    assert total % MODULUS == checksum("a", 0, matrix)
 
 
 def test_outputs_hold_it_so_it_stays_what_it_is() -> None:
