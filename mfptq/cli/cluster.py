@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError, counted
-from .options import Function, decisions_of, file_options, format_options, rule_options, source_options
+from .options import Function, decision_options, decisions_of
 from .process import deferred_signals
 from .progress import progress
 
@@ -114,10 +114,7 @@ def part_text(report: PartReport) -> str:
 @click.command()
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@source_options
-@rule_options
-@format_options
-@file_options
+@decision_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 def finish(model: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:

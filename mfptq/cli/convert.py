@@ -14,7 +14,7 @@ import click
 
 from .check import engine_option, judges, refuse_findings, refuse_unloadable
 from .cluster import carry_out, check_part_options, cluster_options, executor_of, shards_option, summary
-from .options import decisions_of, file_options, format_options, resource_options, rule_options, source_options
+from .options import decision_options, decisions_of, resource_options
 from .process import deferred_signals
 from .progress import progress
 from .push import publish_options
@@ -28,10 +28,7 @@ RESOURCES = ("max_memory", "max_workers", "device")
 @click.command()
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
-@source_options
-@rule_options
-@format_options
-@file_options
+@decision_options
 @resource_options
 @publish_options
 @engine_option
@@ -111,10 +108,7 @@ def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
 
 @click.command()
 @click.argument("model")
-@source_options
-@rule_options
-@format_options
-@file_options
+@decision_options
 @resource_options
 @engine_option
 @click.option("--explain", metavar="NAME", help="Say why one tensor gets what it gets.")

@@ -190,6 +190,11 @@ def resource_options(function: Function) -> Function:
     return function
 
 
+def decision_options(function: Function) -> Function:
+    """Add all that decides what an output holds: the source, rules, formats, and which files are read."""
+    return source_options(rule_options(format_options(file_options(function))))
+
+
 def decisions_of(options: dict[str, Any]) -> Decisions:
     """Return what the options decide, as the library takes it."""
     kind = options.pop("input_scales_kind")
