@@ -24,7 +24,7 @@ def test_undivided_inputs_keep_their_largest_value():
     assert largest(statistics, np.zeros(64, np.int8)) == statistics.amax
 
 
-@pytest.mark.parametrize(("tokens", "peak"), [(100, 10), (4096, PEAK), (10**6, PEAK)])
+@pytest.mark.parametrize(("tokens", "peak"), [(100, 10), (4096, PEAK), (10**5, PEAK)])
 def test_a_quiet_channel_is_not_taken_to_be_as_loud_as_the_loudest(tokens, peak):
     x = np.ones((tokens, 16))
     x[0, 0] = 1000

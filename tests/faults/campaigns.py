@@ -118,14 +118,14 @@ def _kill_phase(tally: Tally, work: Workplace, start: tuple[str, int], choose: S
                 work.check_rerun(tally, place, what)
 
 
-def storage_errors(layouts: Iterable[Layout], choose: Spread, lasting: bool) -> Tally:
-    """Fail the Nth of each call with each errno; with `lasting`, all later ones too."""
+def storage_errors(layouts: Iterable[Layout], choose: Spread, *, lasting: bool, errnos: int | None = None) -> Tally:
+    """Fail the Nth of each call with each errno, or the first few; with `lasting`, all later ones too."""
     tally = Tally()
     for layout in layouts:
         with workplace(layout) as work:
             for call, codes in ERRNOS.items():
                 total = len(_count(work, (work.new() / "out", work.source), frozenset({call})))
-                for code in codes:
+                for code in codes[:errnos]:
                     for number in choose(total):
                         _storage_error(tally, work, (call, code, number), lasting=lasting)
             work.check_source(tally)

@@ -94,7 +94,7 @@ SAMPLES: Mapping[str, Part] = {
     "parts": lambda: kill_points([IN_PARTS], spread(5), middle),
     "parts power": lambda: power_cuts([IN_PARTS], spread(4), 2),
     "errors": lambda: storage_errors(LAYOUTS[:1], middle, lasting=False),
-    "lasting": lambda: storage_errors(LAYOUTS[1:2], middle, lasting=True),
+    "lasting": lambda: storage_errors(LAYOUTS[1:2], middle, lasting=True, errnos=1),
     "power": lambda: power_cuts((LAYOUTS[0], LAYOUTS[-1]), spread(4), 2),
     "unsynced": lambda: power_cuts(LAYOUTS[:1], spread(6), 2, unsynced=True),
     "memory": lambda: memory_errors(LAYOUTS[:1], spread(10)),
