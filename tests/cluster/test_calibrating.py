@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ OPTIONS: dict[str, Any] = {"samples": 7, "max_seq_length": 40, "batch_size": 1}
 EVERYTHING = {**OPTIONS, "sensitivities": True, "statistics": "factors", "ignore": [r"re:.*layers\.[0-2]\..*"]}
 CHEAP = {**OPTIONS, "statistics": "amax"}
 RAY = RayExecutor(cpus_per_task=1)
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """Give torch back the threads that it had: a task sets its own, and there it has a process of its own."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
