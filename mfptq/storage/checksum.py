@@ -1,6 +1,6 @@
 """Checksums of tensors' values, from their pieces in any order: they tell whether a source is still what was converted.
 
-Called by `execution.engine` for every tile that is quantized, and by `verification` for the same values of a source. The
+Called by `execution.tiles` for every tile that is quantized, and for the same values of a source when it is verified. The
 checksum is linear: each 8-byte word times an odd number that belongs to its place, summed modulo 2**64. So pieces may come in
 any order and cut anywhere, and sums of several tensors add up. It finds every change of a single word, and others but for
 a chance of less than 1 in 2**16; it is no protection from somebody who means to deceive. SHA-256 takes 26 % more processor

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from compressed_tensors.quantization.utils import generate_gparam
+from packaging.version import Version
 
 import mfptq
 from tests.clients.dequantize import dequantize_checkpoint, read_tensors, relative_error, write_twin
@@ -18,6 +20,7 @@ from tests.models import DENSE, LAYOUTS, MOE, Tensors, tiny_tensors, write_check
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOKENS = torch.tensor([[7 * place % 256 for place in range(64)], [(place * place + 3) % 256 for place in range(64)]])
 QUANTIZED = (".weight_packed", ".weight_scale", ".weight_global_scale")
+IS_CURRENT = Version(transformers.__version__) >= Version("5.24")  # earlier ones leave the experts' global scales out
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ def divide_by_global_scales(model, quantized: Path, expected: Tensors) -> int:
     return divided
 
 
+@pytest.mark.skipif(not IS_CURRENT, reason="needs transformers 5.24")
 def test_moe_logits_are_those_of_the_dequantized_weights(moe: Converted) -> None:
     model, expected = load(moe.quantized), dequantize_checkpoint(moe.quantized)
     divided = divide_by_global_scales(model, moe.quantized, expected)

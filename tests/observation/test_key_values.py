@@ -14,6 +14,7 @@ import mfptq
 from mfptq.calibration.merge import merge_calibrations
 from mfptq.calibration.reading import load_calibration
 from mfptq.observation import residency
+from tests.clients.test_transformers import IS_CURRENT
 from tests.models import DENSE, write_checkpoint
 
 
@@ -36,6 +37,7 @@ def ranges(folder: Path, text: Path, output: Path) -> dict[str, tuple[float, flo
     return found
 
 
+@pytest.mark.skipif(not IS_CURRENT, reason="a model of transformers before 5.24 takes its cache by another name")
 def test_they_are_those_that_a_cache_holds(folder: Path, tmp_path: Path) -> None:
     text = texts(tmp_path / "a.jsonl", 0)
     found = ranges(folder, text, tmp_path / "a.calibration.safetensors")
