@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import time
-from email.utils import parsedate_to_datetime
 from typing import Protocol
 
 from ..errors import HubError, SourceChangedError, quote
@@ -78,6 +77,8 @@ def requested_wait(headers: Headers) -> float | None:
     if text.isdigit():
         return float(text)
     if text:
+        from email.utils import parsedate_to_datetime  # takes 9 ms, and servers that name a date are rare
+
         try:
             return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
         except ValueError:

@@ -9,15 +9,16 @@ some hundred microseconds of Python for every 16 to 64 KB; this takes one call f
 
 from __future__ import annotations
 
-import http.client
 import select
 import socket
-import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:  # else imported where used: they take 25 ms, and a source in a folder needs neither
+    from http.client import HTTPResponse
 
 TOLD_BYTES = 2**17  # TLS brings 16 kB at a time
 
@@ -33,15 +34,17 @@ class Connection:
     """
 
     def __init__(self, response: Any, body: Iterator[bytes], opened: socket.socket) -> None:
+        from http.client import HTTPConnection
+
         request = response.request
         self._response, self._body = response, body
         self._socket = opened
         self._parse_url = type(request.url)
         self._headers = [(name, value) for name, value in request.headers.multi_items() if name.lower() != "range"]
-        self._requests = http.client.HTTPConnection(request.url.host)
+        self._requests = HTTPConnection(request.url.host)
         self._requests.sock = opened
         self._requests.auto_open = 0  # another connection would not be the client's
-        self._answer: http.client.HTTPResponse | None = None
+        self._answer: HTTPResponse | None = None
 
     @property
     def is_quiet(self) -> bool:
@@ -53,11 +56,13 @@ class Connection:
             return False
         return not poll.poll(0)
 
-    def ask(self, url: str, start: int, end: int) -> http.client.HTTPResponse:
+    def ask(self, url: str, start: int, end: int) -> HTTPResponse:
         """Ask for bytes `start` to `end` of an address of the same host; its body is for `received`.
 
         Raises UnusableError if no answer comes, or one of unknown length, and TimeoutError.
         """
+        from http.client import HTTPException
+
         target = self._parse_url(url).raw_path.decode("ascii")
         try:
             self._requests.putrequest("GET", target, skip_host=True, skip_accept_encoding=True)
@@ -68,7 +73,7 @@ class Connection:
             self._answer = answer = self._requests.getresponse()
         except TimeoutError:
             raise
-        except (OSError, http.client.HTTPException) as error:  # closed by the host meanwhile, or not HTTP
+        except (OSError, HTTPException) as error:  # closed by the host meanwhile, or not HTTP
             raise UnusableError from error
         if answer.chunked or answer.length is None:
             raise UnusableError
@@ -154,7 +159,7 @@ class Connections:
             connection.close()
 
 
-def received(answer: http.client.HTTPResponse, buffer: memoryview) -> Iterator[int]:
+def received(answer: HTTPResponse, buffer: memoryview) -> Iterator[int]:
     """Fill a buffer from an answer, to the end of one of them; yield how many bytes were added, some TOLD_BYTES at a time.
 
     Raises OSError, after the bytes before it were told.
@@ -172,7 +177,7 @@ def received(answer: http.client.HTTPResponse, buffer: memoryview) -> Iterator[i
     answer.close()
 
 
-def _add(answer: http.client.HTTPResponse, room: memoryview) -> tuple[int, OSError | None]:
+def _add(answer: HTTPResponse, room: memoryview) -> tuple[int, OSError | None]:
     """Receive until TOLD_BYTES or more are there, or the room is full, or nothing more comes, for the reason returned."""
     added = 0
     try:
@@ -189,6 +194,8 @@ def _host(url: str) -> tuple[str, str]:
 
 def _socket(response: Any) -> socket.socket | None:
     """Return the socket whose next bytes are those of the next answer, or None."""
+    import ssl
+
     stream = response.extensions.get("network_stream")
     is_last = "close" in response.headers.get("Connection", "").lower()
     if stream is None or response.http_version != "HTTP/1.1" or response.history or is_last:

@@ -21,7 +21,8 @@ from ..limits import MAX_RULE_SECONDS, MAX_RULES
 from . import REGEX_PREFIX
 
 TAME_STEPS = 10**8  # of one match at the very most: about a second
-_REPETITION = re.compile(r"[*+?{|]")  # alternatives multiply the ways to match as well
+_REPETITION = re.compile(r"[*+{]")
+_CHOICE = re.compile(r"[?|]")  # each doubles the ways to match at most
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 START_SECONDS = 30.0  # what a busy machine may take to start an interpreter
 _WORKER = """
@@ -70,9 +71,15 @@ def match_names(patterns: Sequence[str], names: Sequence[str]) -> dict[str, froz
 def _are_tame(regexes: Sequence[str], names: Sequence[str]) -> bool:
     """Return whether no match can take long: no group is repeated, so that repetitions only share a name out among them."""
     longest = max(map(len, names), default=0)
-    repetitions = max(len(_REPETITION.findall(regex)) for regex in regexes)
     repeated = any(_REPEATED_GROUP.search(regex) for regex in regexes)
-    return not repeated and math.comb(longest + repetitions, repetitions) <= TAME_STEPS
+    return not repeated and max(_most_ways(regex, longest) for regex in regexes) <= TAME_STEPS
+
+
+def _most_ways(regex: str, length: int) -> int:
+    """Return in how many ways a regex without repeated groups can match a name of `length` characters at the very most."""
+    repetitions = len(_REPETITION.findall(regex))
+    choices = len(_CHOICE.findall(regex))
+    return math.comb(length + repetitions, repetitions) << choices
 
 
 def _match_here(regexes: Sequence[str], names: Sequence[str]) -> list[list[int]]:
