@@ -5,6 +5,7 @@ Called by `execution.carrying_out`. The source's text is copied, never interpret
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections import Counter
@@ -42,19 +43,19 @@ def card_text(plan: ConversionPlan, statistics: Mapping[str, ErrorStats], metada
 
 def card_metadata(plan: ConversionPlan, source_card: str) -> str:
     """Return what the card says to the Hub, as YAML; `source_card` is the text of the source's own."""
-    from huggingface_hub import ModelCardData
+    import yaml  # huggingface_hub brings it; its own ModelCardData takes 70 ms to import
 
     known = _source_metadata(source_card)
-    base = plan.checkpoint.origin.repo_id or known.pop("base_model", None)
-    known.pop("base_model", None)
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation="quantized" if base else None,
-        library_name="transformers",
-        tags=[*dict.fromkeys(FORMATS[name].family for name in sorted(plan.formats, reverse=True)), *_TAGS],
+    base = plan.checkpoint.origin.repo_id or known.get("base_model")
+    data = {
         **known,
-    )
-    return str(data.to_yaml())
+        "base_model": base,
+        "base_model_relation": "quantized" if base else None,
+        "library_name": "transformers",
+        "tags": [*dict.fromkeys(FORMATS[name].family for name in sorted(plan.formats, reverse=True)), *_TAGS],
+    }
+    told = {key: value for key, value in data.items() if value is not None}
+    return str(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=math.inf)).strip()
 
 
 def _source_metadata(source_card: str) -> dict[str, Any]:

@@ -151,12 +151,14 @@ class PartialFile:
     def _write_back(self, offset: int, size: int) -> None:
         """Let the kernel begin to write a large range to disk, so that the last sync finds little to do.
 
-        Measured in turn, without it: 10 % more time on two cores and five files, 14 % on one file, 18 % on 16 cores. Ranges are
-        given up once more when others have followed, and are clean by then: 40 % less system time where memory is dear.
+        Measured in turn, without it: 10 % more time on two cores and five files, 14 % on one file, 18 % on 16 cores. Ranges that
+        the digest has seen are given up once more when others have followed, and are clean by then: half of the system time
+        where free memory is dear, no difference elsewhere. Others would come back from the disk: 60 % more time on 16 cores.
         """
         if size >= WRITE_BACK_BYTES:
             advise(self.fd, offset, size, "POSIX_FADV_DONTNEED")
-            self._sent.append((offset, size))
+            if offset + size <= self._digest.end:
+                self._sent.append((offset, size))
             if len(self._sent) > _SENT_RANGES:  # the oldest is on the disk by now: its memory serves what comes next
                 advise(self.fd, *self._sent.popleft(), "POSIX_FADV_DONTNEED")
 
