@@ -89,13 +89,12 @@ class ThreadExecutor:
     def execute(self, order: Order, out: Destination, on_event: OnEvent) -> Executed:
         """Make every shard of the plan that the destination `out` does not have, and record it there."""
         from .engine import Execution
-        from .worker_memory import WorkerMemory
 
-        run, memory = order.run, order.run.memory
-        buffers = [WorkerMemory(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
-        Execution(run.plan, out, buffers).run(on_event, held_bytes=memory.spare)
+        run = order.run
+        memories = run.worker_memories()
+        Execution(run.plan, out, memories).run(on_event, held_bytes=run.memory.spare)
         timings: dict[str, float] = defaultdict(float)
-        for buffer in buffers:
-            for phase, spent in buffer.seconds.items():
+        for memory in memories:
+            for phase, spent in memory.seconds.items():
                 timings[phase] += spent
-        return Executed(run.kernel.name, run.device_reason, timings, len(buffers))
+        return Executed(run.kernel.name, run.device_reason, timings, len(memories))

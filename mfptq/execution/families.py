@@ -1,12 +1,14 @@
 """The arithmetic of each family of formats, for weights whose fused group shares a scale: chosen by `family_of`.
 
-Called by `execution.engine` and `execution.prepare`. Formats whose scales belong to rows are converted by `strips`.
+Called by `execution.engine`, `execution.conversions` and `execution.prepare`. Formats whose scales belong to rows are converted
+by `conversions.convert_strip`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,70 +21,58 @@ from ..planning.jobs import CAST, QuantizeWeight
 from ..storage.partial_file import Piece
 from .cast import cast_blocks, cast_global_scale, largest_scale, read_codes
 from .global_scales import global_scale, scalar
-from .tall_tiles import column_parts, tall_tiles
-from .tiles import tiles
+from .tall_tiles import tall_tiles
+from .tiles import Tile, tiles
 
 if TYPE_CHECKING:
-    from ..checkpoint.source import Source
     from ..planning.formats import TargetFormat
-    from .tiles import Tile
     from .worker_memory import WorkerMemory
 
 _TRIED = 256  # segments, as few as a GPU takes
 
 
-class TileWork(NamedTuple):
-    """A tile that was read, of a group whose scale is known; `statistics` are those of its input, if its method has any.
-
-    `checksum` is that of its values.
-    """
+class GroupTile(NamedTuple):
+    """A tile of a weight whose fused group has that scale."""
 
     step: QuantizeWeight
     tile: Tile
-    data: TileArray
     scale: float
-    source: Source
-    statistics: PreparedStatistics | None = None
-    checksum: int = 0
 
-    def scalars(self) -> Iterator[Piece]:
-        """Yield what belongs to the weight as a whole, with its first tile."""
+    def input_scale(self) -> Iterator[Piece]:
+        """Yield the scale of the weight's inputs, with its first tile."""
         if self.tile.start == 0 and self.step.input_scale is not None:
             yield Piece(self.step.input_scale.offset, scalar(self.step.input_scale.value))
 
 
-class Family(Protocol):
+class Family(ABC):
     """How a family of formats converts."""
 
-    batched: bool  # whether many small groups are converted in one call
+    batched = False  # whether many small groups are converted in one call
 
-    def amax(self, memory: WorkerMemory, source: Source, tile: Tile) -> float:
+    def amax(self, memory: WorkerMemory, tile: Tile) -> float:
         """Return the largest magnitude of a tile, or what else decides the scale of its group: the largest of that."""
+        return memory.amax(tile)
 
+    @abstractmethod
     def scale(self, method: str, amax: float, dtype: str) -> float:
         """Return the scale of a fused group with that largest magnitude."""
 
     def tiles(self, step: QuantizeWeight, tile_bytes: int) -> Iterator[Tile]:
         """Yield a weight in tiles to convert; those that do not fit into so many bytes are converted in parts."""
+        return tiles(step.weight, tile_bytes)
 
-    def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
-        """Return what a tile becomes, kept in the worker's memory, and what it cost."""
+    @abstractmethod
+    def convert(
+        self, memory: WorkerMemory, work: GroupTile, data: TileArray, known: PreparedStatistics | None
+    ) -> tuple[list[Piece], ErrorStats]:
+        """Return what a tile's values become, kept in the worker's memory, and what it cost; `known` is of its inputs."""
 
+    @abstractmethod
     def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
         """Call the functions that a run will need, for one block of 16."""
 
 
-class _OfValues:
-    """A family that is made of a tile's values."""
-
-    def amax(self, memory: WorkerMemory, source: Source, tile: Tile) -> float:
-        return memory.amax(source, tile)
-
-    def tiles(self, step: QuantizeWeight, tile_bytes: int) -> Iterator[Tile]:
-        return tiles(step.weight, tile_bytes)
-
-
-class _Nvfp4(_OfValues):
+class _Nvfp4(Family):
     """Two values to a byte, an E4M3 scale for each 16, and a divisor."""
 
     batched = True
@@ -94,10 +84,11 @@ class _Nvfp4(_OfValues):
         cut = tiles if step.method == FEEDBACK else tall_tiles  # FEEDBACK takes all columns at once
         return cut(step.weight, tile_bytes)
 
-    def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
-        step = work.step
-        done = memory.quantize(work.data, QuantizeArgs(step.method, work.scale), work.statistics)
-        return _nvfp4_pieces(work, done.packed.reshape(-1), done.scales.reshape(-1)), done.stats
+    def convert(
+        self, memory: WorkerMemory, work: GroupTile, data: TileArray, known: PreparedStatistics | None
+    ) -> tuple[list[Piece], ErrorStats]:
+        done = memory.quantize(data, QuantizeArgs(work.step.method, work.scale), known)
+        return nvfp4_pieces(work, done.packed.reshape(-1), done.scales.reshape(-1)), done.stats
 
     def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
         packed, scales = np.empty((1, BLOCK_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
@@ -108,62 +99,62 @@ class _Nvfp4(_OfValues):
             kernel.quantize(block, QuantizeArgs(method, 1.0), packed, scales)
 
 
-def _nvfp4_pieces(work: TileWork, packed: ByteArray, scales: ByteArray) -> list[Piece]:
+def nvfp4_pieces(work: GroupTile, packed: ByteArray, scales: ByteArray) -> list[Piece]:
+    """Return where packed values and scale codes of a tile belong, and with the first tile what belongs to the weight."""
     step, start = work.step, work.tile.start
     return [
         Piece(step.values + start // 2, packed.data),
         Piece(step.scale + start // BLOCK_SIZE, scales.data),
         *([Piece(step.global_scale, scalar(work.scale))] if start == 0 else []),
-        *work.scalars(),
+        *work.input_scale(),
     ]
 
 
-class _Cast:
+class _Cast(Family):
     """NVFP4 whose codes are those of the source, MXFP4; what is found of a group is its largest block scale."""
 
-    batched = False
-
-    def amax(self, memory: WorkerMemory, source: Source, tile: Tile) -> float:
+    def amax(self, memory: WorkerMemory, tile: Tile) -> float:
         with memory.timed("amax"):
-            return largest_scale(source, tile)
+            return largest_scale(memory.source, tile)
 
     def scale(self, method: str, amax: float, dtype: str) -> float:
         del method, dtype
         return cast_global_scale(amax)
 
-    def tiles(self, step: QuantizeWeight, tile_bytes: int) -> Iterator[Tile]:
-        return tiles(step.weight, tile_bytes)
-
-    def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
+    def convert(
+        self, memory: WorkerMemory, work: GroupTile, data: TileArray, known: PreparedStatistics | None
+    ) -> tuple[list[Piece], ErrorStats]:
+        del data, known
         codes, scales = memory.room(work.tile)
         with memory.timed("read"):
-            exponents = read_codes(work.source, work.tile, codes)
+            exponents = read_codes(memory.source, work.tile, codes)
         with memory.timed("quantize"):
             stats = cast_blocks(codes.reshape(-1, BLOCK_SIZE // 2), exponents, work.scale, scales)
-        return _nvfp4_pieces(work, codes, scales), stats
+        return nvfp4_pieces(work, codes, scales), stats
 
     def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
         """Nothing is compiled for it."""
 
 
-class _Fp8(_OfValues):
+class _Fp8(Family):
     """A value to a byte, and a float32 factor."""
-
-    batched = False
 
     def scale(self, method: str, amax: float, dtype: str) -> float:
         """The scale of compressed-tensors by every method: `search` differs in that it rounds once, so it never errs more."""
         del method
         return float(minmax_scales(np.array([amax], np.float32), dtype)[0])
 
-    def convert(self, memory: WorkerMemory, work: TileWork) -> tuple[list[Piece], ErrorStats]:
+    def convert(
+        self, memory: WorkerMemory, work: GroupTile, data: TileArray, known: PreparedStatistics | None
+    ) -> tuple[list[Piece], ErrorStats]:
+        del known
         step, scales = work.step, np.full(work.tile.rows, work.scale, np.float32)
-        rows = np.arange(0, work.data.size + 1, work.tile.columns, dtype=np.int64)
-        done = memory.quantize_segments(work.data, Segments(rows, scales, scales, step.method == "minmax"))
+        rows = np.arange(0, data.size + 1, work.tile.columns, dtype=np.int64)
+        done = memory.quantize_segments(data, Segments(rows, scales, scales, step.method == "minmax"))
         pieces = [
             Piece(step.values + work.tile.start, done.codes.data),
             *([Piece(step.scale, scalar(work.scale))] if work.tile.start == 0 else []),
-            *work.scalars(),
+            *work.input_scale(),
         ]
         return pieces, done.stats
 
@@ -184,34 +175,3 @@ _CAST: Family = _Cast()
 def family_of(target: TargetFormat, method: str) -> Family:
     """Return how weights of a format are converted by a method."""
     return _CAST if method == CAST else FAMILIES[target.family]
-
-
-def convert_tile(
-    memory: WorkerMemory, step: QuantizeWeight, tile: Tile, read: Callable[[WorkerMemory, Tile], TileWork]
-) -> tuple[list[Piece], ErrorStats]:
-    """Return what a tile becomes, whole or part by part, kept in the worker's memory, and what it cost."""
-    if tile.nbytes > memory.tile_bytes:
-        return _convert_parts(memory, tile, read)
-    work = read(memory, tile)
-    pieces, stats = family_of(step.format, step.method).convert(memory, work)
-    stats.checksum = work.checksum
-    return pieces, stats
-
-
-def _convert_parts(
-    memory: WorkerMemory, tile: Tile, read: Callable[[WorkerMemory, Tile], TileWork]
-) -> tuple[list[Piece], ErrorStats]:
-    """Return what a tall tile becomes in NVFP4."""
-    memory, codes = memory.for_parts()
-    ends = tile.size // 2, tile.size // 2 + tile.size // BLOCK_SIZE
-    packed, scales = (each.reshape(tile.rows, -1) for each in np.split(codes, ends)[:2])
-    total = ErrorStats()
-    for part in column_parts(tile, memory.tile_bytes):
-        work = read(memory, part)
-        done = memory.quantize(work.data, QuantizeArgs(work.step.method, work.scale), work.statistics)
-        column = part.start - tile.start
-        packed[:, column // 2 : (column + part.columns) // 2] = done.packed
-        scales[:, column // BLOCK_SIZE : (column + part.columns) // BLOCK_SIZE] = done.scales
-        done.stats.checksum = work.checksum
-        total.add(done.stats)
-    return _nvfp4_pieces(work._replace(tile=tile), packed.reshape(-1), scales.reshape(-1)), total

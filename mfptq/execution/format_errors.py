@@ -67,7 +67,7 @@ def measure_errors(
     Raises MemoryBudgetError where the memory is too little, NonFiniteWeightError for weights that no format holds.
     """
     run = prepare(plan, measuring.resources, measuring.held)
-    memories = [WorkerMemory(run.kernel, BUFFER_BYTES, run.calibrated) for _ in range(_workers(run))]
+    memories = [run.worker_memory(BUFFER_BYTES) for _ in range(_workers(run))]
     pass_ = _Pass(plan, [each for each in formats if each != KEEP])
     pool = WorkerPool([pass_.tasks(layers)], memories)
     pass_.pool = pool
@@ -125,7 +125,7 @@ class _Pass:
 
     def _measure(self, group: _Group, tile: Tile, memory: WorkerMemory) -> None:
         """Try every format on a tile, and note what each costs."""
-        data = memory.read(self.plan.checkpoint.source, tile)
+        data = memory.read(tile)
         largest = float(memory.amax_segments(data, np.array([0, data.size], np.int64), tile)[0])
         method = self.plan.method_of(tile.weight)
         method = "search" if method == CAST else method  # values that NVFP4 can hold, which `search` finds too

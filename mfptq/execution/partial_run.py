@@ -18,7 +18,6 @@ from .engine import Execution
 from .events import Advanced, OnEvent
 from .memory_budget import peak_bytes
 from .prepare import Run
-from .worker_memory import WorkerMemory
 
 if TYPE_CHECKING:
     from ..output.journal import ShardResult
@@ -57,13 +56,12 @@ def run_shards(
 
     `on_done` is given what became of them. Raises what a conversion raises.
     """
-    plan, memory = run.plan, run.memory
+    plan = run.plan
     mine = replace(plan, shards=shards)
-    buffers = [WorkerMemory(run.kernel, memory.tile_bytes, run.calibrated) for _ in range(memory.workers)]
     names = tuple(shard.name for shard in shards)
     with open_part(destination, OutputClaim.of(plan), names, lambda: on_event(Advanced(0))) as out:
         resumed = len(out.done)
-        Execution(mine, out, buffers).run(on_event, held_bytes=memory.spare)
+        Execution(mine, out, run.worker_memories()).run(on_event, held_bytes=run.memory.spare)
         if on_done is not None:
             on_done(out.done)
     return PartReport(

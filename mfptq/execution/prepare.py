@@ -25,6 +25,7 @@ from ..storage.digest import available_cores
 from .events import OnEvent, ignore
 from .families import family_of
 from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_bytes
+from .worker_memory import WorkerMemory
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
@@ -74,6 +75,14 @@ class Run:
     memory: MemoryPlan
     device_reason: str
     begun: float = field(default_factory=time.monotonic)
+
+    def worker_memories(self) -> list[WorkerMemory]:
+        """Return what each worker owns while the run lasts."""
+        return [self.worker_memory(self.memory.tile_bytes) for _ in range(self.memory.workers)]
+
+    def worker_memory(self, tile_bytes: int) -> WorkerMemory:
+        """Return what a worker owns, with room for tiles of so many bytes."""
+        return WorkerMemory(self.plan.checkpoint.source, self.kernel, tile_bytes, self.calibrated)
 
 
 def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:

@@ -1,6 +1,7 @@
 """Hold what one worker thread owns: a kernel, memory that is used again and again, and a record of where its time went.
 
-Called by `execution.engine`. Nothing here knows of output files or other workers.
+Called by `execution.conversions`, `execution.engine` and `execution.format_errors`. Nothing here knows of output files or other
+workers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..checkpoint.source import Source
 from ..checkpoint.weights import Weight
-from ..dtypes import NUMPY_DTYPES
+from ..dtypes import DTYPE_BITS, NUMPY_DTYPES
 from ..errors import NonFiniteWeightError, quote
 from ..fp8 import Candidates, Segments
 from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
@@ -38,7 +39,10 @@ class WorkerMemory:
     Threads: one worker's alone. Every call that reads or quantizes overwrites what the call before it returned.
     """
 
-    def __init__(self, kernel: Kernel, tile_bytes: int, calibrated: CalibratedKernel | None = None) -> None:
+    def __init__(
+        self, source: Source, kernel: Kernel, tile_bytes: int, calibrated: CalibratedKernel | None = None
+    ) -> None:
+        self.source = source
         self.kernel = kernel
         self.calibrated = calibrated
         self._decoder = kernel.decoder
@@ -50,93 +54,93 @@ class WorkerMemory:
         """Make room for tiles of so many bytes; return what is left."""
         self.tile_bytes = tile_bytes
         ends = tile_bytes, tile_bytes + tile_bytes // 4, buffer_bytes(tile_bytes)
-        self._source, self._packed, self._scales, rest = np.split(self._memory, ends)
+        self._data, self._packed, self._scales, rest = np.split(self._memory, ends)
         return rest
 
     @property
     def bytes(self) -> memoryview:
         """The memory for source data, which is free between tiles."""
-        return self._source.data
+        return self._data.data
 
     def timed(self, phase: str) -> Timed:
         """Add the time that the block takes to a phase."""
         return Timed(self.seconds, phase)
 
-    def read(self, source: Source, tile: Tile) -> TileArray:
+    def read(self, tile: Tile) -> TileArray:
         """Return a tile's data `[R, K]`, which must fit into the buffer. The next call overwrites it."""
-        if tile.weight.pitch:
-            return self._read_turned(source, tile, 0).reshape(tile.rows, tile.columns)
-        return self._read_at(source, tile, 0).reshape(tile.rows, tile.columns)
+        read = self._read_turned if tile.weight.pitch else self._read_at
+        return read(tile, 0).reshape(tile.rows, tile.columns)
 
-    def _read_at(self, source: Source, tile: Tile, start: int) -> TileArray:
-        """Return a tile's values, flat, kept in the buffer from byte `start` on: as they lie in the file, or decoded."""
-        memory, weight = self._source[start : start + tile.nbytes], tile.weight
-        values: TileArray = memory.view(NUMPY_DTYPES[weight.dtype])
+    def _read_at(self, tile: Tile, start: int) -> TileArray:
+        """Return a tile's values, flat, kept in the buffer from element `start` on: as they lie in the file, or decoded."""
+        weight = tile.weight
+        values = self._values(weight.dtype, tile.size, start)
         if weight.encoding is None:
             with self.timed("read"):
-                source.read_into(weight.shard, tile.offset, memory.data)
+                self.source.read_into(weight.shard, tile.offset, values.view(np.uint8).data)
         else:
             with self.timed("decode"):
-                weight.encoding.decode(source, tile.region, values, self._decoder)
+                weight.encoding.decode(self.source, tile.region, values, self._decoder)
         return values
 
-    def _read_turned(self, source: Source, tile: Tile, start: int) -> TileArray:
+    def _read_turned(self, tile: Tile, start: int) -> TileArray:
         """Return a tile of a matrix that is stored transposed, flat, kept in the buffer from element `start` on."""
-        values = self._values(len(self._source), tile.weight.dtype)[start : start + tile.size]
+        values = self._values(tile.weight.dtype, tile.size, start)
         with self.timed("read"):
-            read_turned(source, tile, values, self._packed)
+            read_turned(self.source, tile, values, self._packed)
         return values
 
-    def read_batch(self, source: Source, batch: Batch) -> TileArray:
+    def read_batch(self, batch: Batch) -> TileArray:
         """Return the data of many weights, flat, which must fit into the buffer. The next call overwrites it."""
         if batch.is_turned:
             start = 0
             for weight in joined(step.weight for step in batch.steps):
-                start += self._read_turned(source, whole(weight), start).size
-            return self._values(len(self._source), batch.dtype)[:start]
-        if batch.encoded:
-            width = self._values(0, batch.dtype).itemsize
+                start += self._read_turned(whole(weight), start).size
+        elif batch.encoded:
             for step, start in zip(batch.steps, batch.starts.tolist(), strict=False):
-                self._read_at(source, whole(step.weight), start * width)
-            return self._values(int(batch.starts[-1]) * width, batch.dtype)
-        with self.timed("read"):
-            size = len(self.read_bytes(source, batch.steps[0].weight.shard, batch.reads))
-        return self._values(size, batch.dtype)
+                self._read_at(whole(step.weight), start)
+        else:
+            with self.timed("read"):
+                self.read_bytes(batch.steps[0].weight.shard, batch.reads)
+        return self._values(batch.dtype, int(batch.starts[-1]))
 
-    def _values(self, nbytes: int, dtype: str) -> TileArray:
-        """Return the memory's first bytes as values of a dtype, flat."""
-        return self._source[:nbytes].view(NUMPY_DTYPES[dtype])
+    def _values(self, dtype: str, size: int, start: int = 0) -> TileArray:
+        """Return the buffer for so many values of a dtype, flat, from value `start` on."""
+        width = DTYPE_BITS[dtype] // 8
+        values: TileArray = self._data[start * width : (start + size) * width].view(NUMPY_DTYPES[dtype])
+        return values
 
-    def read_bytes(self, source: Source, shard: str, ranges: Iterable[tuple[int, int]]) -> memoryview:
+    def read_bytes(self, shard: str, ranges: Iterable[tuple[int, int]]) -> memoryview:
         """Return ranges of a file, (offset, size) in bytes, one behind the other. The next call overwrites them."""
         end = 0
         for offset, size in ranges:
-            source.read_into(shard, offset, self.bytes[end : end + size])
+            self.source.read_into(shard, offset, self.bytes[end : end + size])
             end += size
         return self.bytes[:end]
 
-    def amax(self, source: Source, tile: Tile) -> float:
+    def amax(self, tile: Tile) -> float:
         """Return the largest magnitude of a tile in its file; raises NonFiniteWeightError for NaN or infinity."""
-        weight = tile.weight
-        if weight.pitch or weight.encoding is not None:
-            values = self.read(source, tile)
+        found = self._amax_in_file(tile)
+        if found is None:
+            values = self.read(tile)
             with self.timed("amax"):
                 found = self.kernel.amax(values)
-            if not math.isfinite(found):
-                raise _not_finite(values.reshape(-1), weight, tile.start)
-            return found
-        data = self._values(tile.nbytes, weight.dtype).reshape(tile.rows, tile.columns)
-        with self.timed("amax"), source.reading(weight.shard, tile.offset, tile.nbytes) as fd:
-            if fd is None:
-                source.read_into(weight.shard, tile.offset, self.bytes[: tile.nbytes])
-            found = self.kernel.amax(data) if fd is None else self.kernel.amax_in_file(fd, tile.offset, data)
         if not math.isfinite(found):
-            raise _not_finite(self.read(source, tile).reshape(-1), weight, tile.start)
+            raise _not_finite(self.read(tile).reshape(-1), tile.weight, tile.start)
         return found
 
-    def widen(self, source: Source, tile: Tile) -> TileArray:
+    def _amax_in_file(self, tile: Tile) -> float | None:
+        """Return the largest magnitude of a tile that lies in a local file just as it is; None for any other."""
+        weight = tile.weight
+        if weight.pitch or weight.encoding is not None:
+            return None
+        data = self._values(weight.dtype, tile.size).reshape(tile.rows, tile.columns)
+        with self.timed("amax"), self.source.reading(weight.shard, tile.offset, tile.nbytes) as fd:
+            return None if fd is None else self.kernel.amax_in_file(fd, tile.offset, data)
+
+    def widen(self, tile: Tile) -> TileArray:
         """Return the decoded values of part of a weight that is kept; raises NonFiniteWeightError for NaN or infinity."""
-        values = self.read(source, tile).reshape(-1)
+        values = self.read(tile).reshape(-1)
         for start in range(0, tile.size, WIDENED_AT_ONCE):
             if not np.isfinite(as_float32(values[start : start + WIDENED_AT_ONCE])).all():
                 raise _not_finite(values, tile.weight, tile.start)
@@ -199,7 +203,7 @@ class WorkerMemory:
 
     def quantize_segments(self, data: TileArray, segments: Segments) -> QuantizedSegments:
         """Return what the segments of a tile become; their codes take the place of the tile's values."""
-        codes = self._source[: data.size]
+        codes = self._data[: data.size]
         with self.timed("quantize"):
             return QuantizedSegments(codes, *self.kernel.quantize_segments(data.reshape(-1), segments, codes))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mfptq.checkpoint.source import FolderSource
 from mfptq.checkpoint.weights import Weight
 from mfptq.execution.memory_budget import buffer_bytes
 from mfptq.execution.tall_tiles import column_parts, part_bytes, tall_tiles
@@ -62,7 +64,7 @@ def test_matrices_that_are_stored_plainly_are_cut_as_ever() -> None:
 
 
 def test_parts_and_codes_do_not_overlap() -> None:
-    memory = WorkerMemory(load_kernel(), 2**16)
+    memory = WorkerMemory(FolderSource(Path()), load_kernel(), 2**16)
     parts, codes = memory.for_parts()
     codes[:] = 1
     tile = Tile(matrix(16, 64), 0, 16, 64)
