@@ -18,13 +18,12 @@ from .checkpoint.weights import Weight, candidates, layer_pattern, name_pattern
 from .encodings.fp4 import Nvfp4
 from .encodings.smoothed import Exponents, Smoothed
 from .errors import HubError, MfptqError, SourceError, StorageError, quote
-from .execution.comparing import compare_parts
+from .execution.comparing import Tally, compare_parts
 from .execution.events import OnEvent
 from .execution.measuring import MeasuredPart
 from .execution.output_errors import OutputErrors
 from .execution.pairing import pair
 from .execution.stored_weights import KeptPart, WeightPart
-from .execution.tally import Tally
 from .kernels import ErrorStats
 from .output.fault import Fault
 from .output.leftovers import MANIFEST, REPORT

@@ -22,7 +22,7 @@ import pytest
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 from mfptq.demo import DemoShape, write_demo
-from mfptq.execution import estimate
+from mfptq.execution import preview
 
 SMALL = DemoShape(hidden=64, intermediate=64, layers=4, vocabulary=64)
 SMALL_EXPERTS = DemoShape(hidden=64, intermediate=32, layers=4, experts=4, vocabulary=64)
@@ -65,7 +65,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def quick_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let estimates of a run's time try the kernel for a moment only."""
-    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
+    monkeypatch.setattr(preview, "MEASURED_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -10,14 +10,41 @@ from concurrent.futures import CancelledError
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
+from threading import Lock
 
 from ..checkpoint.reads import SEGMENT_BYTES, ByteRange, ReadAhead, ReadUnit
 from ..checkpoint.source import Source
 from ..storage.digest import Stopped, in_parallel
+from .events import Advanced, OnEvent, Planned
 from .stored_weights import Comparison, Part
-from .tally import Tally
 
 HELD_BYTES = 256 * 2**20  # of a remote source, at most
+
+
+class Tally:
+    """A count that becomes events. Threads: `add` from any; `begin` and `poll` from the one that `on_event` belongs to."""
+
+    def __init__(self, on_event: OnEvent | None) -> None:
+        self._on_event = on_event
+        self._bytes = 0
+        self._lock = Lock()
+
+    def begin(self, total_bytes: int) -> None:
+        """Say how much there is to do."""
+        if self._on_event is not None:
+            self._on_event(Planned(total_bytes))
+
+    def add(self, size: int) -> None:
+        """Count bytes."""
+        with self._lock:
+            self._bytes += size
+
+    def poll(self) -> None:
+        """Tell what was counted since the last time, if only that the run is alive; what that raises goes to the caller."""
+        with self._lock:
+            size, self._bytes = self._bytes, 0
+        if self._on_event is not None:
+            self._on_event(Advanced(size))
 
 
 def compare_parts(source: Source, parts: Sequence[Part], tally: Tally) -> list[tuple[Part, Comparison]]:

@@ -5,22 +5,28 @@ Called by `plan` and `convert --dry-run`. Raises what the run itself would raise
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..checkpoint.window import AHEAD_BYTES
+from ..kernels import QuantizeArgs, load_kernel
 from ..output.destination import examine
 from ..output.finished import is_finished
 from ..output.leftovers import OutputClaim
 from ..output.publish import Publisher
 from ..output.uploads import SHARDS_AT_ONCE, publishable
-from .estimate import computing_seconds
 from .output_target import Target
 from .prepare import Resources, prepare
 from .reading_order import bytes_to_fetch, largest_group
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
+
+MEASURED_BYTES = 8 * 2**20  # of BF16 values, which are quantized again and again
+MEASURED_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,6 @@ class Preview:
 
     def values(self) -> dict[str, Any]:
         """Return it as JSON values, without what is not known."""
-        from dataclasses import asdict
-
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -95,7 +99,7 @@ def preview(
         fetch_bytes=fetch,
         refetch_bytes=max(0, fetch - plan.checkpoint.tensor_bytes),
         disk_bytes=plan.output_bytes,
-        computing_seconds=computing_seconds(plan, run.memory.workers) if timed.computing else None,
+        computing_seconds=_computing_seconds(plan, run.memory.workers) if timed.computing else None,
         fetch_rate=source.rate() if timed.fetching else None,
         output=None if target is None else _look_at(plan, target),
     )
@@ -113,3 +117,20 @@ def _look_at(plan: ConversionPlan, target: Target) -> OutputPreview:
         claim = replace(claim, at_once=SHARDS_AT_ONCE)
     found = examine(root, claim, overwrite=target.overwrite)
     return OutputPreview(str(root), found.needed, found.free, len(found.state.done), complete=False)
+
+
+def _computing_seconds(plan: ConversionPlan, workers: int) -> float:
+    """Return how long computing will take on these cores, from half a second of quantizing; reading is not counted."""
+    methods = plan.methods
+    method = methods.most_common(1)[0][0] if methods else "minmax"
+    measured = method if method in ("search", "minmax") else "search"
+    kernel, rows = load_kernel("cpu"), MEASURED_BYTES // 2 // 4096
+    tile = np.full((rows, 4096), 0x3C23, np.uint16)  # BF16 of one value: times do not depend on values
+    packed, scales = np.empty((rows, 2048), np.uint8), np.empty((rows, 256), np.uint8)
+    kernel.quantize(tile, QuantizeArgs(measured, 1.0), packed, scales)
+    begun, done = time.monotonic(), 0
+    while time.monotonic() - begun < MEASURED_SECONDS:
+        kernel.quantize(tile, QuantizeArgs(measured, 1.0), packed, scales)
+        done += tile.size
+    speed = done / (time.monotonic() - begun)
+    return sum(weight.size for weight in plan.weights()) / speed / max(1, workers)
