@@ -29,7 +29,6 @@ _LOWEST, _HIGHEST = ((code + _BIAS) << _STEP for code in (MIN_NORMAL_CODE, E4M3_
 _GRID = 2.0**22
 _CODED_GRID = _GRID + 1  # adds two steps: with the exponent's last bits, those of the octaves below
 F16_TO_F32 = 2.0**112  # a float16's exponent and mantissa, at float32's places, are this much too small
-WORST = 3  # among the statistics: the one that is no sum
 
 
 class Block(NamedTuple):

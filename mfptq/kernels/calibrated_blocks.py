@@ -25,10 +25,10 @@ from .blocks import (
     rounded_scale,
 )
 from .calibrated import CALIBRATED_OFFSETS, DESCENT, SWEEPS
-from .vector import FLOAT, LONG, Code, Floats, Mask, Words
+from .vector import FLOAT, LONG, WORD, Code, Floats, Mask, Words
 
 _SIGN, _MAGNITUDE = 0x80000000, 0x7FFFFFFF
-_LOWEST_OFFSET = min(CALIBRATED_OFFSETS)  # `Code.nth` takes numbers from 0: offsets are counted from the lowest
+_LOWEST_OFFSET = min(CALIBRATED_OFFSETS)  # `_place` has numbers from 0 to 15: offsets are counted from the lowest
 _PLACES = [offset - _LOWEST_OFFSET for offset in CALIBRATED_OFFSETS]
 
 
@@ -126,7 +126,7 @@ def nearest(
     objective = _weighted if method == "weighted" else _quadratic
     # A loop, not 14 copies: a GPU's driver translates them in seconds, and a processor is no faster with them.
     with code.loop(LONG(0), LONG(len(CALIBRATED_OFFSETS)), LONG(1)) as candidate:
-        scale = bounded(base + (code.nth(_PLACES, candidate) << 20) - (-_LOWEST_OFFSET << 20))
+        scale = bounded(base + (_place(code, candidate) << 20) - (-_LOWEST_OFFSET << 20))
         error = objective(statistics, differences(x, _rounded(x, scale, step), scale, step))
         better = error < best.get()
         chosen.set(better.choose(scale, chosen.get()))
@@ -135,6 +135,18 @@ def nearest(
     if method == DESCENT:
         values = _descended(x, values, chosen.get().floats() * step, statistics)
     return chosen.get(), values
+
+
+def _place(code: Code, candidate: Any) -> Words:
+    """Return the number of _PLACES at an index that the code computes, in every lane.
+
+    They are the nibbles of one constant: no table in memory, which would differ between back ends.
+    """
+    assert len(_PLACES) <= 16 > max(_PLACES)
+    nibbles = sum(number << (4 * place) for place, number in enumerate(_PLACES))
+    found = code.build.lshr(LONG(nibbles), code.build.shl(candidate, LONG(2)))
+    number: Words = code.spread(code.build.and_(code.build.trunc(found, WORD), WORD(15)))
+    return number
 
 
 def quantized(x: Sequence[Floats], global_scale: Floats, scale: Words, values: Sequence[Floats]) -> QuantizedBlock:

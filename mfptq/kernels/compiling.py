@@ -1,6 +1,6 @@
 """Make functions for this processor: from LLVM instructions to object code, from there, or from the cache, into memory.
 
-Called by `cpu.py`, `calibrated_cpu.py` and `decode.py`; `cpu_code.py` writes the instructions. Compiling a function takes about a second,
+Called by `cpu.py`, `calibrated_cpu.py`, `fp8.py`, `decode.py` and `turning.py`; what each calls is written by the `*_code.py` of its kind. Compiling a function takes about a second,
 loading one from the cache milliseconds. Nothing here may let LLVM relax the arithmetic: no fast-math flag, no contraction.
 """
 
@@ -15,11 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
+import numpy.typing as npt
 from llvmlite import binding, ir
 
 from .cache import cached
 
+LONG = ctypes.c_int64
 _lock = threading.RLock()  # LLVM's engine is not safe for threads
+
+
+class Array:
+    """An argument that is an array: the function is given the address of its first element."""
+
+    @staticmethod
+    def from_param(array: npt.NDArray[Any]) -> ctypes.c_void_p:
+        """Return the address, for ctypes; `array.ctypes.data` takes four times as long."""
+        return ctypes.c_void_p(array.__array_interface__["data"][0])
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+from ctypes import c_int
 from typing import Any
 
 import numpy as np
@@ -11,25 +11,14 @@ import numpy.typing as npt
 from ..dtypes import dtype_name
 from ..kernels import Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
-from .compiling import CpuFunctions
+from .compiling import LONG, Array, CpuFunctions
 from .cpu_code import emit
 from .stats import ERROR_FIELDS, ErrorStats
 
 CACHED_BYTES = 2**20  # what is read at once, to be used from the processor's own cache
-_POINTER = ctypes.c_void_p
-
-
-_quantizers = CpuFunctions(emit, [*[_POINTER] * 6, ctypes.c_int64])
-_searchers = CpuFunctions(emit, [_POINTER, _POINTER, _POINTER, ctypes.c_int64])
-_file_searchers = CpuFunctions(
-    emit, [_POINTER, ctypes.c_int64, _POINTER, _POINTER, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-)
-
-
-def address(array: npt.NDArray[Any]) -> int:
-    """Return where a C-contiguous array lies; it must be kept until the call ends."""
-    place: int = array.__array_interface__["data"][0]
-    return place
+_quantizers = CpuFunctions(emit, [*[Array] * 6, LONG])
+_searchers = CpuFunctions(emit, [*[Array] * 3, LONG])
+_file_searchers = CpuFunctions(emit, [Array, LONG, Array, Array, c_int, LONG, LONG])
 
 
 def _width(data: TileArray) -> int:
@@ -60,7 +49,7 @@ class CpuKernel(Kernel):
     def amax_each(self, data: TileArray, starts: Int64Array) -> Float32Array:
         """Return the largest magnitude of each weight."""
         found = np.empty(len(starts) - 1, _bits(data))
-        _searchers[f"amax_{_width(data)}"](address(data), address(found), address(starts), len(found))
+        _searchers[f"amax_{_width(data)}"](data, found, starts, len(found))
         return _magnitudes(found, data.dtype)
 
     def amax_in_file(self, fd: int, offset: int, tile: TileArray) -> float:
@@ -68,7 +57,7 @@ class CpuKernel(Kernel):
         found, done = np.empty(1, _bits(tile)), np.zeros(1, np.int64)
         room = min(tile.size, CACHED_BYTES // tile.itemsize)
         run = _file_searchers[f"amax_in_file_{_width(tile)}"]
-        run(address(tile), room, address(found), address(done), fd, offset, tile.size)
+        run(tile, room, found, done, fd, offset, tile.size)
         return float(_magnitudes(found, tile.dtype)[0]) if done[0] else super().amax_in_file(fd, offset, tile)
 
     def quantize(self, tile: TileArray, args: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
@@ -81,6 +70,5 @@ class CpuKernel(Kernel):
         """Write the packed values and scale codes of many weights, flat; return the statistics `[n, 7]` of each."""
         run = _quantizers[f"{batch.method}_{dtype_name(data)}"]
         stats, blocks = np.empty((len(batch.global_scales), ERROR_FIELDS)), batch.starts // BLOCK_SIZE
-        arrays = (data, packed, scales, stats, blocks, batch.global_scales)
-        run(*map(address, arrays), len(stats))
+        run(data, packed, scales, stats, blocks, batch.global_scales, len(stats))
         return stats

@@ -12,11 +12,12 @@ from typing import Any
 from llvmlite import ir
 
 from ..nvfp4 import BLOCK_SIZE
-from .blocks import WORST, ErrorSums, QuantizedBlock, block_errors, block_words, minmax, search, unpack_block
-from .calibrated import FUNCTIONS
+from .blocks import ErrorSums, QuantizedBlock, block_errors, block_words, minmax, search, unpack_block
+from .calibrated import FEEDBACK, FUNCTIONS
 from .calibrated_blocks import ColumnStatistics, calibrated, calibrated_errors, signed_values
 from .compiling import has_fused
-from .stats import ERROR_FIELDS
+from .feedback_blocks import Record, RowSums, with_feedback
+from .stats import ERROR_FIELDS, WORST
 from .vector import BIT, BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Words
 
 LANES = 16
@@ -50,7 +51,7 @@ def transposed(code: Code, source: Any, words: int, stride: Any = None) -> list[
     return [Words(code, row) for row in rows]
 
 
-def store_sums(code: Code, sums: ErrorSums, stats: Any, padding: Any) -> None:
+def _store_sums(code: Code, sums: ErrorSums, stats: Any, padding: Any) -> None:
     """Write the statistics of all lanes together: sums in the order of lanes, and the worst relative error.
 
     `padding` is how many of the blocks were only there to fill a chunk.
@@ -132,38 +133,47 @@ def _emit_one(module: ir.Module, name: str) -> ir.Function:
         chunk.close()
         sums.add(block_errors(found, done))
     padding = code.build.and_(code.build.sub(LONG(0), blocks), LONG(LANES - 1))
-    store_sums(code, sums, stats, padding)
+    _store_sums(code, sums, stats, padding)
     code.build.ret_void()
     return function
 
 
 def _emit_calibrated(module: ir.Module, name: str) -> None:
-    """Write a function for whole chunks of 16 rows, block by block, since rows share their columns' statistics.
+    """Write a function for whole chunks of 16 rows, block by block: rows share their columns' statistics.
 
-    Its arguments: (source, packed, scales, stats [7], statistics, rows, blocks of a row, global scale).
+    Its arguments: (source, packed, scales, stats [7], statistics, rows, blocks of a row, rank, global scale). By FEEDBACK, whose
+    factors have that rank, blocks come in the order of their records.
     """
     method, dtype = name.split("_")
     pointers = [element.as_pointer() for element in (WORD, WORD, BYTE, DOUBLE, FLOAT)]
-    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG, LONG, FLOAT]), name)
-    source, packed, scales, stats, known, rows, blocks, factor = function.args
+    function = ir.Function(module, ir.FunctionType(VOID, [*pointers, LONG, LONG, LONG, FLOAT]), name)
+    source, packed, scales, stats, known, rows, blocks, rank, factor = function.args
     for pointer in function.args[: len(pointers)]:
         pointer.add_attribute("noalias")
     code = Code(function, LANES, fused=has_fused())
-    sums, global_scale, words = ErrorSums(code), code.spread(factor), block_words(dtype)
+    errors, row_sums, global_scale, words = ErrorSums(code), RowSums(code), code.spread(factor), block_words(dtype)
     build, stride = code.build, code.build.mul(blocks, LONG(words))
     size = BLOCK_SIZE if method == "weighted" else BLOCK_SIZE**2
-    with code.loop(LONG(0), rows, LONG(LANES)) as row, code.loop(LONG(0), blocks, LONG(1)) as block:
-        first = build.add(build.mul(row, blocks), block)
-        x = signed_values(transposed(code, code.at(source, build.mul(first, LONG(words))), words, stride), dtype)
-        statistics = ColumnStatistics(code, code.at(known, build.mul(block, LONG(size))))
-        done = calibrated(x, global_scale, statistics, method)
-        store_rows(code, done, (packed, scales), [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)])
-        sums.add(calibrated_errors(x, done))
-    store_sums(code, sums, stats, LONG(0))
+    with code.loop(LONG(0), rows, LONG(LANES)) as row:
+        if method == FEEDBACK:
+            row_sums.clear(rank)
+        with code.loop(LONG(0), blocks, LONG(1)) as turn:
+            record = Record.of(code, known, turn, rank) if method == FEEDBACK else None
+            first = build.add(build.mul(row, blocks), turn if record is None else record.place())
+            x = signed_values(transposed(code, code.at(source, build.mul(first, LONG(words))), words, stride), dtype)
+            if record is not None:
+                done = with_feedback(x, global_scale, record, row_sums)
+            else:
+                statistics = ColumnStatistics(code, code.at(known, build.mul(turn, LONG(size))))
+                done = calibrated(x, global_scale, statistics, method)
+            places = [build.add(first, build.mul(blocks, LONG(k))) for k in range(LANES)]
+            _store_rows(code, done, (packed, scales), places)
+            errors.add(calibrated_errors(x, done))
+    _store_sums(code, errors, stats, LONG(0))
     build.ret_void()
 
 
-def store_rows(code: Code, done: QuantizedBlock, out: Any, places: Sequence[Any]) -> None:
+def _store_rows(code: Code, done: QuantizedBlock, out: Any, places: Sequence[Any]) -> None:
     """Write a block of each of 16 rows at its place, counted in blocks."""
     packed, scales = out
     codes = code.build.trunc(done.code.raw, ir.VectorType(BYTE, LANES))

@@ -7,7 +7,7 @@ it becomes, never more: where memory is short it takes half a tile at a time. `c
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ctypes import c_float, c_int64, c_uint64
 from functools import cache, cached_property
@@ -25,7 +25,6 @@ from .cache import cached
 from .compiling import origin
 from .cpu import CpuKernel
 from .driver import (
-    ALIGNMENT,
     Device,
     DeviceMemory,
     DeviceMemoryError,
@@ -34,7 +33,7 @@ from .driver import (
     DriverError,
     open_device,
 )  # fmt: skip
-from .stats import ERROR_FIELDS, ErrorStats
+from .stats import ERROR_FIELDS, WORST, ErrorStats
 
 if TYPE_CHECKING:
     from ..checkpoint.encoding import CodeScaler
@@ -47,33 +46,13 @@ STATS_BYTES = 8 * ERROR_FIELDS * MAX_GRID * (THREADS // WARP)
 
 
 class _Lane(threading.local):
-    """What one worker thread has on the device: a stream, and a buffer that grows to its largest tile.
-
-    `room` is the size of that tile, in bytes; `places` are where it, its packed values and its scales lie.
-    """
+    """What one worker thread has on the device: a stream, room for a tile and what it becomes, and statistics."""
 
     def __init__(self, device: Device) -> None:
-        self._device = device
-        self._buffer: DeviceMemory | None = None
-        self.room = 0
-        self.places: tuple[int, int, int] = (0, 0, 0)
         self.stream = DeviceStream(device)
+        self.room = DeviceRoom(device)
         self.stats = DeviceMemory(device, STATS_BYTES)
         self.sums: npt.NDArray[np.float64] = device.pinned(STATS_BYTES).view(np.float64)
-
-    def reserve(self, size: int) -> None:
-        """Have room for a tile of `size` bytes: at least two bytes a weight."""
-        if size <= self.room:
-            return
-        if self._buffer is not None:
-            self._buffer.free()  # first: two buffers would be more than what the largest tile needs
-        self.room, self._buffer = 0, None
-        source, packed, scales = (
-            -(-part // ALIGNMENT) * ALIGNMENT for part in (size, size // 4, size // 2 // BLOCK_SIZE)
-        )
-        self._buffer = DeviceMemory(self._device, source + packed + scales)
-        start = self._buffer.pointer
-        self.room, self.places = size, (start, start + source, start + source + packed)
 
 
 class CudaWorker:
@@ -92,18 +71,25 @@ class CudaWorker:
         except DriverError as error:
             raise UsageError(f"device {quote(device)} cannot be used: {error}") from None
 
-    def _parts(self, tile: TileArray, unit: int = BLOCK_SIZE) -> Iterator[TileArray]:
-        """Yield the tile's values, flat: all at once, or in halves of whole units where the device has no memory for all."""
+    def _parts(self, tile: TileArray, unit: int = BLOCK_SIZE) -> Iterator[tuple[TileArray, list[int]]]:
+        """Yield the tile's values, flat, and where they, their packed values and their scales have room on the device.
+
+        All at once, or in halves of whole units where the device has no memory for all.
+        """
         assert tile.flags.c_contiguous
-        lane, values = self._lane, tile.reshape(-1)
+        values = tile.reshape(-1)
         size = values.size
         try:
-            lane.reserve(tile.nbytes)
+            places = self._room_for(tile.nbytes)
         except DeviceMemoryError:
             size = -(-size // 2 // unit) * unit
-            lane.reserve(size * tile.itemsize)
+            places = self._room_for(size * tile.itemsize)
         for start in range(0, values.size, size):
-            yield values[start : start + size]
+            yield values[start : start + size], places
+
+    def _room_for(self, size: int) -> list[int]:
+        """Return places for `size` bytes of a tile, at least two bytes a weight, and for what they become."""
+        return self._lane.room.places(size, size // 4, size // 2 // BLOCK_SIZE)
 
     def _quantize(
         self,
@@ -122,33 +108,20 @@ class CudaWorker:
         """
         assert all(each.flags.c_contiguous for each in out)
         (packed, scales), stats, done = (each.reshape(-1) for each in out), ErrorStats(), 0
-        width = tile.shape[1] // BLOCK_SIZE
+        width, lane = tile.shape[1] // BLOCK_SIZE, self._lane
         with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
-            for part in self._parts(tile, BLOCK_SIZE if rank is None else tile.shape[1]):
+            for part, places in self._parts(tile, BLOCK_SIZE if rank is None else tile.shape[1]):
                 end = done + part.size // BLOCK_SIZE
                 last = done % width if rank is None else rank
                 columns = (c_uint64(known), c_int64(end - done), c_int64(width), c_int64(last))
                 extra = (*(columns if known else columns[1:2]), c_float(args.global_scale))
                 parts = packed[done * BLOCK_SIZE // 2 : end * BLOCK_SIZE // 2], scales[done:end]
-                work = (function, end - done, THREADS) if rank is None else (function, (end - done) // width, WARP)
-                stats.add(self._quantize_part(part, parts, work, extra))
+                items, threads = (end - done, THREADS) if rank is None else ((end - done) // width, WARP)
+                lane.stream.upload(places[0], part)
+                warps = self._launch(function, items, threads, (*map(c_uint64, (*places, lane.stats.pointer)), *extra))
+                stats.add(self._finish(warps, part.size, zip(parts, places[1:], strict=True)))
                 done = end
         return stats
-
-    def _quantize_part(
-        self, part: TileArray, out: tuple[ByteArray, ByteArray], work: tuple[str, int, int], arguments: tuple[Any, ...]
-    ) -> ErrorStats:
-        lane, (packed, scales) = self._lane, out
-        source, nibbles, codes = lane.places
-        lane.stream.upload(source, part)
-        places = map(c_uint64, (source, nibbles, codes, lane.stats.pointer))
-        warps = self._launch(*work, (*places, *arguments))
-        lane.stream.download(packed, nibbles)
-        lane.stream.download(scales, codes)
-        sums = lane.sums[: ERROR_FIELDS * warps]
-        lane.stream.download(sums, lane.stats.pointer)
-        lane.stream.wait()
-        return _together(sums.reshape(ERROR_FIELDS, warps), part.size)
 
     def _launch(self, function: str, items: int, threads: int, arguments: tuple[Any, ...]) -> int:
         """Start a kernel with a thread for every item, as far as the grid goes; return how many warps it has.
@@ -158,6 +131,17 @@ class CudaWorker:
         grid = min(MAX_GRID, -(-items // threads))
         self._lane.stream.launch(load_function(self._device, function), grid, threads, arguments)
         return grid * threads // WARP
+
+    def _finish(self, warps: int, weights: int, results: Iterable[tuple[npt.NDArray[Any], int]]) -> ErrorStats:
+        """Fetch results, each from its place on the device, and return the statistics of so many weights."""
+        stream, sums = self._lane.stream, self._lane.sums[: ERROR_FIELDS * warps]
+        for array, place in (*results, (sums, self._lane.stats.pointer)):
+            stream.download(array, place)
+        stream.wait()
+        rows = sums.reshape(ERROR_FIELDS, warps)
+        stats = rows.sum(axis=1)
+        stats[WORST] = rows[WORST].max() ** 0.5
+        return ErrorStats.from_array(weights, stats)
 
     @contextmanager
     def _working(self, what: str) -> Iterator[None]:
@@ -181,7 +165,6 @@ class CudaKernel(CudaWorker, Kernel):
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self._small = CpuKernel()
-        self._room = DeviceRoom(self._device)
 
     def allocate(self, size: int) -> ByteArray:
         """Return pinned host memory, from which copies to the device run beside kernels; raises MemoryBudgetError."""
@@ -194,7 +177,7 @@ class CudaKernel(CudaWorker, Kernel):
         Raises MemoryBudgetError where the device has no memory even for half of the tile.
         """
         with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
-            largest = max(self._largest(part) for part in self._parts(tile))
+            largest = max(self._largest(*part) for part in self._parts(tile))
         if tile.dtype == np.uint16:
             return float(np.uint32(largest << 16).view(np.float32))
         return float(np.array([largest], f"u{tile.itemsize}").view(tile.dtype)[0])
@@ -230,27 +213,24 @@ class CudaKernel(CudaWorker, Kernel):
             return super().quantize_segments(data, segments, codes)
         scales = segments.scales.astype(np.float32)
         given = [np.ascontiguousarray(each) for each in (data, segments.starts, scales, segments.others)]
+        lane = self._lane
         with self._working(f"a tile of {_megabytes(data.nbytes)}"):
             try:
-                source, starts, first, second, out = self._room.places(*(each.nbytes for each in given), data.size)
+                *places, out = lane.room.places(*(each.nbytes for each in given), data.size)
             except DeviceMemoryError:
                 return super().quantize_segments(data, segments, codes)
-            lane = self._lane
-            for place, array in zip((source, starts, first, second), given, strict=True):
+            for place, array in zip(places, given, strict=True):
                 lane.stream.upload(place, array)
+            source, *others = places
             name = f"fp8_{'exact_' if segments.exact else ''}{NUMPY_CODES[data.dtype.char]}"
-            places = map(c_uint64, (source, out, lane.stats.pointer, starts, first, second))
-            warps = self._launch(name, count, WARP, (*places, c_int64(count)))
-            sums = lane.sums[: ERROR_FIELDS * warps]
-            for array, place in ((codes, out), (given[2], first), (sums, lane.stats.pointer)):
-                lane.stream.download(array, place)
-            lane.stream.wait()
-        return given[2], _together(sums.reshape(ERROR_FIELDS, warps), data.size)
+            arguments = map(c_uint64, (source, out, lane.stats.pointer, *others))
+            warps = self._launch(name, count, WARP, (*arguments, c_int64(count)))
+            stats = self._finish(warps, data.size, [(codes, out), (scales, places[2])])
+        return scales, stats
 
-    def _largest(self, part: TileArray) -> int:
+    def _largest(self, part: TileArray, places: list[int]) -> int:
         """Return the bits of the largest magnitude."""
-        lane, words = self._lane, part.nbytes // 4
-        source, _, _ = lane.places
+        lane, words, source = self._lane, part.nbytes // 4, places[0]
         result = lane.sums.view(np.uint32)[:1]
         lane.stream.upload(source, part)
         lane.stream.zero(lane.stats.pointer, result.nbytes)
@@ -276,13 +256,6 @@ def _ptx(name: str) -> bytes:
 def load_function(device: Device, name: str) -> int:
     """Return a function on a device, loaded once in a process; called inside `with device:`."""
     return device.load(_ptx(name), name)
-
-
-def _together(rows: npt.NDArray[np.float64], weights: int) -> ErrorStats:
-    """Return the statistics of all warps."""
-    stats = rows.sum(axis=1)
-    stats[3] = rows[3].max() ** 0.5
-    return ErrorStats.from_array(weights, stats)
 
 
 def _megabytes(size: int) -> str:

@@ -7,7 +7,6 @@ of the memory that values go to.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from llvmlite import ir
@@ -50,11 +49,9 @@ def _emit_run(module: ir.Module, codes: str, element: ir.Type) -> ir.Function:
     function.linkage = "internal"
     source, scale, values, first, count = function.args
     code = Code(function, LANES)
-    single = copy.copy(code)
-    single.lanes = 1
     end = code.build.add(first, count)
     whole = code.build.add(first, code.build.and_(count, LONG(-LANES)))
-    for lanes, begin, stop in ((code, first, whole), (single, whole, end)):
+    for lanes, begin, stop in ((code, first, whole), (code.one_lane(), whole, end)):
         factor = lanes.spread(scale)
         with lanes.loop(begin, stop, LONG(lanes.lanes)) as index:
             if element == HALF:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..checkpoint.encoding import Bf16Array, DecodedArray, ScaleArray
 from .cuda import THREADS, CudaWorker
 from .decode import load_decoder
-from .driver import DeviceMemoryError, DeviceRoom
+from .driver import DeviceMemoryError
 
 
 class CudaDecoder(CudaWorker):
@@ -23,7 +23,6 @@ class CudaDecoder(CudaWorker):
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self._cpu = load_decoder()
-        self._room = DeviceRoom(self._device)
 
     def __call__(
         self, codes: str, packed: npt.NDArray[np.uint8], scales: ScaleArray, out: DecodedArray, *, run: int
@@ -34,7 +33,7 @@ class CudaDecoder(CudaWorker):
             return
         with self._working("codes"):
             try:
-                places = self._room.places(packed.nbytes, scales.nbytes, out.nbytes)
+                places = self._lane.room.places(packed.nbytes, scales.nbytes, out.nbytes)
             except DeviceMemoryError:
                 self._cpu(codes, packed, scales, out, run=run)
                 return

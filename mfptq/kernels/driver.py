@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import sys
-import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -172,7 +171,7 @@ class DeviceMemory:
         self.free = device.owned(self, "cuMemFree_v2", self.pointer)
 
 
-class DeviceRoom(threading.local):
+class DeviceRoom:
     """Memory on the device that one worker thread uses again and again; it grows to the most that was asked for."""
 
     def __init__(self, device: Device) -> None:

@@ -5,7 +5,6 @@ Called by the kernels and `execution.worker_memory`. Choosing the scales of bloc
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from typing import Any
 
@@ -23,10 +22,10 @@ def _functions() -> Any:
     """Return the compiled functions by name; None where there is no compiler."""
     if not has_compiler():
         return None
-    from .compiling import CpuFunctions
+    from .compiling import LONG, Array, CpuFunctions
     from .fp8_code import emit
 
-    return CpuFunctions(emit, [*[ctypes.c_void_p] * 6, ctypes.c_int64])
+    return CpuFunctions(emit, [*[Array] * 6, LONG])
 
 
 def quantize_fp8(data: TileArray, segments: Segments, codes: ByteArray) -> tuple[Float32Array, ErrorStats]:
@@ -39,8 +38,7 @@ def quantize_fp8(data: TileArray, segments: Segments, codes: ByteArray) -> tuple
         return _plain(data, segments, codes)
     run = functions[f"fp8_{'exact_' if segments.exact else ''}{NUMPY_CODES[data.dtype.char]}"]
     stats, scales = np.zeros(ERROR_FIELDS), segments.scales.astype(np.float32)
-    arrays = (data, codes, stats, segments.starts, scales, segments.others)
-    run(*(each.__array_interface__["data"][0] for each in arrays), len(scales))
+    run(data, codes, stats, segments.starts, scales, segments.others, len(scales))
     return scales, ErrorStats.from_array(data.size, stats)
 
 
@@ -51,8 +49,7 @@ def add_errors(data: TileArray, starts: Int64Array, places: Int64Array, candidat
         reference_errors(data, starts, places, candidates)
         return
     run = functions[f"fp8_errors_{NUMPY_CODES[data.dtype.char]}"]
-    arrays = (data, candidates.sums, starts, places, candidates.scales, candidates.others)
-    run(*(each.__array_interface__["data"][0] for each in arrays), len(places))
+    run(data, candidates.sums, starts, places, candidates.scales, candidates.others, len(places))
 
 
 def _plain(data: TileArray, segments: Segments, codes: ByteArray) -> tuple[Float32Array, ErrorStats]:

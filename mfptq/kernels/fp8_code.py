@@ -15,6 +15,7 @@ from ..fp8 import LANES
 from ..nvfp4 import E4M3_MAX
 from .blocks import F16_TO_F32
 from .compiling import has_fused
+from .stats import WORST
 from .vector import BYTE, DOUBLE, FLOAT, HALF, LONG, VOID, WORD, Code, Floats, Variable, Words
 
 ERRORS = "fp8_errors_"
@@ -163,11 +164,9 @@ class Segment(NamedTuple):
         """Put the other scale in the place of the first where its squared error over the segment is less."""
         code = self.values.code
         first = code.load(place, FLOAT, 4)
-        sums = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
         differ = code.build.fcmp_ordered("!=", first, other)
         with code.build.if_then(differ, likely=False):
-            for held in sums:
-                held.set(code.constant(DOUBLE, 0.0))
+            sums = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
             self.add_errors([code.spread(each) for each in (first, other)], sums)
             one, two = (_total(code, held.get()) for held in sums)
             code.store(code.build.select(code.build.fcmp_ordered("<", two, one), other, first), place, 4)
@@ -176,9 +175,6 @@ class Segment(NamedTuple):
         code = self.values.code
         sums = [code.variable(code.constant(DOUBLE, 0.0)) for _ in range(2)]
         lost = code.variable(code.words(0))
-        for held in sums:
-            held.set(code.constant(DOUBLE, 0.0))
-        lost.set(code.words(0))
         with code.loop(self.begin, self.end, LONG(LANES)) as index:
             x, sign = self.values.read(index)
             found, value = self.values.rounded(x, scale)
@@ -218,6 +214,6 @@ def _tally(code: Code, stats: Any, found: SegmentStats) -> None:
         pointer = code.at(stats, LONG(place))
         code.store(build.fadd(code.load(pointer, DOUBLE, 8), value), pointer, 8)
     relative = code.intrinsic("llvm.sqrt.f64", DOUBLE, [found.share])
-    pointer = code.at(stats, LONG(3))
+    pointer = code.at(stats, LONG(WORST))
     worst = code.load(pointer, DOUBLE, 8)
     code.store(build.select(build.fcmp_ordered(">", relative, worst), relative, worst), pointer, 8)

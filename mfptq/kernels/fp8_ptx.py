@@ -14,9 +14,8 @@ from ..fp8 import LANES
 from .decode_code import PREFIX, decoded
 from .fp8_code import Segment, Values, element
 from .ptx_threads import GLOBAL, kernel, larger, store_over_warps, thread_numbers
+from .stats import ERROR_FIELDS, WORST
 from .vector import BYTE, DOUBLE, FLOAT, HALF, LONG, Code
-
-_STATS, _WORST = (0, 1, 2, 3, 4, 5, 6), 3  # the worst segment's share of error, not yet its root
 
 
 def emit_fp8(module: ir.Module, name: str) -> None:
@@ -26,14 +25,14 @@ def emit_fp8(module: ir.Module, name: str) -> None:
     code = kernel(module, name, [*pointers, LONG], LANES)
     source, codes, stats, starts, scales, others, count = code.function.args
     values, build = Values(code, source, dtype, exact=exact), code.build
-    joins = [larger(code) if place == _WORST else build.fadd for place in _STATS]
-    held = [code.variable(DOUBLE(0.0)) for _ in _STATS]
+    joins = [larger(code) if place == WORST else build.fadd for place in range(ERROR_FIELDS)]
+    held = [code.variable(DOUBLE(0.0)) for _ in range(ERROR_FIELDS)]
     with _share(code, count) as number:
         found = Segment.at(values, starts, number).quantize((scales, others), number, codes)
-        added = {0: found.error, 1: found.norm, 2: found.error, _WORST: found.share, 4: found.zeroed, 6: found.empty}
+        added = {0: found.error, 1: found.norm, 2: found.error, WORST: found.share, 4: found.zeroed, 6: found.empty}
         for place, value in added.items():
             held[place].set(joins[place](held[place].get(), value))
-    for place in _STATS:
+    for place in range(ERROR_FIELDS):
         store_over_warps(code, (stats, place), held[place].get(), joins[place])
     build.ret_void()
 

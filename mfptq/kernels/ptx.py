@@ -15,7 +15,6 @@ from llvmlite import binding, ir
 
 from ..nvfp4 import BLOCK_SIZE
 from .blocks import (
-    WORST,
     ErrorSums,
     QuantizedBlock,
     block_errors,
@@ -30,6 +29,7 @@ from .compiling import optimized
 from .feedback_blocks import Record, RowSums, with_feedback
 from .fp8_ptx import emit_decode, emit_fp8
 from .ptx_threads import GLOBAL, WARP, kernel, larger, over_warp, register, store_over_warps, thread_numbers
+from .stats import WORST
 from .vector import BYTE, DOUBLE, FLOAT, LONG, WORD, Code, Words
 
 _OF_CODES = {"fp8": emit_fp8, "decode": emit_decode}

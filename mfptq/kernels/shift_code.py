@@ -6,7 +6,6 @@ any value began or ended as no normal number: it is then at least 0x7F00.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from llvmlite import ir
@@ -23,8 +22,7 @@ def emit(module: ir.Module, name: str) -> None:
     function = ir.Function(module, ir.FunctionType(VOID, [pointer, pointer, LONG, LONG, LONG, pointer]), name)
     values, shifts, rows, columns, distance, result = function.args
     code = Code(function, LANES)
-    single = copy.copy(code)
-    single.lanes = 1
+    single = code.one_lane()
     build = code.build
     wide, narrow = (code.variable(each.constant(HALF, 0)) for each in (code, single))
     whole = build.and_(columns, LONG(-LANES))

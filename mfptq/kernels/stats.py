@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..storage.checksum import MODULUS
 
 ERROR_FIELDS = 7  # of ErrorStats, as kernels write them: all but `weights` and `checksum`
+WORST = 3  # among them: the one that is no sum
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class ErrorStats:
     def together(cls, weights: int, rows: npt.NDArray[np.float64]) -> ErrorStats:
         """Return the statistics of several weights, `[n, 7]`, as one."""
         values = rows.sum(axis=0)
-        values[3] = rows[:, 3].max()
+        values[WORST] = rows[:, WORST].max()
         return cls.from_array(weights, values)
 
     def as_array(self) -> npt.NDArray[np.float64]:

@@ -5,19 +5,15 @@ Called by `execution.turned`, for matrices that are stored transposed.
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
+from ctypes import c_int
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from ..kernels import TileArray
+from ..kernels import TileArray, has_compiler
 from ..nvfp4 import ByteArray
 from ..storage.files import read_strided
-
-if TYPE_CHECKING:
-    from llvmlite import ir
 
 _AT_ONCE = 64  # columns of a block: what is written of a row fills whole cache lines
 _ROWS = 512  # of a block, which then fits into the processor's nearest caches
@@ -40,7 +36,7 @@ class Turner(Protocol):
 @cache
 def load_turner() -> Turner:
     """Return the fastest turner that this installation has."""
-    return CompiledTurner() if importlib.util.find_spec("llvmlite") is not None else NumpyTurner()
+    return CompiledTurner() if has_compiler() else NumpyTurner()
 
 
 class NumpyTurner:
@@ -61,22 +57,15 @@ class NumpyTurner:
         read_strided(fd, columns.data, offset, step)
 
 
-def _emit(module: ir.Module, name: str) -> None:
-    from .turn_code import emit
-
-    emit(module, name)
-
-
 class CompiledTurner(NumpyTurner):
     """Turns in the processor's registers; what is too small for that, numpy does."""
 
     def __init__(self) -> None:
-        from .compiling import CpuFunctions
-        from .turn_code import BLOCK_BYTES, LINE_BYTES
+        from .compiling import LONG, Array, CpuFunctions  # which needs llvmlite
+        from .turn_code import BLOCK_BYTES, LINE_BYTES, emit
 
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        self._turns = CpuFunctions(_emit, [pointer, size, pointer, size, size, size])
-        self._reads = CpuFunctions(_emit, [pointer, size, size, pointer, ctypes.c_int, size, size])
+        self._turns = CpuFunctions(emit, [Array, LONG, Array, LONG, LONG, LONG])
+        self._reads = CpuFunctions(emit, [Array, LONG, LONG, Array, c_int, LONG, LONG])
         self._least = (LINE_BYTES, BLOCK_BYTES)
 
     def turn(self, columns: TileArray, out: TileArray) -> None:
@@ -86,15 +75,14 @@ class CompiledTurner(NumpyTurner):
         if count * width < self._least[0] or rows * width < self._least[1]:
             super().turn(columns, out)
             return
-        places = [(each.__array_interface__["data"][0], each.strides[0] // width) for each in (columns, out)]
-        self._turns[f"turn_{8 * width}"](*places[0], *places[1], count, rows)
+        pitch, stride = (each.strides[0] // width for each in (columns, out))
+        self._turns[f"turn_{8 * width}"](columns, pitch, out, stride, count, rows)
 
     def read(self, fd: int, columns: ByteArray, offset: int, step: int) -> None:
         """Read one column after the other; what the first that fails lacks is found out by reading it again."""
         count, size = columns.shape
         done = np.zeros(1, np.int64)
-        place, result = (each.__array_interface__["data"][0] for each in (columns, done))
-        self._reads["read_columns"](place, size, count, result, fd, offset, step)
+        self._reads["read_columns"](columns, size, count, done, fd, offset, step)
         left = int(done[0])
         if left < count:
             read_strided(fd, columns[left:].data, offset + left * step, step)

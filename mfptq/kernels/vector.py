@@ -7,12 +7,16 @@ may be contracted, reordered or approximated; a fused product is written only wh
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llvmlite import ir
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 BYTE, HALF, WORD, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -27,6 +31,12 @@ class Code:
         self.function = function
         self.lanes = lanes
         self.fused = fused
+
+    def one_lane(self) -> Code:
+        """Return the same place for values of one lane."""
+        single = copy.copy(self)
+        single.lanes = 1
+        return single
 
     def typed(self, element: ir.Type) -> ir.Type:
         """Return the type of a value of such elements."""
@@ -83,17 +93,6 @@ class Code:
 
     def _seen(self, pointer: Any, as_type: ir.Type) -> Any:
         return self.build.bitcast(pointer, as_type.as_pointer(pointer.type.addrspace))
-
-    def nth(self, numbers: Sequence[int], index: Any) -> Words:
-        """Return the number at an index that the code computes, in every lane; at most 16 numbers, from 0 to 15.
-
-        They are the nibbles of one constant: no table in memory, which would differ between back ends.
-        """
-        assert len(numbers) <= 16 > max(numbers)
-        nibbles = sum(number << (4 * place) for place, number in enumerate(numbers))
-        found = self.build.lshr(LONG(nibbles), self.build.shl(index, LONG(2)))
-        number: Words = self.spread(self.build.and_(self.build.trunc(found, WORD), WORD(15)))
-        return number
 
     def variable(self, initial: Any) -> Variable:
         """Return a variable that holds a value or an instruction's result; registers, in the end."""
@@ -187,13 +186,34 @@ def _same(value: Any, like: Any) -> Any:
     return like.code.floats(value) if isinstance(like, Floats) else like.code.words(value)
 
 
-class Floats(Value):
+class Number(Value):
+    """Numbers of one class; the other operand may be a Python number."""
+
+    __slots__ = ()
+    _comparison: ClassVar[str]  # LLVM's instruction
+
+    def _with(self, write: Any, other: Self | float) -> Self:
+        return type(self)(self.code, write(self.raw, _same(other, self).raw))
+
+    def _compared(self, sign: str, other: Self | float) -> Mask:
+        return Mask(self.code, getattr(self.code.build, self._comparison)(sign, self.raw, _same(other, self).raw))
+
+    def maximum(self, other: Self | float) -> Self:
+        """Return the larger of two numbers, neither of them NaN."""
+        found: Self = self._compared(">", other).choose(self, other)
+        return found
+
+    def minimum(self, other: Self | float) -> Self:
+        """Return the smaller of two numbers, neither of them NaN."""
+        found: Self = self._compared("<", other).choose(self, other)
+        return found
+
+
+class Floats(Number):
     """Float32 numbers; each operation rounds to nearest, ties to even."""
 
     __slots__ = ()
-
-    def _with(self, write: Any, other: Floats | float) -> Floats:
-        return Floats(self.code, write(self.raw, _same(other, self).raw))
+    _comparison = "fcmp_ordered"
 
     def __add__(self, other: Floats | float) -> Floats:
         return self._with(self.code.build.fadd, other)
@@ -210,9 +230,6 @@ class Floats(Value):
     def __neg__(self) -> Floats:
         return Floats(self.code, self.code.build.fneg(self.raw))
 
-    def _compared(self, sign: str, other: Floats | float) -> Mask:
-        return Mask(self.code, self.code.build.fcmp_ordered(sign, self.raw, _same(other, self).raw))
-
     def __gt__(self, other: Floats | float) -> Mask:
         return self._compared(">", other)
 
@@ -221,16 +238,6 @@ class Floats(Value):
 
     def __le__(self, other: Floats | float) -> Mask:
         return self._compared("<=", other)
-
-    def maximum(self, other: Floats | float) -> Floats:
-        """Return the larger of two numbers, neither of them NaN."""
-        found: Floats = (self > other).choose(self, other)
-        return found
-
-    def minimum(self, other: Floats | float) -> Floats:
-        """Return the smaller of two numbers, neither of them NaN."""
-        found: Floats = (self < other).choose(self, other)
-        return found
 
     def bits(self) -> Words:
         """Return the bits that stand for the numbers."""
@@ -248,13 +255,11 @@ class Floats(Value):
         return Floats(self.code, self.code.each("fma", "f32", operands))
 
 
-class Words(Value):
+class Words(Number):
     """Unsigned 32-bit integers, or 32 bits; arithmetic wraps."""
 
     __slots__ = ()
-
-    def _with(self, write: Any, other: Words | int) -> Words:
-        return Words(self.code, write(self.raw, _same(other, self).raw))
+    _comparison = "icmp_unsigned"
 
     def __add__(self, other: Words | int) -> Words:
         return self._with(self.code.build.add, other)
@@ -274,22 +279,9 @@ class Words(Value):
     def __rshift__(self, places: int) -> Words:
         return self._with(self.code.build.lshr, places) if places else self
 
-    def _compared(self, sign: str, other: Words | int) -> Mask:
-        return Mask(self.code, self.code.build.icmp_unsigned(sign, self.raw, _same(other, self).raw))
-
     def equals(self, other: Words | int) -> Mask:
         """Return where the two are equal."""
         return self._compared("==", other)
-
-    def maximum(self, other: Words | int) -> Words:
-        """Return the larger of two numbers."""
-        found: Words = self._compared(">", other).choose(self, other)
-        return found
-
-    def minimum(self, other: Words | int) -> Words:
-        """Return the smaller of two numbers."""
-        found: Words = self._compared("<", other).choose(self, other)
-        return found
 
     def ones(self) -> Words:
         """Return how many bits are set."""

@@ -25,7 +25,6 @@ from mfptq.kernels.cpu import CACHED_BYTES
 from mfptq.kernels.cpu_code import emit
 from mfptq.kernels.cuda import _ptx
 from mfptq.kernels.feedback_blocks import Record, RowSums, with_feedback
-from mfptq.kernels.feedback_cpu import emit_feedback
 from mfptq.kernels.ptx import compile_ptx
 from mfptq.kernels.vector import BYTE, FLOAT, LONG, VOID, WORD, Code, Words
 from tests.conftest import sampled
@@ -90,7 +89,7 @@ def test_processors_do_not_share_what_is_kept(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_cpu_code_contracts_nothing(name: str) -> None:
     module = ir.Module(name)
-    (emit_feedback if name.startswith(FEEDBACK) else emit)(module, name)
+    emit(module, name)
     written = str(optimized(module, _target()))
     operations = re.findall(r"= (f(?:add|sub|mul|div|neg)) ([a-z ]*?)<", written)
     assert operations
