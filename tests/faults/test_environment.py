@@ -104,6 +104,32 @@ def test_nohup_stays_nohup(source: Path, tmp_path: Path) -> None:
     )
 
 
+INTERRUPTED = """
+import os, runpy, signal, sys
+from itertools import count
+
+imports, last = count(1), int(sys.argv.pop(1))
+
+def interrupt(event, arguments):
+    if event == "import" and "mfptq.cli" in sys.modules and next(imports) == last:
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+runpy.run_module("mfptq", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("imports", sampled([1, 30, 60, 90, 150, 300], [*range(2, 40, 3), *range(45, 400, 25)]))
+@pytest.mark.case(97)
+@pytest.mark.usefixtures("default_signals")
+def test_ctrl_c_while_modules_are_imported_prints_no_traceback(imports: int, source: Path) -> None:
+    """Let SIGINT come at the first import of the command line, or so many later: before its handler is set, and after."""
+    line = [sys.executable, "-c", INTERRUPTED, str(imports), "plan", "--no-estimate", str(source)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    by_default = (-signal.SIGINT, "")  # a shell gives this code as 130
+    assert (done.returncode, done.stderr) in [by_default, (130, STOPPED)]
+
+
 @pytest.mark.parametrize("redirection", ["> /dev/full", ">&-", "| true"])
 @pytest.mark.case(94)
 def test_output_that_nobody_takes(redirection: str, source: Path, tmp_path: Path) -> None:
