@@ -12,8 +12,7 @@ import click
 
 from ..errors import counted
 from .cluster import cluster_options, executor_of
-from .options import forward_options, source_options
-from .process import deferred_signals
+from .options import forward_options, overwrite_option, quiet_option, source_options
 from .progress import block_progress
 
 if TYPE_CHECKING:
@@ -44,10 +43,10 @@ if TYPE_CHECKING:
 @click.option("--sensitivities", is_flag=True, help="Also measure how much each layer matters, for --target-bits.")
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out: a module name, or re:REGEX.")
 @click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Include what a default keeps.")
-@click.option("--overwrite", is_flag=True, help="Discard an existing output and start over.")
+@overwrite_option
 @source_options
 @cluster_options
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@quiet_option
 def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     """Run MODEL (folder or Hub repo) over text and record what reaches its linear layers; rerun to resume.
 
@@ -61,12 +60,11 @@ def calibrate(model: str, dataset: Path, output: Path, **options: Any) -> None:
     quiet, options["executor"] = options.pop("quiet"), executor_of(options)
     latest: CalibrationProgress | None = None
     try:
-        with block_progress("calibrate", quiet=quiet) as show, deferred_signals() as check:
+        with block_progress("calibrate", quiet=quiet) as show:
 
             def tell(event: CalibrationProgress) -> None:
                 nonlocal latest
                 latest = event
-                check()
                 show(event.steps, event.total_steps, f"{event.samples}/{event.requested} samples kept")
 
             done = run_calibration(model, dataset, output, on_event=tell, **options)

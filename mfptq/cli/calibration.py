@@ -14,6 +14,7 @@ import click
 
 from ..names.bridge import ScaleKind
 from .groups import Commands
+from .options import json_option
 
 _OUTPUT = click.option("--output", type=click.Path(path_type=Path), required=True, help="The file to write.")
 _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
@@ -46,7 +47,7 @@ def merge(files: tuple[Path, ...], output: Path, overwrite: bool) -> None:
 
 @calibration.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 def show(file: Path, as_json: bool) -> None:
     """Show how much text FILE stands for, and its outliers.
 

@@ -9,7 +9,7 @@ import click
 
 from ..errors import UsageError, VerificationError, counted, printable, quote
 from .columns import width, wrapped
-from .options import source_options
+from .options import json_option, source_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -73,7 +73,7 @@ def refuse_findings(findings: Sequence[Finding], engine: str) -> None:
 @click.option("--block-scales/--no-block-scales", default=None,
               help="Read every block scale, 1/9 of the weights' bytes; by default where the files are local.")  # fmt: skip
 @source_options
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 def check(checkpoint: str, engine: str, as_json: bool, **options: Any) -> None:
     """Judge CHECKPOINT (folder or Hub repo) as inference engines would, whoever made it; exit code 6 on an error.
 

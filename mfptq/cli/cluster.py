@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError, counted
-from .options import Function, decision_options, decisions_of
-from .process import deferred_signals
+from .options import decision_options, decisions_of, json_option, quiet_option, together
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -26,27 +25,21 @@ shards_option = click.option(
 )
 
 
-def cluster_options(function: Function) -> Function:
-    """Add the options of a cluster."""
-    for option in (
-        click.option("--gpus-per-task", type=int, help="With ray: GPUs of each task."),
-        click.option("--cpus-per-task", type=int, help="With ray: cores of each task; 4 by default."),
-        click.option(
-            "--nodes-max", type=int, help="With ray: take no more than so many nodes' worth of tasks at a time."
-        ),
-        click.option(
-            "--ray-address", help="With ray: the head's address; by default RAY_ADDRESS, or this machine's cluster."
-        ),
-        click.option(
-            "--executor",
-            type=click.Choice(("threads", "ray")),
-            default="threads",
-            show_default=True,
-            help="What does the work: threads of this process, or a Ray cluster that is running.",
-        ),
-    ):
-        function = option(function)
-    return function
+cluster_options = together(
+    click.option(
+        "--executor",
+        type=click.Choice(("threads", "ray")),
+        default="threads",
+        show_default=True,
+        help="What does the work: threads of this process, or a Ray cluster that is running.",
+    ),
+    click.option(
+        "--ray-address", help="With ray: the head's address; by default RAY_ADDRESS, or this machine's cluster."
+    ),
+    click.option("--nodes-max", type=int, help="With ray: take no more than so many nodes' worth of tasks at a time."),
+    click.option("--cpus-per-task", type=int, help="With ray: cores of each task; 4 by default."),
+    click.option("--gpus-per-task", type=int, help="With ray: GPUs of each task."),
+)
 
 
 def executor_of(options: dict[str, Any]) -> RayExecutor | None:
@@ -115,8 +108,8 @@ def part_text(report: PartReport) -> str:
 @click.argument("model")
 @click.argument("output", type=click.Path(path_type=Path))
 @decision_options
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@json_option
+@quiet_option
 def finish(model: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Complete OUTPUT, whose parts `convert --shards` has made of MODEL: check each shard, config.json last.
 
@@ -129,8 +122,8 @@ def finish(model: str, output: Path, as_json: bool, quiet: bool, **options: Any)
     from . import text
 
     decisions = with_errors_beside(decisions_of(options), output)
-    with plan(model, **decisions) as made, progress(quiet=quiet) as show, deferred_signals() as check:
-        report = made.finish(output, on_event=lambda event: (check(), show(event)))
+    with plan(model, **decisions) as made, progress(quiet=quiet) as on_event:
+        report = made.finish(output, on_event=on_event)
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     elif not quiet:

@@ -6,7 +6,7 @@ Called by `main`. Nothing heavy may be imported before a command needs it.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,7 @@ import click
 
 from .check import engine_option, judges, refuse_findings, refuse_unloadable
 from .cluster import carry_out, check_part_options, cluster_options, executor_of, shards_option, summary
-from .options import decision_options, decisions_of, resource_options
-from .process import deferred_signals
+from .options import decision_options, decisions_of, json_option, overwrite_option, quiet_option, resource_options
 from .progress import progress
 from .push import publish_options
 
@@ -34,11 +33,11 @@ RESOURCES = ("max_memory", "max_workers", "device")
 @engine_option
 @cluster_options
 @shards_option
-@click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Show the plan, check all that a run would need, and write nothing.")
 @click.option("--timings", is_flag=True, help="Show where the time went.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@json_option
+@quiet_option
 def convert(model: str, output: Path, **options: Any) -> None:
     """Convert MODEL (folder or Hub repo) into the folder OUTPUT; rerun to resume.
 
@@ -65,10 +64,7 @@ def convert(model: str, output: Path, **options: Any) -> None:
         shown = {**resources, "engine": engine, "as_json": as_json, "estimate": True}
         _show_plan(model, decisions, shown | {"target": target, "executor": executor})
         return
-    with ExitStack() as opened:
-        show, check = opened.enter_context(progress(quiet=quiet)), opened.enter_context(deferred_signals())
-        resources["on_event"] = lambda event: (check(), show(event))
-        made = opened.enter_context(make_plan(model, **resources, **decisions))
+    with progress(quiet=quiet) as resources["on_event"], make_plan(model, **resources, **decisions) as made:
         if not decisions.get("force"):
             refuse_unloadable(made, engine)
         if part is None:
@@ -114,7 +110,7 @@ def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
 @click.option("--explain", metavar="NAME", help="Say why one tensor gets what it gets.")
 @click.option("--all", "every", is_flag=True, help="A line for every tensor.")
 @click.option("--estimate/--no-estimate", default=True, help="Measure for half a second how long it will take.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 def plan(model: str, **options: Any) -> None:
     """Show what converting MODEL would do, and write nothing.
 

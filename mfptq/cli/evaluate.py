@@ -14,8 +14,7 @@ import click
 
 from ..errors import counted, listed, printable
 from .columns import fitted
-from .options import forward_options, source_options
-from .process import deferred_signals
+from .options import forward_options, json_option, source_options
 from .progress import block_progress
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ FEW_WINDOWS = 16
 @forward_options
 @source_options
 @click.option("--no-record", is_flag=True, help="Leave OUTPUT as it is: no file with the figures, none in its card.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def evaluate(output: Path, source: str, **options: Any) -> None:
     """Compare the predictions of the converted checkpoint OUTPUT with its source's, on text; rerun to resume.
@@ -45,10 +44,9 @@ def evaluate(output: Path, source: str, **options: Any) -> None:
 
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     options["record"] = not options.pop("no_record")
-    with block_progress("evaluate", quiet=quiet) as show, deferred_signals() as check:
+    with block_progress("evaluate", quiet=quiet) as show:
 
         def tell(event: EvaluationProgress) -> None:
-            check()
             show(event.steps, event.total_steps, "")
 
         found = run_evaluation(output, source, on_event=tell, **options)

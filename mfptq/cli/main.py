@@ -26,12 +26,11 @@ from .columns import fitted
 from .convert import convert, plan
 from .evaluate import evaluate
 from .groups import Commands
-from .options import links_option, source_options
+from .options import json_option, links_option, source_options
 from .process import (
     LOG_LEVELS,
     STOPPED,
     Interrupted,
-    deferred_signals,
     handle_signals,
     set_up_logging,
     tune_interpreter,
@@ -102,7 +101,7 @@ for command in (*CONVERTING, *CALIBRATING, *CHECKING):
 @click.argument("path")
 @source_options
 @links_option
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 def inspect(path: str, as_json: bool, **options: Any) -> None:
     """Show what the checkpoint PATH (folder or Hub repo) holds, from headers alone.
 
@@ -122,7 +121,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
 @click.option("--source", help="What it was made from: folder or Hub repo.")
 @source_options
 @links_option
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def verify(output: str, source: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check a converted checkpoint; exit code 6 if anything is wrong.
@@ -136,8 +135,8 @@ def verify(output: str, source: str | None, as_json: bool, quiet: bool, **option
     from ..verification import verify as check
     from . import text
 
-    with progress(quiet=quiet, what="verify") as show, deferred_signals() as stop:
-        found = check(output, source, on_event=lambda event: (stop(), show(event)), **options)
+    with progress(quiet=quiet, what="verify") as on_event:
+        found = check(output, source, on_event=on_event, **options)
     click.echo(json.dumps({**asdict(found), "ok": found.ok}) if as_json else fitted(text.verification_text(found)))
     if not found.ok:
         faults = counted(len(found.faults), "fault", "faults")
@@ -170,8 +169,8 @@ def demo(output: Path) -> None:
         source, target = output / name, output / f"{name}-NVFP4"
         with storage_errors("write", output):
             write_demo(source, shape)
-        with progress(quiet=False) as show, deferred_signals() as stop:
-            report = run_conversion(source, target, on_event=lambda event: (stop(), show(event)))
+        with progress(quiet=False) as on_event:
+            report = run_conversion(source, target, on_event=on_event)
         click.echo(text.summary(report, timings=False, serve=False))
         found = check(target, source)
         click.echo(fitted(text.verification_text(found)) + "\n")

@@ -1,6 +1,7 @@
 """Show how far a command is: a bar on a terminal, and in logs of jobs a line at least every minute.
 
 Called by the commands that take long. Bars and lines go to stderr; with `--quiet`, or where it is closed, there are none.
+What it lends to a run is called often, and so also raises Interrupted in it once a signal has come.
 """
 
 from __future__ import annotations
@@ -17,17 +18,24 @@ from ..errors import printable
 from ..execution.events import Advanced, Event, OnEvent, Planned, ShardFinished
 from ..sizes import transfer_text
 from .duration import duration
+from .process import deferred_signals
 
 if TYPE_CHECKING:
     from ..output.publish import StoredFile
 
 MINUTE = 60.0  # seconds between two lines in a log
-Blocks = Callable[[int, int, str], None]  # blocks that are run, of all, and what else there is to say
+Blocks = Callable[[int, int, str], object]  # blocks that are run, of all, and what else there is to say
 
 
 @contextmanager
 def progress(*, quiet: bool, what: str = "convert") -> Iterator[OnEvent]:
     """Lend a callback for the events of a run: it moves a bar in source bytes, or writes a line for each shard."""
+    with _byte_progress(quiet=quiet, what=what) as show, deferred_signals() as check:
+        yield lambda event: (check(), show(event))
+
+
+@contextmanager
+def _byte_progress(*, quiet: bool, what: str) -> Iterator[OnEvent]:
     if not _is_shown(quiet=quiet):
         yield lambda _event: None
         return
@@ -52,6 +60,12 @@ def progress(*, quiet: bool, what: str = "convert") -> Iterator[OnEvent]:
 @contextmanager
 def block_progress(what: str, *, quiet: bool) -> Iterator[Blocks]:
     """Lend a callback for a walk through a model, block by block, once it is downloaded: of that logs tell too."""
+    with _block_progress(what, quiet=quiet) as show, deferred_signals() as check:
+        yield lambda done, total, more: (check(), show(done, total, more))
+
+
+@contextmanager
+def _block_progress(what: str, *, quiet: bool) -> Iterator[Blocks]:
     if not _is_shown(quiet=quiet):
         yield lambda _done, _total, _more: None
         return

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from .options import json_option, together
 
-
-def publish_options(function: Function) -> Function:
-    """Add the options of `convert` that publish what it makes."""
-    for option in (
-        click.option("--discard-output", is_flag=True, help="Remove each shard here once it is uploaded."),
-        click.option("--private", is_flag=True, help="Make that repo private, if it is made now."),
-        click.option("--push-to-hub", metavar="REPO", help="Publish: upload shards while later ones are made."),
-    ):
-        function = option(function)
-    return function
+publish_options = together(
+    click.option("--push-to-hub", metavar="REPO", help="Publish: upload shards while later ones are made."),
+    click.option("--private", is_flag=True, help="Make that repo private, if it is made now."),
+    click.option("--discard-output", is_flag=True, help="Remove each shard here once it is uploaded."),
+)
 
 
 @click.command()
@@ -31,7 +24,7 @@ def publish_options(function: Function) -> Function:
 @click.option("--revision", help="Branch to commit to; a new one holds this output alone.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--token", help="Hub token; HF_TOKEN and a stored login work too.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 def push(output: Path, repo: str, as_json: bool, **options: object) -> None:
     """Publish the finished OUTPUT as the Hub repo REPO: one commit, compared with every file here; rerun to resume.
 
@@ -43,8 +36,7 @@ def push(output: Path, repo: str, as_json: bool, **options: object) -> None:
     from ..output.publish import push as publish
     from .progress import UploadLines
 
-    lines = (
-        None if sys.stderr is None or sys.stderr.isatty() else UploadLines(sys.stderr)
-    )  # the client draws bars itself
+    on_terminal = sys.stderr is None or sys.stderr.isatty()  # there the Hub's client draws bars itself
+    lines = None if on_terminal else UploadLines(sys.stderr)
     done = publish(output, PushTarget(repo, **options), lines and lines.show_upload)  # type: ignore[arg-type]
     click.echo(json.dumps(asdict(done)) if as_json else f"{done.files} files of {output} are published: {done.url}")

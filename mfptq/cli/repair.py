@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .process import deferred_signals
+from .options import json_option, overwrite_option, quiet_option
 from .progress import progress
 
 
@@ -22,9 +22,9 @@ from .progress import progress
 @click.option("--source", help="What it was made from, folder or Hub repo: its weights are quantized anew.")
 @click.option("--max-memory", default="1GiB", show_default=True, help="Ceiling for the whole process.")
 @click.option("--max-workers", type=int, help="Threads; by default one for each core.")
-@click.option("--overwrite", is_flag=True, help="Discard an existing mfptq output and start over.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@overwrite_option
+@json_option
+@quiet_option
 def repair(checkpoint: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write the NVFP4 CHECKPOINT (a folder, of any tool) again into OUTPUT, as engines load it and compute right.
 
@@ -37,8 +37,7 @@ def repair(checkpoint: str, output: Path, as_json: bool, quiet: bool, **options:
     from ..conversion import convert
     from . import text
 
-    with progress(quiet=quiet) as show, deferred_signals() as check:
-        options["on_event"] = lambda event: (check(), show(event))
+    with progress(quiet=quiet) as options["on_event"]:
         report = convert(options.pop("source") or checkpoint, output, like=checkpoint, **options)
     if as_json:
         click.echo(json.dumps(report.as_dict()))

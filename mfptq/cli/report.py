@@ -14,6 +14,7 @@ from ..errors import StorageError, UsageError, counted, printable, quote
 from ..sizes import size_text
 from ..storage.files import expanded
 from .columns import fitted
+from .options import json_option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -152,7 +153,7 @@ def _measured_lines(found: ReportData) -> list[str]:
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 @click.option("--source", help="What both were made from: measures their errors against it; reads all weights.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 def compare(first: Path, second: Path, source: str | None, as_json: bool) -> None:
     """Show how two outputs of mfptq differ: which layers each quantizes, their errors, both by their reports, and scales.
 
