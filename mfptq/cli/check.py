@@ -106,7 +106,7 @@ def check_text(found: Check, columns: int) -> str:
 
 
 def findings_lines(findings: Iterable[Finding], columns: int) -> list[str]:
-    """Return findings as lines of at most that many columns: what and where, then what happens, then the remedy."""
+    """Return findings as lines of at most that many columns: what and where, the effect, the remedy."""
     lines: list[str] = []
     for each in findings:
         places = [printable(pattern) for pattern in each.patterns[:SHOWN_PATTERNS]]
@@ -115,9 +115,9 @@ def findings_lines(findings: Iterable[Finding], columns: int) -> list[str]:
         )
         paragraphs = (
             f"{each.severity}{f' ({each.engine})' if each.engine else ''}: {printable(each.what)}",
-            f"  {counted(each.count, 'place', 'places')}: {', '.join(places)}{more}",
-            f"  then: {printable(each.effect)}",
-            f"  mend: {printable(each.remedy)}",
+            f"  in {counted(each.count, 'place', 'places')}: {', '.join(places)}{more}",
+            f"  effect: {printable(each.effect)}",
+            f"  remedy: {printable(each.remedy)}",
         )
         for paragraph in paragraphs:
             indent = "  " if not paragraph.startswith(" ") else "    "

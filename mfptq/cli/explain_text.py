@@ -46,13 +46,13 @@ def _explained(plan: ConversionPlan, item: TensorDecision) -> Iterator[str]:
     info, decision, weights = item.candidate.tensor.info, item.decision, item.candidate.weights
     yield f"{printable(info.name)}: {info.dtype} {list(info.shape)}, {size_text(info.nbytes)}"
     yield f"  {f'becomes {_label(plan, item)}' if decision.quantize else 'kept as it is'}: {printable(plan.reason(item))}"
-    yield f"  rule: {printable(decision.rule) if decision.rule else 'none named it'}"
+    yield f"  rule: {printable(decision.rule) if decision.rule else 'none, no pattern matches its name'}"
     if item.candidate.obstacle:
         yield f"  layout: {item.candidate.obstacle}"
     if decision.quantize:
         partners = [name for name in plan.group_of(weights[0]).members if name != weights[0].module]
         yield f"  method: {plan.method_of(weights[0])}"
         if plan.format_of(weights[0]).by_group:
-            yield f"  one global scale with: {', '.join(map(printable, partners)) or 'no other weight'}"
+            yield f"  shares one global scale with: {', '.join(map(printable, partners)) or 'no other weight'}"
         if len(weights) > 1:
             yield f"  split into {len(weights)} weights, the first is {printable(weights[0].module)}"

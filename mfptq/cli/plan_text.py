@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
 FP4, KEPT = "FP4", "kept"
-SMALL_BYTES, SMALL_SHARE = (
-    2**20,
-    0.02,
-)  # kept tensors of a pattern below both, the second of all that is kept, share a line
+SMALL_BYTES = 2**20  # kept tensors of a pattern share a line with others where they take less than this,
+SMALL_SHARE = 0.02  # and less than this part of all that is kept
 
 
 @dataclass(slots=True)
@@ -86,12 +84,13 @@ def plan_text(
     """Return a plan as text of at most that many columns; `every` lists each tensor."""
     groups = _groups(plan, every=every)
     prefix = _common(groups[FP4].values())
-    lines = wrapped(_title(plan) + (f"; names without {prefix}" if prefix else ""), columns)
-    lines += wrapped(str(plan.share), columns)
+    lines = [*wrapped(_title(plan), columns), *wrapped(str(plan.share), columns)]
     for text in _smoothing_lines(plan):
         lines += wrapped(text, columns)
     for note in plan.contents.notes:
         lines += wrapped(f"source: {note}", columns)
+    if prefix:
+        lines += wrapped(f"names below are without the prefix {prefix}", columns)
     for fate in (FP4, KEPT):
         rows = sorted(groups[fate].values(), key=lambda group: (-group.source_bytes, group.pattern))
         reasons = Counter(row.why for row in rows)
@@ -124,13 +123,15 @@ def _smoothing_lines(plan: ConversionPlan) -> Iterator[str]:
 def _title(plan: ConversionPlan) -> str:
     what = "W4A4" if plan.scheme == "NVFP4" else "W4A16"
     counts = ", ".join(f"{name} {count}" for name, count in plan.methods.most_common())
-    method = plan.method if list(plan.methods) == [plan.method] else f"{plan.method} ({counts})"
+    method = f"method {plan.method}" if plan.methods else "nothing quantized anew"
+    if counts and list(plan.methods) != [plan.method]:
+        method += f" ({counts})"
     scheme = (
         f"{plan.scheme} ({what})"
         if plan.formats.keys() == {plan.scheme.lower()}
         else formats_text(dict(plan.formats.most_common()))
     )
-    return f"{plan.checkpoint.origin}: {scheme}, method {method}"
+    return f"{plan.checkpoint.origin}: {scheme}, {method}"
 
 
 def _groups(plan: ConversionPlan, *, every: bool) -> dict[str, dict[tuple[str, str], Group]]:
@@ -202,7 +203,8 @@ def _row(row: Group, fate: str, shown: Shown) -> list[str]:
 
 
 def _sums(plan: ConversionPlan, view: Preview) -> Iterator[str]:
-    checkpoint, elements = plan.checkpoint, sum(weight.size for weight in plan.weights())
+    runs = (run for item in plan.selection.tensors for run in plan.runs_of(item))
+    checkpoint, elements = plan.checkpoint, sum(weight.size for run in runs for weight in run.weights)
     packed = sum(group.output_bytes for group in _groups(plan, every=False)[FP4].values())
     ratio = plan.tensor_bytes / max(checkpoint.tensor_bytes, 1)
     yield (

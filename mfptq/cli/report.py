@@ -90,12 +90,12 @@ def report_text(found: ReportData) -> str:
     lines = [
         f"{size_text(values['source_bytes'])} -> {size_text(values['output_bytes'])}, relative error of weights "
         f"{values['relative_error']:.2%}",
-        "errors of weights, least, middle and largest by kind:",
+        "by kind of layer: size before and after; relative error of weights, least, median and largest:",
     ]
     lines += _kind_lines(found)
     lines += _measured_lines(found)
     if found.calibrated:
-        lines.append("calibrated: methods lower the errors of outputs, and let those of weights grow")
+        lines.append("made with calibration, which lowers the errors of layers' outputs and lets those of weights grow")
     lines += [evaluated_line(each) for each in found.evaluations]
     names = sorted(found.flagged, key=lambda name: -rows[name].relative_error)
     lines += [f"  {rows[name].relative_error:7.2%}  {printable(name)}: {found.flagged[name]}" for name in names[:SHOWN]]
@@ -119,18 +119,18 @@ def evaluated_line(found: Mapping[str, Any]) -> str:
 
 
 def _kind_lines(found: ReportData) -> list[str]:
-    """Return a line for each kind of module: sizes, then the least, middle and largest error of its layers."""
+    """Return a line for each kind of module: sizes, then the least, median and largest error of its layers."""
     from ..reporting.data import by_kind
 
     return [
-        f"  {size_text(row.source_bytes):>8} -> {size_text(row.output_bytes):>8}  {row.least:6.2%} {row.middle:6.2%} "
+        f"  {size_text(row.source_bytes):>8} -> {size_text(row.output_bytes):>8}  {row.least:6.2%} {row.median:6.2%} "
         f"{row.largest:6.2%}  {counted(row.layers, 'layer', 'layers')}  {printable(row.kind)}"
         for row in by_kind(found)
     ]
 
 
 def _measured_lines(found: ReportData) -> list[str]:
-    """Return what comparing weights with the source has shown: errors of blocks, and those that outputs are to expect."""
+    """Return what comparing weights with the source has shown: errors of blocks, and what they make expect of layers' outputs."""
     from ..output.measured import quantile
     from ..reporting.data import by_kind
 
@@ -141,7 +141,7 @@ def _measured_lines(found: ReportData) -> list[str]:
         f"errors of blocks of 16 values: half are at most {half}, 99 % at most {most}, 99.99 % at most {nearly_all}"
     ]
     if found.has_output_errors:
-        lines.append("expected errors of outputs, least, middle and largest by kind:")
+        lines.append("expected errors of layers' outputs, least, median and largest by kind of layer:")
         rows = ((row, row.outputs) for row in by_kind(found))
         lines += [
             f"  {a:6.2%} {b:6.2%} {c:6.2%}  {printable(row.kind)}" for row, (a, b, c) in ((r, o) for r, o in rows if o)

@@ -36,9 +36,9 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
     """Return what a conversion did, with the line that serves its output unless it is none that engines take."""
     if report.already_complete:
         made = f"{report.source}, {formats_text(report.formats)}"
-        return f"{report.destination} is already complete: {made}, every file checked by content"
+        return f"{report.destination} is already complete: {made}, every file checked by SHA-256"
     weights = counted(report.quantized, "weight", "weights")
-    error = f", relative error {report.relative_error:.2%}" if report.method else ""
+    error = f", relative error of weights {report.relative_error:.2%}" if report.method else ""
     why = "" if report.device_reason == AS_GIVEN else f" ({report.device_reason})"
     how = f"method {report.method}, kernel {report.kernel}{why}" if report.method else "nothing quantized anew"
     lines = [
@@ -52,15 +52,17 @@ def summary(report: Report, *, timings: bool, serve: bool = True) -> str:
     ]
     if report.smoothed:
         smoothed = counted(report.smoothed, "weight", "weights")
-        lines.append(f"  inputs of {smoothed} smoothed, which scales norms: --no-smooth turns it off")
+        lines.append(
+            f"  inputs of {smoothed} smoothed, their factors are in the norms before: --no-smooth turns it off"
+        )
     if report.resumed_shards:
         shards = counted(report.resumed_shards, "shard was", "shards were")
-        lines.append(f"  {shards} finished by an earlier run and checked by content")
+        lines.append(f"  {shards} finished by an earlier run, and checked by SHA-256")
     if report.fetched_bytes:
         lines.append(f"  {size_text(report.fetched_bytes)} fetched from the Hub")
     if report.unchecked_files:
         shards = counted(report.unchecked_files, "shard was", "shards were")
-        lines.append(f"  {shards} not read whole and in order: lengths and ETags were checked, the SHA-256 unchecked")
+        lines.append(f"  {shards} not read whole and in order: lengths and ETags were checked, SHA-256 was not")
     lines += [f"  warning: {text}" for text in report.warnings]
     lines += [f"  {line}" for line in left_out_lines(report.left_out)]
     if timings:
@@ -157,7 +159,7 @@ def formats_text(formats: Mapping[str, int]) -> str:
     """Return the formats in use, with how many weights each has where there are several."""
     if len(formats) == 1:
         return next(iter(formats)).upper()
-    return ", ".join(f"{name} {count}" for name, count in formats.items())
+    return ", ".join(f"{name} ({count})" for name, count in formats.items())
 
 
 def inspection_text(found: Inspection) -> str:
@@ -175,7 +177,9 @@ def _stored_row(row: TensorSummary) -> str:
 
 def verification_text(found: Verification) -> str:
     """Return what was checked, and the faults."""
-    lines = [f"checked {found.tensors} tensors, {found.quantized} quantized modules, {found.digests} digests"]
+    lines = [
+        f"checked {found.tensors} tensors, {found.quantized} quantized modules, and {found.digests} files by SHA-256"
+    ]
     if not found.digests:
         lines.append("  no SHA256SUMS here: files were not compared with what the conversion wrote")
     if found.scaled:
@@ -183,9 +187,11 @@ def verification_text(found: Verification) -> str:
             f"  {counted(found.scaled, 'kept tensor is', 'kept tensors are')} the source's times the factors of smoothing"
         )
     if found.checksums:
-        lines.append(f"  the values of {found.checksums} layers in the source were compared with those converted")
+        lines.append(f"  {found.checksums} layers of the source compared with the values that were converted")
     elif found.errors:
-        lines.append("  no checksums in the report: whether the source has changed since was not looked at")
+        lines.append("  no checksums in the report: whether the source has changed since was not checked")
+    if found.errors:
+        lines.append("  relative error of weights:")
     lines += [f"  {error:7.2%}  {printable(pattern)}" for pattern, error in found.errors.items()]
     lines += [f"  {line}" for line in left_out_lines(found.left_out)]
     lines += [f"  fault: {fault}" for fault in found.faults[:SHOWN_FAULTS]]

@@ -79,7 +79,7 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class KindRow:
-    """All layers of one kind of module: how many, sizes before and after, the least, middle and largest error.
+    """All layers of one kind of module: how many, sizes before and after, the least, median and largest error.
 
     `outputs` are the same three of the layers' outputs, where they are known.
     """
@@ -89,7 +89,7 @@ class KindRow:
     source_bytes: int
     output_bytes: int
     least: float
-    middle: float
+    median: float
     largest: float
     outputs: tuple[float, float, float] | None = None
 
@@ -141,9 +141,7 @@ def by_kind(report: ReportData) -> tuple[KindRow, ...]:
 
 def _kind_row(kind: str, layers: list[LayerRow], report: ReportData) -> KindRow:
     errors = [row.relative_error for row in layers]
-    before, after = (
-        sum(sizes) for sizes in zip(*((row.source_bytes, row.output_bytes) for row in layers), strict=True)
-    )
+    before, after = sum(row.source_bytes for row in layers), sum(row.output_bytes for row in layers)
     known = [error for row in layers if (error := report.output_error(row.name)) is not None]
     outputs = (min(known), median(known), max(known)) if known else None
     return KindRow(kind, len(layers), before, after, min(errors), median(errors), max(errors), outputs)
@@ -180,10 +178,10 @@ def _flagged(rows: tuple[LayerRow, ...], *, calibrated: bool) -> dict[str, str]:
         kinds.setdefault(row.pattern, []).append(row.relative_error)
     flagged: dict[str, str] = {}
     for row in rows:
-        middle = median(kinds[row.pattern])
+        usual = median(kinds[row.pattern])
         reasons = []
-        if middle and row.relative_error > FAR_OFF * middle:
-            reasons.append(f"error {row.relative_error / middle:.2f} times the median of its kind")
+        if usual and row.relative_error > FAR_OFF * usual:
+            reasons.append(f"error {row.relative_error / usual:.2f} times the median of its kind")
         if row.worst_block > WORST_BLOCK and not calibrated:
             reasons.append(f"worst block {row.worst_block:.0%}")
         if row.saturated_blocks:

@@ -5,7 +5,7 @@ Called by the command `report`. Everything that comes from a checkpoint is escap
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ input{font:inherit;width:100%;max-width:24rem;padding:.35rem .6rem;margin:.4rem 
 .note{opacity:.8}
 """
 _MEASURED = "Both are below; those of outputs are what the calibration's statistics of the inputs let expect."
-_OUTPUTS = ("least output error", "middle", "largest")
+_OUTPUTS = ("least output error", "median", "largest")
 _SCRIPT = """
 const box=document.getElementById('search'),body=document.querySelector('#layers tbody');
 const rows=[...body.rows],shown=document.getElementById('shown');
@@ -129,20 +129,17 @@ def _flags(report: ReportData) -> str:
         for name in names[:50]
     )
     more = f"<p class=note>and {len(names) - 50} more, in the table below</p>" if len(names) > 50 else ""
-    head = "<tr><th class=text>layer</th><th>error</th><th class=text>why</th></tr>"
-    return (
-        f"<h2>To look at</h2><div class=scroll><table><thead>{head}</thead><tbody>{cells}</tbody></table></div>{more}"
-    )
+    return f"<h2>To look at</h2>{_table(('layer', 'error', 'why'), cells)}{more}"
 
 
 def _kinds(report: ReportData) -> str:
     cells = "".join(
         f"<tr><td>{escape(row.kind)}</td><td>{row.layers}</td><td>{size_text(row.source_bytes)}</td>"
-        f"<td>{size_text(row.output_bytes)}</td><td>{row.least:.2%}</td><td>{row.middle:.2%}</td><td>{row.largest:.2%}</td>"
+        f"<td>{size_text(row.output_bytes)}</td><td>{row.least:.2%}</td><td>{row.median:.2%}</td><td>{row.largest:.2%}</td>"
         f"{_output_cells(row) if report.has_output_errors else ''}</tr>"
         for row in by_kind(report)
     )
-    names = ("kind", "layers", "before", "after", "least error", "middle", "largest")
+    names = ("kind", "layers", "before", "after", "least error", "median", "largest")
     return _table((*names, *(_OUTPUTS if report.has_output_errors else ())), cells)
 
 
@@ -150,9 +147,10 @@ def _output_cells(row: KindRow) -> str:
     return "".join(f"<td>{error:.2%}</td>" for error in row.outputs) if row.outputs else "<td></td>" * len(_OUTPUTS)
 
 
-def _table(names: Iterable[str], cells: str) -> str:
-    head = "".join(f"<th{'' if number else ' class=text'}>{name}</th>" for number, name in enumerate(names))
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
+def _table(names: Sequence[str], rows: str, attributes: str = "") -> str:
+    """Return a table with a head; its first column and the one that says why hold text, the others numbers."""
+    head = "".join(f"<th{' class=text' if name in (names[0], 'why') else ''}>{name}</th>" for name in names)
+    return f"<div class=scroll><table{attributes}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
 
 
 def _coverage(found: Overview | None) -> str:
@@ -177,8 +175,7 @@ def _kept(tensors: Iterable[TensorRow]) -> str:
         for row in tensors
         if row.action == "keep"
     )
-    head = "<tr><th class=text>tensors</th><th>count</th><th>size</th><th class=text>why</th></tr>"
-    return f"<div class=scroll><table><thead>{head}</thead><tbody>{cells}</tbody></table></div>"
+    return _table(("tensors", "count", "size", "why"), cells)
 
 
 def _output_cell(error: float | None) -> str:
@@ -213,9 +210,5 @@ def _layers(report: ReportData) -> str:
         "zero blocks",
         *(("output error",) if report.has_output_errors else ()),
     )
-    head = "".join(f"<th{' class=text' if name == 'module' else ''}>{name}</th>" for name in names)
-    return (
-        "<input id=search type=search placeholder='Search, such as: down_proj 12' aria-label='Search layers'> "
-        "<span id=shown></span><div class=scroll>"
-        f"<table id=layers><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
-    )
+    search = "<input id=search type=search placeholder='Search, such as: down_proj 12' aria-label='Search layers'>"
+    return f"{search} <span id=shown></span>{_table(names, cells, ' id=layers')}"

@@ -94,7 +94,7 @@ def test_the_report_says_what_was_measured(source: Path, tmp_path: Path) -> None
     assert "blocks of 16" not in command("report", tmp_path / "out").stdout
     done = command("report", tmp_path / "out", "--source", source, "--calibration", calibration)
     assert "errors of blocks of 16 values: half are at most " in done.stdout
-    assert "expected errors of outputs, least, middle and largest by kind:" in done.stdout
+    assert "expected errors of layers' outputs, least, median and largest by kind of layer:" in done.stdout
     other = command("report", tmp_path / "out", "--source", tmp_path / "nowhere")
     assert (other.returncode, other.stdout) == (3, "")
 

@@ -168,7 +168,7 @@ def test_sizes_and_kinds(source: Path, tmp_path: Path) -> None:
     kinds = {row.kind: row for row in by_kind(found)}
     down = kinds["mlp.down_proj"]
     assert (down.layers, down.source_bytes, down.output_bytes) == (4, 4 * 2 * 64 * 64, 4 * (64 * 64 // 2 + 64 * 4 + 4))
-    assert down.least <= down.middle <= down.largest
+    assert down.least <= down.median <= down.largest
     with mfptq.plan(source) as plan:
         kept = sum(row.source_bytes for row in found.tensors if row.action == "keep")
         assert sum(row.source_bytes for row in kinds.values()) + kept == plan.source_bytes
