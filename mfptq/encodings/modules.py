@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoint.encoding import Encoding
-from ..checkpoint.header import TensorInfo
 from ..checkpoint.weights import StoredTensor
 from ..errors import SourceError, UnsupportedTensorError, quote
 
 if TYPE_CHECKING:
+    from ..checkpoint.header import TensorInfo
     from .declared import Declared
 
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")

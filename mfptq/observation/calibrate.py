@@ -16,6 +16,7 @@ from ..execution.executors import Request, ThreadExecutor
 from ..planning.building import build_plan
 from ..planning.settings import Decisions, check_decisions
 from ..storage.files import expanded
+from . import models
 from .calibration_pass import CalibrationOptions, OnProgress, Share, run_pass
 from .hub_datasets import dataset_files
 from .texts import Encoder, read_samples
@@ -63,27 +64,25 @@ def calibrate(  # noqa: PLR0913 - one keyword for each option of the command
 
     Raises MfptqError and its subclasses; UsageError if transformers and accelerate are not installed.
     """
-    from . import models
-
-    output, executor = expanded(output), None if isinstance(executor, ThreadExecutor) else executor
     options = CalibrationOptions(
         samples=samples, max_seq_length=max_seq_length, batch_size=batch_size, statistics=statistics, device=device,
         max_memory=max_memory, dtype=dtype, all_experts=all_experts, sensitivities=sensitivities,
     )  # fmt: skip
-    check_output(output, overwrite=overwrite or executor is None)
+    output, cluster = expanded(output), None if isinstance(executor, ThreadExecutor) else executor
+    check_output(output, overwrite=overwrite or cluster is None)
     models.require_extra()
-    if executor is None:
+    if cluster is None:
         models.check_device(device)
     decisions: Decisions = {"ignore": tuple(ignore), "targets": tuple(targets), "cache_dir": cache_dir}
     checkpoint = open_checkpoint(source, HubOptions(revision, token, cache_dir, keep_source=True))
     with closing(checkpoint.source), models.quiet_transformers():
         plan = build_plan(checkpoint, check_decisions(decisions))
-        encoder = encoder if encoder is not None else models.DeferredEncoder(checkpoint.origin.local)
         files = dataset_files(dataset, token=token, cache_dir=cache_dir)
+        encoder = models.DeferredEncoder(checkpoint.origin.local) if encoder is None else encoder
         text = read_samples(files, encoder, samples=samples, max_seq_length=max_seq_length)
-        if executor is None:
+        if cluster is None:
             return run_pass(plan, Share.whole(text), output, options, overwrite=overwrite, on_event=on_event)
-        from .calibration_parts import CalibrationOrder, calibrate_in_parts
+        from .calibration_parts import CalibrationOrder, calibrate_in_parts  # which few runs need
 
         order = CalibrationOrder(plan, Request.of(plan, decisions), options, text)
-        return calibrate_in_parts(order, output, executor, overwrite=overwrite, on_event=on_event)
+        return calibrate_in_parts(order, output, cluster, overwrite=overwrite, on_event=on_event)

@@ -24,16 +24,9 @@ from ..output.journal import Journal, JournalState, read_journal
 from ..output.leftovers import JOURNAL, WORK
 from ..planning.plan import ConversionPlan
 from ..storage.files import storage_errors
-from .calibration_pass import (
-    OFFLOAD,
-    CalibrationOptions,
-    CalibrationProgress,
-    OnProgress,
-    Share,
-    described,
-    read_description,
-)
+from .calibration_pass import CalibrationOptions, OnProgress, Share, described, read_description
 from .sensitivity import short_texts
+from .streaming import OFFLOAD
 from .texts import Samples
 
 PART = "part-"
@@ -174,7 +167,7 @@ def calibrate_in_parts(
         if overwrite:
             folder.clear()
         try:
-            executor.calibrate(order, folder, on_event or _ignore)
+            executor.calibrate(order, folder, on_event or (lambda _progress: None))
             description = folder.merge(output)
         except BaseException:
             if not samples_kept(output):
@@ -183,10 +176,6 @@ def calibrate_in_parts(
             raise
         folder.remove()
     return description
-
-
-def _ignore(_progress: CalibrationProgress) -> None:
-    """Take no notice of progress."""
 
 
 def parts_of(output: Path) -> Path:

@@ -1,35 +1,31 @@
 """Run a model over samples, batch by batch, and keep the statistics of its layers' inputs in a file that is gone on with.
 
-Called by `calibrate` for all samples, and by `cluster.tasks` for a part of them.
+Called by `calibrate` for all samples, and by `cluster.tasks` for a part of them. The text and the plan are the callers' business.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
-from ..calibration.file import Contents, Description, Level, check_output, parse_description, write_calibration
+from ..calibration.file import Description, Level, check_output, parse_description, write_calibration
 from ..calibration.reading import Calibration, load_calibration
-from ..checkpoint.folder import Checkpoint, read_shard
+from ..checkpoint.folder import read_shard
 from ..checkpoint.source import FolderSource
-from ..errors import ScaleError, UsageError, quote
+from ..errors import UsageError, quote
 from ..planning.plan import ConversionPlan
+from . import models
 from .forward_options import ForwardOptions
-from .inputs import Blocks, find_blocks, find_inputs
+from .inputs import Inputs, find_blocks, find_inputs
 from .key_values import KeyValueRanges
 from .recording import Recorder
+from .residency import Residency, choose_residency, measure_demand, with_variants
+from .sensitivity import measure_sensitivities, short_texts, variants
+from .streaming import load_runner
 from .texts import Samples, TokenIds
 
-if TYPE_CHECKING:
-    from .models import Skeleton
-    from .streaming import Runner
-
-OFFLOAD = ".mfptq-"  # folders of weights that are rearranged while a model is streamed
 OnProgress = Callable[["CalibrationProgress"], object]
 
 
@@ -83,6 +79,27 @@ class Share:
         return max(len(ids) for ids in (*self.samples.ids, *self.texts))
 
 
+@dataclass(slots=True)
+class _Progress:
+    """Tells `on_event` how far a pass is; `steps` counts blocks that were run for a sample, those of earlier passes too."""
+
+    on_event: OnProgress | None
+    done: Description
+    blocks: int
+    steps: int = 0
+
+    def step(self) -> None:
+        """Count a block that was run for a sample."""
+        self.steps += 1
+        self.tell()
+
+    def tell(self) -> None:
+        """Say how far the pass is."""
+        if self.on_event is not None:
+            samples, requested = self.done.samples, self.done.requested
+            self.on_event(CalibrationProgress(samples, requested, self.steps, requested * self.blocks))
+
+
 def run_pass(
     plan: ConversionPlan,
     share: Share,
@@ -92,17 +109,38 @@ def run_pass(
     overwrite: bool = False,
     on_event: OnProgress | None = None,
 ) -> Description:
-    """Take the statistics of a share's samples into a file; go on with one that an interrupted pass left."""
-    from . import models
-
+    """Take the statistics of a share's samples into a file, written anew after every batch; go on with an interrupted pass's."""
     skeleton = models.build_skeleton(plan.checkpoint, options.dtype)
+    models.check_vocabulary(skeleton.model, share.samples.highest)
     inputs = find_inputs(plan, skeleton.model, all_experts=options.all_experts)
-    description = described(plan, options, share.samples)
     modules = (item.candidate.module for item in plan.selection.tensors)
     recorder = Recorder(inputs, options.statistics, key_values=KeyValueRanges.of(modules))
+    done = described(plan, options, share.samples)
     if not overwrite and output.exists():
-        description = resume(output, description, recorder)
-    return _Making(skeleton, plan.checkpoint, recorder, options, on_event).run(output, description, share)
+        done = resume(output, done, recorder)
+    blocks = find_blocks(skeleton.model, inputs)
+    progress = _Progress(on_event, done, len(blocks.names), done.samples * len(blocks.names))
+    asked = options.sensitivities and not recorder.sensitivities
+    rounded = variants(inputs, skeleton.model)[share.number - 1 :: share.count] if asked else []
+    residency = _residency(skeleton, inputs, share, options, variants=len(rounded))
+    if residency.streamed:
+        blocks.check_streamable()
+    stream_in = output.parent if residency.streamed else None
+    with load_runner(skeleton, blocks.names, options, stream_in=stream_in) as runner:
+        runner.to_end = bool(blocks.outside)
+        if rounded:
+            runner.tick = progress.tell
+            recorder.sensitivities.update(measure_sensitivities(runner, short_texts(share.texts), rounded))
+        runner.tick = progress.step
+        with recorder.attached(runner.model):
+            while not done.is_complete:
+                samples = share.samples.ids[done.samples : done.samples + residency.batch]
+                runner.run(samples)
+                recorder.check_reached()
+                done = progress.done = replace(done, samples=done.samples + len(samples))
+                write_calibration(output, recorder.contents(done))
+                progress.tell()
+    return done
 
 
 def described(plan: ConversionPlan, options: CalibrationOptions, samples: Samples) -> Description:
@@ -163,86 +201,10 @@ def _take_over(calibration: Calibration, recorder: Recorder) -> None:
     recorder.key_values.found.update(calibration.key_value_ranges())
 
 
-@dataclass(slots=True)
-class _Making:
-    skeleton: Skeleton
-    checkpoint: Checkpoint
-    recorder: Recorder
-    options: CalibrationOptions
-    on_event: OnProgress | None
-    steps: int = 0
-
-    def run(self, output: Path, description: Description, share: Share) -> Description:
-        """Run the samples that are left, batch by batch, and write the file after each."""
-        from . import models
-
-        samples = share.samples
-        models.check_vocabulary(self.skeleton.model, samples.highest)
-        blocks = find_blocks(self.skeleton.model, self.recorder.inputs)
-        count = len(blocks.names)
-        self.steps = description.samples * count
-
-        def report(steps: int) -> None:
-            self.steps += steps
-            self._report(description, count)
-
-        with self._runner(output.parent, blocks, share, report) as (runner, batch):
-            while not description.is_complete:
-                done = description.samples
-                part = samples.ids[done : done + batch]
-                runner.run(part)
-                self.recorder.check_reached()
-                description = replace(description, samples=done + len(part))
-                self._write(output, description)
-                self._report(description, count)
-        return description
-
-    def _report(self, description: Description, blocks: int) -> None:
-        if self.on_event is not None:
-            requested = description.requested
-            self.on_event(CalibrationProgress(description.samples, requested, self.steps, requested * blocks))
-
-    def _write(self, output: Path, description: Description) -> None:
-        recorder = self.recorder
-        contents = Contents(description, recorder.seen(), recorder.statistics, recorder.routed, recorder.sensitivities)
-        write_calibration(output, replace(contents, key_values=recorder.key_values.found))
-
-    @contextmanager
-    def _runner(
-        self, folder: Path, blocks: Blocks, share: Share, report: Callable[[int], None]
-    ) -> Iterator[tuple[Runner, int]]:
-        """Load the model, and lend what runs it and how many samples it takes at a time."""
-        from . import models
-        from .residency import choose_residency, measure_demand
-        from .sensitivity import Walk, short_texts, variants, with_walk
-        from .streaming import Runner, open_stream
-
-        options, infos = self.options, self.recorder.inputs.infos
-        longest = share.longest
-        asked = variants(self.recorder.inputs, self.skeleton.model) if options.sensitivities else []
-        asked = asked[share.number - 1 :: share.count]
-        demand = measure_demand(self.skeleton, self.checkpoint, infos, level=options.statistics, length=longest)
-        demand = with_walk(demand, len(asked), longest) if asked else demand
-        residency = choose_residency(demand, options.budget, options.batch_size, options.device)
-        with ExitStack() as stack:
-            if residency.streamed and blocks.outside:
-                raise ScaleError(
-                    f"{quote(blocks.outside[0])} lies outside of the repeated blocks that are streamed: raise max_memory "
-                    "to hold the model, or ignore it"
-                )
-            if residency.streamed:
-                offload = stack.enter_context(tempfile.TemporaryDirectory(prefix=OFFLOAD, dir=folder))
-                model = models.load_on_disk(self.skeleton, Path(offload))
-                runner: Runner = open_stream(
-                    model, blocks.names, self.checkpoint, device=options.device, dtype=options.dtype
-                )
-            else:
-                runner = Runner(models.load_whole(self.skeleton, options.device), blocks.names, options.device)
-                runner.to_end = bool(blocks.outside)
-            stack.enter_context(runner.engaged())
-            if asked and not self.recorder.sensitivities:
-                walk = Walk(runner, short_texts(share.texts), partial(report, 0))
-                self.recorder.sensitivities.update(walk.run(asked))
-            runner.tick = partial(report, 1)
-            stack.enter_context(self.recorder.attached(runner.model))
-            yield runner, residency.batch
+def _residency(
+    skeleton: models.Skeleton, inputs: Inputs, share: Share, options: CalibrationOptions, *, variants: int
+) -> Residency:
+    demand = measure_demand(skeleton, inputs.infos, level=options.statistics, length=share.longest)
+    if variants:
+        demand = with_variants(demand, variants, share.longest)
+    return choose_residency(demand, options.budget, options.batch_size, options.device)

@@ -16,6 +16,7 @@ from ..calibration.file import InputInfo
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
 from ..errors import ScaleError, counted, listed, quote
 from ..names.engine import experts_parent
+from .experts import check_stack, is_stack
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,12 +100,6 @@ def find_inputs(plan: ConversionPlan, model: nn.Module, *, all_experts: bool) ->
     )
 
 
-def is_stack(module: nn.Module) -> bool:
-    """Return whether a module holds a layer's experts as 3-D stacks."""
-    stacks = [getattr(module, name, None) for name in (STACKED_GATE_UP, STACKED_DOWN)]
-    return all(getattr(stack, "ndim", 0) == 3 for stack in stacks)
-
-
 class Names:
     """The names of a transformers model's modules, found by those that the checkpoint gives them."""
 
@@ -163,20 +158,20 @@ def _experts(
     return ExpertsInputs(home, parent, gate_up, down)
 
 
-def check_stack(module: nn.Module, parent: str) -> None:
-    """Refuse experts that do not compute down(act(gate(x)) * up(x)) from rows stored as [experts, out, in]."""
-    unusual = [name for name in ("has_bias", "is_transposed") if getattr(module, name, False)]
-    unusual += [f"no {name}" for name in ("has_gate", "is_concatenated") if not getattr(module, name, True)]
-    if unusual or not (hasattr(module, "_apply_gate") or hasattr(module, "act_fn")):
-        raise ScaleError(f"experts of {quote(parent)} are of an unknown kind ({', '.join(unusual)}): ignore them")
-
-
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """The repeated blocks around the inputs, in the model's order, and the modules to watch `outside` of them."""
 
     names: tuple[str, ...]
     outside: tuple[str, ...]
+
+    def check_streamable(self) -> None:
+        """Raise ScaleError where an input would not be met: streaming runs the blocks, and nothing behind them."""
+        if self.outside:
+            raise ScaleError(
+                f"{quote(self.outside[0])} lies outside of the repeated blocks that are streamed: raise max_memory "
+                "to hold the model, or ignore it"
+            )
 
 
 def find_blocks(model: nn.Module, inputs: Inputs) -> Blocks:

@@ -1,6 +1,7 @@
 """Load models and tokenizers by transformers: whole, or left on disk by accelerate, to be read block by block.
 
-Nothing here is imported before a calibration begins, and no code of a checkpoint is ever run (`trust_remote_code`).
+Called by `calibrate`, `evaluate` and `cluster.tasks`, before torch is known to be there: what needs it is imported in functions.
+No code of a checkpoint is ever run (`trust_remote_code`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.folder import Checkpoint
 from ..errors import SourceError, UsageError, quote
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..checkpoint.folder import Checkpoint
 
 EXTRA = ("torch", "transformers", "accelerate")
 _LOADING = (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError)
@@ -110,13 +112,13 @@ def load_encoder(folder: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model without weights: `model` lies on the meta device, `factory` loads it in earnest, to compute in `dtype`."""
+    """A checkpoint's model without weights: `model` is on the meta device, `factory` loads it in earnest, to compute in `dtype`."""
 
+    checkpoint: Checkpoint
     model: nn.Module
     config: Any
     factory: Any
-    folder: Path
-    dtype: str = "auto"
+    dtype: str
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
@@ -129,15 +131,14 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
         config = transformers.AutoConfig.from_pretrained(folder)
         for part in (config, config.get_text_config()):
             part.use_cache = False
-        named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        factory = named[0] if named and named[0] is not None else None
+        factory = getattr(transformers, next(iter(config.architectures or ()), ""), None)
         with init_empty_weights(include_buffers=False):
             if factory is None:
                 factory = transformers.AutoModelForCausalLM
                 model = factory.from_config(config)
             else:
                 model = factory(config)
-    return Skeleton(model, config, factory, folder, dtype)
+    return Skeleton(checkpoint, model, config, factory, dtype)
 
 
 def check_vocabulary(model: nn.Module, highest: int) -> None:
@@ -162,9 +163,10 @@ def load_on_disk(skeleton: Skeleton, offload: Path) -> nn.Module:
 
 
 def _load(skeleton: Skeleton, dtype: str, device_map: dict[str, str], offload: Path | None) -> nn.Module:
-    with loading_errors("model", skeleton.folder):
+    folder = skeleton.checkpoint.origin.local
+    with loading_errors("model", folder):
         model, info = skeleton.factory.from_pretrained(
-            skeleton.folder,
+            folder,
             config=skeleton.config,
             dtype=dtype,
             device_map=device_map,

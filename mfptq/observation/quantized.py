@@ -26,6 +26,7 @@ from ..output.stored_formats import ConfigGroup, cache_scales, config_of, group_
 from ..planning.formats import GLOBAL_SCALE, TargetFormat
 from ..smoothing.record import read_record
 from .rounded_inputs import rounding
+from .runner import TORCH_DTYPES
 
 DECODED_AT_ONCE = 2**20  # weights: the reference takes several float32 copies of them
 
@@ -93,8 +94,7 @@ class QuantizedCheckpoint:
         """Return the values of a kept tensor, in its dtype."""
         data = bytearray(tensor.info.nbytes)
         self.checkpoint.source.read_into(tensor.shard, tensor.offset, memoryview(data))
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.info.dtype]
-        return torch.frombuffer(data, dtype=dtype).reshape(tensor.info.shape)
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.info.dtype]).reshape(tensor.info.shape)
 
 
 def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoint:

@@ -1,16 +1,21 @@
-"""Decide whether a model is held in memory or streamed from disk, and how many samples walk through it in step."""
+"""Decide whether a model is held in memory or streamed from disk, and how many samples walk through it in step.
+
+Called by `calibration_pass` and `evaluation_pass`. What is needed is computed from names and shapes; nothing is loaded here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from ..calibration.file import InputInfo, Level
-from ..checkpoint.folder import Checkpoint
 from ..dtypes import DTYPE_BITS
 from ..errors import MemoryBudgetError
 from ..execution.memory_budget import available_bytes, resident_bytes
 from .models import Skeleton
+from .sensitivity import ROUNDED_AT_ONCE, TEXTS, TOKENS
 from .sums import sum_elements
 
 USABLE = 0.8  # of what the machine has left, where no limit is given
@@ -39,10 +44,9 @@ class Residency:
     batch: int
 
 
-def measure_demand(
-    skeleton: Skeleton, checkpoint: Checkpoint, inputs: Sequence[InputInfo], *, level: Level, length: int
-) -> Demand:
+def measure_demand(skeleton: Skeleton, inputs: Sequence[InputInfo], *, level: Level, length: int) -> Demand:
     """Return what it takes to run samples of `length` tokens, from names and shapes alone."""
+    checkpoint = skeleton.checkpoint
     elements = sum(tensor.info.nbytes * 8 // DTYPE_BITS[tensor.info.dtype] for tensor in checkpoint.tensors())
     stored = checkpoint.tensor_bytes / max(elements, 1)
     item = {"float32": 4.0, "bfloat16": 2.0}.get(skeleton.dtype, stored)
@@ -57,45 +61,50 @@ def measure_demand(
     )
 
 
-def _largest_block(skeleton: Skeleton) -> int:
-    from torch import nn
+def with_variants(demand: Demand, variants: int, length: int) -> Demand:
+    """Return what a calibration needs that measures this many variants first; `length` is that of its longest sample.
 
-    lists = [module for module in skeleton.model.modules() if isinstance(module, nn.ModuleList)]
+    A hidden state is kept for each variant, twice while a block runs, and the largest block once more, rounded.
+    """
+    hidden = TEXTS * min(TOKENS, length) * demand.sample // length
+    return replace(demand, work=demand.work + demand.block + (2 * variants + 2) * hidden + 32 * ROUNDED_AT_ONCE)
+
+
+def _largest_block(skeleton: Skeleton) -> int:
+    lists = [module for module in skeleton.model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max((sum(each.numel() for each in block.parameters()) for blocks in lists for block in blocks), default=0)
 
 
 def choose_residency(demand: Demand, budget: int | None, batch: int | None, device: str) -> Residency:
-    """Return how to run a model in `budget` bytes, None for what the machine has.
+    """Return how to run a model in `budget` bytes, None for what the device has left.
 
     Raises MemoryBudgetError, naming the least that works, where not even one block fits.
     """
+    free, held = free_memory(budget, device)
+    fixed = demand.work + (0 if device.startswith("cuda") else demand.sums)  # sums stay in the host's memory
+    if fixed + demand.model <= free:
+        return Residency(False, batch or DEFAULT_BATCH)
+    least = fixed + demand.block + demand.sample * (batch or 1)
+    if least > free:
+        raise too_little("calibration", (least, free, held), device, "max_seq_length or batch_size")
+    return Residency(True, batch or min(MAX_BATCH, (free - fixed - demand.block) // demand.sample))
+
+
+def free_memory(budget: int | None, device: str) -> tuple[int, int]:
+    """Return the bytes that may be taken on a device, and those that the process holds there."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0]), 0
     held = resident_bytes()
-    if budget is None:
-        free = available_bytes()
-        budget = held + int(USABLE * free) if free is not None else 2**62
-    common = held + demand.sums + demand.work
-    if device != "cpu":
-        return _on_accelerator(demand, batch, device)
-    if common + demand.model <= budget:
-        return Residency(False, batch or DEFAULT_BATCH)
-    free = budget - common - demand.block
-    if free < demand.sample * (batch or 1):
-        least = -(-(common + demand.block + demand.sample * (batch or 1)) // 10**6)
-        raise MemoryBudgetError(
-            f"calibration needs about {least} MB here, {budget // 10**6} MB are allowed: raise max_memory, or lower "
-            "max_seq_length or batch_size"
-        )
-    return Residency(True, batch or min(MAX_BATCH, free // demand.sample))
+    if budget is not None:
+        return budget - held, held
+    free = available_bytes()
+    return (int(USABLE * free) if free is not None else 2**62), held
 
 
-def _on_accelerator(demand: Demand, batch: int | None, device: str) -> Residency:
-    import torch
-
-    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 2**62
-    free -= demand.work
-    if demand.model <= free:
-        return Residency(False, batch or DEFAULT_BATCH)
-    fitting = (free - demand.block) // demand.sample
-    if fitting < (batch or 1):
-        raise MemoryBudgetError(f"a block of the model and its samples do not fit into the memory of {device}")
-    return Residency(True, batch or min(MAX_BATCH, fitting))
+def too_little(what: str, sizes: tuple[int, int, int], device: str, smaller: str) -> MemoryBudgetError:
+    """Return the error for bytes `(least, free, held)`; `smaller` names what needs less memory where it is lowered."""
+    least, free, held = sizes
+    advice = f"lower {smaller}" if device.startswith("cuda") else f"raise max_memory, or lower {smaller}"
+    return MemoryBudgetError(
+        f"{what} needs about {-(-(held + least) // 10**6)} MB on {device}, {(held + free) // 10**6} MB are allowed: {advice}"
+    )

@@ -7,21 +7,19 @@ lies on disk, and what is kept is a hidden state for each variant and text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..calibration.file import InputInfo
+from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
 from ..errors import ScaleError, quote
 from ..nvfp4 import BLOCK_SIZE, INPUT_SCALE_NUMERATOR
 from .inputs import Inputs, Names
-from .recording import swap_parameter
-from .residency import Demand
 from .rounded_inputs import round_nvfp4
-from .streaming import Runner, StreamingRunner, floats
+from .runner import Runner, floats, swap_parameter
 from .texts import TokenIds
 
 if TYPE_CHECKING:
@@ -45,81 +43,39 @@ def short_texts(samples: Sequence[TokenIds]) -> list[TokenIds]:
     return [ids[:TOKENS] for ids in samples[:TEXTS]]
 
 
-def with_walk(demand: Demand, variants: int, length: int) -> Demand:
-    """Return what a calibration needs that measures this many variants first; `length` is that of its longest sample.
-
-    A hidden state is kept for each variant, twice while a block runs, and the largest block once more, rounded.
-    """
-    hidden = TEXTS * min(TOKENS, length) * demand.sample // length
-    return replace(demand, work=demand.work + demand.block + (2 * variants + 2) * hidden + 32 * ROUNDED_AT_ONCE)
-
-
 def variants(inputs: Inputs, model: nn.Module) -> list[Rounded]:
     """Return what is rounded together, in the order of the inputs; layers that the model does not build are left out."""
     names = Names(name for name, _ in model.named_modules())
     found = []
     for linear in inputs.linear:
-        modules = [name for name in map(names.find, linear.info.modules) if name]
-        found.append(_rounded(linear.info.name, linear.info, [(name, "weight") for name in modules]))
+        parameters = tuple((name, "weight") for name in map(names.find, linear.info.modules) if name)
+        found.append(Rounded(linear.info.name, parameters, {"weight": linear.info.columns}))
     for experts in inputs.experts:
-        info = experts.down[0]
-        stacks = {"gate_up_proj": experts.gate_up[0].columns, "down_proj": info.columns}
-        parameters = tuple((experts.module, name) for name in stacks)
-        found.append(Rounded(experts.name, parameters, stacks))
+        stacks = {STACKED_GATE_UP: experts.gate_up[0].columns, STACKED_DOWN: experts.down[0].columns}
+        found.append(Rounded(experts.name, tuple((experts.module, name) for name in stacks), stacks))
     return found
 
 
-def _rounded(name: str, info: InputInfo, parameters: Sequence[tuple[str, str]]) -> Rounded:
-    return Rounded(name, tuple(parameters), {"weight": info.columns})
+def measure_sensitivities(runner: Runner, texts: Sequence[TokenIds], rounded: Sequence[Rounded]) -> dict[str, float]:
+    """Return the squared relative error of the last hidden state for each variant, a mean over the tokens of some texts."""
+    exact: list[Any] = [None] * len(texts)
+    changed: dict[str, list[Any]] = {}  # by the variant's name, what the last block gave for each text
 
+    def step(given: Sequence[Any]) -> list[Any]:
+        return [runner.step(ids, before) for ids, before in zip(texts, given, strict=True)]
 
-@dataclass(slots=True)
-class Walk:
-    """The variants on their way: what the last block gave for each text, for the exact model and for each input's name."""
-
-    runner: Runner
-    texts: Sequence[TokenIds]
-    tick: Callable[[], None]
-
-    def run(self, rounded: Sequence[Rounded]) -> dict[str, float]:
-        """Return the squared relative error of the last hidden state for each variant, a mean over tokens."""
-        exact: list[Any] = [None] * len(self.texts)
-        changed: dict[str, list[Any]] = {}
-        for stage, block in enumerate(self.runner.blocks):
-            self.runner.stage = stage
-            own = [each for each in rounded if any(_lies_in(module, block) for module, _ in each.parameters)]
-            with self._weights(block):
-                changed = {name: self._step(given) for name, given in changed.items()}
-                for each in own:
-                    with _lent(self.runner.model, each):
-                        changed[each.name] = self._step(exact)
-                exact = self._step(exact)
-        self.runner.stage, self.runner.given = None, None
-        norm = final_norm(self.runner)
-        states = [norm(next(floats(given))) for given in exact]
-        return {name: _error(states, [norm(next(floats(each))) for each in given]) for name, given in changed.items()}
-
-    def _step(self, given: Sequence[Any]) -> list[Any]:
-        """Run the present block for all texts, from what the one before gave."""
-        found = []
-        for ids, before in zip(self.texts, given, strict=True):
-            self.runner.given = before
-            self.runner.forward(ids)
-            found.append(self.runner.given)
-            self.tick()
-        return found
-
-    @contextmanager
-    def _weights(self, block: str) -> Iterator[None]:
-        """Hold a block's weights in memory, where the model lies on disk."""
-        with ExitStack() as stack:
-            if isinstance(self.runner, StreamingRunner) and self.runner.stream is not None:
-                stack.enter_context(self.runner.stream.block(block))
-            yield
-
-
-def _lies_in(name: str, parent: str) -> bool:
-    return name.startswith(f"{parent}.")
+    for stage, block in enumerate(runner.blocks):
+        own = [each for each in rounded if any(module.startswith(f"{block}.") for module, _ in each.parameters)]
+        with runner.only(stage, block):
+            changed = {name: step(given) for name, given in changed.items()}
+            for each in own:
+                with ExitStack() as stack:
+                    _round(runner.model, each, stack)
+                    changed[each.name] = step(exact)
+            exact = step(exact)
+    norm = final_norm(runner)
+    states = [norm(next(floats(given))) for given in exact]
+    return {name: _error(states, [norm(next(floats(each))) for each in given]) for name, given in changed.items()}
 
 
 def _error(exact: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
@@ -153,14 +109,11 @@ def final_norm(runner: Runner) -> Callable[[torch.Tensor], torch.Tensor]:
     return normed
 
 
-@contextmanager
-def _lent(model: nn.Module, each: Rounded) -> Iterator[None]:
-    """Put rounded parameters in the place of the exact ones inside the block."""
-    with ExitStack() as stack:
-        for module, name in each.parameters:
-            home = model.get_submodule(module)
-            swap_parameter(home, name, rounded_weight(getattr(home, name), each.columns[name], module), stack)
-        yield
+def _round(model: nn.Module, each: Rounded, stack: ExitStack) -> None:
+    """Put rounded parameters in the place of the exact ones until the stack ends."""
+    for module, name in each.parameters:
+        home = model.get_submodule(module)
+        swap_parameter(home, name, rounded_weight(getattr(home, name), each.columns[name], module), stack)
 
 
 def rounded_weight(weight: torch.Tensor, columns: int, module: str = "") -> torch.Tensor:

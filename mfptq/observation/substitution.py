@@ -11,22 +11,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP, StoredTensor
 from ..errors import SourceError, quote
 from ..names.engine import experts_parent
-from .inputs import Names, check_stack, is_stack
-from .quantized import QuantizedCheckpoint, QuantizedWeight
-from .recording import gated, swap_parameter
+from .experts import check_stack, gated, is_stack
+from .inputs import Names
+from .runner import swap_parameter
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .quantized import QuantizedCheckpoint, QuantizedWeight
+
 PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-Expert = dict[str, QuantizedWeight]
+Expert: TypeAlias = "dict[str, QuantizedWeight]"  # the parts of one that are quantized, by PARTS
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 

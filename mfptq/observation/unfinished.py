@@ -1,6 +1,6 @@
 """Keep what an evaluation has found so far, so that the same command goes on where an interrupted one stopped.
 
-Called by `evaluate`. A folder beside the output's files holds, for the last block that all windows have gone through, the hidden
+Called by `evaluation_pass`, and by `evaluate` when it is done. A folder beside the output's files holds, for the last block that all windows have gone through, the hidden
 states of both models and the errors so far; and behind the last block a line for each window that is judged. What is torn, or of
 another evaluation, counts as nothing. The folder goes when the evaluation is done.
 """
@@ -13,8 +13,8 @@ import pickle
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +82,16 @@ class Unfinished:
             with storage_errors("write", path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(sums)) + "\n")
 
-    def finished(self) -> None:
-        """Remove the notes."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
     def _windows(self) -> list[WindowSums]:
         """Return the windows that were judged; a line that is torn ends them."""
         assert self._folder is not None
-        try:
-            lines = read_small(self._folder / _WINDOWS, MAX_INDEX_BYTES).splitlines()
-        except SourceError:
-            return []
-        return [each for each in takewhile(lambda sums: sums is not None, map(_sums_in, lines)) if each is not None]
+        sums: list[WindowSums] = []
+        with suppress(SourceError, StrictJsonError, TypeError):
+            for line in read_small(self._folder / _WINDOWS, MAX_INDEX_BYTES).splitlines():
+                sums.append(WindowSums(**parse_json(line)))  # noqa: PERF401 - what is before a torn line counts
+        return sums
 
 
-def _sums_in(line: bytes) -> WindowSums | None:
-    try:
-        return WindowSums(**parse_json(line))
-    except (StrictJsonError, TypeError):
-        return None
+def discard_notes(output: Path) -> None:
+    """Remove what was noted of an evaluation."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)

@@ -18,12 +18,11 @@ import pytest
 import torch
 
 import mfptq
-import mfptq.observation.residency as residency_module
 from mfptq.calibration.file import LEVELS
 from mfptq.calibration.reading import Calibration, load_calibration
 from mfptq.errors import MemoryBudgetError, ScaleError, SourceError, UsageError
 from mfptq.names.engine import experts_parent
-from mfptq.observation import models
+from mfptq.observation import calibration_pass, models
 from mfptq.observation.calibrate import calibrate
 from mfptq.observation.calibration_pass import CalibrationProgress
 from mfptq.observation.residency import Residency
@@ -70,7 +69,7 @@ def made(source: Path, dataset: Path, output: Path, **changes: Any) -> Calibrati
 @contextmanager
 def forced(monkeypatch: pytest.MonkeyPatch, *, streamed: bool, batch: int = STEPS) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(residency_module, "choose_residency", lambda *_: Residency(streamed, batch))
+        patch.setattr(calibration_pass, "choose_residency", lambda *_: Residency(streamed, batch))
         yield
 
 

@@ -20,7 +20,7 @@ import mfptq
 from mfptq.cli.evaluate import evaluation_text
 from mfptq.cli.main import main
 from mfptq.errors import MemoryBudgetError, SourceError, UsageError
-from mfptq.observation import models, side_by_side
+from mfptq.observation import evaluation_pass, models
 from mfptq.observation.evaluate import BUILT_IN, evaluate
 from mfptq.output.estimates import Estimate
 from tests.calibration.files import calibrate as write_calibration
@@ -75,7 +75,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @contextmanager
 def forced(*, streamed: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(side_by_side.EvaluationDemand, "is_streamed", lambda *_: streamed)
+        patch.setattr(evaluation_pass.EvaluationDemand, "is_streamed", lambda *_: streamed)
         yield
 
 

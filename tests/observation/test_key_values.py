@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import mfptq
 from mfptq.calibration.merge import merge_calibrations
 from mfptq.calibration.reading import load_calibration
-from mfptq.observation import residency
+from mfptq.observation import calibration_pass, residency
 from tests.clients.test_transformers import IS_CURRENT
 from tests.models import DENSE, write_checkpoint
 
@@ -68,7 +68,7 @@ def test_a_streamed_model_gives_the_same_and_a_merge_the_larger(
         name: tuple(max(each) for each in zip(first[name], second[name], strict=True)) for name in first
     }
     both.close()
-    monkeypatch.setattr(residency, "choose_residency", lambda *_: residency.Residency(streamed=True, batch=2))
+    monkeypatch.setattr(calibration_pass, "choose_residency", lambda *_: residency.Residency(streamed=True, batch=2))
     assert ranges(folder, one, tmp_path / "d.calibration.safetensors") == first
 
 

@@ -101,10 +101,10 @@ def test_every_layer_has_one_and_streaming_finds_the_same(
     with mfptq.plan(folder, calibration=file) as plan:
         calibration = plan._planned.calibration
         assert all(calibration.sensitivity(weight.module) > 0 for weight in plan._planned.weights())
-    from mfptq.observation import residency
+    from mfptq.observation import calibration_pass, residency
 
     pushed = pytest.MonkeyPatch()
-    pushed.setattr(residency, "choose_residency", lambda *_: residency.Residency(streamed=True, batch=2))
+    pushed.setattr(calibration_pass, "choose_residency", lambda *_: residency.Residency(streamed=True, batch=2))
     try:
         assert calibrated(folder, text, tmp_path / "b.calibration.safetensors") == found
     finally:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mfptq.errors import ScaleError
-from mfptq.observation.streaming import Runner, StreamingRunner
+from mfptq.observation.runner import Runner, StreamingRunner
 
 SAMPLES = [np.array([1, 2, 3]), np.array([4]), np.array([5, 6])]
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]

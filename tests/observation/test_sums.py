@@ -117,7 +117,7 @@ def test_what_fits_is_held_and_what_does_not_is_streamed() -> None:
 
 
 def test_too_little_memory_is_refused_with_the_least_that_works() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"needs about \d+ MB here, 100 MB are allowed"):
+    with pytest.raises(MemoryBudgetError, match=r"needs about \d+ MB on cpu, 100 MB are allowed"):
         choose_residency(demand(), 10**8, None, "cpu")
     with pytest.raises(MemoryBudgetError, match="or batch_size"):
         choose_residency(demand(sample=10**8), resident_bytes() + 500 * 10**6, 50, "cpu")

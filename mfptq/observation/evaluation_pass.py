@@ -1,0 +1,151 @@
+"""Run a source model and its quantized output over windows of text, in step, and sum up how their predictions differ.
+
+Called by `evaluate`. Both models walk through the text block by block: a block's weights are read once for all the text, first the
+source's, then the output's in their place. What is found is noted in the output's folder while it goes on (`unfinished`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from .._version import __version__
+from ..calibration.file import InputInfo
+from ..checkpoint.folder import Checkpoint
+from ..output.estimates import Estimate, WindowSums, exponential, ratio
+from . import models
+from .comparison import compare_logits, hidden_error
+from .evaluate import Evaluation, EvaluationOptions, EvaluationProgress
+from .quantized import DECODED_AT_ONCE, QuantizedCheckpoint
+from .residency import free_memory, measure_demand, too_little
+from .side_by_side import SideBySide, decoder_blocks
+from .streaming import load_runner
+from .texts import Samples, TokenIds
+from .unfinished import Progress, Unfinished
+
+LOGIT_COPIES = 6  # of a window, float32: both models', their logarithms, and what the model holds meanwhile
+DECODING_BYTES = 32  # for each weight that is decoded at once
+OnProgress = Callable[[EvaluationProgress], object]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationDemand:
+    """What an evaluation needs, in bytes: `common` whichever way the model is run."""
+
+    model: int
+    block: int
+    common: int
+
+    def is_streamed(self, budget: int | None, device: str) -> bool:
+        """Return whether the model has to be read block by block in `budget` bytes, None for what the device has left.
+
+        Raises MemoryBudgetError, naming the least that works, where not even a block fits.
+        """
+        free, held = free_memory(budget, device)
+        if self.common + self.block + self.model <= free:
+            return False
+        least = self.common + 2 * self.block
+        if least > free:
+            raise too_little("the evaluation", (least, free, held), device, "samples or max_seq_length")
+        return True
+
+
+def _measure(skeleton: models.Skeleton, output: QuantizedCheckpoint, windows: Sequence[TokenIds]) -> EvaluationDemand:
+    """Return what it takes to run a model and its quantized output over windows of text, from names and shapes alone."""
+    length = max(len(ids) for ids in windows)
+    infos = [InputInfo(each.module, each.columns, (each.module,)) for each in output.weights.values()]
+    demand = measure_demand(skeleton, infos, level="amax", length=length)
+    hidden = 2 * sum(len(ids) for ids in windows) * demand.sample // length
+    embeddings = skeleton.model.get_input_embeddings().weight  # type: ignore[operator]
+    logits = LOGIT_COPIES * 4 * length * embeddings.shape[0]
+    elements = max(1, sum(parameter.numel() for parameter in skeleton.model.parameters()))
+    head = demand.model * embeddings.numel() // elements
+    common = hidden + demand.work + logits + DECODING_BYTES * DECODED_AT_ONCE
+    return EvaluationDemand(demand.model, max(demand.block, head), common)
+
+
+def run_pass(
+    skeleton: models.Skeleton,
+    output: QuantizedCheckpoint,
+    text: Samples,
+    options: EvaluationOptions,
+    *,
+    dataset: str,
+    record: bool,
+    on_event: OnProgress | None,
+) -> Evaluation:
+    """Return how the predictions of an output and its source differ; go on where an interrupted pass has left notes.
+
+    `dataset` is what the text is called. With `record` notes are kept in the output's folder.
+    """
+    models.check_vocabulary(skeleton.model, text.highest)
+    blocks = decoder_blocks(skeleton.model, skeleton.config.get_text_config().num_hidden_layers)
+    streamed = _measure(skeleton, output, text.ids).is_streamed(options.budget, options.device)
+    folder = output.checkpoint.origin.local
+    with load_runner(skeleton, blocks, options, stream_in=folder.parent if streamed else None) as runner:
+        pair = SideBySide(runner, output)
+        notes = Unfinished(folder if record else None, _key(pair, skeleton.checkpoint, text))
+        progress = notes.restore(options.device)
+        if on_event is not None:
+            runner.tick = _counted(on_event, progress, len(text.ids), len(blocks))
+        _compare(pair, text, progress, notes)
+    return _summed(pair, progress, text, (str(skeleton.checkpoint.origin), dataset))
+
+
+def _key(pair: SideBySide, source: Checkpoint, text: Samples) -> tuple[object, ...]:
+    """Return what tells an evaluation from others: all that its figures depend on."""
+    files = [
+        (shard.name, shard.size, shard.digest, (checkpoint.origin.local / shard.name).stat().st_mtime_ns)
+        for checkpoint in (source, pair.output.checkpoint)
+        for shard in checkpoint.shards
+    ]
+    return (__version__, files, pair.dtype, pair.runner.device, text.digest)
+
+
+def _counted(on_event: OnProgress, progress: Progress, windows: int, blocks: int) -> Callable[[], object]:
+    """Return what tells of one step more at every call: a block, or the head, that was run for a window by one of the models."""
+    steps = count(2 * (windows * len(progress.hidden) + len(progress.windows)) + 1)
+    return lambda: on_event(EvaluationProgress(next(steps), 2 * windows * (blocks + 1)))
+
+
+def _compare(pair: SideBySide, text: Samples, progress: Progress, notes: Unfinished) -> None:
+    """Walk both models through all windows, from where `progress` stands on."""
+    blocks = pair.runner.blocks
+    pair.given = progress.given
+    for name in blocks[len(progress.hidden) :]:
+        progress.hidden[name] = [hidden_error(*both) for both in pair.run_block(name, text.ids)]
+        progress.given = pair.given
+        notes.block_done(progress, last=name == blocks[-1])
+    first = len(progress.windows)
+    for ids, (exact, found) in zip(text.ids[first:], pair.run_head(text.ids, first=first), strict=True):
+        progress.windows.append(compare_logits(exact, found, ids))
+        notes.window_done(progress.windows[-1])
+
+
+def _summed(pair: SideBySide, progress: Progress, text: Samples, called: tuple[str, str]) -> Evaluation:
+    """Return the figures; `called` is what the source and the text are called."""
+    counts = [window.positions for window in progress.windows]
+    lengths = [len(ids) for ids in text.ids]
+
+    def mean(take: Callable[[WindowSums], float]) -> Estimate:
+        return ratio([take(window) for window in progress.windows], counts)
+
+    return Evaluation(
+        source=called[0],
+        output=str(pair.output.checkpoint.origin),
+        scheme=pair.output.scheme,
+        dtype=pair.dtype,
+        dataset=called[1],
+        digest=text.digest,
+        samples=len(counts),
+        tokens=sum(counts),
+        source_perplexity=exponential(mean(lambda window: window.source_loss)),
+        perplexity=exponential(mean(lambda window: window.loss)),
+        loss_difference=mean(lambda window: window.loss - window.source_loss),
+        kl_divergence=mean(lambda window: window.divergence),
+        top1_agreement=mean(lambda window: window.agreed),
+        hidden_errors={name: ratio(errors, lengths) for name, errors in progress.hidden.items()},
+        left_out=tuple(pair.substitution.left_out),
+        windows=tuple(progress.windows),
+    )
