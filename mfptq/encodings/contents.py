@@ -18,6 +18,7 @@ from ..checkpoint.encoding import DECODED_DTYPE, CodeScaler, Region
 from ..checkpoint.folder import Checkpoint, stored_tensors
 from ..checkpoint.header import TensorInfo, tensor_bytes
 from ..checkpoint.source import Source
+from ..checkpoint.stored_bytes import read_bytes
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import NUMPY_DTYPES
 from ..errors import SourceError, counted, quote
@@ -214,9 +215,7 @@ def _check_zero_points(checkpoint: Checkpoint, found: _Found, tensors: Iterable[
         if name.endswith(".weight_zero_point") and name in found.consumed and tensor.info.dtype != "I32":
             if tensor.info.nbytes > MAX_SCALES_BYTES:
                 raise SourceError(f"{quote(tensor.info.name)} has {tensor.info.nbytes} bytes, too many for zero points")
-            data = bytearray(tensor.info.nbytes)
-            checkpoint.source.read_into(tensor.shard, tensor.offset, memoryview(data))
-            if any(byte & 0x7F for byte in data):
+            if (read_bytes(checkpoint.source, tensor, 0, tensor.info.nbytes) & 0x7F).any():
                 raise SourceError(f"{quote(tensor.info.name)} is not zero: asymmetric FP8 is not read")
 
 

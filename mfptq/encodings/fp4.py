@@ -3,6 +3,8 @@
 MXFP4 as compressed-tensors stores it (`weight_packed`) and as DeepSeek-V4 does (`weight` I8 with `scale`); NVFP4 of
 compressed-tensors (whose global scale divides) and of ModelOpt (whose `weight_scale_2` multiplies). In all of them the value of
 an even column is the low nibble of its byte.
+
+Called by `contents` to recognize them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 
 from ..checkpoint.encoding import Region
 from ..checkpoint.source import Source
+from ..checkpoint.stored_bytes import read_bytes
 from ..checkpoint.weights import StoredTensor
 from ..errors import SourceError, quote
 from ..nvfp4 import BLOCK_SIZE, ByteArray
@@ -46,13 +49,10 @@ class Mxfp4(ScaledCodes):
     def exponents(self, source: Source, region: Region) -> ByteArray:
         """Return the E8M0 byte of each 16 values of a region, `[rows, columns / 16]`."""
         per_row = self.columns // _MX_COLUMNS
-        data = np.empty((region.rows, per_row), np.uint8)
         first = (self.first_row + region.row) * per_row
-        source.read_into(self.scales.shard, self.scales.offset + first, data.reshape(-1).data)
-        begin = region.column // BLOCK_SIZE
-        found: ByteArray = np.repeat(data, _MX_COLUMNS // BLOCK_SIZE, axis=1)[
-            :, begin : begin + region.columns // BLOCK_SIZE
-        ]
+        data = read_bytes(source, self.scales, first, region.rows * per_row).reshape(-1, per_row)
+        begin, count = region.column // BLOCK_SIZE, region.columns // BLOCK_SIZE
+        found: ByteArray = np.repeat(data, _MX_COLUMNS // BLOCK_SIZE, axis=1)[:, begin : begin + count]
         return found
 
 
@@ -63,10 +63,9 @@ def mxfp4(module: Module) -> Iterable[Recognized]:
         codes, scales = module.get("weight", "I8"), module.get("scale", *ONE_BYTE_SCALES)
     if codes is None or scales is None or len(codes.info.shape) != 2:
         return
-    rows, columns = _shape(codes)
-    _check(codes, scales, (rows, columns // _MX_COLUMNS), columns % _MX_COLUMNS == 0)
-    encoding = Mxfp4(MXFP4, E2M1, codes, scales, rows, columns, 1, _MX_COLUMNS)
-    yield recognized(module, codes, (rows, columns), (encoding, scales))
+    shape = _shape(codes, scales, _MX_COLUMNS)
+    encoding = Mxfp4(MXFP4, E2M1, codes, scales, *shape, 1, _MX_COLUMNS)
+    yield recognized(module, codes, shape, encoding, scales)
 
 
 def nvfp4(module: Module) -> Iterable[Recognized]:
@@ -77,26 +76,23 @@ def nvfp4(module: Module) -> Iterable[Recognized]:
     for label, (codes, factor) in ((NVFP4, ours), (MODELOPT_NVFP4, theirs)):
         if codes is None or factor is None or scales is None or len(codes.info.shape) != 2:
             continue
-        rows, columns = _shape(codes)
-        _check(codes, scales, (rows, columns // BLOCK_SIZE), columns % BLOCK_SIZE == 0)
-        if factor.info.shape not in ((), (1,)):
-            raise SourceError(f"{quote(factor.info.name)} is F32 {list(factor.info.shape)}, expected one number")
-        place = (codes, scales, rows, columns, 1, BLOCK_SIZE)
+        shape = _shape(codes, scales, BLOCK_SIZE)
         given = module.get("input_global_scale" if label == NVFP4 else "input_scale", "F32")
-        if given is not None and given.info.shape not in ((), (1,)):
-            raise SourceError(f"{quote(given.info.name)} is F32 {list(given.info.shape)}, expected one number")
+        for number in (factor, given):
+            if number is not None and number.info.shape not in ((), (1,)):
+                raise SourceError(f"{quote(number.info.name)} is F32 {list(number.info.shape)}, expected one number")
+        place = (codes, scales, *shape, 1, BLOCK_SIZE)
         encoding = Nvfp4(label, E2M1, *place, factor=factor, divides=label == NVFP4, input_scale=given)
-        yield recognized(module, codes, (rows, columns), (encoding, scales, factor))
+        yield recognized(module, codes, shape, encoding, scales, factor)
 
 
-def _shape(codes: StoredTensor) -> tuple[int, int]:
-    rows, packed = codes.info.shape
-    return rows, 2 * packed
-
-
-def _check(codes: StoredTensor, scales: StoredTensor, expected: tuple[int, int], whole: bool) -> None:  # noqa: FBT001
-    if scales.info.shape != expected or not whole:
+def _shape(codes: StoredTensor, scales: StoredTensor, block: int) -> tuple[int, int]:
+    """Return the rows and columns of packed values; raises SourceError unless each `block` columns of a row have a scale."""
+    rows, columns = codes.info.shape[0], 2 * codes.info.shape[1]
+    expected = (rows, columns // block)
+    if scales.info.shape != expected or columns % block:
         raise SourceError(
             f"scale {quote(scales.info.name)} is {scales.info.dtype} {list(scales.info.shape)} for packed values "
             f"{list(codes.info.shape)}, expected {list(expected)}"
         )
+    return rows, columns

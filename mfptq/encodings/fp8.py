@@ -55,7 +55,7 @@ def _of(module: Module, weight: StoredTensor, names: Iterable[str], name: str) -
     dtype = "E8M0" if scales.info.dtype in ONE_BYTE_SCALES else scales.info.dtype
     label = f"FP8 E4M3{mx}, {dtype} scale per {words}"
     encoding = ScaledCodes(label, E4M3, weight, scales, shape[-2], shape[-1], *block)
-    found = recognized(module, weight, shape, (encoding, scales, module.get("weight_zero_point")))
+    found = recognized(module, weight, shape, encoding, scales, module.get("weight_zero_point"))
     yield found._replace(name=name)
 
 

@@ -1,18 +1,57 @@
-"""Integer weights of compressed-tensors: 4 or 8 bits packed into 32-bit words (`pack-quantized`), and plain int8."""
+"""Integer weights of compressed-tensors: 4 or 8 bits packed into 32-bit words (`pack-quantized`), and plain int8.
+
+Called by `contents` to recognize them. Packed ones may be asymmetric: then they have zero points.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import numpy as np
+
+from ..checkpoint.encoding import Region, ScaleArray
+from ..checkpoint.source import Source
+from ..checkpoint.stored_bytes import read_bytes
 from ..checkpoint.weights import StoredTensor
 from ..errors import SourceError, quote
-from .asymmetric import AsymmetricIntegers, check_zeros
-from .codes import INT4, INT8, UINT8
+from .codes import CODE_FORMATS, INT4, INT8, UINT8
 from .modules import Module, Recognized, check_dtype, recognized
 from .scaled import ScaledCodes
 
 _FLOATS = ("BF16", "F16", "F32")
 _CODES = {4: INT4, 8: UINT8}
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsymmetricIntegers(ScaledCodes):
+    """Codes, scales and zero points of a matrix; a zero point is a code of the same kind.
+
+    A value is `round_bf16(float32(code - zero point) * float32(scale))`. Zero points are packed like codes, but along rows:
+    rows `8j` to `8j + 7` of a group share word `j` where there are 4 bits.
+    """
+
+    zeros: StoredTensor
+
+    @property
+    def shards(self) -> frozenset[str]:
+        """The files that its codes, scales and zero points lie in."""
+        return frozenset({self.weight.shard, self.scales.shard, self.zeros.shard})
+
+    def zero_points(self, source: Source, region: Region) -> ScaleArray:
+        """Return the zero points of a region: one row for each of its rows, one column for each block it touches."""
+        bits, groups = CODE_FORMATS[self.codes].bits, math.ceil(self.columns / self.block_columns)
+        per_word = _WORD_BITS // bits
+        first, last = region.row // per_word, math.ceil((region.row + region.rows) / per_word)
+        data = read_bytes(source, self.zeros, first * groups * 4, (last - first) * groups * 4)
+        words = data.view("<u4").reshape(-1, groups)
+        shifts = np.arange(per_word, dtype=np.uint32)[None, :, None] * np.uint32(bits)
+        points = (words[:, None, :] >> shifts & np.uint32(2**bits - 1)).reshape(-1, groups)
+        lead = region.row - first * per_word
+        found: ScaleArray = CODE_FORMATS[self.codes].values[points[lead : lead + region.rows, self._block_span(region)]]
+        return found
 
 
 def packed_integers(module: Module) -> Iterable[Recognized]:
@@ -32,7 +71,7 @@ def packed_integers(module: Module) -> Iterable[Recognized]:
     rows, words = codes.info.shape
     groups = scales.info.shape[1]
     bits = _bits(module, codes, groups)
-    columns = words * (32 // bits)
+    columns = words * (_WORD_BITS // bits)
     group = columns // groups if groups else 0
     if scales.info.shape[0] != rows or not groups or columns % groups or group not in (columns, *_sizes(module)):
         raise SourceError(
@@ -45,9 +84,19 @@ def packed_integers(module: Module) -> Iterable[Recognized]:
     if zeros is None:
         encoding = ScaledCodes(label, *parts)
     else:
-        check_zeros(zeros, rows, groups, bits)
+        _check_zeros(zeros, rows, groups, bits)
         encoding = AsymmetricIntegers(f"{label}, with zero points", *parts, zeros=zeros)
-    yield recognized(module, codes, (rows, columns), (encoding, scales, zeros))
+    yield recognized(module, codes, (rows, columns), encoding, scales, zeros)
+
+
+def _check_zeros(zeros: StoredTensor, rows: int, groups: int, bits: int) -> None:
+    """Raise SourceError for zero points that are not packed as compressed-tensors packs them."""
+    expected = (math.ceil(rows * bits / _WORD_BITS), groups)
+    if zeros.info.dtype != "I32" or zeros.info.shape != expected:
+        raise SourceError(
+            f"{quote(zeros.info.name)} is {zeros.info.dtype} {list(zeros.info.shape)}, expected zero points of {bits} bits "
+            f"packed into I32 {list(expected)}"
+        )
 
 
 def _bits(module: Module, codes: StoredTensor, groups: int) -> int:
@@ -56,7 +105,7 @@ def _bits(module: Module, codes: StoredTensor, groups: int) -> int:
     known = [bits for bits in declared if bits in _CODES]
     if len(declared) > 1:
         words = codes.info.shape[1]
-        known = [bits for bits in known if groups and words * (32 // bits) // groups in _sizes(module)]
+        known = [bits for bits in known if groups and words * (_WORD_BITS // bits) // groups in _sizes(module)]
     if len(known) != 1:
         said = f"num_bits {' and '.join(map(str, declared))} for integers" if declared else "no num_bits"
         raise SourceError(
@@ -86,4 +135,4 @@ def int8(module: Module) -> Iterable[Recognized]:
     per_row = scales.info.shape in ((rows,), (rows, 1))
     label = f"INT8, {scales.info.dtype} scale per {'row' if per_row else 'tensor'}"
     encoding = ScaledCodes(label, INT8, codes, scales, rows, columns, 1 if per_row else rows, columns)
-    yield recognized(module, codes, (rows, columns), (encoding, scales))
+    yield recognized(module, codes, (rows, columns), encoding, scales)

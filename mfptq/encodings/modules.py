@@ -1,4 +1,7 @@
-"""A module's stored tensors as recognition sees them, and what recognition makes of them."""
+"""A module's stored tensors as the formats look at them, and the weight that a format recognizes in them.
+
+Called by `contents` and by each format (`fp4`, `fp8`, `integers`, `transposed`). Headers and configs alone decide; no value is read.
+"""
 
 from __future__ import annotations
 
@@ -56,17 +59,17 @@ class Recognized(NamedTuple):
     consumed: tuple[str, ...]
 
 
-def recognized(module: Module, codes: StoredTensor, shape: tuple[int, ...], parts: Iterable[object]) -> Recognized:
-    """Return what a module's weight is; `parts` are its encoding, then the tensors that it needs, None where there is none."""
+def recognized(
+    module: Module, codes: StoredTensor, shape: tuple[int, ...], encoding: Encoding, *beside: StoredTensor | None
+) -> Recognized:
+    """Return what a module's weight is; `beside` its codes are the tensors that the encoding needs, None for one it has not."""
     if 0 in shape:
         raise UnsupportedTensorError(
             f"{quote(codes.info.name)} in {quote(codes.shard)} is empty: {list(codes.info.shape)}"
         )
-    encoding, *needed = parts
-    assert isinstance(encoding, Encoding)
-    own = [tensor.info.name for tensor in needed if isinstance(tensor, StoredTensor)]
-    beside = [module.tensors[leaf].info.name for leaf in COMPANIONS if leaf in module.tensors]
-    return Recognized(f"{module.name}.weight", shape, codes, encoding, (codes.info.name, *own, *beside))
+    consumed = [codes, *beside, *(module.get(leaf) for leaf in COMPANIONS)]
+    names = tuple(tensor.info.name for tensor in consumed if tensor is not None)
+    return Recognized(f"{module.name}.weight", shape, codes, encoding, names)
 
 
 def check_dtype(scales: TensorInfo, dtypes: Iterable[str] = SCALE_DTYPES) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..checkpoint.encoding import Bf16Array, CodeScaler, Encoding, Region, ScaleArray
 from ..checkpoint.source import Source
+from ..checkpoint.stored_bytes import read_bytes, read_scalar
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import DTYPE_BITS
 from .codes import CODE_FORMATS, E4M3, scale_codes, scale_values
@@ -26,7 +27,7 @@ class ScaledCodes(Encoding):
     `factor` is a further scale, one float32 number for the whole matrix, by which `divides` says the others are divided.
     """
 
-    label: str
+    format: str
     codes: str
     weight: StoredTensor
     scales: StoredTensor
@@ -37,11 +38,6 @@ class ScaledCodes(Encoding):
     factor: StoredTensor | None = None
     divides: bool = False
     first_row: int = 0
-
-    @property
-    def format(self) -> str:
-        """The format in words."""
-        return self.label
 
     @property
     def is_fp8(self) -> bool:
@@ -112,13 +108,17 @@ class ScaledCodes(Encoding):
         rows = self._scale_rows(np.arange(region.row, region.row + region.rows))
         first, last = int(rows[0]), int(rows[-1]) + 1
         width = per_row * DTYPE_BITS[self.scales.info.dtype] // 8
-        data = np.empty((last - first) * width, np.uint8)
-        source.read_into(self.scales.shard, self.scales.offset + first * width, data.data)
-        begin, end = region.column // self.block_columns, -(-(region.column + region.columns) // self.block_columns)
-        found = scale_values(data, self.scales.info.dtype).reshape(-1, per_row)[:, begin:end]
+        data = read_bytes(source, self.scales, first * width, (last - first) * width)
+        found = scale_values(data, self.scales.info.dtype).reshape(-1, per_row)[:, self._block_span(region)]
         if self.factor is not None:
             found = self._with_factor(source, found)
         return np.ascontiguousarray(found[rows - first], np.float32)
+
+    def _block_span(self, region: Region) -> slice:
+        """Return which blocks of a row a region touches."""
+        return slice(
+            region.column // self.block_columns, math.ceil((region.column + region.columns) / self.block_columns)
+        )
 
     def _scale_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         matrix, row = np.divmod(self.first_row + rows, self.rows)
@@ -128,8 +128,6 @@ class ScaledCodes(Encoding):
     @np.errstate(divide="ignore", over="ignore", invalid="ignore")
     def _with_factor(self, source: Source, scales: ScaleArray) -> ScaleArray:
         assert self.factor is not None
-        data = np.empty(4, np.uint8)
-        source.read_into(self.factor.shard, self.factor.offset, data.data)
-        factor = data.view("<f4")[0]
+        factor = np.float32(read_scalar(source, self.factor))
         found: ScaleArray = scales / factor if self.divides else scales * factor
         return found

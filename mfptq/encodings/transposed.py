@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..checkpoint.encoding import Bf16Array, CodeScaler, Encoding, Region
 from ..checkpoint.source import Source
+from ..checkpoint.stored_bytes import read_bytes
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import DTYPE_BITS
 from ..errors import SourceError, quote
@@ -37,7 +38,7 @@ _AT_ONCE = 2**16  # values decoded at once: temporaries stay small
 class TransposedInt4(Encoding):
     """Codes of a matrix [N, K] stored as [K, N]; `zero_offset` is added to stored zero points; `g_idx` None: in order."""
 
-    label: str
+    format: str
     weight: StoredTensor
     scales: StoredTensor
     zeros: StoredTensor
@@ -47,11 +48,6 @@ class TransposedInt4(Encoding):
     zero_offset: int
     order: tuple[int, ...]
     first_row: int = 0
-
-    @property
-    def format(self) -> str:
-        """The format in words."""
-        return self.label
 
     @property
     def shards(self) -> frozenset[str]:
@@ -92,9 +88,7 @@ class TransposedInt4(Encoding):
         if self.g_idx is None:
             size: npt.NDArray[np.int64] = columns // (self.columns // self.scales.info.shape[0])
             return size
-        data = np.empty(region.columns, "<i4")
-        place = self.g_idx.offset + region.column * data.itemsize
-        source.read_into(self.g_idx.shard, place, data.view(np.uint8).data)
+        data = read_bytes(source, self.g_idx, 4 * region.column, 4 * region.columns).view("<i4")
         if data.min() < 0 or data.max() >= self.scales.info.shape[0]:
             raise SourceError(f"{quote(self.g_idx.info.name)} names a group that {quote(self.scales.info.name)} lacks")
         return data.astype(np.int64)
@@ -161,7 +155,7 @@ def transposed_int4(module: Module) -> Iterable[Recognized]:
     offset = 0 if is_awq or _packing(module.declared) == GPTQ_V2 else 1
     label = f"{name} INT4, {scales.info.dtype} scale per {columns // groups} columns"
     encoding = TransposedInt4(label, codes, scales, zeros, g_idx, rows, columns, offset, order)
-    yield recognized(module, codes, (rows, columns), (encoding, scales, zeros, g_idx))
+    yield recognized(module, codes, (rows, columns), encoding, scales, zeros, g_idx)
 
 
 def _check(module: Module, codes: StoredTensor, shape: tuple[int, int], *, is_awq: bool) -> None:

@@ -115,10 +115,10 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
         quantized = read_quantized(made, original)
         with models.quiet_transformers():
             skeleton = models.build_skeleton(original, dtype)
-            files = dataset_files(dataset or BUILT_IN, token=token, cache_dir=cache_dir)
+            dataset, called = (BUILT_IN, "built-in") if dataset is None else (dataset, str(dataset))
+            files = dataset_files(dataset, token=token, cache_dir=cache_dir)
             encoder = models.DeferredEncoder(original.origin.local) if encoder is None else encoder
             text = _windows(read_samples(files, encoder, samples=samples, max_seq_length=max_seq_length), dataset)
-            called = "built-in" if dataset is None else str(dataset)
             found = run_pass(skeleton, quantized, text, options, dataset=called, record=record, on_event=on_event)
     if record:
         record_evaluation(made.origin.local, asdict(found))
@@ -142,7 +142,7 @@ def _checkpoints(
             yield made, original
 
 
-def _windows(text: Samples, dataset: str | Path | None) -> Samples:
+def _windows(text: Samples, dataset: str | Path) -> Samples:
     """Return the samples in which something can be predicted; the digest stays that of all."""
     windows = tuple(ids for ids in text.ids if len(ids) > 1)
     if not windows:
