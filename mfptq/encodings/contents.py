@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ _CACHE_LEAVES = frozenset({
     "k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "kv_scale",
 })  # fmt: skip
 # Method of a config -> how the names of its formats begin, where it has one kind of them.
-_SAID = {
+_FORMATS_OF = {
     "fp8": "FP8",
     "fbgemm_fp8": "FP8",
     "mxfp8": "FP8",
@@ -146,30 +146,25 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     found = _recognize(everything, declared)
     _check_rest(everything, found, declared)
     _check_zero_points(checkpoint, found, everything)
-    unused = _unused_scales(everything, found) if found.weights else frozenset()
-    gone = found.consumed | unused
+    unused = [tensor for tensor in everything if _is_unused_scale(tensor.info, found)] if found.weights else []
+    gone = found.consumed.union(tensor.info.name for tensor in unused)
     shards = {name: tuple(_logical(tensors, found, gone)) for name, tensors in stored.items()}
     kept = sum(stored_bytes(tensor) for tensors in shards.values() for tensor in tensors)
     formats = Counter(weight.encoding.format for weight in found.weights.values())
-    cache = tuple(tensor for tensor in everything if tensor.info.name in unused and _is_cache_scale(tensor.info))
-    notes = tuple(_notes(formats, declared, found, unused - {tensor.info.name for tensor in cache}))
-    if cache:
-        what = counted(len(cache), "scale of the key-value cache goes", "scales of the key-value cache go")
-        notes += (f"{what} over if that is kept in FP8",)
-    return Contents(shards, formats, notes, checkpoint.tensor_bytes - kept, cache)
+    cache = tuple(tensor for tensor in unused if _is_cache_scale(tensor.info))
+    notes = [*_notes(formats, declared, found), *_notes_of_unused(unused, cache)]
+    return Contents(shards, formats, tuple(notes), checkpoint.tensor_bytes - kept, cache)
 
 
 def _is_cache_scale(info: TensorInfo) -> bool:
     """Return whether a tensor is a scale of keys or values that an FP8 cache takes."""
-    return info.name.rpartition(".")[2] in (*CACHE_SCALES, "kv_scale") and info.dtype in ("F32", "BF16", "F16")
+    return _leaf(info) in (*CACHE_SCALES, "kv_scale") and info.dtype in ("F32", "BF16", "F16")
 
 
 def _is_suspect(info: TensorInfo) -> bool:
     """Return whether a tensor may be part of a quantized weight."""
-    leaf = info.name.rpartition(".")[2]
-    return (
-        info.dtype in _CODE_DTYPES or leaf in _SCALE_LEAVES or (info.dtype in _INTEGER_DTYPES and len(info.shape) > 1)
-    )
+    packed = info.dtype in _INTEGER_DTYPES and len(info.shape) > 1
+    return info.dtype in _CODE_DTYPES or _leaf(info) in _SCALE_LEAVES or packed
 
 
 def _recognize(tensors: Iterable[StoredTensor], declared: Declared) -> _Found:
@@ -194,7 +189,7 @@ def _check_rest(tensors: Iterable[StoredTensor], found: _Found, declared: Declar
     """
     quantized = bool(declared.all or found.weights)
     for tensor in tensors:
-        info, leaf = tensor.info, tensor.info.name.rpartition(".")[2]
+        info, leaf = tensor.info, _leaf(tensor.info)
         if info.name in found.consumed or leaf in _SCALE_LEAVES:
             continue
         of_weight = leaf in _WEIGHT_LEAVES and info.dtype in _INTEGER_DTYPES and len(info.shape) > 1
@@ -204,7 +199,7 @@ def _check_rest(tensors: Iterable[StoredTensor], found: _Found, declared: Declar
         if of_weight or (info.dtype in _CODE_DTYPES and of_layer):
             raise unread(tensor, declared)
     for tensor in tensors:
-        if tensor.info.name.rpartition(".")[2] in _SCALE_LEAVES and tensor.info.name not in found.consumed:
+        if _leaf(tensor.info) in _SCALE_LEAVES and tensor.info.name not in found.consumed:
             raise orphan(tensor)
 
 
@@ -219,16 +214,15 @@ def _check_zero_points(checkpoint: Checkpoint, found: _Found, tensors: Iterable[
                 raise SourceError(f"{quote(tensor.info.name)} is not zero: asymmetric FP8 is not read")
 
 
-def _unused_scales(tensors: Iterable[StoredTensor], found: _Found) -> frozenset[str]:
-    """Return scales of activations and of the key-value cache that lie apart from any weight: single numbers."""
-    leaves = _CACHE_LEAVES | _INPUT_LEAVES
-    return frozenset(
-        tensor.info.name
-        for tensor in tensors
-        if tensor.info.name.rpartition(".")[2] in leaves
-        and tensor.info.shape in ((), (1,))
-        and tensor.info.name not in found.consumed
-    )
+def _is_unused_scale(info: TensorInfo, found: _Found) -> bool:
+    """Return whether a tensor is a scale of activations or of the key-value cache, apart from any weight: a single number."""
+    is_number = info.shape in ((), (1,))
+    return is_number and _leaf(info) in _CACHE_LEAVES | _INPUT_LEAVES and info.name not in found.consumed
+
+
+def _leaf(info: TensorInfo) -> str:
+    """Return the last part of a tensor's name."""
+    return info.name.rpartition(".")[2]
 
 
 def _logical(tensors: Iterable[StoredTensor], found: _Found, gone: frozenset[str]) -> Iterator[StoredTensor]:
@@ -249,7 +243,7 @@ def _dropped(declared: Declared) -> Iterator[str]:
         yield f"{each.place} says {quote(each.method)}, but every tensor is plain: it is dropped"
 
 
-def _notes(formats: Mapping[str, int], declared: Declared, found: _Found, unused: frozenset[str]) -> Iterator[str]:
+def _notes(formats: Mapping[str, int], declared: Declared, found: _Found) -> Iterator[str]:
     for name, count in sorted(formats.items(), key=lambda item: -item[1]):
         yield f"{count} {'weight is' if count == 1 else 'weights are'} stored as {name}"
     if not formats:
@@ -257,12 +251,18 @@ def _notes(formats: Mapping[str, int], declared: Declared, found: _Found, unused
     elif not declared.all:
         yield "no config tells of this quantization: the tensors decide"
     for each in declared.all if formats else ():
-        begins = _SAID.get(each.method.lower(), "")
+        begins = _FORMATS_OF.get(each.method.lower(), "")
         if not any(name.startswith(begins) for name in formats):
             yield f"{each.place} says {quote(each.method)}, but no weight is stored so: the tensors decide"
     inputs = sum(name.endswith((".input_scale", ".activation_scale", ".act_scale")) for name in found.consumed)
     if inputs and not any(weight.encoding.is_nvfp4 for weight in found.weights.values()):
         yield f"it holds {inputs} static input scales: given as input_scales too, it makes the output W4A4"
-    if unused:
-        first = min(unused)
-        yield f"{len(unused)} scales of the key-value cache or of activations are dropped: {quote(first)}, ..."
+
+
+def _notes_of_unused(unused: Iterable[StoredTensor], cache: Sequence[StoredTensor]) -> Iterator[str]:
+    dropped = [tensor.info.name for tensor in unused if tensor not in cache]
+    if dropped:
+        yield f"{len(dropped)} scales of the key-value cache or of activations are dropped: {quote(min(dropped))}, ..."
+    if cache:
+        what = counted(len(cache), "scale of the key-value cache goes", "scales of the key-value cache go")
+        yield f"{what} over if that is kept in FP8"

@@ -27,7 +27,7 @@ class ScaledCodes(Encoding):
     `factor` is a further scale, one float32 number for the whole matrix, by which `divides` says the others are divided.
     """
 
-    format: str
+    label: str
     codes: str
     weight: StoredTensor
     scales: StoredTensor
@@ -38,6 +38,11 @@ class ScaledCodes(Encoding):
     factor: StoredTensor | None = None
     divides: bool = False
     first_row: int = 0
+
+    @property
+    def format(self) -> str:
+        """The format in words."""
+        return self.label
 
     @property
     def is_fp8(self) -> bool:

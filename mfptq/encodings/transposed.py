@@ -38,7 +38,7 @@ _AT_ONCE = 2**16  # values decoded at once: temporaries stay small
 class TransposedInt4(Encoding):
     """Codes of a matrix [N, K] stored as [K, N]; `zero_offset` is added to stored zero points; `g_idx` None: in order."""
 
-    format: str
+    label: str
     weight: StoredTensor
     scales: StoredTensor
     zeros: StoredTensor
@@ -48,6 +48,11 @@ class TransposedInt4(Encoding):
     zero_offset: int
     order: tuple[int, ...]
     first_row: int = 0
+
+    @property
+    def format(self) -> str:
+        """The format in words."""
+        return self.label
 
     @property
     def shards(self) -> frozenset[str]:
