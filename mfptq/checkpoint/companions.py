@@ -25,7 +25,7 @@ PARAMS = "params.json"  # Mistral's, and Meta's
 GGUF = (".gguf", ".ggml")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHTS = (
-    *PICKLES, SHARD_SUFFIX, ".gguf", ".ggml", ".onnx", ".onnx_data", ".onnx.data", ".h5", ".hdf5", ".msgpack", ".ot",
+    *PICKLES, SHARD_SUFFIX, *GGUF, ".onnx", ".onnx_data", ".onnx.data", ".h5", ".hdf5", ".msgpack", ".ot",
     ".index.json", ".npz", ".npy", ".tflite", ".mlmodel", ".engine", ".nemo", ".pb",
 )  # fmt: skip
 _OTHER_FORMAT = "consolidated"  # Mistral's own, beside the Hugging Face files
@@ -35,7 +35,7 @@ _REPLACED = (
 )  # fmt: skip
 REPLACED_FOLDED = {name.casefold() for name in _REPLACED}  # some systems take README.md and readme.md for one file
 # What other tools wrote of how this checkpoint was quantized, and what Mistral's own format adds: a second truth beside ours.
-_OF_OTHER_TOOLS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml", "params.json")
+_OF_OTHER_TOOLS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml", PARAMS)
 UNWANTED = (*(f"*{suffix}" for suffix in _WEIGHTS if suffix not in (SHARD_SUFFIX, ".index.json")), "original/*", ".*")
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 

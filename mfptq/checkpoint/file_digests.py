@@ -65,8 +65,7 @@ class FileDigests:
         with progress.lock:
             if progress.end < file.size:
                 return False
-            if progress.state.hexdigest() != file.etag:
-                raise SourceChangedError(f"{quote(name)} is not what its digest on the Hub says: try again")
+            check_digest(file, progress.state)
         return True
 
     def _of(self, name: str) -> _Progress:
@@ -74,6 +73,12 @@ class FileDigests:
             if name not in self._progress:
                 self._progress[name] = _Progress(new_digest(self._files[name]))
             return self._progress[name]
+
+
+def check_digest(file: HubFile, digest: Any) -> None:
+    """Raise SourceChangedError unless the digest of a whole file is the one that the Hub names."""
+    if digest.hexdigest() != file.etag:
+        raise SourceChangedError(f"{quote(file.name)} is not what its digest on the Hub says: try again")
 
 
 def new_digest(file: HubFile) -> Any:

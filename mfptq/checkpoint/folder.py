@@ -19,10 +19,8 @@ from ..limits import MAX_CONFIG_BYTES
 from ..storage.files import relative_name
 from .companions import (
     CONFIG,
-    INDEX,
     MODULES,
     REPLACED_FOLDED,
-    SINGLE,
     FileChoice,
     sort_files,
     top_level,
@@ -37,7 +35,6 @@ from .source import FolderSource, Source
 from .strict_json import StrictJsonError, parse_json
 from .weights import StoredTensor
 
-__all__ = ["CONFIG", "INDEX", "SINGLE"]
 HEADERS_AT_ONCE = 8
 
 

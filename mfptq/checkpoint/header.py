@@ -172,7 +172,8 @@ def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADA
     known = {kind: _described(*kind) for kind in {(spec.dtype, spec.shape) for spec in ordered}}
     kinds = [known[dtype, shape] for _, dtype, shape, _ in ordered]
     starts = list(accumulate((size for _, size in kinds), initial=0))
-    entries = [f"{encode_basestring(METADATA_KEY)}:{_compact(dict(metadata))}"]
+    text = json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)
+    entries = [f"{encode_basestring(METADATA_KEY)}:{text}"]
     entries += [  # as the encoder itself writes them, which takes ten times as long
         f"{encode_basestring(spec.name)}:{{{text}{start},{end}]}}"
         for spec, (text, _), start, end in zip(ordered, kinds, starts, starts[1:], strict=False)
@@ -211,7 +212,3 @@ def _in_order(specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
         runs.setdefault((spec.part, -_DTYPE_RANK[spec.dtype]), []).append(spec)
     for _, run in sorted(runs.items()):
         yield from sorted(run, key=attrgetter("name"))
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -9,8 +9,8 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import HubError, SourceChangedError, SourceError, quote
-from .file_digests import FileDigests, HubFile, new_digest
+from ..errors import HubError, SourceError, quote
+from .file_digests import FileDigests, HubFile, check_digest, new_digest
 from .network_rate import measured_rate
 from .ranges import RangeReader
 from .reads import ByteRange, ReadAhead, ReadUnit
@@ -87,7 +87,9 @@ class HubSource:
                 self._digests.take(name, offset + done, rest[:size])
             done += size
         if len(buffer) == file.size:
-            _check_content(file, buffer)
+            digest = new_digest(file)
+            digest.update(buffer)
+            check_digest(file, digest)
 
     def _in_cache(self, name: str) -> FolderSource | None:
         return self._local.source if name in self._local.names else None
@@ -156,11 +158,3 @@ class HubSource:
             self._window = None
         if self._local.source is not None:
             self._local.source.close()
-
-
-def _check_content(file: HubFile, data: memoryview) -> None:
-    """Raise SourceChangedError unless a whole file is what the listing says."""
-    digest = new_digest(file)
-    digest.update(data)
-    if digest.hexdigest() != file.etag:
-        raise SourceChangedError(f"{quote(file.name)} is not what its digest on the Hub says: try again")

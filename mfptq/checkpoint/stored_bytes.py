@@ -1,12 +1,18 @@
-"""Read the bytes of stored tensors, or the number in one; called where an output is looked at."""
+"""Read the bytes of stored tensors, or the number in one.
+
+Called where scales are read (`encodings`) and where an output is looked at; weights go tile by tile into a worker's own memory.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from .source import Source
-from .weights import StoredTensor
+if TYPE_CHECKING:
+    from .source import Source
+    from .weights import StoredTensor
 
 
 def read_bytes(source: Source, tensor: StoredTensor, start: int, size: int) -> npt.NDArray[np.uint8]:

@@ -222,7 +222,7 @@ def _parts(tensor: StoredTensor, *, turned: bool) -> Iterator[Weight]:
 
 
 def name_pattern(module: str, by: str = "*") -> str:
-    """Return the kind of a module: its name with every number replaced, so that layers and experts fall together."""
+    """Return a module's name with every number replaced, so that layers and experts fall together."""
     return ".".join([by if part.isdigit() else part for part in module.split(".")])
 
 

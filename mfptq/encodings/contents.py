@@ -152,7 +152,7 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     kept = sum(stored_bytes(tensor) for tensors in shards.values() for tensor in tensors)
     formats = Counter(weight.encoding.format for weight in found.weights.values())
     cache = tuple(tensor for tensor in unused if _is_cache_scale(tensor.info))
-    notes = [*_notes(formats, declared, found), *_notes_of_unused(unused, cache)]
+    notes = [*_notes(formats, declared, found), *_notes_of_unused(unused)]
     return Contents(shards, formats, tuple(notes), checkpoint.tensor_bytes - kept, cache)
 
 
@@ -245,7 +245,7 @@ def _dropped(declared: Declared) -> Iterator[str]:
 
 def _notes(formats: Mapping[str, int], declared: Declared, found: _Found) -> Iterator[str]:
     for name, count in sorted(formats.items(), key=lambda item: -item[1]):
-        yield f"{count} {'weight is' if count == 1 else 'weights are'} stored as {name}"
+        yield f"{counted(count, 'weight is', 'weights are')} stored as {name}"
     if not formats:
         yield from _dropped(declared)
     elif not declared.all:
@@ -259,10 +259,12 @@ def _notes(formats: Mapping[str, int], declared: Declared, found: _Found) -> Ite
         yield f"it holds {inputs} static input scales: given as input_scales too, it makes the output W4A4"
 
 
-def _notes_of_unused(unused: Iterable[StoredTensor], cache: Sequence[StoredTensor]) -> Iterator[str]:
-    dropped = [tensor.info.name for tensor in unused if tensor not in cache]
+def _notes_of_unused(unused: Sequence[StoredTensor]) -> Iterator[str]:
+    dropped = [tensor.info.name for tensor in unused if not _is_cache_scale(tensor.info)]
     if dropped:
         yield f"{len(dropped)} scales of the key-value cache or of activations are dropped: {quote(min(dropped))}, ..."
-    if cache:
-        what = counted(len(cache), "scale of the key-value cache goes", "scales of the key-value cache go")
-        yield f"{what} over if that is kept in FP8"
+    if len(unused) > len(dropped):
+        cache = counted(
+            len(unused) - len(dropped), "scale of the key-value cache goes", "scales of the key-value cache go"
+        )
+        yield f"{cache} over if that is kept in FP8"

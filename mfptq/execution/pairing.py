@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ..checkpoint.companions import SMOOTHING
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.source import Source
 from ..checkpoint.stored_bytes import read_scalar
@@ -21,7 +22,7 @@ from ..names.structure import Structure
 from ..output.fault import Fault
 from ..output.stored_formats import ConfigGroup, config_of, group_of, quantized_modules, read_groups
 from ..planning.formats import GLOBAL_SCALE, PACKED, SCALE, TargetFormat
-from ..smoothing.record import RECORD, read_record
+from ..smoothing.record import read_record
 from ..smoothing.structure import find_links
 from ..smoothing.sums import unbalanced
 from .stored_weights import KeptPart, Part, StoredWeight, kept_parts
@@ -63,7 +64,7 @@ def _smoothed(output: Source, original: Checkpoint, faults: list[Fault]) -> Cont
     structure = Structure([(name, each.info.shape) for name, each in tensors.items()], original.config)
     read = contents.mapped(lambda tensor: smoothed(tensor, powers))
     wrong = unbalanced(find_links(tensors, original.config, structure.outside).links, tensors, powers)
-    faults += [Fault(name, RECORD, "has factors that change what the model computes") for name in wrong]
+    faults += [Fault(name, SMOOTHING, "has factors that change what the model computes") for name in wrong]
     return read
 
 

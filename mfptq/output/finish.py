@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ..checkpoint.acceptance import refusal
-from ..checkpoint.companions import CONFIG, INDEX
+from ..checkpoint.companions import CONFIG, INDEX, SMOOTHING
 from ..checkpoint.small_files import read_file
 from ..errors import SourceError, VerificationError, quote
 from ..kernels import ErrorStats
 from ..limits import MAX_CONFIG_BYTES
-from ..smoothing.record import RECORD, record_text
+from ..smoothing.record import record_text
 from .destination import Destination
 from .leftovers import CARD, MANIFEST, RECIPE, REPORT
 from .report import report_text
@@ -52,7 +52,7 @@ def finish(
         sums[name] = out.copy(name, source)
     texts = {REPORT: report_text(plan, patterns), CARD: card}
     if plan.smoothing is not None and plan.smoothing.powers:
-        texts[RECORD] = record_text(plan.smoothing.powers)
+        texts[SMOOTHING] = record_text(plan.smoothing.powers)
     if plan.settings.recipe is not None:
         texts[RECIPE] = plan.settings.recipe.text
     if plan.index_text is not None:

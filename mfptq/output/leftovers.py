@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.companions import CONFIG, INDEX
+from ..checkpoint.companions import CONFIG, INDEX, SMOOTHING
 from ..errors import SourceError, UnsafePathError
 from ..limits import MAX_INDEX_BYTES
-from ..smoothing.record import RECORD
 from ..storage.digest import Stopped, file_sha256, in_parallel
 from ..storage.files import beneath, open_regular, read_small, storage_errors, sync_folder
 from ..storage.partial_file import PARTIAL_SUFFIX
@@ -60,7 +59,7 @@ class OutputClaim:
     @property
     def files(self) -> tuple[str, ...]:
         """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
-        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, EVALUATION, RECIPE, RECORD, MANIFEST)
+        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, EVALUATION, RECIPE, SMOOTHING, MANIFEST)
 
 
 def take_over(

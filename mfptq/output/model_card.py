@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
+from ..checkpoint.companions import SMOOTHING
 from ..checkpoint.weights import name_pattern
 from ..errors import counted
 from ..kernels import ErrorStats
 from ..planning.formats import FORMATS
 from ..planning.size_target import RAISED, SizeTarget
 from ..sizes import size_text
-from ..smoothing.record import RECORD
 from .report import pattern_reports, total_error
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _summary(plan: ConversionPlan, name: str) -> str:
     if plan.smoothing is not None and plan.smoothing.powers:
         inputs += (
             f" Inputs of {counted(plan.smoothing.weights, 'weight', 'weights')} are smoothed: norms and other tensors are "
-            f"scaled by powers of two, listed in `{RECORD}`."
+            f"scaled by powers of two, listed in `{SMOOTHING}`."
         )
     ratio = plan.tensor_bytes / plan.checkpoint.tensor_bytes
     recipe = f", recipe `{plan.settings.recipe.name}`" if plan.settings.recipe is not None else ""

@@ -23,7 +23,7 @@ from .stored_codes import takes_codes
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
     from ..encodings.contents import Contents
-    from ..smoothing.plan import Fates, Smoothing
+    from ..smoothing.plan import Outcomes, Smoothing
 
 
 class Inputs(NamedTuple):
@@ -44,14 +44,14 @@ def smoothed_inputs(given: Inputs, config: Mapping[str, Any], settings: Settings
     from ..smoothing.plan import find_smoothing
     from ..smoothing.structure import find_links
 
-    fates = _fates(given.selection, casts=settings.is_auto)
+    outcomes = _outcomes(given.selection, casts=settings.is_auto)
     modules = [weight.module for item in given.selection.tensors for weight in item.candidate.weights]
-    kept = [each for each in (*modules, *_tensors_alone(given.selection)) if each not in fates.quantized]
+    kept = [each for each in (*modules, *_tensors_alone(given.selection)) if each not in outcomes.quantized]
     smoothing = find_smoothing(
         find_links({each.info.name: each for each in given.contents}, config, given.selection.structure.outside),
         {item.candidate.tensor.info.name: item.candidate for item in given.selection.tensors},
-        fates,
-        calibration.of_model(fates.quantized, kept),
+        outcomes,
+        calibration.of_model(outcomes.quantized, kept),
         strict=settings.smooth is True,
     )
     calibration = calibration.smoothed(smoothing.inputs)
@@ -67,10 +67,10 @@ def _is_due(given: Inputs, calibration: Calibration, settings: Settings) -> bool
     return given.scales is not None and settings.is_auto and calibration.description.has_moments
 
 
-def _fates(selection: Selection, *, casts: bool) -> Fates:
-    from ..smoothing.plan import Fates
+def _outcomes(selection: Selection, *, casts: bool) -> Outcomes:
+    from ..smoothing.plan import Outcomes
 
-    fates = Fates({}, set(), set(), set())
+    outcomes = Outcomes({}, set(), set(), set())
     for item in with_kept_codes(selection).tensors:
         weights = item.candidate.weights
         target = FORMATS[item.decision.format] if item.decision.quantize else None
@@ -78,13 +78,13 @@ def _fates(selection: Selection, *, casts: bool) -> Fates:
             continue
         modules = [weight.module for weight in weights]
         if target.takes_statistics:
-            fates.quantized.update(zip(modules, (weight.columns for weight in weights), strict=True))
-            fates.rounded.update(modules if target.needs_input_scales else ())
+            outcomes.quantized.update(zip(modules, (weight.columns for weight in weights), strict=True))
+            outcomes.rounded.update(modules if target.needs_input_scales else ())
         elif target.needs_input_scales:
-            fates.fixed.update(modules)
+            outcomes.fixed.update(modules)
         if all(takes_codes(target, weight) for weight in weights) and (casts or not target.takes_statistics):
-            fates.as_they_are.add(item.candidate.tensor.info.name)
-    return fates
+            outcomes.as_they_are.add(item.candidate.tensor.info.name)
+    return outcomes
 
 
 def _tensors_alone(selection: Selection) -> list[str]:

@@ -21,7 +21,7 @@ from ..encodings.smoothed import EXACT_DTYPES, Exponents, Powers, smoothed
 from ..errors import ScaleError, counted, printable, quote
 from .factors import exponents
 from .structure import Link, Reader, Structure
-from .sums import FactorSums
+from .sums import ExponentSums
 
 if TYPE_CHECKING:
     from ..calibration.file import InputStatistics
@@ -31,7 +31,7 @@ ROOM = 256.0  # a magnitude up to which an input scale has its margin and is not
 UNKNOWN = "what makes their input is not known for certain"
 
 
-class Fates(NamedTuple):
+class Outcomes(NamedTuple):
     """What becomes of the source's weights, as far as smoothing asks, by module.
 
     `quantized` become NVFP4 from values, with so many columns each; the inputs of `rounded`, some or none of them, are NVFP4
@@ -90,20 +90,25 @@ class Smoothing:
 
 
 def find_smoothing(
-    structure: Structure, candidates: Mapping[str, Candidate], fates: Fates, calibration: Calibration, *, strict: bool
+    structure: Structure,
+    candidates: Mapping[str, Candidate],
+    outcomes: Outcomes,
+    calibration: Calibration,
+    *,
+    strict: bool,
 ) -> Smoothing:
     """Return the smoothing of all inputs that are certain and that quantized weights read.
 
     `candidates` are the source's tensors by name, `calibration` knows the source's names. Where the inputs of some weights are
     quantized, those that only others read are left alone.
     """
-    sums = FactorSums({name: item.tensor for name, item in candidates.items()})
+    sums = ExponentSums({name: item.tensor for name, item in candidates.items()})
     chosen: list[_Chosen] = []
     reasons: dict[str, str] = {}
     for link in structure.links:
         every = [weight.module for reader in link.readers for weight in _weights(reader, candidates)]
-        modules = [name for name in every if name in fates.quantized]
-        reason = _obstacle(link, every, candidates, fates) if modules else ""
+        modules = [name for name in every if name in outcomes.quantized]
+        reason = _obstacle(link, every, candidates, outcomes) if modules else ""
         exponents = None if reason or not modules else _factors(link, modules, calibration)
         if exponents is not None:
             chosen.append(_Chosen(link, modules, exponents))
@@ -116,9 +121,9 @@ def find_smoothing(
             done.update(each.modules)
         else:
             reasons.update(dict.fromkeys(each.modules, "the calibration file has one input for them and others"))
-    left = Counter(reasons.get(name) or _unknown(name, structure) for name in fates.quantized if name not in done)
+    left = Counter(reasons.get(name) or _unknown(name, structure) for name in outcomes.quantized if name not in done)
     powers = sums.powers()
-    kept = Counter(name_pattern(name) for name in powers if not _is_quantized(candidates[name], fates.quantized))
+    kept = Counter(name_pattern(name) for name in powers if not _is_quantized(candidates[name], outcomes.quantized))
     return Smoothing(powers, inputs, len(done), dict(left.most_common()), dict(sorted(kept.items())), strict)
 
 
@@ -159,14 +164,14 @@ def _weights(reader: Reader, candidates: Mapping[str, Candidate]) -> tuple[Weigh
     return found[reader.expert * each : (reader.expert + 1) * each]
 
 
-def _obstacle(link: Link, modules: Collection[str], candidates: Mapping[str, Candidate], fates: Fates) -> str:
+def _obstacle(link: Link, modules: Collection[str], candidates: Mapping[str, Candidate], outcomes: Outcomes) -> str:
     """Return why an input that `modules` read is to be left alone, or ""."""
-    if fates.rounded and set(modules).isdisjoint(fates.rounded):
+    if outcomes.rounded and set(modules).isdisjoint(outcomes.rounded):
         return "their inputs stay in 16 bits"
-    if not set(modules).isdisjoint(fates.fixed):
+    if not set(modules).isdisjoint(outcomes.fixed):
         return "a layer that reads the same input has a fixed scale in another format"
     names = [*(maker.tensor for maker in link.makers), *(reader.tensor for reader in link.readers)]
-    if not fates.as_they_are.isdisjoint(names):
+    if not outcomes.as_they_are.isdisjoint(names):
         return "codes of theirs, or of what makes their input, go over as they are"
     return next(filter(None, (_unscalable(candidates[name]) for name in names)), "")
 

@@ -27,7 +27,6 @@ from ..encodings.smoothed import Exponents, Powers
 from ..errors import SourceError, quote
 from ..limits import MAX_INDEX_BYTES
 
-RECORD = SMOOTHING
 FORMAT = 1
 _LETTERS = string.ascii_lowercase[::-1] + "." + string.ascii_uppercase  # from -26 to 26
 _ZERO = _LETTERS.index(".")
@@ -56,16 +55,16 @@ def record_text(powers: Mapping[str, Powers]) -> str:
 
 def read_record(output: Source) -> dict[str, Powers]:
     """Return the factors of an output's tensors by name, none where it has no record; raises SourceError for one that makes no sense."""
-    if RECORD not in output.files():
+    if SMOOTHING not in output.files():
         return {}
-    found = read_object(output, RECORD, MAX_INDEX_BYTES)
+    found = read_object(output, SMOOTHING, MAX_INDEX_BYTES)
     if found.get("format") != FORMAT:
-        raise SourceError(f"{quote(RECORD)} has format {quote(found.get('format'))}, expected {FORMAT}")
+        raise SourceError(f"{quote(SMOOTHING)} has format {quote(found.get('format'))}, expected {FORMAT}")
     try:
         vectors = [_vector(text) for text in found["vectors"]]
         return {name: _powers(entry, vectors) for name, entry in found["tensors"].items()}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, UnicodeEncodeError):
-        raise SourceError(f"{quote(RECORD)} is damaged: convert again") from None
+        raise SourceError(f"{quote(SMOOTHING)} is damaged: convert again") from None
 
 
 def _vector(text: str) -> Exponents:

@@ -15,7 +15,7 @@ from ..encodings.smoothed import Exponents, Powers
 from .structure import Link, Reader
 
 
-class FactorSums:
+class ExponentSums:
     """The exponents that tensors have collected so far."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -60,7 +60,7 @@ def _spoken(sums: Mapping[str, Exponents], name: str) -> Exponents | None:
 
 def unbalanced(links: Iterable[Link], tensors: Mapping[str, StoredTensor], powers: Mapping[str, Powers]) -> list[str]:
     """Return the names of tensors whose exponents are not those that make every input the same as before; none where all cancel."""
-    sums = FactorSums(tensors)
+    sums = ExponentSums(tensors)
     for link in links:
         columns = _columns(link.readers[0], powers, len(link.channels))
         exponents = np.zeros(link.count, np.int8)

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save
 
 import mfptq
-from mfptq.checkpoint.companions import FileChoice
-from mfptq.checkpoint.folder import INDEX, Origin, read_checkpoint
+from mfptq.checkpoint.companions import INDEX, FileChoice
+from mfptq.checkpoint.folder import Origin, read_checkpoint
 from mfptq.errors import IndexMismatchError, SourceError, UnsafePathError, UsageError
 from tests.conftest import digests
 

@@ -12,7 +12,8 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from mfptq.checkpoint.folder import CONFIG, INDEX, SINGLE, Origin, read_checkpoint
+from mfptq.checkpoint.companions import CONFIG, INDEX, SINGLE
+from mfptq.checkpoint.folder import Origin, read_checkpoint
 from mfptq.checkpoint.header import TensorSpec, encode_header
 from mfptq.errors import MfptqError
 from mfptq.output.journal import Journal, JournalState, ShardResult, parse_journal

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mfptq.checkpoint.folder import INDEX, Origin, read_checkpoint
+from mfptq.checkpoint.companions import INDEX
+from mfptq.checkpoint.folder import Origin, read_checkpoint
 from tests.conftest import command, digests
 
 SHARD = "model-00002-of-00003.safetensors"

@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 import mfptq
-from mfptq.checkpoint.folder import INDEX, SINGLE, Origin, read_checkpoint
+from mfptq.checkpoint.companions import INDEX, SINGLE
+from mfptq.checkpoint.folder import Origin, read_checkpoint
 from mfptq.checkpoint.header import TensorSpec, encode_header
 from mfptq.errors import HeaderError, IndexMismatchError, SourceError, UnsafePathError, UnsupportedTensorError
 from tests.conftest import command, digests

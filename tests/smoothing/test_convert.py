@@ -16,10 +16,10 @@ import mfptq
 from mfptq.calibration.file import InputInfo, InputStatistics
 from mfptq.calibration.reading import load_calibration
 from mfptq.calibration.smoothed import smoothed
+from mfptq.checkpoint.companions import SMOOTHING
 from mfptq.demo import write_demo
 from mfptq.errors import PlanMismatchError, ScaleError, SmoothingError, UsageError
 from mfptq.planner import make_plan
-from mfptq.smoothing.record import RECORD
 
 from ..calibration.files import calibrate, described, layers_of, stored, write_file
 from ..conftest import SMALL, SMALL_EXPERTS, Stopped, command, digests, sampled, stopping_at
@@ -151,7 +151,7 @@ def test_verify_checks_kept_tensors_and_that_factors_cancel(source, path, tmp_pa
     (out / "SHA256SUMS").unlink()
     found = mfptq.verify(out, source)
     assert found.ok
-    record = json.loads((out / RECORD).read_text())
+    record = json.loads((out / SMOOTHING).read_text())
     kept = [name for name in record["tensors"] if name in stored(out)]
     assert found.scaled == len(kept) > 0
     norm = next(name for name in kept if name.endswith("input_layernorm.weight"))
@@ -164,13 +164,13 @@ def test_verify_checks_kept_tensors_and_that_factors_cancel(source, path, tmp_pa
         "differs from the source times its factors, which it should be equal to"
     ]
     del record["tensors"][norm]
-    (changed / RECORD).write_text(json.dumps(record))
+    (changed / SMOOTHING).write_text(json.dumps(record))
     content[norm] = stored(source)[norm]
     save_file(content, file, {"format": "pt"})
     assert {fault.tensor: fault.what for fault in mfptq.verify(changed, source).faults} == {
         norm: "has factors that change what the model computes"
     }
-    (changed / RECORD).write_text("{}")
+    (changed / SMOOTHING).write_text("{}")
     assert "format" in str(mfptq.verify(changed, source).faults[0])
 
 
@@ -273,7 +273,7 @@ def test_moments_and_a_calibration_file_are_needed(source, tmp_path):
 
 def test_without_smoothing_nothing_is_recorded(source, path, tmp_path):
     mfptq.convert(source, tmp_path / "out", calibration=path, smooth=False)
-    assert not (tmp_path / "out" / RECORD).exists()
+    assert not (tmp_path / "out" / SMOOTHING).exists()
     assert json.loads((tmp_path / "out" / "mfptq_report.json").read_text())["smoothing"] is None
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import mfptq
 from mfptq.calibration.file import InputInfo
+from mfptq.checkpoint.companions import SMOOTHING
 from mfptq.errors import PlanMismatchError, ScaleError, SmoothingError
 from mfptq.planner import make_plan
 from mfptq.planning.plan import ConversionPlan
-from mfptq.smoothing.record import RECORD
 
 from ..calibration.files import calibrate, described, layers_of, random_inputs, statistics_of, stored, write_file
 from ..conftest import SMALL, Stopped, command, digests, stopping_at
@@ -69,7 +69,7 @@ def test_false_turns_it_off(llama, path, tmp_path):
     report = mfptq.convert(llama, tmp_path / "out", calibration=path, smooth=False)
     named = mfptq.convert(llama, tmp_path / "named", calibration=path, method="hessian+")
     assert report.smoothed == named.smoothed == 0
-    assert not (tmp_path / "out" / RECORD).exists()
+    assert not (tmp_path / "out" / SMOOTHING).exists()
     assert "--no-smooth" in (tmp_path / "out" / "README.md").read_text()
     one, other = stored(tmp_path / "out"), stored(tmp_path / "named")
     assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in other)

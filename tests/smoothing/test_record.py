@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mfptq.checkpoint.companions import SMOOTHING
 from mfptq.checkpoint.source import FolderSource
 from mfptq.encodings.smoothed import Powers
 from mfptq.errors import SourceError
-from mfptq.smoothing.record import RECORD, read_record, record_text
+from mfptq.smoothing.record import read_record, record_text
 
 
 def read(folder: Path, text: str) -> dict[str, Powers]:
-    (folder / RECORD).write_text(text)
+    (folder / SMOOTHING).write_text(text)
     source = FolderSource(folder)
     try:
         return read_record(source)
