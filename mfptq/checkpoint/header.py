@@ -172,8 +172,8 @@ def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADA
     known = {kind: _described(*kind) for kind in {(spec.dtype, spec.shape) for spec in ordered}}
     kinds = [known[dtype, shape] for _, dtype, shape, _ in ordered]
     starts = list(accumulate((size for _, size in kinds), initial=0))
-    text = json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)
-    entries = [f"{encode_basestring(METADATA_KEY)}:{text}"]
+    noted = json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)
+    entries = [f"{encode_basestring(METADATA_KEY)}:{noted}"]
     entries += [  # as the encoder itself writes them, which takes ten times as long
         f"{encode_basestring(spec.name)}:{{{text}{start},{end}]}}"
         for spec, (text, _), start, end in zip(ordered, kinds, starts, starts[1:], strict=False)
