@@ -6,12 +6,13 @@ Called by `calibrate` for all samples, and by `cluster.tasks` for a part of them
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 from ..calibration.file import Description, Level, check_output, parse_description, write_calibration
-from ..calibration.reading import Calibration, load_calibration
+from ..calibration.reading import load_calibration
 from ..checkpoint.folder import read_shard
 from ..checkpoint.source import FolderSource
 from ..errors import UsageError, quote
@@ -158,47 +159,24 @@ def described(plan: ConversionPlan, options: CalibrationOptions, samples: Sample
 
 def resume(output: Path, description: Description, recorder: Recorder) -> Description:
     """Take an unfinished file's sums over, and return what has been done; raises UsageError if it is of another run."""
-    calibration = load_calibration(output)
-    try:
+    with closing(load_calibration(output)) as calibration:
         found = calibration.description
         if found.is_complete:
             check_output(output, overwrite=False)
-        if replace(found, samples=0) != description:
-            fields = ("origin", "model", "revision", "statistics", "requested", "max_seq_length", "dataset")
-            other = next(name for name in fields if getattr(found, name) != getattr(description, name))
+        compared = ("origin", "model", "revision", "statistics", "requested", "max_seq_length", "dataset")
+        others = [f"another {name}" for name in compared if getattr(found, name) != getattr(description, name)]
+        if others or not recorder.restore(calibration):
+            other = others[0] if others else "other inputs"
             raise UsageError(
-                f"output {quote(output)} holds an unfinished run with another {other}: choose another name, or overwrite it"
+                f"output {quote(output)} holds an unfinished run with {other}: choose another name, or overwrite it"
             )
-        _take_over(calibration, recorder)
         return found
-    finally:
-        calibration.close()
 
 
 def read_description(path: Path) -> Description:
     """Return what a file says of its making, without checking the statistics in it."""
-    source = FolderSource(path.parent)
-    try:
+    with closing(FolderSource(path.parent)) as source:
         return parse_description(read_shard(source, path.name).header.metadata)
-    finally:
-        source.close()
-
-
-def _take_over(calibration: Calibration, recorder: Recorder) -> None:
-    known = {info.name: info for info in recorder.inputs.infos}
-    routed = calibration.routed()
-    if (
-        any(known.get(name) != info for name, info in calibration.inputs.items())
-        or routed.keys() != recorder.routed.keys()
-    ):
-        raise UsageError(
-            f"output {quote(calibration.path)} holds an unfinished run with other inputs: choose another name, or overwrite it"
-        )
-    for info in calibration.inputs.values():
-        recorder.sums[info.name].restore(calibration.read(info))
-    recorder.routed.update(routed)
-    recorder.sensitivities.update(calibration.sensitivities)
-    recorder.key_values.found.update(calibration.key_value_ranges())
 
 
 def _residency(

@@ -23,6 +23,8 @@ from .sums import InputSums
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..calibration.reading import Calibration
+
 
 @dataclass(slots=True)
 class Recorder:
@@ -52,6 +54,19 @@ class Recorder:
                 registered = model.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(registered.remove)
             yield
+
+    def restore(self, calibration: Calibration) -> bool:
+        """Go on from what an unfinished file holds; return False, and take nothing, where that is of other inputs."""
+        known, routed = {info.name: info for info in self.inputs.infos}, calibration.routed()
+        same = all(known.get(name) == info for name, info in calibration.inputs.items())
+        if not same or routed.keys() != self.routed.keys():
+            return False
+        for info in calibration.inputs.values():
+            self.sums[info.name].restore(calibration.read(info))
+        self.routed.update(routed)
+        self.sensitivities.update(calibration.sensitivities)
+        self.key_values.found.update(calibration.key_value_ranges())
+        return True
 
     def contents(self, description: Description) -> Contents:
         """Return what a calibration file is to hold; `description` says how much text that is of."""
