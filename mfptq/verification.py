@@ -15,15 +15,15 @@ from .checkpoint.companions import FileChoice
 from .checkpoint.folder import Checkpoint
 from .checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from .checkpoint.weights import Weight, candidates, layer_pattern, name_pattern
+from .comparison.measuring import MeasuredPart
+from .comparison.pairing import pair
+from .comparison.parallel import Tally, compare_parts
+from .comparison.stored_weights import KeptPart, WeightPart
 from .encodings.fp4 import Nvfp4
 from .encodings.smoothed import Exponents, Smoothed
 from .errors import HubError, MfptqError, SourceError, StorageError, quote
-from .execution.comparing import Tally, compare_parts
 from .execution.events import OnEvent
-from .execution.measuring import MeasuredPart
 from .execution.output_errors import OutputErrors
-from .execution.pairing import pair
-from .execution.stored_weights import KeptPart, WeightPart
 from .kernels import ErrorStats
 from .output.fault import Fault
 from .output.leftovers import MANIFEST, REPORT

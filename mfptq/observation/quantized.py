@@ -17,9 +17,9 @@ import torch
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.stored_bytes import read_scalar
 from ..checkpoint.weights import StoredTensor, Weight, candidates
+from ..comparison.stored_weights import StoredWeight
 from ..dtypes import DTYPE_BITS
 from ..errors import SourceError, counted, listed, quote
-from ..execution.stored_weights import StoredWeight
 from ..execution.tiles import tiles
 from ..names.config_sizes import read_sizes
 from ..output.stored_formats import ConfigGroup, cache_scales, config_of, group_of, quantized_modules, read_groups

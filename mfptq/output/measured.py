@@ -1,6 +1,6 @@
 """Hold what comparing a layer of an output with its source has shown: errors of its values, its blocks, and what it computes.
 
-Filled by `execution.measuring`, shown by `reporting`. Numbers only; nothing is read here.
+Filled by `comparison.measuring`, shown by `reporting`. Numbers only; nothing is read here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write the factors of a smoothed output beside it, and read them again: `mfptq_smoothing.json`.
 
-Called by `output.finish` to write, by `execution.pairing` and `observation.quantized` to read. With it anybody can tell which tensors differ from the source's, and by
+Called by `output.finish` to write, by `comparison.pairing` and `observation.quantized` to read. With it anybody can tell which tensors differ from the source's, and by
 which factors exactly.
 
     vectors  exponents as text, a letter each: `.` is 0, `A` 1, `B` 2, `a` -1, `b` -2

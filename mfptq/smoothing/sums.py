@@ -1,6 +1,6 @@
 """Collect the exponents of tensors from those of the inputs that they make and read, and check that collected ones cancel.
 
-Called by `smoothing.plan` and `execution.pairing`. What makes an input is divided by its factors and what reads it multiplied, so the
+Called by `smoothing.plan` and `comparison.pairing`. What makes an input is divided by its factors and what reads it multiplied, so the
 model computes the same.
 """
 

@@ -1,6 +1,6 @@
 """Compare weights of an output with the source they were made from, part by part: how far off, and is it still that source?
 
-Called by `verification` on all cores. Every function reads two files and writes none.
+Called by `parallel`, on all cores; `observation.quantized` decodes weights by it. Every function reads two files and writes none.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..checkpoint.weights import StoredTensor, Weight
 from ..dtypes import NUMPY_DTYPES
 from ..encodings.codes import E2M1
 from ..encodings.scaled import ScaledCodes
+from ..execution.strips import Strip
+from ..execution.tiles import Tile, tiles
+from ..execution.turned import read_turned
 from ..kernels import ErrorStats
 from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE, E4M3_VALUES, Float32Array, as_float32
 from ..planning.formats import GLOBAL_SCALE, PACKED, SCALE, WEIGHT, TargetFormat
 from ..planning.stored_codes import takes_codes
-from .strips import Strip
-from .tiles import Tile, tiles
-from .turned import read_turned
 
 TILE_BYTES = 2**20  # what a thread looks at at once: it and its copies stay in the processor's cache
 PART_BYTES = 32 * 2**20  # of one piece of work: enough of them for all cores, not too many to list

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checkpoint.source import Source
+from ..execution.output_errors import OutputErrors
+from ..execution.tiles import tiles
 from ..kernels import ErrorStats
 from ..nvfp4 import BLOCK_SIZE, Float32Array, as_float32
 from ..output.measured import BINS, STEP, Measured
-from .output_errors import OutputErrors
 from .stored_weights import TILE_BYTES, AfterTile, Comparison, WeightPart, read_values
-from .tiles import tiles
 
 
 @dataclass(frozen=True)
