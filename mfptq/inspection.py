@@ -26,8 +26,8 @@ from .planning.jobs import CAST
 from .planning.rules import TensorDecision
 
 if TYPE_CHECKING:
-    from .planning.method_choice import WeightRun
     from .planning.plan import ConversionPlan
+    from .planning.weight_targets import WeightRun
 
 
 @dataclass(frozen=True, slots=True)

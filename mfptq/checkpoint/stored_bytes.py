@@ -1,6 +1,7 @@
-"""Read the bytes of stored tensors, or the number in one.
+"""Read the bytes of stored tensors, or their values as float32: scales, norms, and parts of an output.
 
-Called where scales are read (`encodings`) and where an output is looked at; weights go tile by tile into a worker's own memory.
+Called where scales are read (`encodings`, `scales`, `planning`) and where an output is looked at; weights go tile by tile into a
+worker's own memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from ..dtypes import NUMPY_DTYPES
+from ..nvfp4 import Float32Array, as_float32
 
 if TYPE_CHECKING:
     from .source import Source
@@ -20,6 +24,11 @@ def read_bytes(source: Source, tensor: StoredTensor, start: int, size: int) -> n
     buffer = np.empty(size, np.uint8)
     source.read_into(tensor.shard, tensor.offset + start, buffer.data)
     return buffer
+
+
+def read_float32(source: Source, tensor: StoredTensor) -> Float32Array:
+    """Return all values of a tensor in BF16, F16 or F32 as float32, exactly and flat."""
+    return as_float32(read_bytes(source, tensor, 0, tensor.info.nbytes).view(NUMPY_DTYPES[tensor.info.dtype]))
 
 
 def read_scalar(source: Source, tensor: StoredTensor) -> float:

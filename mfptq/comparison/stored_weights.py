@@ -16,7 +16,7 @@ import numpy.typing as npt
 from .. import fp8
 from ..checkpoint.encoding import Region
 from ..checkpoint.source import Source
-from ..checkpoint.stored_bytes import read_bytes, read_scalar
+from ..checkpoint.stored_bytes import read_bytes, read_float32, read_scalar
 from ..checkpoint.weights import StoredTensor, Weight
 from ..dtypes import NUMPY_DTYPES
 from ..encodings.codes import E2M1
@@ -70,9 +70,7 @@ class StoredWeight:
     @cached_property
     def scales(self) -> Float32Array:
         """The scales of FP8, `[rows, columns]` of segments; one for a whole tensor."""
-        tensor = self.parts[SCALE]
-        data = read_bytes(self.source, tensor, 0, tensor.info.nbytes)
-        return as_float32(data.view(NUMPY_DTYPES[tensor.info.dtype])).reshape(self.format.grid(self.weight))
+        return read_float32(self.source, self.parts[SCALE]).reshape(self.format.grid(self.weight))
 
     def decode(self, tile: Tile) -> Float32Array:
         """Return the float32 values of a tile, flat."""

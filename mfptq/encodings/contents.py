@@ -6,7 +6,6 @@ say otherwise. A tensor of codes without scales, and a scale without codes, are 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from ..errors import SourceError, counted, quote
 from ..limits import MAX_SCALES_BYTES
 from ..names.attention import CACHE_SCALES
 from ..nvfp4 import BLOCK_SIZE
+from ..storage.digest import text_sha256
 from .declared import Declared, declared_in_config, read_declared
 from .fp4 import mxfp4, nvfp4
 from .fp8 import fp8
@@ -108,7 +108,7 @@ class Contents:
         if not self.formats:
             return {}
         lines = [f"{tensor.info.name} {tensor.encoding.format}" for tensor in self if tensor.encoding is not None]
-        return {"encodings": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
+        return {"encodings": text_sha256("\n".join(lines))}
 
     def __iter__(self) -> Iterator[StoredTensor]:
         """Yield every logical tensor, shard by shard."""

@@ -28,7 +28,7 @@ from ..nvfp4 import BLOCK_SIZE, Float32Array
 from ..planning.allocation import NORM, REFERENCE
 from ..planning.formats import FORMATS, KEEP
 from ..planning.jobs import CAST
-from ..planning.method_choice import weight_target
+from ..planning.weight_targets import weight_target
 from ..sizes import size_text
 from .events import Advanced, Planned
 from .families import FAMILIES

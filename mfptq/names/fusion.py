@@ -1,7 +1,8 @@
-"""Groups of weights that an inference engine fuses into one layer, by the names of the one table.
+"""Group the weights that an inference engine fuses into one layer, by the names of the one table.
 
-Members of a fused layer are loaded into one matrix with one global scale, so they must share it exactly; engines take the
-largest and warn, or refuse (vLLM `packed_modules_mapping` and stacked parameters, SGLang the same).
+Called while planning, and by whatever needs the partners of a weight. Members of a fused layer are loaded into one matrix
+with one global scale, so they must share it exactly; engines take the largest and warn, or refuse (vLLM
+`packed_modules_mapping` and stacked parameters, SGLang the same).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
+from .engine import experts_parent
 from .leaves import FUSED_LAYERS, fused_into, parent_and_leaf
 from .wrappers import logical
 
@@ -41,15 +43,7 @@ def fused_groups(modules: Iterable[str]) -> list[FusedGroup]:
 
     The members of a group share their scales: engines load them into one parameter, or feed them the same input.
     """
-    leaves, written = _by_parent(modules)
-    groups: list[FusedGroup] = []
-    for parent, present in leaves.items():
-        prefix = f"{parent}." if parent else ""
-        for name, members in _joined(tuple(sorted(present))):
-            groups.append(
-                FusedGroup(prefix + name, tuple([written.get(prefix + leaf, prefix + leaf) for leaf in members]))
-            )
-    return sorted(groups, key=attrgetter("name"))
+    return _grouped(modules, lambda _, leaves: _joined(leaves))
 
 
 def parameters(modules: Iterable[str], siblings: Mapping[str, Collection[str]]) -> list[FusedGroup]:
@@ -57,14 +51,28 @@ def parameters(modules: Iterable[str], siblings: Mapping[str, Collection[str]]) 
 
     `siblings` are the names of everything that lies beside a module, by its parent: they tell what a name means.
     """
-    leaves, written = _by_parent(modules)
+    return _grouped(modules, lambda parent, leaves: _parameters(leaves, frozenset(siblings.get(parent, ()))))
+
+
+def undivided(modules: Iterable[str], fused: Iterable[FusedGroup]) -> list[FusedGroup]:
+    """Return the sets of modules that have one format, or are kept together: a layer's routed experts, then fused layers."""
+    experts: dict[str, list[str]] = {}
+    for module in modules:
+        if (parent := experts_parent(module)) is not None:
+            experts.setdefault(parent, []).append(module)
+    found = [FusedGroup(name, tuple(members)) for name, members in experts.items()]
+    return [*found, *(group for group in fused if len(group.members) > 1)]
+
+
+def _grouped(modules: Iterable[str], find: Callable[[str, tuple[str, ...]], Iterable[FusedGroup]]) -> list[FusedGroup]:
+    """Return groups by full names, sorted; `find` returns those of the leaves below one parent."""
+    below, written = _by_parent(modules)
     groups: list[FusedGroup] = []
-    for parent, present in leaves.items():
+    for parent, present in below.items():
         prefix = f"{parent}." if parent else ""
-        for name, members in _parameters(tuple(sorted(present)), frozenset(siblings.get(parent, ()))):
-            groups.append(
-                FusedGroup(prefix + name, tuple([written.get(prefix + leaf, prefix + leaf) for leaf in members]))
-            )
+        for name, leaves in find(parent, tuple(sorted(present))):
+            members = tuple([written.get(prefix + leaf, prefix + leaf) for leaf in leaves])
+            groups.append(FusedGroup(prefix + name, members))
     return sorted(groups, key=attrgetter("name"))
 
 

@@ -5,6 +5,7 @@ Called by `planner.make_plan`, and by calibration for the layers that would be q
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,10 +18,10 @@ from ..names.adapters import check_merged
 from ..names.config_sizes import read_sizes
 from ..scales.input_scales import InputScales
 from ..scales.uncalibrated import UncalibratedInputs
+from ..storage.digest import text_sha256
 from .cache_scales import cache_scales
 from .carried import has_input_scales
-from .digests import digests_of
-from .format_choice import Source, select_formats
+from .format_choice import select_formats
 from .formats import FORMATS
 from .jobs import ShardPlan, plan_shard
 from .kept_codes import with_kept_codes
@@ -29,10 +30,13 @@ from .plan import ConversionPlan
 from .quantization_config import config_text, index_text, quantization
 from .settings import Settings
 from .smoothed_inputs import Inputs, smoothed_inputs
-from .weight_targets import choose_targets, weight_runs
+from .weight_targets import ChosenTargets, choose_targets, weight_runs
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
+    from ..smoothing.plan import Smoothing
+
+PLAN_FORMAT = 7  # of the bytes that a plan stands for: another number where they change by themselves
 
 
 def build_plan(
@@ -51,8 +55,8 @@ def build_plan(
     method = settings.resolve_method(calibrated=calibration is not None)
     sizes = read_sizes(checkpoint.config)
     check_merged([tensor.info.name for tensor in checkpoint.tensors()], sizes.adapters)
-    source = Source(tuple(candidates(stored, sizes)), checkpoint.config)
-    selection = select_formats(source, settings.rules, settings.all_formats, FORMATS[scheme.lower()])
+    tensors = tuple(candidates(stored, sizes))
+    selection = select_formats(tensors, checkpoint.config, settings, FORMATS[scheme.lower()])
     given = smoothed_inputs(Inputs(stored, selection, calibration, scales), checkpoint.config, settings)
     contents, selection = given.contents, with_kept_codes(given.selection)
     found = choose_targets(checkpoint.source, selection, given.scales, given.calibration, casts=settings.is_auto)
@@ -71,13 +75,34 @@ def build_plan(
         shards=shards,
         config_text=config,
         index_text=index if checkpoint.has_index else None,
-        digests=digests_of(checkpoint, (method, config), found, given.smoothing) | contents.digests | cache.digests,
+        digests=_digests(checkpoint, (method, config), found, given.smoothing) | contents.digests | cache.digests,
         cache_scales=cache,
         _weights=found.weights,
         _group_of=group_of,
         _runs=runs,
         _targets=targets,
     )
+
+
+def _digests(
+    checkpoint: Checkpoint, decided: tuple[str, str], found: ChosenTargets, smoothing: Smoothing | None
+) -> dict[str, str]:
+    """Return what the output depends on by name, so that a resumed run can say what changed.
+
+    Plans with equal digests make the same bytes. `decided` is the method and the text of config.json.
+    """
+    source, scales = [(each.name, each.size, each.digest) for each in checkpoint.shards], found.input_scales
+    return {
+        "format": str(PLAN_FORMAT),
+        "source": text_sha256(json.dumps(source)),
+        **({} if checkpoint.origin.revision is None else {"commit": checkpoint.origin.revision}),
+        "settings": text_sha256(json.dumps(decided)),
+        "input scales": scales.digest if scales is not None else "",
+        **({} if found.calibration is None else {"calibration": found.calibration.digest}),
+        **found.carried.digests,
+        **({"cast": text_sha256("\n".join(sorted(found.cast)))} if found.cast else {}),
+        **({"smoothing": smoothing.digest} if smoothing is not None and smoothing.powers else {}),
+    }
 
 
 def _lay_out(names: Iterable[str], specs: Callable[[str], list[TensorSpec]]) -> tuple[tuple[ShardPlan, ...], str]:

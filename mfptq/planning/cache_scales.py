@@ -6,7 +6,6 @@ Called by `building`. A scale is the factor that engines multiply by: the larges
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..checkpoint.header import TensorSpec
-from ..checkpoint.stored_bytes import read_bytes
+from ..checkpoint.stored_bytes import read_float32
 from ..checkpoint.weights import StoredTensor
-from ..dtypes import NUMPY_DTYPES
 from ..errors import SourceError, counted, quote
 from ..names.attention import CACHE_SCALES, attention_of, key_modules
-from ..nvfp4 import E4M3_MAX, as_float32
+from ..nvfp4 import E4M3_MAX
+from ..storage.digest import text_sha256
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
@@ -73,7 +72,7 @@ class CacheScales:
     def digests(self) -> dict[str, str]:
         """What decides the bytes of the scales, as a SHA-256, hexadecimal; nothing where there are none."""
         lines = [f"{each.name} {each.value!r}" for scales in self.shards.values() for each in scales]
-        return {"cache scales": hashlib.sha256("\n".join(lines).encode()).hexdigest()} if lines else {}
+        return {"cache scales": text_sha256("\n".join(lines))} if lines else {}
 
 
 def cache_scales(
@@ -132,8 +131,7 @@ def _of_source(source: Source, tensors: Iterable[StoredTensor]) -> dict[str, tup
     """Return the source's scales by attention layer; one for both, as older files have it, counts twice."""
     values: dict[str, dict[str, float]] = {}
     for tensor in tensors:
-        data = read_bytes(source, tensor, 0, tensor.info.nbytes)
-        value = float(as_float32(data.view(NUMPY_DTYPES[tensor.info.dtype])).reshape(-1)[0])
+        value = float(read_float32(source, tensor)[0])
         if not math.isfinite(value) or value <= 0:
             raise SourceError(
                 f"{quote(tensor.info.name)} in {quote(tensor.shard)} is {value}, expected a positive number"

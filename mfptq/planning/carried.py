@@ -6,15 +6,14 @@ take the smallest, and their block scales are rounded anew, which engines would 
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..checkpoint.stored_bytes import read_scalar
 from ..checkpoint.weights import StoredTensor, Weight
 from ..encodings.fp4 import Nvfp4
 from ..errors import SourceError, counted, quote
@@ -22,6 +21,7 @@ from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
 from ..nvfp4 import E4M3_MAX_CODE, E4M3_VALUES, e4m3_encode
 from ..scales.experts import fill_experts, is_calibrated
+from ..storage.digest import text_sha256
 from .formats import GLOBAL_SCALE, INPUT_GLOBAL_SCALE, PACKED, SCALE
 from .jobs import CopyTensor, Scalar
 
@@ -42,24 +42,17 @@ class CarriedWeight:
     input_scale: float | None
     table: bytes = UNCHANGED
 
-    def work(self, weight: Weight, at: Mapping[str, int]) -> CarriedWork:
-        """Return what is to be done for it; `at` are the places of its output tensors, by suffix."""
-        name, codes, scales = weight.module, self.encoding.weight, self.encoding.scales
-        copies = (
-            CopyTensor(name, codes.offset, at[PACKED], codes.info.nbytes, codes.shard),
-            CopyTensor(name, scales.offset, at[SCALE], scales.info.nbytes, scales.shard, self.table),
-        )
-        scalars = [Scalar(at[GLOBAL_SCALE], self.global_scale)]
+    def copies(self, weight: Weight, at: Mapping[str, int]) -> Iterator[CopyTensor]:
+        """Yield what is copied; `at` are the places of its output tensors, by suffix."""
+        codes, scales = self.encoding.weight, self.encoding.scales
+        yield CopyTensor(weight.module, codes.offset, at[PACKED], codes.info.nbytes, codes.shard)
+        yield CopyTensor(weight.module, scales.offset, at[SCALE], scales.info.nbytes, scales.shard, self.table)
+
+    def scalars(self, at: Mapping[str, int]) -> Iterator[Scalar]:
+        """Yield the numbers that are written."""
+        yield Scalar(at[GLOBAL_SCALE], self.global_scale)
         if self.input_scale is not None:
-            scalars.append(Scalar(at[INPUT_GLOBAL_SCALE], self.input_scale))
-        return CarriedWork(copies, tuple(scalars))
-
-
-class CarriedWork(NamedTuple):
-    """What is copied of a weight, and the numbers that are written."""
-
-    copies: tuple[CopyTensor, ...]
-    scalars: tuple[Scalar, ...]
+            yield Scalar(at[INPUT_GLOBAL_SCALE], self.input_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +68,7 @@ class Carried:
         if not self.weights:
             return {}
         lines = [f"{name} {each.global_scale!r} {each.input_scale!r}" for name, each in self.weights.items()]
-        return {"carried": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
+        return {"carried": text_sha256("\n".join(lines))}
 
 
 def has_input_scales(contents: Contents) -> bool:
@@ -125,14 +118,12 @@ def _is_expert(encoding: Nvfp4) -> bool:
 
 def _divisor(source: Source, tensor: StoredTensor, *, divides: bool, unknown: bool = False) -> float:
     """Return a scale as the number that divides; with `unknown`, NaN for one that marks an expert without calibration."""
-    data = bytearray(4)
-    source.read_into(tensor.shard, tensor.offset, memoryview(data))
-    (value,) = struct.unpack("<f", data)
+    value = read_scalar(source, tensor)
     if unknown and not is_calibrated(value):
         return math.nan
     if not math.isfinite(value) or value <= 0:
         raise SourceError(f"{quote(tensor.info.name)} in {quote(tensor.shard)} is {value}, expected a positive number")
-    return float(value) if divides else float(np.float32(1) / np.float32(value))
+    return value if divides else float(np.float32(1) / np.float32(value))
 
 
 def _share(found: dict[str, CarriedWeight], members: Sequence[str]) -> float:

@@ -6,60 +6,41 @@ routed experts of a layer, since an engine asks for theirs once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.weights import Candidate, Weight
 from ..errors import RuleError, UnsupportedTensorError, quote
 from ..fp8 import TILE_SIDE
-from ..names.engine import experts_parent
-from ..names.fusion import FusedGroup
-from ..names.patterns import match_names, unmatched_error
+from ..names.fusion import FusedGroup, undivided
 from .formats import FORMATS, KEEP, FormatRule, TargetFormat
-from .rules import Decision, Rules, Selection, TensorDecision, select
+from .rules import Decision, Selection, TensorDecision, match_modules, pattern_names, select
 
-WITHOUT_INPUTS = {
-    "nvfp4": "nvfp4a16"
-}  # what a format becomes where a layer's inputs cannot be quantized by a fixed scale
+if TYPE_CHECKING:
+    from .settings import Settings
+
+# What a format becomes where a layer's inputs cannot be quantized by a fixed scale.
+WITHOUT_INPUTS = {"nvfp4": "nvfp4a16"}
 LATENT = "kv_b_proj"
 LAST_MEMBER = "kv_a_proj_with_mqa"  # of its fused layer: nothing follows its last rows
 LATENT_REASON = "engines multiply this matrix by an identity, which a fixed input scale would distort"
 
 
-@dataclass(frozen=True, slots=True)
-class _Matches:
-    """For each name the first rule that matches it."""
+def select_formats(
+    candidates: Sequence[Candidate], config: Mapping[str, Any], settings: Settings, base: TargetFormat
+) -> Selection:
+    """Return every tensor's decision, with a format where it is quantized: `base`, unless a rule of the settings gives another.
 
-    rules: Mapping[str, FormatRule]
-
-    def of(self, item: Candidate) -> FormatRule | None:
-        """Return the rule of a tensor: by its own name, its stack's parent, or its experts' names."""
-        names = [item.module]
-        if item.is_stack:
-            names += [item.module.rpartition(".")[0], *(weight.module for weight in item.weights)]
-        return next((self.rules[name] for name in names if name in self.rules), None)
-
-
-class Source(NamedTuple):
-    """What formats are chosen for: a source's tensors, and its config.json."""
-
-    candidates: tuple[Candidate, ...]
-    config: Mapping[str, Any]
-
-
-def select_formats(source: Source, rules: Rules, wanted: Sequence[FormatRule], base: TargetFormat) -> Selection:
-    """Return every tensor's decision, with a format where it is quantized.
-
-    A rule whose pattern matches nothing but what a default keeps also quantizes that. Raises RuleError for patterns that
-    match nothing or split what must have one format, UnsupportedTensorError for what a format cannot hold.
+    `config` is the source's config.json. A rule whose pattern matches nothing but what a default keeps also quantizes that.
+    Raises RuleError for patterns that match nothing or split what must have one format, UnsupportedTensorError for what a
+    format cannot hold.
     """
-    choose = partial(select, source.candidates, config=source.config)
+    rules, wanted = settings.rules, settings.all_formats
+    choose = partial(select, candidates, config=config)
     selection = choose(rules, activations=base.needs_input_scales)
-    if not wanted:
-        return _with_formats(selection, _Matches({}), base)
-    matched = _match(source.candidates, wanted)
+    matched = match_modules(candidates, [(rule.pattern, f"format {rule.format}") for rule in wanted])
     targets = _unquantized(selection, {rule.pattern: matched[rule.pattern] for rule in wanted if rule.format != KEEP})
     if targets:
         latent = any(name.rpartition(".")[2] == LATENT for pattern in targets for name in matched[pattern])
@@ -69,40 +50,25 @@ def select_formats(source: Source, rules: Rules, wanted: Sequence[FormatRule], b
     for rule in wanted:
         for name in matched[rule.pattern]:
             first.setdefault(name, rule)
-    return _with_formats(selection, _Matches(first), base)
-
-
-def _match(candidates: Sequence[Candidate], rules: Sequence[FormatRule]) -> dict[str, frozenset[str]]:
-    names = dict.fromkeys(item.module for item in candidates)
-    for item in candidates:
-        if item.is_stack:
-            names.update(dict.fromkeys((item.module.rpartition(".")[0], *(each.module for each in item.weights))))
-    found = match_names(list(dict.fromkeys(rule.pattern for rule in rules)), list(names))
-    for rule in rules:
-        if not found[rule.pattern]:
-            raise unmatched_error(rule.pattern, f"format {rule.format}", names)
-    return found
+    return _with_formats(selection, first, base)
 
 
 def _unquantized(selection: Selection, matched: Mapping[str, Collection[str]]) -> list[str]:
     """Return the patterns that match nothing that is quantized."""
-    quantized = {
-        weight.module for item in selection.tensors if item.decision.quantize for weight in item.candidate.weights
-    }
-    quantized |= {item.candidate.module for item in selection.tensors if item.decision.quantize}
-    parents = {name.rpartition(".")[0] for name in quantized}
-    return [
-        pattern for pattern, names in matched.items() if not any(name in quantized or name in parents for name in names)
-    ]
+    if not matched:
+        return []
+    quantized = [item.candidate for item in selection.tensors if item.decision.quantize]
+    names = {name for item in quantized for name in (item.module, *(weight.module for weight in item.weights))}
+    names |= {name.rpartition(".")[0] for name in names}
+    return [pattern for pattern, found in matched.items() if names.isdisjoint(found)]
 
 
-def _with_formats(selection: Selection, matches: _Matches, base: TargetFormat) -> Selection:
-    tensors = tuple(
-        _given(item, matches, base) if item.decision.quantize else _kept(item, matches) for item in selection.tensors
-    )
+def _with_formats(selection: Selection, rules: Mapping[str, FormatRule], base: TargetFormat) -> Selection:
+    """Return the decisions with formats; `rules` has the rule of each name that one matches."""
+    tensors = tuple(_with_format(item, rules, base) for item in selection.tensors)
     found = {weight.module: item for item in tensors for weight in item.candidate.sample}
     samples = selection.sample_groups
-    for name, members in undivided(samples):
+    for name, members in undivided((member for group in samples for member in group.members), samples):
         _check_one_format(name, [found[member] for member in members])
     for group in samples:
         _check_shapes(group, found)
@@ -113,23 +79,17 @@ def _with_formats(selection: Selection, matches: _Matches, base: TargetFormat) -
     return replace(selection, tensors=tensors, groups=groups)
 
 
-def _kept(item: TensorDecision, matches: _Matches) -> TensorDecision:
-    """Return what is kept anyway, with the format `bf16` where the user asked for that."""
-    rule = matches.of(item.candidate)
-    if rule is None or rule.format != KEEP:
-        return item
-    return TensorDecision(item.candidate, replace(item.decision, format=KEEP))
-
-
-def _given(item: TensorDecision, matches: _Matches, base: TargetFormat) -> TensorDecision:
+def _with_format(item: TensorDecision, rules: Mapping[str, FormatRule], base: TargetFormat) -> TensorDecision:
     """Return the decision with a format, and with the rule that chose it where the user did."""
     candidate, decision = item
-    rule = matches.of(candidate)
+    rule = next((rules[name] for name in pattern_names(candidate) if name in rules), None) if rules else None
     if rule is not None and rule.format == KEEP:
-        return TensorDecision(candidate, Decision(False, rule.reason, rule.shown, KEEP))
+        chosen = Decision(False, rule.reason, rule.shown) if decision.quantize else decision
+        return TensorDecision(candidate, replace(chosen, format=KEEP))
+    if not decision.quantize:
+        return item
     target = FORMATS[rule.format] if rule is not None else base
-    latent = candidate.module.rpartition(".")[2] == LATENT
-    if latent and target.needs_input_scales:
+    if candidate.module.rpartition(".")[2] == LATENT and target.needs_input_scales:
         if rule is not None or target.name not in WITHOUT_INPUTS:
             raise RuleError(
                 f"{quote(candidate.module)} cannot be {target.name}: {LATENT_REASON}; use nvfp4a16 or fp8-dynamic"
@@ -140,23 +100,12 @@ def _given(item: TensorDecision, matches: _Matches, base: TargetFormat) -> Tenso
     return TensorDecision(candidate, Decision(True, rule.reason, rule.shown, target.name))
 
 
-def undivided(groups: Iterable[FusedGroup]) -> list[tuple[str, list[str]]]:
-    """Return the sets of modules that share one format: fused layers, and the routed experts of a layer."""
-    found = [(group.name, list(group.members)) for group in groups if len(group.members) > 1]
-    experts: dict[str, list[str]] = {}
-    for group in groups:
-        parent = experts_parent(group.members[0])
-        if parent is not None:
-            experts.setdefault(parent, []).extend(group.members)
-    return [*found, *experts.items()]
-
-
 def _check_one_format(name: str, items: Sequence[TensorDecision]) -> None:
     first = items[0]
     other = next((item for item in items if item.decision.format != first.decision.format), None)
     if other is None:
         return
-    asked = first if first.decision.reason.endswith("as asked") and first.decision.rule else other
+    asked = first if first.decision.is_users and first.decision.rule else other
     raise RuleError(
         f"pattern {quote(asked.decision.rule)} splits {quote(name)}, which engines load in one format: "
         f"{quote(first.candidate.module)} would be {first.decision.format}, "

@@ -91,18 +91,11 @@ def copy_runs(copies: Iterable[CopyTensor], limit: int) -> Iterator[CopyRun]:
         yield CopyRun(begin, tuple(run), *origin)
 
 
-@dataclass(frozen=True, slots=True)
-class InputScale:
-    """What a format stores for a group's inputs, and its place in the output file."""
-
-    offset: int
-    value: float
-
-
 class QuantizeWeight(NamedTuple):
     """A weight, its format and method, and the places of what it becomes, in bytes from the beginning of the output file.
 
-    `values` is where its values begin, `scale` its scale or scales; `global_scale` is -1 where a format has none.
+    `values` is where its values begin, `scale` its scale or scales; `global_scale` is -1 where a format has none, `input_scale`
+    None.
     """
 
     weight: Weight
@@ -112,7 +105,7 @@ class QuantizeWeight(NamedTuple):
     values: int
     scale: int
     global_scale: int
-    input_scale: InputScale | None
+    input_scale: Scalar | None
 
 
 def stats_key(step: QuantizeWeight) -> str:

@@ -6,18 +6,18 @@ they are, and so a config group, as if a rule had asked for it. All other kept w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..checkpoint.weights import Candidate, Weight
 from ..encodings.scaled import ScaledCodes
-from ..names.fusion import fused_groups
+from ..names.fusion import fused_groups, undivided
 from ..names.leaves import LINEAR_LEAVES, leaf_of
 from ..names.structure import DRAFTER
 from ..names.wrappers import logical
 from ..nvfp4 import BLOCK_SIZE
 from .defaults import Defaults, siblings_of
-from .format_choice import is_cut, undivided
+from .format_choice import is_cut
 from .formats import FORMATS, KEEP, TargetFormat
 from .rules import Decision, Selection, TensorDecision
 from .stored_codes import takes_codes
@@ -83,28 +83,23 @@ def _block(weight: Weight) -> tuple[int, int]:
 def _whole(selection: Selection, chosen: Mapping[str, TargetFormat]) -> dict[str, TargetFormat]:
     """Return the choices without those that would give parts of one fused layer, or experts of one layer, two formats."""
     weights = {weight.module: weight for item in selection.tensors for weight in item.candidate.weights}
-    formats = dict(chosen)
-    for item in selection.tensors:
-        if item.decision.quantize:
-            formats.update((each.module, FORMATS[item.decision.format]) for each in item.candidate.weights)
     groups = fused_groups(weights)
-    sets = [members for _, members in undivided(groups)]
-    sets += [[each.module for each in item.candidate.weights] for item in selection.tensors if item.candidate.is_stack]
-    members = ((name, group) for group in groups for name in group.members if name in chosen)
-    wrong = [name for name, group in members if is_cut(weights[name], group, chosen[name])]
-    while wrong := wrong or _split(sets, formats, chosen):
-        for name in wrong:
-            del formats[name]
-        wrong = []
-    return {name: target for name, target in formats.items() if name in chosen}
-
-
-def _split(
-    sets: Iterable[list[str]], formats: Mapping[str, TargetFormat], chosen: Mapping[str, TargetFormat]
-) -> list[str]:
-    """Return the modules among `chosen` that have another format than one that they must share it with."""
-    mixed = (members for members in sets if len({formats.get(name) for name in members}) > 1)
-    return list(dict.fromkeys(name for members in mixed for name in members if name in chosen and name in formats))
+    sets = [members for _, members in undivided(weights, groups)]
+    sets += [tuple(w.module for w in item.candidate.weights) for item in selection.tensors if item.candidate.is_stack]
+    quantized = {
+        weight.module: FORMATS[item.decision.format]
+        for item in selection.tensors
+        if item.decision.quantize
+        for weight in item.candidate.weights
+    }
+    own = ((name, group) for group in groups for name in group.members if name in chosen)
+    left = {name: chosen[name] for name, group in own if not is_cut(weights[name], group, chosen[name])}
+    while True:
+        formats = quantized | left
+        mixed = {name for members in sets if len({formats.get(each) for each in members}) > 1 for name in members}
+        if mixed.isdisjoint(left):
+            return left
+        left = {name: target for name, target in left.items() if name not in mixed}
 
 
 def _carried(item: TensorDecision, chosen: Mapping[str, TargetFormat]) -> TensorDecision:

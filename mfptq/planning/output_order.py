@@ -16,7 +16,7 @@ from ..names.fusion import FusedGroup, by_group
 from .formats import SCALAR, OutputTensor
 
 if TYPE_CHECKING:
-    from .method_choice import WeightRun
+    from .weight_targets import WeightRun
 
 _SCALAR_BYTES = 4  # a float32 must lie at a multiple of its size
 _LARGE = 2**20  # weights of so many elements have their scales right behind their values

@@ -18,12 +18,11 @@ from ..checkpoint.weights import Weight
 from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
 from ..names.block_numbers import block_warnings
 from ..names.fusion import FusedGroup
+from ..storage.digest import text_sha256
 from .cache_scales import CacheScales
 from .carried import Carried
-from .digests import sha256
 from .formats import FORMATS, GLOBAL_SCALE, SCALE, TargetFormat
-from .jobs import CAST, CopyTensor, InputScale, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor
-from .method_choice import WeightRun, WeightTarget
+from .jobs import CAST, CopyTensor, QuantizeWeight, Scalar, ShardJob, ShardPlan, WidenTensor
 from .rules import Selection, TensorDecision
 from .share import Share, share_of
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from .allocation import Allocation
     from .quantization_config import Scheme
     from .settings import Settings
+    from .weight_targets import WeightRun, WeightTarget
 
 
 class PlannedTensor(NamedTuple):
@@ -83,7 +83,7 @@ class ConversionPlan:
     @property
     def digest(self) -> str:
         """One SHA-256 over all the digests, hexadecimal."""
-        return sha256(json.dumps(dict(self.digests), sort_keys=True))
+        return text_sha256(json.dumps(dict(self.digests), sort_keys=True))
 
     @property
     def output_bytes(self) -> int:
@@ -224,9 +224,9 @@ class ConversionPlan:
                 for weight in run.weights:
                     at = {suffix: next(places) for suffix in suffixes}
                     if weight.module in self.carried.weights:
-                        work = self.carried.weights[weight.module].work(weight, at)
-                        copies += work.copies
-                        scalars += work.scalars
+                        carried = self.carried.weights[weight.module]
+                        copies += carried.copies(weight, at)
+                        scalars += carried.scalars(at)
                     else:
                         weights.append(self._step(weight, at))
             if not runs and tensor.encoding is not None:
@@ -243,7 +243,7 @@ class ConversionPlan:
         if target.input_suffix:
             assert self.input_scales is not None
             value = target.input_value(self.input_scales.global_scales[group])
-            given = InputScale(at[target.input_suffix], value)
+            given = Scalar(at[target.input_suffix], value)
         return QuantizeWeight(
             weight, group, target, method, at[target.data_suffix], at[SCALE], at.get(GLOBAL_SCALE, -1), given
         )

@@ -1,7 +1,7 @@
-"""Decide which weights become FP4: names, shapes and the model's structure decide, since no module types are known.
+"""Decide which tensors are quantized, from their names, shapes and place in the model: module types are not known.
 
-Order: what the user ignores is kept; what the user targets is quantized; then the defaults choose the linear layers of the
-decoder's blocks.
+Called by `format_choice`, which then gives each of them a format. What the user ignores is kept; what the user targets is
+quantized; of the rest, the defaults choose the linear layers of the decoder's blocks. Reads no file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.weights import Candidate
 from ..errors import RuleError, UnsupportedTensorError, quote
-from ..names.engine import experts_parent
-from ..names.fusion import FusedGroup, fused_groups, parameters
+from ..names.fusion import FusedGroup, fused_groups, parameters, undivided
 from ..names.patterns import match_names, unmatched_error
 from ..names.structure import Structure
 from ..nvfp4 import BLOCK_SIZE
@@ -45,7 +44,7 @@ class Rules:
 class Decision:
     """What happens to a tensor: `rule` is the pattern that decided, or "" where shape or default behaviour did.
 
-    `format` is the name of what a quantized one becomes, once `format_choice` has chosen it.
+    `format` is the name of what a quantized one becomes, once `format_choice` has chosen it; `bf16` where that keeps it.
     """
 
     quantize: bool
@@ -54,7 +53,12 @@ class Decision:
     format: str = ""
 
     @property
-    def is_asked(self) -> bool:
+    def is_users(self) -> bool:
+        """Whether the user decided, by whatever option."""
+        return self.reason.endswith("as asked")
+
+    @property
+    def is_format_asked(self) -> bool:
         """Whether a rule of the user's gave it this very format."""
         return self.reason == f"{self.format} as asked"
 
@@ -65,7 +69,7 @@ CARRIED = Decision(True, "NVFP4 already, goes over as it is")
 
 
 class TensorDecision(NamedTuple):
-    """A source tensor and its fate."""
+    """A source tensor and what was decided for it."""
 
     candidate: Candidate
     decision: Decision
@@ -73,7 +77,7 @@ class TensorDecision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Every tensor's fate, the groups of weights that become FP4 with one scale, and where the model's parts lie."""
+    """Every tensor's decision, the groups of quantized weights that share their scales, and where the model's parts lie."""
 
     tensors: tuple[TensorDecision, ...]
     groups: tuple[FusedGroup, ...]
@@ -104,13 +108,12 @@ def select(
     structure = Structure([(info.name, info.shape) for info in infos], config or {})
     siblings = siblings_of(info.name for info in infos)
     defaults = Defaults(structure, siblings, activations=activations)
-    hits = _user_hits(candidates, rules)
-    alike = rules.like.chosen(weight.module for item in candidates for weight in item.weights) if rules.like else None
-    decided = [TensorDecision(item, _decide(item, (hits, alike), rules, defaults)) for item in candidates]
+    asked = _asked(candidates, rules)
+    decided = [TensorDecision(item, _decide(item, asked, defaults)) for item in candidates]
     if any(item.decision is CARRIED for item in decided):
         decided = [_in_mixture(item) for item in decided]
     modules = [weight.module for item in candidates for weight in item.sample]
-    decided = _keep_groups_whole(decided, parameters(modules, siblings))
+    decided = _keep_whole(decided, undivided(modules, parameters(modules, siblings)))
     quantized = [w.module for item in decided if item.decision.quantize for w in item.candidate.weights]
     if not quantized:
         reasons = Counter(item.decision.reason for item in decided if len(item.candidate.tensor.info.shape) > 1)
@@ -120,14 +123,44 @@ def select(
 
 
 @dataclass(frozen=True, slots=True)
-class _Hits:
-    """Which names the user's patterns matched: name -> pattern."""
+class _Asked:
+    """What the user asked for in this checkpoint: the pattern of each matched name, and the modules of `like`, if given."""
 
     ignored: Mapping[str, str]
     targeted: Mapping[str, str]
+    alike: Collection[str] | None
+    rules: Rules
 
 
-def _names(candidate: Candidate) -> list[str]:
+def _asked(candidates: Sequence[Candidate], rules: Rules) -> _Asked:
+    alike = rules.like.chosen(weight.module for item in candidates for weight in item.weights) if rules.like else None
+    patterns = [(each, "ignore pattern") for each in rules.ignore] + [
+        (each, "target pattern") for each in rules.targets
+    ]
+    found = match_modules(candidates, patterns)
+    _check_targets(candidates, rules.targets, found)
+    ignored, targeted = (
+        {name: pattern for pattern in given for name in found[pattern]} for given in (rules.ignore, rules.targets)
+    )
+    return _Asked(ignored, targeted, alike, rules)
+
+
+def match_modules(candidates: Sequence[Candidate], patterns: Sequence[tuple[str, str]]) -> Mapping[str, frozenset[str]]:
+    """Return the names that each pattern matches; the patterns come with what a message calls them.
+
+    Raises RuleError for a pattern that is invalid or matches nothing.
+    """
+    if not patterns:
+        return {}
+    names = list(dict.fromkeys(name for item in candidates for name in pattern_names(item)))
+    found = match_names([pattern for pattern, _ in patterns], names)
+    for pattern, option in patterns:
+        if not found[pattern]:
+            raise unmatched_error(pattern, option, names)
+    return found
+
+
+def pattern_names(candidate: Candidate) -> list[str]:
     """Return every name a pattern may use for a tensor: an expert stack answers to its experts' and its parent's too."""
     own = [candidate.module]
     if candidate.is_stack:
@@ -135,28 +168,12 @@ def _names(candidate: Candidate) -> list[str]:
     return own
 
 
-def _user_hits(candidates: Sequence[Candidate], rules: Rules) -> _Hits:
-    if not rules.ignore and not rules.targets:
-        return _Hits({}, {})
-    names = list(dict.fromkeys(name for item in candidates for name in _names(item)))
-    found = match_names([*rules.ignore, *rules.targets], names)
-    for option, patterns in (("ignore pattern", rules.ignore), ("target pattern", rules.targets)):
-        for pattern in patterns:
-            if not found[pattern]:
-                raise unmatched_error(pattern, option, names)
-    _check_targets(candidates, rules.targets, found)
-    return _Hits(
-        {name: pattern for pattern in rules.ignore for name in found[pattern]},
-        {name: pattern for pattern in rules.targets for name in found[pattern]},
-    )
-
-
 def _check_targets(
     candidates: Sequence[Candidate], targets: Iterable[str], found: Mapping[str, frozenset[str]]
 ) -> None:
     """Refuse a target that names, or matches only, what the format cannot hold."""
     for pattern in targets:
-        matched = [item for item in candidates if not found[pattern].isdisjoint(_names(item))]
+        matched = [item for item in candidates if not found[pattern].isdisjoint(pattern_names(item))]
         obstacles = [(item, _obstacle(item)) for item in matched]
         if all(text for _, text in obstacles):
             item, text = obstacles[0]
@@ -177,19 +194,19 @@ def _obstacle(candidate: Candidate) -> str:
     return ""
 
 
-def _decide(item: Candidate, asked: tuple[_Hits, Collection[str] | None], rules: Rules, defaults: Defaults) -> Decision:
-    hits, alike = asked
-    if pattern := _user_pattern(item, hits.ignored):
+def _decide(item: Candidate, asked: _Asked, defaults: Defaults) -> Decision:
+    rules = asked.rules
+    if pattern := _user_pattern(item, asked.ignored):
         return Decision(False, "ignored as asked", pattern)
     if obstacle := _obstacle(item):
         return Decision(False, obstacle)
     if item.tensor.encoding is not None and item.tensor.encoding.is_nvfp4:
         return CARRIED
-    if pattern := _user_pattern(item, hits.targeted):
+    if pattern := _user_pattern(item, asked.targeted):
         _check_loadable(item, pattern, rules, defaults)
         decision = Decision(True, TARGETED, pattern)
-    elif alike is not None:
-        decision = _as_in(alike, item, "" if rules.force else defaults.unloadable(item))
+    elif asked.alike is not None:
+        decision = _as_in(asked.alike, item, "" if rules.force else defaults.unloadable(item))
         if not decision.quantize:
             return decision
     else:
@@ -234,7 +251,7 @@ def _user_pattern(item: Candidate, matched: Mapping[str, str]) -> str:
     """Return the user's pattern that decides a tensor, or ""; part of a stack cannot be decided alone."""
     if not matched:
         return ""
-    names = [name for name in _names(item) if name in matched]
+    names = [name for name in pattern_names(item) if name in matched]
     if not names:
         return ""
     weights = {weight.module for weight in item.weights}
@@ -246,39 +263,29 @@ def _user_pattern(item: Candidate, matched: Mapping[str, str]) -> str:
     return matched[names[0]]
 
 
-def _keep_groups_whole(decided: list[TensorDecision], groups: Iterable[FusedGroup]) -> list[TensorDecision]:
-    """Return the decisions with every group that cannot be quantized whole kept whole, or raise RuleError."""
-    changed: dict[int, Decision] = {}
-    for group, rows in _undivided(decided, groups):
-        current = [changed.get(row, decided[row].decision) for row in rows]
-        if len({each.quantize for each in current}) < 2:
-            continue
-        kept = [(row, each) for row, each in zip(rows, current, strict=True) if not each.quantize]
-        wanted = [(row, each) for row, each in zip(rows, current, strict=True) if each.quantize]
-        for row, each in [*kept, *wanted]:
-            if each.reason.endswith("as asked"):
-                other = kept[0] if each.quantize else wanted[0]
-                raise RuleError(
-                    f"pattern {quote(each.rule)} splits fused group {quote(group)}: {quote(decided[row].candidate.module)} "
-                    f"would be {_fate(each)}, {quote(decided[other[0]].candidate.module)} {_fate(other[1])}"
-                )
-        partner, why = decided[kept[0][0]].candidate.module, kept[0][1].reason
-        for row, _ in wanted:
-            changed[row] = Decision(False, f"fused with {quote(partner)}, which is kept: {why}")
-    return [TensorDecision(item.candidate, changed.get(row, item.decision)) for row, item in enumerate(decided)]
-
-
-def _fate(decision: Decision) -> str:
-    return "quantized" if decision.quantize else "kept"
-
-
-def _undivided(decided: Sequence[TensorDecision], groups: Iterable[FusedGroup]) -> list[tuple[str, list[int]]]:
-    """Return the sets of tensors (by position) that share one fate: routed experts first, then engines' parameters."""
+def _keep_whole(decided: Sequence[TensorDecision], sets: Iterable[FusedGroup]) -> list[TensorDecision]:
+    """Return the decisions with every set of modules kept that is quantized in part; raises RuleError where the user said so."""
+    result = list(decided)
     rows = {weight.module: row for row, item in enumerate(decided) for weight in item.candidate.sample}
-    experts: dict[str, list[int]] = {}
-    for module, row in rows.items():
-        parent = experts_parent(module)
-        if parent is not None:
-            experts.setdefault(parent, []).append(row)
-    fused = [(group.name, [rows[name] for name in group.members]) for group in groups if len(group.members) > 1]
-    return [*((name, list(dict.fromkeys(found))) for name, found in experts.items()), *fused]
+    for name, members in sets:
+        own = dict.fromkeys(rows[member] for member in members)
+        kept = [row for row in own if not result[row].decision.quantize]
+        quantized = [row for row in own if result[row].decision.quantize]
+        if not kept or not quantized:
+            continue
+        partner = result[kept[0]]
+        for row in (*kept, *quantized):
+            if result[row].decision.is_users:
+                raise _split_error(name, result[row], partner if row in quantized else result[quantized[0]])
+        reason = f"fused with {quote(partner.candidate.module)}, which is kept: {partner.decision.reason}"
+        for row in quantized:
+            result[row] = TensorDecision(result[row].candidate, Decision(False, reason))
+    return result
+
+
+def _split_error(name: str, item: TensorDecision, other: TensorDecision) -> RuleError:
+    own, others = ("quantized" if each.decision.quantize else "kept" for each in (item, other))
+    return RuleError(
+        f"pattern {quote(item.decision.rule)} splits fused group {quote(name)}: {quote(item.candidate.module)} "
+        f"would be {own}, {quote(other.candidate.module)} {others}"
+    )

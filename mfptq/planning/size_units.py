@@ -16,7 +16,7 @@ from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
 from .allocation import NORM, REFERENCE, Option, Unit
 from .formats import FORMATS, KEEP
-from .method_choice import weight_target
+from .weight_targets import weight_target
 
 if TYPE_CHECKING:
     from .plan import ConversionPlan
@@ -63,7 +63,9 @@ def changeable_layers(plan: ConversionPlan) -> list[Layers]:
     found = []
     for name, groups in sorted(together.items()):
         members = [items[member] for group in groups for member in group.members]
-        fixed = any(item.decision.is_asked or FORMATS[item.decision.format].family != "nvfp4" for item in members)
+        fixed = any(
+            item.decision.is_format_asked or FORMATS[item.decision.format].family != "nvfp4" for item in members
+        )
         modules = [member for group in groups for member in group.members]
         if not fixed and plan.carried.weights.keys().isdisjoint(modules):
             candidates = {item.candidate.module: item.candidate for item in members}

@@ -9,24 +9,48 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..checkpoint.header import tensor_bytes
 from ..checkpoint.weights import Weight
 from ..encodings.fp4 import Nvfp4
 from ..errors import RuleError, UsageError, quote
 from ..names.fusion import FusedGroup
 from ..scales.assignment import AssignedScales, assign_input_scales
 from ..scales.input_scales import InputScales
-from ..scales.uncalibrated import UncalibratedInputs, resolved
+from ..scales.uncalibrated import UncalibratedInputs
 from .carried import Carried, carried_weights
 from .format_choice import WITHOUT_INPUTS
-from .formats import FORMATS, TargetFormat
+from .formats import FORMATS, OutputTensor, TargetFormat
 from .jobs import CAST
-from .method_choice import WeightRun, WeightTarget, weight_target
 from .rules import Selection, TensorDecision
 from .stored_codes import takes_codes
 
 if TYPE_CHECKING:
     from ..calibration.reading import Calibration
     from ..checkpoint.source import Source
+
+
+class WeightTarget(NamedTuple):
+    """What a weight becomes: its format, and the method, which decides the dtype of some scales."""
+
+    format: TargetFormat
+    method: str
+
+
+class WeightRun(NamedTuple):
+    """Weights that follow each other in one source tensor and become the same: mostly all experts of a stack."""
+
+    target: WeightTarget
+    weights: tuple[Weight, ...]
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """What each of the weights becomes."""
+        return tuple(self.target.format.tensors(self.weights[0], self.target.method))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all tensors that one of the weights becomes, in bytes."""
+        return sum(tensor_bytes(each.dtype, each.shape) or 0 for each in self.tensors)
 
 
 class ChosenTargets(NamedTuple):
@@ -45,6 +69,13 @@ class ChosenTargets(NamedTuple):
             module: weight_target(module, target, method, self.calibration) for module, target in self.formats.items()
         }
         return found | {module: WeightTarget(self.formats[module], CAST) for module in self.cast}
+
+
+def weight_target(module: str, target: TargetFormat, method: str, calibration: Calibration | None) -> WeightTarget:
+    """Return what a weight becomes, and by which method: the one asked for, or what format and calibration file allow."""
+    if not target.takes_statistics:
+        return WeightTarget(target, "minmax" if method == "minmax" else "search")
+    return WeightTarget(target, method if calibration is None else calibration.method(module, method))
 
 
 def weight_runs(selection: Selection, targets: Mapping[str, WeightTarget]) -> dict[str, tuple[WeightRun, ...]]:
@@ -147,7 +178,7 @@ def _formats(selection: Selection, carried: Carried, *, given: bool) -> dict[str
             continue
         target = FORMATS[item.decision.format]
         without = FORMATS.get(WITHOUT_INPUTS.get(target.name, ""), target)
-        known = given or item.decision.is_asked
+        known = given or item.decision.is_format_asked
         for weight in item.candidate.weights:
             own = carried.weights.get(weight.module)
             has_scale = known if own is None else own.input_scale is not None
@@ -165,11 +196,12 @@ def _assign(
     needed = [group for group in groups if formats[group.members[0]].needs_input_scales]
     if not needed:
         return None
-    given = resolved(scales, needed)
-    if given is None:
+    if isinstance(scales, UncalibratedInputs):
+        scales = scales.of(needed)
+    if scales is None:
         target = formats[needed[0].members[0]]
         raise UsageError(
             f"format {target.name} of {quote(needed[0].name)} needs input scales, from input_scales, calibration or like"
         )
     others = [module for module, target in formats.items() if not target.needs_input_scales]
-    return assign_input_scales(given, needed, kept=[*kept, *others])
+    return assign_input_scales(scales, needed, kept=[*kept, *others])

@@ -5,7 +5,6 @@ Called by `planning.weight_targets`, whatever the scales came from: a file, anot
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from ..errors import counted, listed, quote
 from ..names.bridge import Bridge
 from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
+from ..storage.digest import text_sha256
 from .experts import fill_experts, is_calibrated
 from .input_scales import AUTO, InputScales
 from .matching import check_complete, match_names, names_error
@@ -61,8 +61,8 @@ def assign_input_scales(
         _partners(lent or ()),
         _ignored([name for name in scales.global_scales if name not in used]),
     )
-    digest = hashlib.sha256("\n".join(f"{name}={chosen[name].hex()}" for name in sorted(chosen)).encode())
-    return AssignedScales(chosen, tuple(line for line in warnings if line), filled, digest.hexdigest(), scales.about)
+    digest = text_sha256("\n".join(f"{name}={chosen[name].hex()}" for name in sorted(chosen)))
+    return AssignedScales(chosen, tuple(filter(None, warnings)), filled, digest, scales.about)
 
 
 def _look_up(scales: InputScales, bridge: Bridge, member: str) -> float | None:

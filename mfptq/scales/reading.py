@@ -15,6 +15,7 @@ from typing import Any, cast, get_args
 from ..checkpoint.folder import Checkpoint, read_shard, stored_tensors
 from ..checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from ..checkpoint.source import FolderSource, Source
+from ..checkpoint.stored_bytes import read_bytes
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..checkpoint.weights import StoredTensor
 from ..encodings.declared import read_declared
@@ -114,9 +115,8 @@ def _algorithms(checkpoint: Checkpoint, named: Iterable[StoredTensor]) -> Algori
 def _numbers(source: Source, tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, float]]:
     for tensor in tensors:
         check_scalar(tensor.info)
-        data = bytearray(tensor.info.nbytes)
-        source.read_into(tensor.shard, tensor.offset, memoryview(data))
-        yield tensor.info.name, number_in_tensor(tensor.info, bytes(data))
+        data = read_bytes(source, tensor, 0, tensor.info.nbytes)
+        yield tensor.info.name, number_in_tensor(tensor.info, data.tobytes())
 
 
 def _global_scales(numbers: Iterable[tuple[str, float]], convention: ScaleConvention) -> dict[str, float]:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.stored_bytes import read_float32
 from ..checkpoint.weights import StoredTensor
 from ..dtypes import NUMPY_DTYPES
 from ..names.fusion import FusedGroup
 from ..names.norms import BEFORE_ATTENTION, Norms, known_norms
-from ..nvfp4 import INPUT_SCALE_NUMERATOR, as_float32
+from ..nvfp4 import INPUT_SCALE_NUMERATOR
 from .input_scales import AUTO, InputScales
 
 CONSTANT = 4.0  # inputs up to 672; on Gemma 3 270M, 4 to 16 for all layers are as good as calibrated scales
@@ -60,18 +61,11 @@ class UncalibratedInputs:
 
     def _bound(self, norm: StoredTensor | None, offset: float) -> float | None:
         """Return the largest magnitude that a norm can give: |gamma| times the root of its width; None if unknown."""
-        if norm is None or norm.info.dtype not in ("BF16", "F16", "F32") or len(norm.info.shape) != 1:
+        if norm is None or norm.info.dtype not in NUMPY_DTYPES or len(norm.info.shape) != 1:
             return None
-        data = np.empty(norm.info.nbytes, np.uint8)
-        self.checkpoint.source.read_into(norm.shard, norm.offset, data.data)
-        gamma = np.abs(as_float32(data.view(NUMPY_DTYPES[norm.info.dtype])) + np.float32(offset))
+        gamma = np.abs(read_float32(self.checkpoint.source, norm) + np.float32(offset))
         bound = float(gamma.max(initial=0.0)) * math.sqrt(norm.info.shape[0])
         return bound if math.isfinite(bound) else None
-
-
-def resolved(scales: InputScales | UncalibratedInputs | None, groups: Iterable[FusedGroup]) -> InputScales | None:
-    """Return scales as they are, or, where they stand for what the groups need, those for the groups."""
-    return scales.of(groups) if isinstance(scales, UncalibratedInputs) else scales
 
 
 def _norm_of(group: FusedGroup, known: Norms | None) -> str:

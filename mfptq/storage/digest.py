@@ -1,4 +1,4 @@
-"""SHA-256 of files: one that follows the writes, and many files in parallel."""
+"""SHA-256 of texts and of files: one that follows the writes, and many files in parallel."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def in_parallel(
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
+
+
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(

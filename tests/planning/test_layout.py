@@ -12,9 +12,9 @@ import mfptq
 from mfptq.checkpoint import header
 from mfptq.errors import SourceError, UsageError
 from mfptq.planner import make_plan
-from mfptq.planning import digests, jobs
+from mfptq.planning import building, jobs
 from mfptq.planning import plan as planning
-from mfptq.planning.jobs import CopyTensor, InputScale, copy_runs
+from mfptq.planning.jobs import CopyTensor, Scalar, copy_runs
 from mfptq.planning.quantization_config import config_text
 
 WEIGHTS = {
@@ -68,7 +68,7 @@ def test_a_job_says_where_every_byte_comes_from_and_goes(folder: Path, tmp_path:
     assert (step.values, step.scale, step.global_scale) == tuple(
         places[f"m.k_proj.weight_{part}"] for part in ("packed", "scale", "global_scale")
     )
-    assert step.input_scale == InputScale(places["m.k_proj.input_global_scale"], 2688 / 2)
+    assert step.input_scale == Scalar(places["m.k_proj.input_global_scale"], 2688 / 2)
     assert [weight.module for weight in plan.members(step.weight)] == ["m.k_proj", "m.q_proj"]
 
 
@@ -145,7 +145,7 @@ def test_digests_name_what_the_output_depends_on(folder: Path, tmp_path: Path) -
         return {part for part in base.digests if base.digests[part] != plan.digests[part]}
 
     base = make_plan(folder)
-    assert base.digests["format"] == str(digests.PLAN_FORMAT)
+    assert base.digests["format"] == str(building.PLAN_FORMAT)
     assert base.digests["input scales"] == ""
     assert changed(make_plan(folder)) == set()
     assert changed(make_plan(folder, method="minmax")) == {"settings"}
