@@ -1,6 +1,6 @@
-"""Scales of an FP8 cache of keys and values: the source's own, or those that ranges of a calibration file give.
+"""Find the scales of an FP8 cache of keys and values: from a calibration file's ranges, or the source's own.
 
-Called by `building`. A scale is the factor that engines multiply by: the largest magnitude over 448. They look for
+Called by `building`. Reads the source's scales, nothing else. A scale is the factor that engines multiply by: the largest magnitude over 448. They look for
 `<attention>.k_scale` and `<attention>.v_scale`, and take 1.0 for a layer that has none.
 """
 
@@ -35,11 +35,6 @@ class CacheScale(NamedTuple):
     name: str
     value: float
 
-    @property
-    def spec(self) -> TensorSpec:
-        """The tensor that is written, among the first of its file."""
-        return TensorSpec(self.name, "F32", (1,))
-
 
 @dataclass(frozen=True, slots=True)
 class CacheScales:
@@ -54,7 +49,7 @@ class CacheScales:
 
     def specs(self, shard: str) -> Iterator[TensorSpec]:
         """Yield the tensors of one output shard."""
-        return (each.spec for each in self.of(shard))
+        return (TensorSpec(each.name, "F32", (1,)) for each in self.of(shard))
 
     @property
     def layers(self) -> int:
@@ -90,35 +85,30 @@ def cache_scales(
     """
     if settings.kv_cache is None:
         return CacheScales({})
-    shards = {tensor.info.name: shard for shard, tensors in contents.shards.items() for tensor in tensors}
-    homes = {name.removesuffix(".weight"): shard for name, shard in shards.items()}
-    layers = {attention_of(module): homes[module] for module in key_modules(homes)}
-    found: dict[str, tuple[float, float]] = {}
-    origin = ""
-    ranges = {} if calibration is None else calibration.key_value_ranges(list(key_modules(homes)))
+    stored = {tensor.info.name: shard for shard, tensors in contents.shards.items() for tensor in tensors}
+    shard_of = {name.removesuffix(".weight"): shard for name, shard in stored.items()}
+    modules = list(key_modules(shard_of))
+    ranges = {} if calibration is None else calibration.key_value_ranges(modules)
     if ranges:
         found = {
             attention_of(module): (keys / E4M3_MAX, values / E4M3_MAX) for module, (keys, values) in ranges.items()
         }
         origin = "from the calibration file"
-    elif contents.cache_scales:
+    else:
         found, origin = _of_source(source, contents.cache_scales), "of the source"
-    stored = {name for name in shards if name.rpartition(".")[2] in CACHE_SCALES}
+    layers = {attention_of(module): shard_of[module] for module in modules}
     by_shard: dict[str, list[CacheScale]] = {}
-    for layer, values in found.items():
+    for layer, (key_scale, value_scale) in found.items():
         if layer in layers:
-            factors = 1.0, _largest_factor(smoothing, f"{layer}.v_proj.weight")
-            new = [
-                CacheScale(f"{layer}.{leaf}", _positive(value * factor))
-                for leaf, value, factor in zip(CACHE_SCALES, values, factors, strict=True)
-            ]
-            by_shard.setdefault(layers[layer], []).extend(each for each in new if each.name not in stored)
+            scales = key_scale, value_scale * _largest_factor(smoothing, f"{layer}.v_proj.weight")
+            written = [_scale(f"{layer}.{leaf}", scale) for leaf, scale in zip(CACHE_SCALES, scales, strict=True)]
+            by_shard.setdefault(layers[layer], []).extend(each for each in written if each.name not in stored)
     return CacheScales({shard: tuple(scales) for shard, scales in by_shard.items()}, origin)
 
 
-def _positive(value: float) -> float:
-    """Return a scale as float32; 1 where all keys or values were 0."""
-    return float(np.float32(value)) or 1.0
+def _scale(name: str, value: float) -> CacheScale:
+    """Return a scale rounded to float32; 1 where all keys or values were 0."""
+    return CacheScale(name, float(np.float32(value)) or 1.0)
 
 
 def _largest_factor(smoothing: Smoothing | None, name: str) -> float:
@@ -128,7 +118,7 @@ def _largest_factor(smoothing: Smoothing | None, name: str) -> float:
 
 
 def _of_source(source: Source, tensors: Iterable[StoredTensor]) -> dict[str, tuple[float, float]]:
-    """Return the source's scales by attention layer; one for both, as older files have it, counts twice."""
+    """Return the source's scales of keys and values by attention layer; `kv_scale` of older files is that of both."""
     values: dict[str, dict[str, float]] = {}
     for tensor in tensors:
         value = float(read_float32(source, tensor)[0])

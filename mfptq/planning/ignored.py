@@ -1,6 +1,6 @@
-"""The `ignore` list of a checkpoint: what is kept, under the names that engines build it under.
+"""Make the `ignore` list of config.json: what is kept, under the names that engines build it under.
 
-Engines and transformers rename modules while they load, so that a name on disk may be missed: patterns that leave out what is
+Called by `quantization_config`. Engines and transformers rename modules while they load, so that a name on disk may be missed: patterns that leave out what is
 renamed stand before the names. A pattern that matches anything quantized is never listed.
 """
 
@@ -14,7 +14,7 @@ from ..names import REGEX_PREFIX
 from ..names.bridge import bare
 from ..names.engine import built_modules, experts_module, experts_parent
 from ..names.fusion import parameters
-from ..names.leaves import KEPT, TURNED, Leaf
+from ..names.leaves import KEPT, TURNED
 from ..names.patterns import match_names
 from ..names.structure import Structure, block_of
 from ..names.wrappers import logical
@@ -31,66 +31,62 @@ def ignore_list(selection: Selection, rules: Rules) -> list[str]:
     A regex is listed if something kept matches it and nothing quantized does, so that config and tensors always agree.
     Heads' are listed even where tied embeddings leave no tensor: models still build the layer.
     """
+    structure = selection.structure
     kept = sorted({name for item in selection.tensors if not item.decision.quantize for name in _built(item.candidate)})
+    quantized = [name for group in selection.sample_groups for name in (group.name, *group.members)]
+    listed = _asked(selection, rules)
+    if rules.use_defaults:
+        listed += _default_patterns(kept, quantized)
+    stacks = [item.candidate for item in selection.tensors if is_kept_stack(item.candidate)]
+    listed += _experts_patterns(structure, stacks, quantized)
+    listed += _draft_patterns(structure, quantized)
+    listed += _without(quantized, _tower_patterns(structure, kept))
+    if rules.use_defaults:
+        listed += _without(quantized, _tower_defaults(structure, _missed(listed, kept)))
+    listed += _without(quantized, _outside_patterns(_missed(listed, kept)))
+    listed += _without(quantized, _block_patterns(_missed(listed, kept), structure, quantized))
+    return [*dict.fromkeys(listed), *kept, *_missed(listed, _fused(selection, kept))]
+
+
+def _without(quantized: Sequence[str], patterns: Iterable[str]) -> Iterator[str]:
+    """Yield the patterns that match nothing quantized."""
+    return (pattern for pattern in patterns if not _matches_any(pattern, quantized))
+
+
+def _missed(listed: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the names that none of the patterns listed so far matches."""
+    regexes = [re.compile(pattern.removeprefix(REGEX_PREFIX)) for pattern in listed]
+    return [name for name in names if not any(regex.match(name) for regex in regexes)]
+
+
+def _asked(selection: Selection, rules: Rules) -> list[str]:
+    """Return the user's regexes, without those that match the name of a layer that is fused from quantized ones."""
     joined = sorted({group.name for group in selection.groups if len(group.members) > 1})
     named = [*joined, *(member for group in selection.groups for member in group.members)]
     asked = match_names([pattern for pattern in rules.ignore if pattern.startswith(REGEX_PREFIX)], named)
-    samples = selection.sample_groups
-    quantized = [name for group in samples for name in (group.name, *group.members)]
-    listed = [pattern for pattern, swallowed in asked.items() if not swallowed]
-    if rules.use_defaults:
-        listed += _default_patterns(kept, {name_pattern(logical(name), "0") for name in quantized})
-    stacks = [item.candidate for item in selection.tensors if is_kept_stack(item.candidate)]
-    listed += _experts_patterns(selection.structure, stacks, quantized)
-    listed += _draft_patterns(selection.structure, quantized)
-    listed += _tower_patterns(selection.structure, kept, quantized)
-    if rules.use_defaults:
-        listed += _tower_rows(_missed(listed, kept), selection.structure, quantized)
-    listed += _outside_patterns(_missed(listed, kept), quantized)
-    listed += _block_patterns(_missed(listed, kept), selection.structure, quantized)
-    return [*dict.fromkeys(listed), *kept, *(name for name in _fused(selection, kept) if not _listed_in(listed, name))]
-
-
-def _outside_patterns(kept: Iterable[str], quantized: Collection[str]) -> Iterator[str]:
-    """Yield patterns for what is kept outside of blocks, since engines build some of it below modules of their own."""
-    for name in sorted({_any_number(bare(name)) for name in kept if block_of(name) is None}):
-        pattern = rf"re:(.*\.)?{name}$"
-        if not _matches_any(pattern, quantized):
-            yield pattern
+    return [pattern for pattern, quantized in asked.items() if not quantized]
 
 
 def _fused(selection: Selection, kept: Sequence[str]) -> Iterator[str]:
     """Yield the names of parameters that engines build of kept layers; of experts they ask for the members."""
     siblings = siblings_of(item.candidate.tensor.info.name for item in selection.tensors)
-    for group in parameters([name for name in kept if experts_parent(name) is None], siblings):
-        yield group.name
+    return (group.name for group in parameters([name for name in kept if experts_parent(name) is None], siblings))
 
 
-def _missed(listed: Sequence[str], kept: Iterable[str]) -> list[str]:
-    return [name for name in kept if not _listed_in(listed, name)]
-
-
-def _listed_in(patterns: Iterable[str], name: str) -> bool:
-    return any(_matches_any(pattern, [name]) for pattern in patterns)
-
-
-def _default_patterns(kept: Sequence[str], quantized: Collection[str]) -> Iterator[str]:
+def _default_patterns(kept: Iterable[str], quantized: Iterable[str]) -> Iterator[str]:
     """Yield the default patterns that belong in the list; no pattern looks at a number."""
-    kinds = {name_pattern(logical(name), "0") for name in kept}
+    of_kept, of_quantized = ({name_pattern(logical(name), "0") for name in names} for names in (kept, quantized))
     heads = [line for line in KEPT if line.role == "head" and line.is_listed]
-    without_head = not _matches_any(heads[0].pattern, kinds)  # tied, or of a name that models may change
+    without_head = not _matches_any(heads[0].pattern, of_kept)  # tied, or of a name that models may change
     for line in KEPT:
         if line.role == TURNED or not line.is_listed:
             continue
-        wanted = any(_matches_any(pattern, kinds) for pattern in (line.pattern, *_aliases(line))) or (
+        aliases = [rf"(.*\.)?{regex}(\..*)?$" for regex in line.aliases]
+        wanted = any(_matches_any(pattern, of_kept) for pattern in (line.pattern, *aliases)) or (
             line.role == "head" and (line is heads[0] or without_head)
         )
-        if wanted and not _matches_any(line.pattern, quantized):
+        if wanted and not _matches_any(line.pattern, of_quantized):
             yield line.pattern
-
-
-def _aliases(line: Leaf) -> list[str]:
-    return [rf"(.*\.)?{regex}(\..*)?$" for regex in line.aliases]
 
 
 def _experts_patterns(structure: Structure, stacks: Iterable[Candidate], quantized: Iterable[str]) -> Iterator[str]:
@@ -100,7 +96,7 @@ def _experts_patterns(structure: Structure, stacks: Iterable[Candidate], quantiz
         for item in stacks
         if not structure.outside(item.module)
     ]
-    if homes and not any(re.match(_ALL_EXPERTS, name) for name in quantized):
+    if homes and not _matches_any(_ALL_EXPERTS, quantized):
         yield REGEX_PREFIX + _ALL_EXPERTS
         return
     for home in dict.fromkeys(homes):
@@ -113,30 +109,26 @@ def _draft_patterns(structure: Structure, quantized: Iterable[str]) -> Iterator[
     """Yield patterns for draft layers, which engines number on from the decoder's last block."""
     numbers = structure.draft_numbers()
     blocks = {f"{block.stack}.{block.number}." for name in quantized if (block := block_of(name))} if numbers else set()
-    for number in numbers:
-        if not any(re.match(rf".*layers\.{number}\..*", name) for name in blocks):
-            yield rf"re:.*layers\.{number}\..*"
+    return _without(sorted(blocks), (rf"re:.*layers\.{number}\..*" for number in numbers))
 
 
-def _tower_rows(missed: Iterable[str], structure: Structure, quantized: Collection[str]) -> Iterator[str]:
-    """Yield the table's patterns for towers where a part of one has another name: engines may give it one of these."""
-    if structure.has_towers and any(structure.outside(name) for name in missed):
-        for line in KEPT:
-            if (
-                line.role == "tower"
-                and line.is_certain
-                and not line.aliases
-                and not _matches_any(line.pattern, quantized)
-            ):
-                yield line.pattern
-
-
-def _tower_patterns(structure: Structure, kept: Sequence[str], quantized: Collection[str]) -> Iterator[str]:
+def _tower_patterns(structure: Structure, kept: Sequence[str]) -> Iterator[str]:
     """Yield patterns for towers' blocks as engines name them that leave out the tower's own name."""
-    for tail in structure.tower_tails():
-        pattern = rf"re:(.*\.)?{re.escape(tail)}\.\d+\..*"
-        if _matches_any(pattern, kept) and not _matches_any(pattern, quantized):
-            yield pattern
+    patterns = (rf"re:(.*\.)?{re.escape(tail)}\.\d+\..*" for tail in structure.tower_tails())
+    return (pattern for pattern in patterns if _matches_any(pattern, kept))
+
+
+def _tower_defaults(structure: Structure, missed: Iterable[str]) -> Iterator[str]:
+    """Yield the default patterns for towers where a part of one has another name: engines may give it one of these."""
+    if structure.has_towers and any(structure.outside(name) for name in missed):
+        lines = (line for line in KEPT if line.role == "tower" and line.is_certain and not line.aliases)
+        yield from (line.pattern for line in lines)
+
+
+def _outside_patterns(missed: Iterable[str]) -> Iterator[str]:
+    """Yield patterns for what is kept outside of blocks, since engines build some of it below modules of their own."""
+    names = sorted({_any_number(bare(name)) for name in missed if block_of(name) is None})
+    return (rf"re:(.*\.)?{name}$" for name in names)
 
 
 def _block_patterns(missed: Iterable[str], structure: Structure, quantized: Collection[str]) -> Iterator[str]:
@@ -148,7 +140,7 @@ def _block_patterns(missed: Iterable[str], structure: Structure, quantized: Coll
             found[_part_pattern(block.stack, quantized)] = None
         elif block is not None and experts_parent(name) is None:
             found[rf"re:(.*\.)?{re.escape(block.stack.rpartition('.')[2])}\.\d+\.{_any_number(block.rest)}$"] = None
-    yield from (pattern for pattern in found if not _matches_any(pattern, quantized))
+    yield from found
 
 
 def _part_pattern(stack: str, quantized: Collection[str]) -> str:

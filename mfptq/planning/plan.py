@@ -1,16 +1,14 @@
 """The plan of a conversion: every output file exactly, its header, size and steps.
 
-Made by `building.build_plan`; read by everything that comes after. Holds no weight and writes nothing.
-
-`formats` says which tensors a weight becomes. Output shards are one to one with the source's and keep their
-names; a tensor never moves between shards.
+Made by `building.build_plan`; read by everything that comes after. Holds no weight and writes nothing. Each output shard has
+the tensors of the source's shard of that name, as `formats` says what they become; a tensor never moves between shards.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,8 +53,7 @@ class PlannedTensor(NamedTuple):
 class ConversionPlan:
     """Everything that will happen. `digests` names what the output depends on: source, settings and scales.
 
-    `allocation` is the choice of formats for a target, where there is one.
-    Frozen, and safe to read from several threads. Holds files of the source open, and the calibration file: `close` it.
+    `allocation` is the choice of formats for a size, where one was asked for. Frozen, and safe to read from several threads. Holds files of the source open, and the calibration file: `close` it.
     """
 
     checkpoint: Checkpoint
@@ -99,13 +96,11 @@ class ConversionPlan:
     def warnings(self) -> tuple[str, ...]:
         """What deserves a second look, one line each."""
         scales = self.input_scales.warnings if self.input_scales is not None else ()
-        chosen = Counter[str]()
-        for run in self.runs():
-            chosen[run.target.method] += len(run.weights) if run.target.format.takes_statistics else 0
+        chosen = _count_weights((run for run in self.runs() if run.target.format.takes_statistics), _method)
         members = (name for group in self.selection.sample_groups for name in group.members)
         blocks = block_warnings(self.selection.structure, members)
         own = (*filter(None, [self.share.warning]), *blocks, *self.carried.warnings)
-        return (*own, *scales, *_unreached(self.method, +chosen))
+        return (*own, *scales, *_unreached(self.method, chosen))
 
     @property
     def share(self) -> Share:
@@ -134,10 +129,7 @@ class ConversionPlan:
     @property
     def methods(self) -> Counter[str]:
         """How many weights each method quantizes."""
-        counts = Counter[str]()
-        for run in self.runs():
-            counts[run.target.method] += len(run.weights)
-        return counts
+        return _count_weights(self.runs(), _method)
 
     @property
     def method_text(self) -> str:
@@ -147,18 +139,15 @@ class ConversionPlan:
     @property
     def formats(self) -> Counter[str]:
         """How many weights are given each format, by its name."""
-        counts = Counter[str]()
-        for runs in self._runs.values():
-            for run in runs:
-                counts[run.target.format.name] += len(run.weights)
-        return counts
+        runs = (run for runs in self._runs.values() for run in runs)
+        return _count_weights(runs, lambda run: run.target.format.name)
 
     def format_of(self, weight: Weight) -> TargetFormat:
-        """Return what a weight becomes."""
+        """Return the format that a weight becomes."""
         return self._targets[weight.module].format
 
     def method_of(self, weight: Weight) -> str:
-        """Return what a weight is quantized by: the method asked for, or what its format and the calibration file allow."""
+        """Return the method of a weight: the one asked for, or what its format and the calibration file allow."""
         return self._targets[weight.module].method
 
     def runs_of(self, item: TensorDecision) -> tuple[WeightRun, ...]:
@@ -247,6 +236,17 @@ class ConversionPlan:
         return QuantizeWeight(
             weight, group, target, method, at[target.data_suffix], at[SCALE], at.get(GLOBAL_SCALE, -1), given
         )
+
+
+def _method(run: WeightRun) -> str:
+    return run.target.method
+
+
+def _count_weights(runs: Iterable[WeightRun], key: Callable[[WeightRun], str]) -> Counter[str]:
+    counts = Counter[str]()
+    for run in runs:
+        counts[key(run)] += len(run.weights)
+    return counts
 
 
 def _unreached(method: str, methods: Mapping[str, int]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""The text of config.json and of the index: what an engine reads to understand the tensors.
+"""Write config.json and the index as text: what an engine reads to understand the tensors.
 
-The keys are those that compressed-tensors 0.20 writes and that 0.17 and later accept; unknown keys inside `weights` or
+Called by `building`, and by `tensors` for pipelines of one's own. The keys are those that compressed-tensors 0.20 writes and that 0.17 and later accept; unknown keys inside `weights` or
 `input_activations` would be refused by the versions that vLLM and SGLang pin.
 """
 
@@ -65,24 +65,25 @@ def quantization(
     """
     found = list(dict.fromkeys(formats.values()))
     lacking = _lacking(selection, formats)
-    others = list(
-        dict.fromkeys(target for name, target in formats.items() if name not in lacking) if lacking else found
+    others = (
+        list(dict.fromkeys(target for name, target in formats.items() if name not in lacking)) if lacking else found
     )
-    single = len(others) == 1 and all(WITHOUT_INPUTS.get(others[0].name) == formats[name].name for name in lacking)
-    if len(found) == 1 or single:
-        groups = {"group_0": config_group(others[0], [LINEAR, *head_targets(formats)])}
-        if len(found) > 1:
-            alone = [group for group in selection.groups if group.members[0] in lacking]
-            names = sorted({name for group in alone for name in (group.name, *group.members)})
-            groups["group_1"] = config_group(formats[alone[0].members[0]], names)
+    without = {formats[name].name for name in lacking}
+    if len(found) == 1:
+        groups = {"group_0": _of_all_others(found[0], formats)}
+    elif len(others) == 1 and without == {WITHOUT_INPUTS.get(others[0].name)}:
+        alone = [group for group in selection.groups if group.members[0] in lacking]
+        names = sorted({name for group in alone for name in (group.name, *group.members)})
+        named = config_group(formats[alone[0].members[0]], names)
+        groups = {"group_0": _of_all_others(others[0], formats), "group_1": named}
     else:
         groups = config_groups(quantized_layers(selection.groups, formats))
-    return _config(
-        groups,
-        top_level_format(found),
-        ignore_list(selection, rules),
-        kv_cache,
-    )
+    return _config(groups, top_level_format(found), ignore_list(selection, rules), kv_cache)
+
+
+def _of_all_others(target: TargetFormat, modules: Iterable[str]) -> dict[str, Any]:
+    """Return the config group of all layers that are neither ignored nor named by another group."""
+    return config_group(target, [LINEAR, *head_targets(modules)])
 
 
 def _lacking(selection: Selection, formats: Mapping[str, TargetFormat]) -> frozenset[str]:
@@ -99,8 +100,8 @@ def _lacking(selection: Selection, formats: Mapping[str, TargetFormat]) -> froze
 def head_targets(modules: Iterable[str]) -> list[str]:
     """Return patterns for those of the quantized modules that engines do not build as linear layers: output heads."""
     outside = (name for name in modules if f".{EXPERTS}." not in name)  # heads are no experts, of which there are many
-    kinds = {name_pattern(logical(name), "0") for name in outside}
-    heads = {leaf_of(kind) for kind in kinds if any(line.role == "head" for line in kept_by(kind))}
+    names = {name_pattern(logical(name), "0") for name in outside}
+    heads = {leaf_of(name) for name in names if any(line.role == "head" for line in kept_by(name))}
     return [rf"re:(.*\.)?{re.escape(leaf)}$" for leaf in sorted(heads)]
 
 

@@ -219,6 +219,14 @@ def test_ignored_modules_are_widened(ours: Path, tmp_path: Path) -> None:
     assert mfptq.verify(tmp_path / "out", ours).ok
 
 
+def test_one_group_is_left_where_all_that_had_input_scales_is_ignored(ours: Path, tmp_path: Path) -> None:
+    mfptq.convert(ours, tmp_path / "out", ignore=["re:.*(mlp|self_attn).*"])
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["input_activations"] for group in groups.values()] == [None]
+    assert not any(name.endswith(".input_global_scale") for name in stored(tmp_path / "out"))
+    assert mfptq.verify(tmp_path / "out", ours).ok
+
+
 def test_a_scale_in_another_shard_goes_over_to_the_weights(ours: Path, tmp_path: Path) -> None:
     files = [load_file(file) for file in sorted(ours.glob("*.safetensors"))]
     moved = {name: value for shard in files for name, value in shard.items() if name.endswith(".weight_scale")}
