@@ -1,4 +1,4 @@
-"""Recipes: the decisions of a conversion as a small TOML file, one's own or shipped.
+"""Read and write recipes: the decisions of a conversion as a small TOML file, one's own or shipped.
 
 Called by `settings` and the command line. Strict: a key, value or pattern that is not understood is refused, never skipped.
 """
@@ -69,17 +69,13 @@ def parse_recipe(text: str, name: str) -> Recipe:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"recipe {quote(name)} is not TOML: {error}") from None
-    values: dict[str, Any] = {
-        key: float(value) if _is_whole_bits(key, value) else value for key, value in found.items()
+    values: dict[str, Any] = {  # a whole number of bits is a number too
+        key: float(value) if KEYS.get(key) is float and type(value) is int else value for key, value in found.items()
     }
     for key, value in values.items():
         _check(name, key, value)
     decisions = {key: value for key, value in values.items() if key != DESCRIPTION}
     return Recipe(name, values.get(DESCRIPTION, ""), decisions, text)
-
-
-def _is_whole_bits(key: str, value: Any) -> bool:
-    return KEYS.get(key) is float and type(value) is int
 
 
 def _check(name: str, key: str, value: Any) -> None:

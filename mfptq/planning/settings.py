@@ -1,11 +1,11 @@
-"""The decisions that a caller may take, and method and scheme as they follow from them.
+"""Check the decisions that a caller takes, and derive method and scheme from them.
 
-Called by `planner` and `observation`. Nothing here reads a file: what the decisions name is opened by `planner`.
+Called by `planner` and `observation`. Reads no file but a recipe: what else the decisions name is opened by `planner`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
@@ -41,19 +41,20 @@ class Decisions(TypedDict, total=False):
     `force`: True allows that too: embedding tables, norms, routers, heads tied to a table.
     `formats`: rules FORMAT=PATTERN for layers that get another format than the scheme's, as "fp8-dynamic=re:.*o_proj$"; of
     several that match a layer the first one decides. Formats: nvfp4, nvfp4a16, fp8-dynamic, fp8-block, fp8-static, bf16.
-    `target_bits`, `target_size`: at most one of a number of bits for each quantized weight, as 5.2, and a size of all safetensors
-    files, as "20GB", neither of which is exceeded: layers get another format where that lowers the predicted error of the
-    model's output most. `target_formats`: which they may get, of `fp8-dynamic` and `bf16`; by default both. `format_errors`:
-    a JSON file that keeps the errors found for this, and spares the pass over the weights where they are in it.
+    `target_bits`, `target_size`: at most one of a number of bits for each quantized weight, as 5.2, and a size of all
+    safetensors files, as "20GB", neither of which is exceeded: layers get another format where that lowers the predicted
+    error of the model's output most. `target_formats`: which they may get, of `fp8-dynamic` and `bf16`; by default both.
+    `format_errors`: a JSON file that keeps the errors found for this, and spares the pass over the weights where they are
+    in it.
     `chosen_formats`: what an earlier plan chose for the target, rules FORMAT=MODULE; then nothing is measured again.
     `kv_cache`: `fp8` tells engines to keep keys and values in FP8.
     `recipe`: a TOML file with decisions of the kinds above, or the name of a shipped one; patterns given beside it decide
     before its own, and other decisions take the place of its own.
     `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
-    checkpoint with input scales, what `read_input_scales` returned, or "auto", which bounds them without calibration; an NVFP4 checkpoint whose choice of layers is
-    taken as well.
-    `smooth`: True moves the size of loud input channels into the weights, by powers of two; needs a calibration file with second
-    moments. By default so it is in W4A4 where the file has them and `method` is `auto`; False turns it off.
+    checkpoint with input scales, what `read_input_scales` returned, or "auto", which bounds them without calibration; an
+    NVFP4 or FP8 checkpoint whose choice of layers is taken as well.
+    `smooth`: True moves the size of loud input channels into the weights, by powers of two; needs a calibration file with
+    second moments. By default so it is in W4A4 where the file has them and `method` is `auto`; False turns it off.
     `input_margin`: by how much the ranges of a calibration file are widened, 4 by default; 1 for `minmax` and ranges
     that another tool found.
     `revision`, `token`, `cache_dir`: as in huggingface_hub. `keep_source`: a repo goes into its cache whole, and stays there.
@@ -147,45 +148,47 @@ def check_decisions(decisions: Decisions) -> Settings:
     recipe = load_recipe(named) if (named := decisions.get("recipe")) is not None else None
     if recipe is not None:
         decisions = cast("Decisions", with_recipe(decisions, recipe))
-    method, scheme = decisions.get("method"), decisions.get("scheme")
-    if method is not None and method.lower() not in METHODS:
-        raise _unknown("method", method, did_you_mean(method, METHODS), METHODS)
-    if scheme is not None and scheme.upper() not in SCHEMES:
-        raise _unknown("scheme", scheme, did_you_mean(scheme.upper(), SCHEMES), SCHEMES)
-    margin = _margin(decisions)
-    given = [name for name in INPUT_SOURCES if decisions.get(name) is not None]
-    if len(given) > 1:
-        number = "both" if len(given) == 2 else "all"
-        raise UsageError(f"{' and '.join(given)} are mutually exclusive: {number} provide input scales")
+    method = _choice("method", decisions.get("method"), METHODS, str.lower)
+    scheme = _choice("scheme", decisions.get("scheme"), SCHEMES, str.upper)
+    _check_input_sources(decisions)
     target = size_target(decisions)
     ignore, targets = _patterns(decisions.get("ignore", ())), _patterns(decisions.get("targets", ()))
     return Settings(
         Rules(ignore, targets, decisions.get("default_ignore", True), force=decisions.get("force", False)),
-        method.lower() if method else None,
-        SCHEMES[scheme.upper()] if scheme else None,
-        margin,
-        tuple(parse_format_rule(text) for text in _patterns(decisions.get("formats", ()))),
-        _kv_cache(decisions.get("kv_cache")),
-        recipe,
+        method,
+        None if scheme is None else SCHEMES[scheme],
+        input_margin=decisions.get("input_margin"),
+        formats=tuple(parse_format_rule(text) for text in _patterns(decisions.get("formats", ()))),
+        kv_cache=_choice("KV cache", decisions.get("kv_cache"), KV_CACHE_SCHEMES),
+        recipe=recipe,
         smooth=decisions.get("smooth"),
         target=target,
         chosen=_chosen(decisions.get("chosen_formats"), target),
     )
 
 
-def _unknown(what: str, given: str, hint: str, known: Iterable[str]) -> UsageError:
-    return UsageError(f"{what} {quote(given)} is unknown, expected one of {', '.join(known)}{hint}")
+def _choice(what: str, given: str | None, known: Collection[str], spelled: Callable[[str], str] = str) -> str | None:
+    """Return what was chosen, spelled as it is known, or None; raises UsageError, with the nearest name, for any other."""
+    name = None if given is None else spelled(given)
+    if name is not None and name not in known:
+        hint = did_you_mean(name, known)
+        raise UsageError(f"{what} {quote(given)} is unknown, expected one of {', '.join(known)}{hint}")
+    return name
 
 
-def _margin(decisions: Decisions) -> float | None:
+def _check_input_sources(decisions: Decisions) -> None:
+    """Raise UsageError for two sources of input scales, and for what needs a calibration file where there is none."""
+    given = [name for name in INPUT_SOURCES if decisions.get(name) is not None]
+    if len(given) > 1:
+        number = "both" if len(given) == 2 else "all"
+        raise UsageError(f"{' and '.join(given)} are mutually exclusive: {number} provide input scales")
     margin = decisions.get("input_margin")
-    if margin is not None and decisions.get("calibration") is None:
+    if margin is not None and "calibration" not in given:
         raise UsageError("input_margin widens the ranges of a calibration file: give one, or leave it out")
     if margin is not None and not 1 <= margin <= MAX_MARGIN:
         raise UsageError(f"input_margin is {margin}, expected a number from 1 to {MAX_MARGIN}")
-    if decisions.get("smooth") and decisions.get("calibration") is None:
+    if decisions.get("smooth") and "calibration" not in given:
         raise UsageError("smooth takes its factors from a calibration file: give one, or leave it out")
-    return margin
 
 
 def _chosen(rules: Iterable[str] | None, target: SizeTarget | None) -> tuple[FormatRule, ...] | None:
@@ -194,12 +197,6 @@ def _chosen(rules: Iterable[str] | None, target: SizeTarget | None) -> tuple[For
         return None
     found = map(parse_format_rule, rules)
     return tuple(rule._replace(why=f"{rule.format} for {target}") for rule in found)
-
-
-def _kv_cache(name: str | None) -> str | None:
-    if name is not None and name not in KV_CACHE_SCHEMES:
-        raise UsageError(f"KV cache {quote(name)} is unknown, expected one of {', '.join(KV_CACHE_SCHEMES)}")
-    return name
 
 
 def _patterns(given: Iterable[str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""Tell how much of a model is quantized: said first of every plan, since most of a model may be kept without a fault.
+"""Count how much of a model is quantized: shown first of every plan, since most of a model may be kept without an error.
 
-Made from a selection, read by the plan and what shows it.
+Called by `plan`; the command line shows it. Reads names and shapes only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .formats import FORMATS
 from .rules import Selection
 
 ENOUGH = 0.5
+_LABELS = {"nvfp4": "FP4", "fp8": "FP8"}  # of formats, by family
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ class Share:
     inside: int
     decoder: int
     total: int
-    kept: str = ""
-    into: str = "FP4"
+    kept: str
+    into: str
 
     def __str__(self) -> str:
         part = f"{self.quantized / max(1, self.total):.1%} of the model's weights become {self.into}"
@@ -53,31 +54,23 @@ def share_of(selection: Selection) -> Share:
     quantized = inside = decoder = total = 0
     kept: Counter[str] = Counter()
     for item in selection.tensors:
-        info = item.candidate.tensor.info
+        info, module, decision = item.candidate.tensor.info, item.candidate.module, item.decision
         size = math.prod(info.shape)
         total += size
-        quantized += size * item.decision.quantize
+        quantized += size * decision.quantize
         built = next(built_modules(info.name, info.shape), "")
-        if built and not selection.structure.outside(item.candidate.module) and _is_layer(info.name):
+        if built and not selection.structure.outside(module) and _is_layer(name_pattern(logical(module), "0")):
             decoder += size
-            inside += size * item.decision.quantize
-            kept[f"{quote(name_pattern(item.candidate.module))} ({item.decision.reason})"] += size * (
-                not item.decision.quantize
-            )
-    return Share(quantized, inside, decoder, total, kept.most_common(1)[0][0] if kept else "", formats_label(selection))
-
-
-def formats_label(selection: Selection) -> str:
-    """Return what quantized weights become, in a word or two: FP4, FP8, or both."""
-    found = {FORMATS[item.decision.format].family for item in selection.tensors if item.decision.quantize}
-    return " or ".join(word for family, word in (("nvfp4", "FP4"), ("fp8", "FP8")) if family in found) or "FP4"
-
-
-def _is_layer(name: str) -> bool:
-    return _is_layer_kind(name_pattern(logical(name.removesuffix(".weight")), "0"))
+            inside += size * decision.quantize
+            if not decision.quantize:
+                kept[f"{quote(name_pattern(module))} ({decision.reason})"] += size
+    why = kept.most_common(1)[0][0] if kept else ""
+    families = {FORMATS[item.decision.format].family for item in selection.tensors if item.decision.quantize}
+    into = " or ".join(label for family, label in _LABELS.items() if family in families)
+    return Share(quantized, inside, decoder, total, why, into)
 
 
 @lru_cache(maxsize=4096)
-def _is_layer_kind(kind: str) -> bool:
-    roles = {line.role for line in kept_by(kind)}
-    return roles.isdisjoint({"table", "norm", "head", "state", "tower", "drafter"})
+def _is_layer(pattern: str) -> bool:
+    """Return whether a name, with every number replaced, may be that of a linear layer of a block."""
+    return {line.role for line in kept_by(pattern)}.isdisjoint({"table", "norm", "head", "state", "tower", "drafter"})

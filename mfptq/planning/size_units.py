@@ -6,17 +6,16 @@ Called by `execution.size_target`. Reads no weight: errors of formats are found 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from ..checkpoint.header import tensor_bytes
 from ..checkpoint.weights import Candidate, Weight
 from ..names.engine import experts_parent
 from ..names.fusion import FusedGroup
 from .allocation import NORM, REFERENCE, Option, Unit
 from .formats import FORMATS, KEEP
-from .weight_targets import weight_target
+from .weight_targets import WeightRun, weight_target
 
 if TYPE_CHECKING:
     from .plan import ConversionPlan
@@ -84,7 +83,7 @@ def unit_of(plan: ConversionPlan, layers: Layers, formats: Iterable[str], errors
     options = []
     for name in (base, *(each for each in formats if each != base)):
         error = 0.0 if name == KEEP else sum(_error(errors[group.name], name) for group in layers.groups)
-        options.append(Option(name, size_in(plan, layers, name), impact * error / reference if reference else 0.0))
+        options.append(Option(name, _size(plan, layers, name), impact * error / reference if reference else 0.0))
     modules = tuple(item.module for item in layers.items)
     return Unit(layers.name, modules, sum(weight.size for weight in layers.weights), tuple(options))
 
@@ -94,31 +93,24 @@ def _error(found: Mapping[str, float], name: str) -> float:
     return found[name] + INPUT_ERRORS.get(name, 0.0) * found[NORM]
 
 
-def size_in(plan: ConversionPlan, layers: Layers, name: str) -> int:
+def _size(plan: ConversionPlan, layers: Layers, name: str) -> int:
     """Return the bytes of the output's tensors if the layers have a format."""
     if name == KEEP:
         return sum(item.tensor.info.nbytes for item in layers.items)
-    return sum(bytes_in(plan, weight, name) for weight in layers.weights)
-
-
-def bytes_in(plan: ConversionPlan, weight: Weight, name: str) -> int:
-    """Return the bytes of the tensors that a weight becomes in a format of the table."""
-    target, method = weight_target(weight.module, FORMATS[name], plan.method, plan.calibration)
-    return sum(tensor_bytes(each.dtype, each.shape) or 0 for each in target.tensors(weight, method))
+    targets = (weight_target(each.module, FORMATS[name], plan.method, plan.calibration) for each in layers.weights)
+    return sum(WeightRun(target, (each,)).weight_bytes for target, each in zip(targets, layers.weights, strict=True))
 
 
 def _impact(plan: ConversionPlan, layers: Layers) -> float:
-    """Return what plain NVFP4 in these layers does to the model's output: as it was measured, else by their roles."""
+    """Return what plain NVFP4 in these layers does to the model's output: as it was measured, else by their roles.
+
+    That of experts is then the sum of those of their projections.
+    """
     measured = None if plan.calibration is None else plan.calibration.sensitivity(layers.weights[0].module)
-    return _prior(layers.groups) if measured is None else measured
+    return sum({_role(group.members[0]) for group in layers.groups}) if measured is None else measured
 
 
-def _prior(groups: Sequence[FusedGroup]) -> float:
-    """Return the weight of a unit's role; that of experts is the sum of those of their projections."""
-    return sum({role_of(group.members[0]) for group in groups})
-
-
-def role_of(module: str) -> float:
+def _role(module: str) -> float:
     """Return how much a layer of this name matters."""
     return next((weight for pattern, weight in ROLES if pattern.match(module)), OTHER_ROLE)
 
