@@ -1,7 +1,8 @@
-"""Weights that are NVFP4 already: what goes over as it is, and what fused partners need so that they share their scales.
+"""Take over weights that are NVFP4 in the source, with the scales that they and their fused partners share.
 
-Called by `weight_targets`. Codes are never changed. A scale of ModelOpt multiplies and becomes 1/x; partners with unequal scales
-take the smallest, and their block scales are rounded anew, which engines would otherwise do silently, or not at all.
+Called by `weight_targets`. Reads global and input scales; never changes a code. A scale of ModelOpt multiplies and becomes 1/x;
+partners with unequal scales take the smallest, and their block scales are rounded anew, which engines would otherwise do
+silently, or not at all.
 """
 
 from __future__ import annotations
@@ -78,18 +79,14 @@ def has_input_scales(contents: Contents) -> bool:
 
 
 def carried_weights(
-    source: Source, weights: Iterable[Weight], groups: Sequence[FusedGroup], *, with_input: Collection[str]
+    source: Source, weights: Mapping[str, Nvfp4], groups: Sequence[FusedGroup], *, with_input: Collection[str]
 ) -> Carried:
-    """Return the NVFP4 weights among `weights`, their scales read and made equal in every group.
+    """Return NVFP4 weights, given by module, with their scales read and made equal in every group.
 
-    `with_input` names the modules that keep their input scales. Raises SourceError for scales that are no positive numbers, and for a group
-    that is NVFP4 in part.
+    `with_input` names the modules that keep their input scales. Raises SourceError for scales that are no positive numbers,
+    and for a group that is NVFP4 in part.
     """
-    found = {
-        weight.module: _read(source, weight.encoding, with_input=weight.module in with_input)
-        for weight in weights
-        if isinstance(weight.encoding, Nvfp4)
-    }
+    found = {name: _read(source, encoding, with_input=name in with_input) for name, encoding in weights.items()}
     ratios: dict[str, float] = {}
     for group in groups if found else ():
         members = [member for member in group.members if member in found]
@@ -100,20 +97,17 @@ def carried_weights(
                 f"convert the original checkpoint"
             )
         if members:
-            ratios[group.name] = _share(found, members)
+            ratios[group.name] = _equalize(found, members)
     return Carried(found, (*_warnings(ratios), *_filled(found, groups)))
 
 
 def _read(source: Source, encoding: Nvfp4, *, with_input: bool) -> CarriedWeight:
     assert encoding.factor is not None
-    divides = encoding.divides
-    given = encoding.input_scale if with_input else None
-    input_scale = None if given is None else _divisor(source, given, divides=divides, unknown=_is_expert(encoding))
+    divides, input_scale = encoding.divides, None
+    if with_input and encoding.input_scale is not None:
+        is_expert = experts_parent(encoding.weight.info.name.rpartition(".")[0]) is not None
+        input_scale = _divisor(source, encoding.input_scale, divides=divides, unknown=is_expert)
     return CarriedWeight(encoding, _divisor(source, encoding.factor, divides=divides), input_scale)
-
-
-def _is_expert(encoding: Nvfp4) -> bool:
-    return experts_parent(encoding.weight.info.name.rpartition(".")[0]) is not None
 
 
 def _divisor(source: Source, tensor: StoredTensor, *, divides: bool, unknown: bool = False) -> float:
@@ -126,7 +120,7 @@ def _divisor(source: Source, tensor: StoredTensor, *, divides: bool, unknown: bo
     return value if divides else float(np.float32(1) / np.float32(value))
 
 
-def _share(found: dict[str, CarriedWeight], members: Sequence[str]) -> float:
+def _equalize(found: dict[str, CarriedWeight], members: Sequence[str]) -> float:
     """Give members the smallest scales of them all; return by how much their global scales differed."""
     scales = [found[member].global_scale for member in members]
     inputs = [found[member].input_scale for member in members]

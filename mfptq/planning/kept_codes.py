@@ -38,9 +38,8 @@ def with_kept_codes(selection: Selection) -> Selection:
     chosen = _whole(selection, chosen) if chosen else chosen
     if not chosen:
         return selection
-    tensors = tuple(_carried(item, chosen) for item in selection.tensors)
-    modules = [weight.module for item in tensors if item.decision.quantize for weight in item.candidate.weights]
-    return replace(selection, tensors=tensors, groups=tuple(fused_groups(modules)))
+    result = replace(selection, tensors=tuple(_carried(item, chosen) for item in selection.tensors))
+    return replace(result, groups=tuple(fused_groups(weight.module for _, weight in result.quantized())))
 
 
 def _is_stored(item: TensorDecision) -> bool:
@@ -86,12 +85,7 @@ def _whole(selection: Selection, chosen: Mapping[str, TargetFormat]) -> dict[str
     groups = fused_groups(weights)
     sets = [members for _, members in undivided(weights, groups)]
     sets += [tuple(w.module for w in item.candidate.weights) for item in selection.tensors if item.candidate.is_stack]
-    quantized = {
-        weight.module: FORMATS[item.decision.format]
-        for item in selection.tensors
-        if item.decision.quantize
-        for weight in item.candidate.weights
-    }
+    quantized = {weight.module: FORMATS[item.decision.format] for item, weight in selection.quantized()}
     own = ((name, group) for group in groups for name in group.members if name in chosen)
     left = {name: chosen[name] for name, group in own if not is_cut(weights[name], group, chosen[name])}
     while True:

@@ -90,10 +90,8 @@ def _lacking(selection: Selection, formats: Mapping[str, TargetFormat]) -> froze
     """Return the modules that were to have the format of the others, and lack the input scale that it needs."""
     return frozenset(
         weight.module
-        for item in selection.tensors
-        if item.decision.format in WITHOUT_INPUTS
-        for weight in item.candidate.weights
-        if formats[weight.module].name != item.decision.format
+        for item, weight in selection.quantized()
+        if item.decision.format in WITHOUT_INPUTS and formats[weight.module].name != item.decision.format
     )
 
 

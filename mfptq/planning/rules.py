@@ -7,11 +7,11 @@ quantized; of the rest, the defaults choose the linear layers of the decoder's b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoint.weights import Candidate
+from ..checkpoint.weights import Candidate, Weight
 from ..errors import RuleError, UnsupportedTensorError, quote
 from ..names.fusion import FusedGroup, fused_groups, parameters, undivided
 from ..names.patterns import match_names, unmatched_error
@@ -82,6 +82,10 @@ class Selection:
     tensors: tuple[TensorDecision, ...]
     groups: tuple[FusedGroup, ...]
     structure: Structure = field(default_factory=lambda: Structure((), {}))
+
+    def quantized(self) -> Iterator[tuple[TensorDecision, Weight]]:
+        """Yield every weight that is quantized, with the decision on its tensor."""
+        return ((item, weight) for item in self.tensors if item.decision.quantize for weight in item.candidate.weights)
 
     @property
     def sample_groups(self) -> list[FusedGroup]:

@@ -50,22 +50,17 @@ class Layers:
 
 def changeable_layers(plan: ConversionPlan) -> list[Layers]:
     """Return the layers whose format no rule has fixed, those together that have one format; sorted by name."""
-    items = {
-        weight.module: item
-        for item in plan.selection.tensors
-        if item.decision.quantize
-        for weight in item.candidate.weights
-    }
+    items = {weight.module: item for item, weight in plan.selection.quantized()}
     together: dict[str, list[FusedGroup]] = {}
     for group in plan.selection.groups:
         together.setdefault(experts_parent(group.members[0]) or group.name, []).append(group)
     found = []
     for name, groups in sorted(together.items()):
-        members = [items[member] for group in groups for member in group.members]
+        modules = [member for group in groups for member in group.members]
+        members = [items[module] for module in modules]
         fixed = any(
             item.decision.is_format_asked or FORMATS[item.decision.format].family != "nvfp4" for item in members
         )
-        modules = [member for group in groups for member in group.members]
         if not fixed and plan.carried.weights.keys().isdisjoint(modules):
             candidates = {item.candidate.module: item.candidate for item in members}
             weights = {weight.module: weight for item in candidates.values() for weight in item.weights}

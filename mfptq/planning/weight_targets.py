@@ -1,6 +1,7 @@
-"""Say of each weight what it becomes, by which method, and with which input scale.
+"""Choose what each quantized weight becomes, by which method, and with which input scale.
 
-Called by `building`. Pure: everything follows from the selection, the method asked for, and what the calibration file holds.
+Called by `building`; `weight_target` also by what tries other formats. Reads scales of what is NVFP4 in the source, and norms
+for uncalibrated scales; never a weight.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .carried import Carried, carried_weights
 from .format_choice import WITHOUT_INPUTS
 from .formats import FORMATS, OutputTensor, TargetFormat
 from .jobs import CAST
-from .rules import Selection, TensorDecision
+from .rules import Selection
 from .stored_codes import takes_codes
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def choose_targets(
     scales: InputScales | UncalibratedInputs | None,
     calibration: Calibration | None,
     *,
-    casts: bool = False,
+    casts: bool,
 ) -> ChosenTargets:
     """Return what becomes of the modules that were selected; reads scales of what is NVFP4 in the source already.
 
@@ -104,12 +105,7 @@ def choose_targets(
     """
     carried = _carried(source, selection)
     formats = _formats(selection, carried, given=scales is not None)
-    weights = {
-        weight.module: weight
-        for item in selection.tensors
-        if item.decision.quantize and not _is_nvfp4(item)
-        for weight in item.candidate.weights
-    }
+    weights = {weight.module: weight for _, weight in selection.quantized() if not isinstance(weight.encoding, Nvfp4)}
     kept = [*_kept_names(selection), *carried.weights]
     if calibration is not None:
         calibration = _statistics_of(calibration, weights, formats, kept)
@@ -145,25 +141,22 @@ def _statistics_of(
     return calibration.of_model(columns, [*kept, *(name for name in weights if name not in columns)])
 
 
-def _is_nvfp4(item: TensorDecision) -> bool:
-    return isinstance(item.candidate.tensor.encoding, Nvfp4)
-
-
 def _carried(source: Source, selection: Selection) -> Carried:
     """Return what goes over as it is; raises RuleError where another format is asked for than it has in the source."""
-    weights: list[Weight] = []
+    weights: dict[str, Nvfp4] = {}
     with_input: set[str] = set()
-    for item in selection.tensors:
-        if not item.decision.quantize or not _is_nvfp4(item):
+    for item, weight in selection.quantized():
+        if not isinstance(weight.encoding, Nvfp4):
             continue
         target = FORMATS[item.decision.format]
         if target.family != "nvfp4":
             raise RuleError(
-                f"{quote(item.candidate.weights[0].module)} cannot be {target.name}: it is NVFP4 in the source, which goes "
-                f"over as it is; convert the original checkpoint"
+                f"{quote(weight.module)} cannot be {target.name}: it is NVFP4 in the source, which goes over as it is; "
+                f"convert the original checkpoint"
             )
-        weights += item.candidate.weights
-        with_input |= {weight.module for weight in item.candidate.weights if target.needs_input_scales}
+        weights[weight.module] = weight.encoding
+        if target.needs_input_scales:
+            with_input.add(weight.module)
     return carried_weights(source, weights, selection.groups, with_input=with_input)
 
 
