@@ -97,7 +97,7 @@ def check(
             opened.callback(original.source.close)
         subject, more = read_subject(checkpoint), [*_index_faults(checkpoint)]
         if block_scales or original is not None or (block_scales is None and not checkpoint.source.is_remote):
-            more += block_faults(checkpoint, subject.contents, original)
+            more += block_faults(checkpoint, subject.stored, original)
         found = judge(subject, engines, serving=serving, more=more)
     return Check(found, len(subject.tensors), tuple(engines), time.monotonic() - start)
 

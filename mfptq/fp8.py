@@ -15,13 +15,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .dtypes import dtype_name
 from .nvfp4 import E4M3_MAX, E4M3_VALUES, ByteArray, Float32Array, as_float32, e4m3_encode, round_bf16
 
 TILE_SIDE: Final = 128  # rows and columns of an `fp8-block` block
 LANES: Final = 16  # sums run over every 16th value first, as vectors do
 # What compressed-tensors stores where a scale would be 0: the epsilon of the weight's dtype.
 SCALE_EPSILON: Final = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23}
-NUMPY_CODES: Final = {"H": "BF16", "e": "F16", "f": "F32"}  # by numpy's type characters; uint16 stands for bfloat16
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
@@ -126,7 +126,7 @@ def dequantize(codes: ByteArray, scales: Float32Array) -> Float32Array:
 
 def quantize(values: npt.NDArray[np.generic], segments: Segments) -> tuple[ByteArray, Float32Array]:
     """Return (codes, scales `[n]`) of flat values, bfloat16 as raw uint16 bits: each segment at the better of its two scales."""
-    dtype = NUMPY_CODES[values.dtype.char]
+    dtype = dtype_name(values)
     signed = as_float32(values)
     codes, chosen = np.empty(signed.shape, np.uint8), segments.scales.copy()
     for number, (begin, end) in enumerate(zip(segments.starts[:-1], segments.starts[1:], strict=True)):

@@ -16,10 +16,10 @@ from ..nvfp4 import Float32Array, as_float32
 
 if TYPE_CHECKING:
     from .source import Source
-    from .weights import StoredTensor
+    from .weights import StoredTensor, Weight
 
 
-def read_bytes(source: Source, tensor: StoredTensor, start: int, size: int) -> npt.NDArray[np.uint8]:
+def read_bytes(source: Source, tensor: StoredTensor | Weight, start: int, size: int) -> npt.NDArray[np.uint8]:
     """Return `size` bytes of a tensor from byte `start` on."""
     buffer = np.empty(size, np.uint8)
     source.read_into(tensor.shard, tensor.offset + start, buffer.data)

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 Answer = dict[str, Any]
 _HELD = caller_bytes()  # by the cluster's own libraries, before anything of ours
-
-
 _kept: dict[bytes, ConversionPlan] = {}  # the plan of the last task, since a process makes many shards of one plan
 
 
@@ -113,9 +111,7 @@ def make(request: bytes, digests: Mapping[str, str], destination: str, order: Ma
             run = prepare(plan, Resources(**order["resources"]), _HELD)
             shards = tuple(shard for shard in plan.shards if shard.name in order["shards"])
             try:
-                report = run_shards(
-                    run, Path(destination), shards, ignore, on_done=done.update
-                )  # it tells of whole shards
+                report = run_shards(run, Path(destination), shards, ignore, on_done=done.update)
             except BaseException:
                 _forget(plan)  # its source may have been told to stop reading
                 raise

@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.source import Source
+from ..checkpoint.stored_bytes import read_bytes
 from ..checkpoint.weights import StoredTensor, Weight, candidates
 from ..errors import counted
 from ..nvfp4 import BLOCK_SIZE
 from .findings import Fault, Severity, Text
-from .modules import Contents, Module
+from .modules import Module, StoredModules
 
 TILE_BYTES = 4 * 2**20  # of scales
 LARGEST, SMALLEST_NORMAL, NEGATIVE_ZERO, NAN = 0x7E, 0x08, 0x80, 0x7F
@@ -71,7 +72,7 @@ class _Kind:
             yield Fault(self.code, self.severity, "", place, what, *self.told[1:])
 
 
-def block_faults(checkpoint: Checkpoint, held: Contents, original: Checkpoint | None = None) -> Iterator[Fault]:
+def block_faults(checkpoint: Checkpoint, held: StoredModules, original: Checkpoint | None = None) -> Iterator[Fault]:
     """Yield what is wrong with the block scales of a checkpoint, with `original`, the source, also blocks that it lost."""
     stored = {tensor.info.name: tensor for tensor in checkpoint.tensors()}
     weights = _plain_weights(original) if original is not None else {}
@@ -92,7 +93,7 @@ def block_faults(checkpoint: Checkpoint, held: Contents, original: Checkpoint | 
         yield from kind.faults()
 
 
-def _nvfp4_modules(held: Contents) -> Iterator[Module]:
+def _nvfp4_modules(held: StoredModules) -> Iterator[Module]:
     """Yield every NVFP4 module under its own name, but for those whose block scales have another form."""
     for module in held.modules.values():
         if module.scheme is not None and module.scheme.format == "nvfp4" and _is_whole(module):
@@ -119,13 +120,7 @@ def _tiles(source: Source, tensor: StoredTensor, module: Module) -> Iterator[Til
     step = max(1, TILE_BYTES // width)
     for first in range(0, module.rows, step):
         rows = min(step, module.rows - first)
-        yield Tile(first, _read(source, tensor.shard, tensor.offset + first * width, rows * width).reshape(rows, width))
-
-
-def _read(source: Source, shard: str, offset: int, size: int) -> Bytes:
-    data = np.empty(size, np.uint8)
-    source.read_into(shard, offset, data.data)
-    return data
+        yield Tile(first, read_bytes(source, tensor, first * width, rows * width).reshape(rows, width))
 
 
 def _count(tile: Tile, module: str, broken: _Kind, subnormal: _Kind) -> None:
@@ -141,7 +136,7 @@ def _has_codes(source: Source, stored: Mapping[str, StoredTensor], module: Modul
     """Return which blocks of a tile have a code that is not zero."""
     name = "weight_packed" if "weight_packed" in module.parts else "weight"
     tensor, rows, width = stored[f"{module.name}.{name}"], tile.scales.shape[0], module.columns // 2
-    packed = _read(source, tensor.shard, tensor.offset + tile.first * width, rows * width)
+    packed = read_bytes(source, tensor, tile.first * width, rows * width)
     largest: Bytes = (packed.reshape(rows, -1, BLOCK_SIZE // 2) & _MAGNITUDES).max(axis=2)
     return largest > 0
 
@@ -154,7 +149,7 @@ def _lost_values(source: Source, weight: Weight, tile: Tile, zeros: Blocks) -> i
     width = weight.columns * dtype.itemsize
     sign = dtype.type(1 << (8 * dtype.itemsize - 1))
     for row in np.flatnonzero(zeros.any(axis=1)):
-        data = _read(source, weight.shard, weight.offset + (tile.first + int(row)) * width, width).view(dtype)
+        data = read_bytes(source, weight, (tile.first + int(row)) * width, width).view(dtype)
         held = (data.reshape(-1, BLOCK_SIZE) & ~sign).any(axis=1)
         lost += int(np.count_nonzero(held & zeros[row]))
     return lost

@@ -15,7 +15,7 @@ from .configs import CannotLoadError, CompressedTensors, Resolver
 from .findings import Fault, Severity, Text
 from .layers import Layer, Layers, build_layers, text_config
 from .modelopt import Declared, ModelOpt, SglangModelOpt
-from .modules import Contents, Module, contents
+from .modules import Module, StoredModules, stored_modules
 from .schemes import Scheme, Shape
 from .tables import Architecture, Engine, architecture
 
@@ -41,9 +41,9 @@ class Subject:
     alike: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @cached_property
-    def contents(self) -> Contents:
+    def stored(self) -> StoredModules:
         """The modules that the tensors form."""
-        return contents(self.tensors, self.alike)
+        return stored_modules(self.tensors, self.alike)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -74,7 +74,7 @@ class View:
 def view(subject: Subject, engine: Engine) -> View:
     """Return a subject's modules as the layers that an engine builds."""
     model = architecture(engine, subject.architectures)
-    return View(subject, model, build_layers(subject.contents, model, subject.config))
+    return View(subject, model, build_layers(subject.stored, model, subject.config))
 
 
 def resolver(quantization: Mapping[str, Any], model: Architecture) -> Resolver | None:

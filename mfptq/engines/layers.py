@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .modules import Contents, Module, expert_of
+from .modules import Module, StoredModules, expert_of
 from .tables import COMMON_FUSED, Architecture, LayerKind, tail
 
 _TEXT_LAYERS = ("model.layers.", "model.language_model.layers.", "language_model.model.layers.", "transformer.h.")
@@ -34,11 +34,11 @@ class Layers:
     drafts: list[Module] = field(default_factory=list)
 
 
-def build_layers(contents: Contents, architecture: Architecture, config: Mapping[str, Any]) -> Layers:
+def build_layers(stored: StoredModules, architecture: Architecture, config: Mapping[str, Any]) -> Layers:
     """Return the layers that an engine makes of a checkpoint's modules and stacks."""
-    grouping, result = _Grouping(architecture, contents), Layers()
+    grouping, result = _Grouping(architecture, stored), Layers()
     drafts = _DraftNames(config)
-    for module in contents.modules.values():
+    for module in stored.modules.values():
         if drafts.match(module.name):
             result.drafts.append(module)
             continue
@@ -47,7 +47,7 @@ def build_layers(contents: Contents, architecture: Architecture, config: Mapping
             name = renamed.removesuffix(".weight")
             layer, kind = grouping.layer(module.name, name)
             result.served.setdefault(layer, Layer(layer, kind)).members.append(module)
-    for stack in contents.stacks:
+    for stack in stored.stacks:
         renamed = None if drafts.match(stack) else architecture.renames.apply(stack)
         container = grouping.container(renamed) if renamed is not None else None
         if container is not None:
@@ -80,9 +80,9 @@ class _DraftNames:
 
 
 class _Grouping:
-    def __init__(self, architecture: Architecture, contents: Contents) -> None:
+    def __init__(self, architecture: Architecture, stored: StoredModules) -> None:
         self._architecture = architecture
-        self._stored = contents.modules
+        self._stored = stored.modules
         self._fused_with: dict[str, list[str]] = {}
         for key, members in {**COMMON_FUSED, **architecture.stacked, **architecture.packed}.items():
             for member in members:

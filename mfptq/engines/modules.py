@@ -37,14 +37,14 @@ class Module(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class StoredModules:
     """A checkpoint's modules by name, and its tensors with three dimensions or more of floats: stacks of experts."""
 
     modules: Mapping[str, Module]
     stacks: tuple[str, ...]
 
 
-def contents(tensors: Mapping[str, Shape], alike: Mapping[str, Sequence[str]] = _NONE) -> Contents:
+def stored_modules(tensors: Mapping[str, Shape], alike: Mapping[str, Sequence[str]] = _NONE) -> StoredModules:
     """Return the modules that a checkpoint's tensors form; `alike` are the names of all modules that one stands for."""
     parts: dict[str, dict[str, Shape]] = {}
     stacks: list[str] = []
@@ -55,7 +55,9 @@ def contents(tensors: Mapping[str, Shape], alike: Mapping[str, Sequence[str]] = 
         elif suffix in WEIGHT_SUFFIXES or suffix in SCALE_SUFFIXES:
             parts.setdefault(module, {})[suffix] = tensor
     whole = {name: held for name, held in parts.items() if "weight" in held or "weight_packed" in held}
-    return Contents({run[0]: _module(alike.get(run[0], run), whole[run[0]]) for run in _runs(whole)}, tuple(stacks))
+    return StoredModules(
+        {run[0]: _module(alike.get(run[0], run), whole[run[0]]) for run in _runs(whole)}, tuple(stacks)
+    )
 
 
 def expert_of(name: str) -> tuple[str, str] | None:

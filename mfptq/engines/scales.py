@@ -35,7 +35,7 @@ def value_faults(subject: Subject) -> Iterator[Fault]:
     """Yield global scales and input scales that are no scales, or far off: each engine fails with them alike."""
     if not subject.scalars:
         return
-    for module in subject.contents.modules.values():
+    for module in subject.stored.modules.values():
         if module.scheme is not None:
             yield from _value_faults(module, subject.scalars)
     yield from _spread_faults(subject)
@@ -122,7 +122,7 @@ def _unequal(suffix: str, ratio: float, *, is_experts: bool) -> tuple[str, Sever
 def _spread_faults(subject: Subject) -> Iterator[Fault]:
     """Yield input scales thousands of times those of the same layers elsewhere: no sound calibration gives them."""
     kinds: dict[str, list[tuple[float, str]]] = {}
-    for module in subject.contents.modules.values():
+    for module in subject.stored.modules.values():
         for name, suffix, value in _scales(module, INPUT_SCALES, subject.scalars):
             if value > 0 and value != 1 and math.isfinite(value):
                 kinds.setdefault(f"{name.rpartition('.')[2]}.{suffix}", []).append((value, name))

@@ -38,7 +38,7 @@ def serving_faults(subject: Subject, serving: Serving) -> Iterator[Fault]:
     """Yield layers that cannot be split as asked, and a memory that does not suffice."""
     if serving.tensor_parallel > 1:
         yield from _head_faults(subject, serving.tensor_parallel)
-        for module in subject.contents.modules.values():
+        for module in subject.stored.modules.values():
             if module.scheme is not None and module.rows:
                 yield from _split_faults(module, serving.tensor_parallel)
     if serving.gpu_memory:

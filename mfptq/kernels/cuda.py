@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ..dtypes import dtype_name
 from ..errors import MemoryBudgetError, UsageError, quote
-from ..fp8 import NUMPY_CODES, Segments
+from ..fp8 import Segments
 from ..kernels import Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from .cache import cached
@@ -222,7 +222,7 @@ class CudaKernel(CudaWorker, Kernel):
             for place, array in zip(places, given, strict=True):
                 lane.stream.upload(place, array)
             source, *others = places
-            name = f"fp8_{'exact_' if segments.exact else ''}{NUMPY_CODES[data.dtype.char]}"
+            name = f"fp8_{'exact_' if segments.exact else ''}{dtype_name(data)}"
             arguments = map(c_uint64, (source, out, lane.stats.pointer, *others))
             warps = self._launch(name, count, WARP, (*arguments, c_int64(count)))
             stats = self._finish(warps, data.size, [(codes, out), (scales, places[2])])

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..fp8 import NUMPY_CODES, Candidates, Segments, dequantize, quantize
+from ..dtypes import dtype_name
+from ..fp8 import Candidates, Segments, dequantize, quantize
 from ..fp8 import add_errors as reference_errors
 from ..nvfp4 import ByteArray, Float32Array, as_float32
 from . import Int64Array, TileArray, has_compiler
@@ -36,7 +37,7 @@ def quantize_fp8(data: TileArray, segments: Segments, codes: ByteArray) -> tuple
     functions = _functions()
     if functions is None:
         return _plain(data, segments, codes)
-    run = functions[f"fp8_{'exact_' if segments.exact else ''}{NUMPY_CODES[data.dtype.char]}"]
+    run = functions[f"fp8_{'exact_' if segments.exact else ''}{dtype_name(data)}"]
     stats, scales = np.zeros(ERROR_FIELDS), segments.scales.astype(np.float32)
     run(data, codes, stats, segments.starts, scales, segments.others, len(scales))
     return scales, ErrorStats.from_array(data.size, stats)
@@ -48,7 +49,7 @@ def add_errors(data: TileArray, starts: Int64Array, places: Int64Array, candidat
     if functions is None:
         reference_errors(data, starts, places, candidates)
         return
-    run = functions[f"fp8_errors_{NUMPY_CODES[data.dtype.char]}"]
+    run = functions[f"fp8_errors_{dtype_name(data)}"]
     run(data, candidates.sums, starts, places, candidates.scales, candidates.others, len(places))
 
 

@@ -39,6 +39,7 @@ from .leftovers import JOURNAL, MANIFEST, REPORT, WORK, OutputClaim, abandon, ta
 from .parts import joined, read_parts
 
 SPACE_MARGIN = 16 * 2**20
+_NO_RERUN_HELPS = (NonFiniteWeightError, SmoothingError, SourceChangedError)  # so nothing of such a run is kept
 
 
 class Destination:
@@ -137,11 +138,7 @@ def open_destination(
         journal = Journal(root / WORK / JOURNAL, JournalState(claim.digests, done, claim.files))
         try:
             yield Destination(root, journal, done)
-        except (
-            NonFiniteWeightError,
-            SmoothingError,
-            SourceChangedError,
-        ):  # no rerun of this plan can succeed: keep nothing of it
+        except _NO_RERUN_HELPS:
             journal.close()
             abandon(root, claim, existed=existed)
             raise

@@ -17,7 +17,8 @@ from ..errors import DestinationError, SourceError, quote
 from ..limits import MAX_INDEX_BYTES
 from ..storage.files import expanded, read_small, storage_errors
 from .estimates import Estimate, ratio
-from .leftovers import CARD, EVALUATION, REPORT
+from .leftovers import CARD, EVALUATION
+from .report import stored_report
 
 FIGURES = ("source_perplexity", "perplexity", "loss_difference", "kl_divergence", "top1_agreement")
 _FORMAT = 1
@@ -44,7 +45,7 @@ def record_evaluation(output: Path, evaluation: Mapping[str, Any]) -> None:
         "format": _FORMAT,
         "tool": "mfptq",
         "version": __version__,
-        "plan": _plan(output),
+        "plan": stored_report(output).get("plan"),
         "evaluations": [*others, kept],
     }
     _replace(output / EVALUATION, dump_json(content))
@@ -58,7 +59,7 @@ def read_evaluations(output: Path) -> list[dict[str, Any]]:
     """Return the evaluations in an output's folder; none where there is no file, or one that is damaged or of another plan."""
     try:
         found = parse_json(read_small(output / EVALUATION, MAX_INDEX_BYTES))
-        if found["format"] != _FORMAT or found["plan"] != _plan(output):
+        if found["format"] != _FORMAT or found["plan"] != stored_report(output).get("plan"):
             return []
         return [each for each in found["evaluations"] if _is_whole(each)]
     except (SourceError, StrictJsonError, KeyError, TypeError):
@@ -131,15 +132,6 @@ def _is_estimate(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("value"), float):
         return False
     return value.get("standard_error", "") is None or isinstance(value["standard_error"], float)
-
-
-def _plan(output: Path) -> Any:
-    """Return the digest of the plan that an output was made by, None where its report does not tell."""
-    try:
-        found = parse_json(read_small(output / REPORT, MAX_INDEX_BYTES))
-    except (SourceError, StrictJsonError):
-        return None
-    return found.get("plan") if isinstance(found, dict) else None
 
 
 def _replace(path: Path, text: str) -> None:

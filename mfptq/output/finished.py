@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.companions import CONFIG
-from ..checkpoint.strict_json import StrictJsonError, parse_json
-from ..errors import DestinationExistsError, MfptqError, SourceError, quote
-from ..limits import MAX_CONFIG_BYTES
-from ..storage.files import read_small
+from ..errors import DestinationExistsError, MfptqError, quote
 from .leftovers import JOURNAL, MANIFEST, REPORT, WORK
 from .manifest import manifest_faults
-from .report import PatternReport, Report
+from .report import PatternReport, Report, stored_report
 
 if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
@@ -54,21 +51,13 @@ def is_finished(plan: ConversionPlan, root: Path) -> bool:
 def _finished_report(plan: ConversionPlan, root: Path) -> Mapping[str, Any] | None:
     if not all((root / name).is_file() for name in (CONFIG, MANIFEST, REPORT)) or (root / WORK / JOURNAL).exists():
         return None
-    report = _report(root)
+    report = stored_report(root)
     if report.get("plan") != plan.digest:
         raise DestinationExistsError(
             f"output {quote(root)} holds a finished conversion with other settings, of another source or by another version: "
             "choose another folder, or overwrite it"
         )
     return report
-
-
-def _report(root: Path) -> Mapping[str, Any]:
-    try:
-        found = parse_json(read_small(root / REPORT, MAX_CONFIG_BYTES))
-    except (SourceError, StrictJsonError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def finished_report(plan: ConversionPlan, root: Path, stored: Mapping[str, Any], *, peak_memory: int) -> Report:

@@ -9,16 +9,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..checkpoint.small_files import read_object
-from ..checkpoint.strict_json import dump_json
+from ..checkpoint.strict_json import StrictJsonError, dump_json, parse_json
 from ..checkpoint.weights import layer_pattern, name_pattern
 from ..errors import SourceError
 from ..kernels import ErrorStats
 from ..limits import MAX_INDEX_BYTES
 from ..planning.formats import FORMATS
+from ..storage.files import read_small
 from .journal import ShardResult
 from .leftovers import REPORT
 
@@ -173,6 +175,15 @@ def layer_rows(statistics: Mapping[str, ErrorStats], sizes: Mapping[str, tuple[i
         ]
         for name, stats in sorted(layers.items())
     ]
+
+
+def stored_report(output: Path) -> Mapping[str, Any]:
+    """Return the report in an output's folder, empty where there is none or a damaged one."""
+    try:
+        found = parse_json(read_small(output / REPORT, MAX_INDEX_BYTES))
+    except (SourceError, StrictJsonError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def recorded_checksums(output: Source) -> dict[str, int]:

@@ -11,9 +11,10 @@ import pytest
 import mfptq
 from mfptq.calibration.feedback import feedback_statistics
 from mfptq.calibration.methods import importance, local_hessian
+from mfptq.dtypes import dtype_name
 from mfptq.encodings.codes import CODE_FORMATS
 from mfptq.errors import MemoryBudgetError, UsageError
-from mfptq.fp8 import NUMPY_CODES, Segments, minmax_scales, search_scales
+from mfptq.fp8 import Segments, minmax_scales, search_scales
 from mfptq.kernels import Kernel, QuantizeArgs, load_kernel
 from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, PreparedStatistics, load_calibrated_kernel
 from mfptq.kernels.choice import cuda_devices
@@ -182,7 +183,7 @@ def test_fp8_is_that_of_the_cpu(dtype, exact, rows, columns) -> None:
     data = weights(dtype, rows, columns).reshape(-1)
     starts = np.arange(0, data.size + 1, columns, dtype=np.int64)
     amax = load_kernel("cpu").amax_each(data, starts)
-    theirs = minmax_scales(amax, NUMPY_CODES[data.dtype.char])
+    theirs = minmax_scales(amax, dtype_name(data))
     segments = Segments(starts, theirs if exact else search_scales(amax), theirs, exact)
     results = []
     for kernel in (load_kernel("cpu"), load_kernel("cuda")):
