@@ -169,7 +169,9 @@ def examine(root: Path, claim: OutputClaim, *, overwrite: bool = False) -> Exami
         if not existing.is_dir():
             raise DestinationError(f"output {quote(root)} cannot be made: {quote(existing)} is a file")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise DestinationError(f"output {quote(root)} cannot be made: {quote(existing)} may not be written to")
+            raise DestinationError(
+                f"output {quote(root)} cannot be made: {quote(existing)} may not be written to (Permission denied)"
+            )
         needed, free = check_space(root, claim, state.done)
     return Examined(state, needed, free)
 
