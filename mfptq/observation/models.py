@@ -125,6 +125,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
     """Return the model that the checkpoint's config describes, without weights; raises SourceError if there is none."""
     import transformers
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     folder = checkpoint.origin.local
     with loading_errors("model", folder):
@@ -132,7 +133,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: str) -> Skeleton:
         for part in (config, config.get_text_config()):
             part.use_cache = False
         factory = getattr(transformers, next(iter(config.architectures or ()), ""), None)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():  # random numbers for no weights take longest
             if factory is None:
                 factory = transformers.AutoModelForCausalLM
                 model = factory.from_config(config)

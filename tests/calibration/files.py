@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,15 @@ def statistics_of(x, level: str = "hessian") -> InputStatistics:
     hessian = (np.einsum("tbi,tbj->bij", blocks, blocks) / len(x)).astype(np.float32)
     moment = np.ascontiguousarray(np.diagonal(hessian, axis1=1, axis2=2)).reshape(-1)
     amax = float(np.float32(np.abs(x).max()))
-    parts = (("moments", moment), ("hessian", hessian), ("factors", factors_of(x)))
+    factors = factors_of(x) if includes(level, "factors") else None
+    parts = (("moments", moment), ("hessian", hessian), ("factors", factors))
     return InputStatistics(amax, len(x), *(values if includes(level, least) else None for least, values in parts))
+
+
+@cache
+def random_statistics(columns: int, seed: int, level: str) -> InputStatistics:
+    """Return the statistics of random inputs, made once for all who only read them."""
+    return statistics_of(random_inputs(columns, seed=seed), level)
 
 
 def factors_of(x):
@@ -77,9 +85,7 @@ def calibrate(
     inputs = {}
     for seed, (name, (columns, members)) in enumerate(layers_of(source).items()):
         if not without(name):
-            inputs[InputInfo(f"{name}.input", columns, members)] = statistics_of(
-                random_inputs(columns, seed=seed), about.statistics
-            )
+            inputs[InputInfo(f"{name}.input", columns, members)] = random_statistics(columns, seed, about.statistics)
     return write_file(path, inputs, about)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 import mfptq
 from mfptq.calibration.file import LEVELS
 from mfptq.calibration.reading import Calibration, load_calibration
+from mfptq.cli import process
 from mfptq.errors import MemoryBudgetError, ScaleError, SourceError, UsageError
 from mfptq.names.engine import experts_parent
 from mfptq.observation import calibration_pass, models
@@ -27,7 +30,7 @@ from mfptq.observation.calibrate import calibrate
 from mfptq.observation.calibration_pass import CalibrationProgress
 from mfptq.observation.residency import Residency
 from mfptq.planner import make_plan
-from tests.conftest import sampled
+from tests.conftest import command, sampled
 from tests.models import DENSE, MOE, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,14 +38,20 @@ SAMPLES = 5
 STEPS = 2
 
 
-@pytest.fixture(scope="module", params=[DENSE, MOE])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp(request.param) / request.param, request.param)
-
-
 @pytest.fixture(scope="module")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("experts") / MOE, MOE)
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {kind: write_checkpoint(folder / kind, kind) for kind in (DENSE, MOE)}
+
+
+@pytest.fixture(params=[DENSE, MOE])
+def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Path:
+    return checkpoints[request.param]
+
+
+@pytest.fixture
+def moe(checkpoints: dict[str, Path]) -> Path:
+    return checkpoints[MOE]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +73,26 @@ OPTIONS: dict[str, Any] = {"samples": SAMPLES, "max_seq_length": 80, "batch_size
 def made(source: Path, dataset: Path, output: Path, **changes: Any) -> Calibration:
     calibrate(source, dataset, output, **OPTIONS | changes)
     return load_calibration(output)
+
+
+Held = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def held(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Held:
+    """Calibrate a model held in memory, once for all tests that read the file."""
+    known: dict[tuple[str, str], Path] = {}
+
+    def file(source: Path, **changes: Any) -> Path:
+        changes = {"statistics": "hessian"} | changes
+        key = (source.name, repr(changes))
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("held") / "a.safetensors"
+            with pytest.MonkeyPatch.context() as patch, forced(patch, streamed=False, batch=SAMPLES):
+                calibrate(source, dataset, known[key], **OPTIONS | changes)
+        return known[key]
+
+    return file
 
 
 @contextmanager
@@ -142,8 +171,8 @@ def quantized_columns(folder: Path, targets: tuple[str, ...] = ()) -> dict[str, 
     return {weight.module: weight.columns for weight in plan.weights()}
 
 
-def test_every_statistic_equals_float64(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
-    found = made(checkpoint, dataset, tmp_path / "a.safetensors")
+def test_every_statistic_equals_float64(checkpoint: Path, dataset: Path, held: Held) -> None:
+    found = load_calibration(held(checkpoint))
     found.of_model(quantized_columns(checkpoint))
     assert {module for info in found.inputs.values() for module in info.modules} == quantized_columns(checkpoint).keys()
     reference = Reference(checkpoint, samples_of(dataset))
@@ -161,11 +190,10 @@ def tokens_of(found: Calibration, module: str) -> int:
     return next((found.read(info).tokens or 0 for info in found.inputs.values() if module in info.modules), 0)
 
 
-def test_threads_of_this_process_are_no_cluster(moe: Path, dataset: Path, tmp_path: Path) -> None:
-    for name, executor in (("a", None), ("b", mfptq.ThreadExecutor())):
-        path = tmp_path / f"{name}.calibration.safetensors"
-        made(moe, dataset, path, statistics="amax", executor=executor)
-    assert (tmp_path / "a.calibration.safetensors").read_bytes() == path.read_bytes()
+def test_threads_of_this_process_are_no_cluster(moe: Path, dataset: Path, tmp_path: Path, held: Held) -> None:
+    path = tmp_path / "a.calibration.safetensors"
+    made(moe, dataset, path, statistics="amax", executor=mfptq.ThreadExecutor())
+    assert path.read_bytes() == held(moe, statistics="amax").read_bytes()
 
 
 def test_experts_with_their_own_tokens_only(moe: Path, dataset: Path, tmp_path: Path) -> None:
@@ -186,8 +214,8 @@ def test_experts_that_no_token_reached_are_left_out(moe: Path, dataset: Path, tm
             assert tokens_of(found, f"{parent}.{expert}.down_proj") == count
 
 
-def test_a_level_includes_those_before(moe: Path, dataset: Path, tmp_path: Path) -> None:
-    files = {level: made(moe, dataset, tmp_path / f"{level}.safetensors", statistics=level) for level in LEVELS}
+def test_a_level_includes_those_before(moe: Path, held: Held) -> None:
+    files = {level: load_calibration(held(moe, statistics=level)) for level in LEVELS}
     for info in files["hessian"].inputs.values():
         amax, moments, hessian, factors = (files[level].read(info) for level in files)
         assert hessian.factors is None
@@ -200,19 +228,27 @@ def test_a_level_includes_those_before(moe: Path, dataset: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "changes",
-    sampled([{}, {"statistics": "factors"}], [{"all_experts": False}, {"dtype": "float32"}]),
-    ids=["default", "factors", "routed", "float32"],
+    ("kind", "changes"),
+    sampled(
+        [(DENSE, {}), (MOE, {"statistics": "factors"})],
+        [(MOE, {}), (MOE, {"all_experts": False}), (MOE, {"dtype": "float32"})],
+    ),
+    ids=["dense", "factors", "default", "routed", "float32"],
 )
 def test_from_disk_and_in_memory_are_the_same_bytes(
-    checkpoint: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    kind: str,
+    changes: dict[str, Any],
+    checkpoints: dict[str, Path],
+    dataset: Path,
+    held: Held,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if changes and checkpoint.name == DENSE:
-        pytest.skip("the dense model is run once")
-    written = set()
-    for name, streamed, batch in (("held", False, SAMPLES), ("pairs", True, 2), ("all", True, SAMPLES)):
+    checkpoint = checkpoints[kind]
+    written = {held(checkpoint, **changes).read_bytes()}
+    for name, batch in (("pairs", 2), ("all", SAMPLES)):
         output = tmp_path / f"{name}.safetensors"
-        with forced(monkeypatch, streamed=streamed, batch=batch):
+        with forced(monkeypatch, streamed=True, batch=batch):
             calibrate(checkpoint, dataset, output, **OPTIONS | changes)
         written.add(output.read_bytes())
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
@@ -244,7 +280,7 @@ class StoppedError(BaseException):
 
 
 def test_an_interrupted_run_goes_on(
-    checkpoint: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, dataset: Path, held: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[CalibrationProgress] = []
 
@@ -252,8 +288,8 @@ def test_an_interrupted_run_goes_on(
         if event.samples == STEPS and event.steps > STEPS * event.total_steps // event.requested:
             raise StoppedError
 
+    whole = load_calibration(held(checkpoint))
     with forced(monkeypatch, streamed=checkpoint.name == MOE):
-        whole = made(checkpoint, dataset, tmp_path / "whole.safetensors", on_event=events.append)
         with pytest.raises(StoppedError):
             calibrate(checkpoint, dataset, tmp_path / "parts.safetensors", **OPTIONS, on_event=stop)
         half = load_calibration(tmp_path / "parts.safetensors").description
@@ -405,22 +441,28 @@ def test_the_rest_of_mfptq_stays_light() -> None:
 
 
 @pytest.mark.usefixtures("default_signals")
-def test_the_command_stops_on_ctrl_c_and_goes_on(moe: Path, tmp_path: Path) -> None:
+def test_the_command_stops_on_ctrl_c_and_goes_on(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first signal ends the run between two blocks; what was written after the last batch stays."""
     text, output = tmp_path / "text.jsonl", tmp_path / "a.calibration.safetensors"
     text.write_text("".join(json.dumps({"text": f"number {number}"}) + "\n" for number in range(20)))
-    command = [sys.executable, "-c", "from mfptq.cli.main import run; run()", "calibrate", moe, "--dataset", text]
-    command += ["--output", output, "--samples", "20", "--batch-size", "1", "--statistics", "amax"]
-    run = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not output.exists() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    run.send_signal(signal.SIGINT)
-    stderr = run.communicate(timeout=60)[1]
+    monkeypatch.setattr(process._Request, "number", 0)
+    process.handle_signals()
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 100
+        while not output.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    user = threading.Thread(target=interrupt)
+    user.start()
+    options = ("--output", output, "--samples", 20, "--batch-size", 1, "--statistics", "amax")
+    run = command("calibrate", moe, "--dataset", text, *options)
+    user.join()
     done = load_calibration(output).description
-    assert run.returncode == 130, stderr
+    assert run.returncode == 130, run.stderr
     assert 0 < done.samples < done.requested == 20
-    assert f"{done.samples} of 20 samples are kept in {output}: rerun the same command to go on" in stderr
-    assert "Traceback" not in stderr
+    assert f"{done.samples} of 20 samples are kept in {output}: rerun the same command to go on" in run.stderr
+    assert "Traceback" not in run.stderr
     rest = {"samples": 20, "max_seq_length": 4096, "batch_size": 20, "statistics": "amax"}
     assert made(moe, text, output, **rest).description.is_complete

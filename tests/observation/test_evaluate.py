@@ -23,40 +23,13 @@ from mfptq.errors import MemoryBudgetError, SourceError, UsageError
 from mfptq.observation import evaluation_pass, models
 from mfptq.observation.evaluate import BUILT_IN, evaluate
 from mfptq.output.estimates import Estimate
-from tests.calibration.files import calibrate as write_calibration
-from tests.clients.dequantize import read_tensors, write_twin
+from tests.clients.dequantize import read_tensors
 from tests.conftest import sampled
 from tests.models import DENSE, MOE, write_checkpoint
+from tests.observation.cases import LENGTH, OPTIONS, Case, load, windows
 from tests.observation.test_rounded_nvfp4 import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-LENGTH = 64
-ROWS = (1, 30, 66, 40)
-OPTIONS: dict[str, Any] = {"max_seq_length": LENGTH, "dtype": "float32"}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = np.random.default_rng(5)
-    path = tmp_path_factory.mktemp("text") / "ids.jsonl"
-    path.write_text("".join(json.dumps(generator.integers(0, 256, n).tolist()) + "\n" for n in ROWS))
-    return path
-
-
-def windows(dataset: Path) -> list[list[int]]:
-    rows = [json.loads(line)[:LENGTH] for line in dataset.read_text().splitlines()]
-    return [row for row in rows if len(row) > 1]
-
-
-class Case:
-    """A source, what it was converted to, and the BF16 checkpoint with the same weights."""
-
-    def __init__(self, folder: Path, kind: str, **decisions: Any) -> None:
-        self.source, self.output = write_checkpoint(folder / "source", kind, "apart"), folder / "output"
-        if decisions.pop("calibrated", False):
-            decisions["calibration"] = write_calibration(self.source, folder / "x.calibration.safetensors")
-        self.scheme = mfptq.convert(self.source, self.output, **decisions).scheme
-        self.twin = write_twin(self.output, self.source, folder / "twin")
 
 
 @pytest.fixture(
@@ -64,12 +37,9 @@ class Case:
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     kind, calibrated = request.param
+    if (kind, calibrated) == (DENSE, False):
+        return request.getfixturevalue("dense")
     return Case(tmp_path_factory.mktemp(kind), kind, calibrated=calibrated)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("dense"), DENSE)
 
 
 @contextmanager
@@ -77,14 +47,6 @@ def forced(*, streamed: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation_pass.EvaluationDemand, "is_streamed", lambda *_: streamed)
         yield
-
-
-def load(folder: Path) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    model.set_experts_implementation("eager")
-    return model
 
 
 def places_of(model: Any, output: Path) -> dict[int, float]:
@@ -190,9 +152,8 @@ def test_an_output_equal_to_its_source_shows_no_difference(dense: Case, dataset:
     assert {each.value for each in found.hidden_errors.values()} == {0.0}
 
 
-def test_progress_ends_at_its_total(dense: Case, dataset: Path) -> None:
-    events: list[mfptq.EvaluationProgress] = []
-    evaluate(dense.output, dense.source, dataset, on_event=events.append, **OPTIONS)
+@pytest.mark.usefixtures("evaluated")
+def test_progress_ends_at_its_total(events: list[mfptq.EvaluationProgress]) -> None:
     assert [event.steps for event in events] == list(range(1, events[-1].total_steps + 1))
     assert events[-1].total_steps == 2 * 3 * 5
 
@@ -299,7 +260,9 @@ def test_the_extra_is_asked_for(dense: Case, monkeypatch: pytest.MonkeyPatch) ->
         evaluate(dense.output, dense.source)
 
 
-def test_the_command_shows_every_figure(dense: Case, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_shows_every_figure(
+    dense: Case, dataset: Path, evaluated: mfptq.Evaluation, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         "evaluate",
         str(dense.output),
@@ -312,16 +275,14 @@ def test_the_command_shows_every_figure(dense: Case, dataset: Path, capsys: pyte
     ]
     main.main([*words, "--max-seq-length", str(LENGTH)], standalone_mode=False)
     shown = capsys.readouterr().out
-    expected = evaluate(dense.output, dense.source, dataset, **OPTIONS)
-    assert shown == evaluation_text(expected) + "\n"
-    assert f"KL divergence       {expected.kl_divergence.value:.4g} +- " in shown
+    assert shown == evaluation_text(evaluated) + "\n"
+    assert f"KL divergence       {evaluated.kl_divergence.value:.4g} +- " in shown
     main.main([*words, "--max-seq-length", str(LENGTH), "--json"], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(expected)))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(evaluated)))
 
 
-def test_long_models_show_twelve_blocks(dense: Case, dataset: Path) -> None:
-    found = evaluate(dense.output, dense.source, dataset, **OPTIONS)
-    long = replace(found, hidden_errors={f"layers.{number}": Estimate(number / 1000, None) for number in range(64)})
+def test_long_models_show_twelve_blocks(evaluated: mfptq.Evaluation) -> None:
+    long = replace(evaluated, hidden_errors={f"layers.{number}": Estimate(number / 1000, None) for number in range(64)})
     lines = [line for line in evaluation_text(long).splitlines() if "layers." in line]
     assert len(lines) == 12
     assert lines[0].endswith("layers.0")

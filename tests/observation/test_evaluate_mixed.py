@@ -20,11 +20,10 @@ from mfptq.observation.evaluate import evaluate
 from tests.calibration.files import calibrate as write_calibration
 from tests.clients.dequantize import read_tensors
 from tests.models import DENSE, MOE
-from tests.observation.test_evaluate import OPTIONS, Case, dataset, load, windows
+from tests.observation.cases import OPTIONS, Case, load, windows
 from tests.observation.test_rounded_fp8 import reference as fp8
 from tests.observation.test_rounded_nvfp4 import reference as nvfp4
 
-__all__ = ["dataset"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 RULES = (
     "fp8-dynamic=re:.*self_attn.*", "fp8-static=re:.*linear_attn.out_proj", "fp8-block=re:.*layers.0.mlp.*down_proj",
@@ -94,12 +93,13 @@ def test_figures_are_those_of_a_direct_computation(kind: str, dataset: Path, tmp
     assert names == {"nvfp4", "fp8-dynamic", "fp8-static"} | ({"fp8-block", "nvfp4a16"} if kind == DENSE else set())
 
 
-def test_all_fp8_is_nearer_to_the_source_than_nvfp4(dataset: Path, tmp_path: Path) -> None:
-    case = Case(tmp_path, DENSE)
-    mfptq.convert(case.source, tmp_path / "fp8", formats=["fp8-dynamic=re:.*"])
-    found = [evaluate(each, case.source, dataset, **OPTIONS) for each in (case.output, tmp_path / "fp8")]
-    assert found[1].kl_divergence.value < 0.5 * found[0].kl_divergence.value
-    assert found[1].scheme.startswith("fp8-dynamic ")
+def test_all_fp8_is_nearer_to_the_source_than_nvfp4(
+    dense: Case, evaluated: mfptq.Evaluation, dataset: Path, tmp_path: Path
+) -> None:
+    mfptq.convert(dense.source, tmp_path / "fp8", formats=["fp8-dynamic=re:.*"])
+    found = evaluate(tmp_path / "fp8", dense.source, dataset, **OPTIONS)
+    assert found.kl_divergence.value < 0.5 * evaluated.kl_divergence.value
+    assert found.scheme.startswith("fp8-dynamic ")
 
 
 def test_a_config_that_does_not_say_what_is_stored_is_refused(dataset: Path, tmp_path: Path) -> None:
@@ -110,17 +110,18 @@ def test_a_config_that_does_not_say_what_is_stored_is_refused(dataset: Path, tmp
         evaluate(case.output, case.source, dataset, **OPTIONS)
 
 
-def test_scales_of_the_cache_are_no_fault(dataset: Path, tmp_path: Path) -> None:
-    case = Case(tmp_path, DENSE)
+def test_scales_of_the_cache_are_no_fault(
+    dense: Case, evaluated: mfptq.Evaluation, dataset: Path, tmp_path: Path
+) -> None:
     layer = "model.language_model.layers.3.self_attn"
-    known = load_calibration(write_calibration(case.source, tmp_path / "inputs.safetensors"))
+    known = load_calibration(write_calibration(dense.source, tmp_path / "inputs.safetensors"))
     contents = Contents(
         known.description, tuple(known.inputs.values()), known.read, {}, key_values={f"{layer}.k_proj": (1, 2)}
     )
     write_file(tmp_path / "c.safetensors", contents)
     known.close()
     decisions = {"calibration": tmp_path / "c.safetensors", "scheme": "NVFP4A16", "method": "search"}
-    mfptq.convert(case.source, tmp_path / "cached", kv_cache="fp8", **decisions)
+    mfptq.convert(dense.source, tmp_path / "cached", kv_cache="fp8", **decisions)
     assert any(name == f"{layer}.v_scale" for name in read_tensors(tmp_path / "cached"))
-    found = [evaluate(each, case.source, dataset, **OPTIONS) for each in (case.output, tmp_path / "cached")]
-    assert found[0].kl_divergence == found[1].kl_divergence
+    found = evaluate(tmp_path / "cached", dense.source, dataset, **OPTIONS)
+    assert found.kl_divergence == evaluated.kl_divergence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,13 +38,24 @@ def ranges(folder: Path, text: Path, output: Path) -> dict[str, tuple[float, flo
     return found
 
 
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Path:
+    return texts(folder.with_name("a.jsonl"), 0)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, one: Path) -> tuple[Path, dict[str, tuple[float, float]]]:
+    """The calibration of the first text, and the ranges in it."""
+    output = folder.with_name("a.calibration.safetensors")
+    return output, ranges(folder, one, output)
+
+
 @pytest.mark.skipif(not IS_CURRENT, reason="a model of transformers before 5.24 takes its cache by another name")
-def test_they_are_those_that_a_cache_holds(folder: Path, tmp_path: Path) -> None:
-    text = texts(tmp_path / "a.jsonl", 0)
-    found = ranges(folder, text, tmp_path / "a.calibration.safetensors")
+def test_they_are_those_that_a_cache_holds(folder: Path, one: Path, whole: tuple[Path, Any]) -> None:
+    found = whole[1]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected: dict[int, list[float]] = {}
-    for line in text.read_text().splitlines():
+    for line in one.read_text().splitlines():
         cache = DynamicCache(config=model.config.get_text_config())
         with torch.no_grad():
             model(torch.tensor([json.loads(line)]), cache=cache, use_cache=True)
@@ -57,12 +69,11 @@ def test_they_are_those_that_a_cache_holds(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_streamed_model_gives_the_same_and_a_merge_the_larger(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, one: Path, whole: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = texts(tmp_path / "a.jsonl", 0), texts(tmp_path / "b.jsonl", 1)
-    first = ranges(folder, one, tmp_path / "a.calibration.safetensors")
+    (path, first), two = whole, texts(tmp_path / "b.jsonl", 1)
     second = ranges(folder, two, tmp_path / "b.calibration.safetensors")
-    merge_calibrations([tmp_path / f"{n}.calibration.safetensors" for n in "ab"], tmp_path / "c.safetensors")
+    merge_calibrations([path, tmp_path / "b.calibration.safetensors"], tmp_path / "c.safetensors")
     both = load_calibration(tmp_path / "c.safetensors")
     assert both.key_value_ranges() == {
         name: tuple(max(each) for each in zip(first[name], second[name], strict=True)) for name in first
@@ -72,9 +83,8 @@ def test_a_streamed_model_gives_the_same_and_a_merge_the_larger(
     assert ranges(folder, one, tmp_path / "d.calibration.safetensors") == first
 
 
-def test_an_interrupted_run_keeps_them(folder: Path, tmp_path: Path) -> None:
-    text, output = texts(tmp_path / "a.jsonl", 0), tmp_path / "a.calibration.safetensors"
-    whole = ranges(folder, text, tmp_path / "whole.calibration.safetensors")
+def test_an_interrupted_run_keeps_them(folder: Path, one: Path, whole: tuple[Path, Any], tmp_path: Path) -> None:
+    output = tmp_path / "a.calibration.safetensors"
 
     class Stop(Exception):
         pass
@@ -84,7 +94,5 @@ def test_an_interrupted_run_keeps_them(folder: Path, tmp_path: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        mfptq.calibrate(
-            folder, text, output, samples=2, statistics="amax", dtype="float32", batch_size=1, on_event=stop
-        )
-    assert ranges(folder, text, output) == whole
+        mfptq.calibrate(folder, one, output, samples=2, statistics="amax", dtype="float32", batch_size=1, on_event=stop)
+    assert ranges(folder, one, output) == whole[1]
