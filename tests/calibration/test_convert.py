@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ import torch
 from compressed_tensors.quantization.utils import generate_gparam
 
 import mfptq
+from mfptq.calibration.file import InputInfo, InputStatistics
 from mfptq.calibration.reading import load_calibration
+from mfptq.checkpoint.header import TensorSpec, encode_header
 from mfptq.demo import write_demo
 from mfptq.errors import MemoryBudgetError, PlanMismatchError, ScaleError, SourceChangedError, UsageError
 from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, RESERVE, plan_memory, worker_bytes
@@ -24,9 +28,16 @@ from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, load_calibrat
 from mfptq.planner import make_plan
 
 from ..conftest import SMALL, Stopped, command, command_apart, digests, sampled, stopping_at
-from .files import calibrate, described, layers_of, stored
+from .files import calibrate, described, layers_of, stored, write_file
 
 MERGED = "abcd" * 16
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "source"
+    write_demo(folder, replace(SMALL, layers=1))
+    return folder
 
 
 @pytest.fixture
@@ -34,10 +45,23 @@ def path(source: Path, tmp_path: Path) -> Path:
     return calibrate(source, tmp_path / "demo.calibration.safetensors")
 
 
-@pytest.fixture
-def full(source: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def full(source: Path) -> Path:
     """A file that every method can use."""
-    return calibrate(source, tmp_path / "full.calibration.safetensors", described("factors"))
+    return calibrate(source, source.with_name("full.calibration.safetensors"), described("factors"))
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path, full: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Convert by a method, once for all tests that read the output."""
+
+    @cache
+    def output(method: str) -> Path:
+        folder = tmp_path_factory.mktemp("converted") / "output"
+        assert mfptq.convert(source, folder, calibration=full, method=method).method == method
+        return folder
+
+    return output
 
 
 def shards(folder: Path) -> dict[str, str]:
@@ -61,10 +85,8 @@ def test_input_scales_are_those_that_compressed_tensors_computes_from_amax(decis
 
 
 @pytest.mark.parametrize("method", CALIBRATED_METHODS)
-def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(method, source, full, tmp_path):
-    report = mfptq.convert(source, tmp_path / "out", calibration=full, method=method)
-    assert report.method == method
-    before, after, calibration = stored(source), stored(tmp_path / "out"), load_calibration(full)
+def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(method, source, full, converted):
+    before, after, calibration = stored(source), stored(converted(method)), load_calibration(full)
     kernel = load_calibrated_kernel()
     for columns, members in layers_of(source).values():
         for module in members:
@@ -78,11 +100,8 @@ def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(met
     calibration.close()
 
 
-def test_the_methods_differ_and_the_global_scale_does_not(source, full, tmp_path):
-    seen = {}
-    for method in ("search", *CALIBRATED_METHODS):
-        mfptq.convert(source, tmp_path / method, calibration=full, method=method)
-        seen[method] = stored(tmp_path / method)
+def test_the_methods_differ_and_the_global_scale_does_not(source, converted):
+    seen = {method: stored(converted(method)) for method in ("search", *CALIBRATED_METHODS)}
     module = next(iter(layers_of(source).values()))[1][0]
     assert len({seen[method][f"{module}.weight_packed"].numpy().tobytes() for method in seen}) == 5
     assert len({seen[method][f"{module}.weight_global_scale"].item() for method in seen}) == 1
@@ -90,19 +109,19 @@ def test_the_methods_differ_and_the_global_scale_does_not(source, full, tmp_path
 
 @pytest.mark.parametrize(("tile", "workers"), sampled([(64, 1), (512, 3)], [(64, 3), (512, 1), (4096, 1), (4096, 3)]))
 @pytest.mark.parametrize("method", ["hessian+", FEEDBACK])
-def test_bytes_do_not_depend_on_tiles_or_workers(method, tile, workers, source, full, tmp_path, monkeypatch):
+def test_bytes_do_not_depend_on_tiles_or_workers(method, tile, workers, source, full, converted, tmp_path, monkeypatch):
     """Tiles of 64 bytes are halves of a row: each part must meet the statistics of its own columns, or be whole."""
-    mfptq.convert(source, tmp_path / "whole", calibration=full, method=method)
+    whole = converted(method)
     monkeypatch.setattr("mfptq.execution.memory_budget.MIN_TILE", tile)
     monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", tile)
     mfptq.convert(source, tmp_path / "cut", calibration=full, method=method, max_workers=workers)
-    assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
+    assert shards(tmp_path / "cut") == shards(whole)
 
 
 @pytest.mark.parametrize("method", ["hessian+", FEEDBACK])
 def test_torch_writes_the_same_bytes(method, tmp_path, monkeypatch):
     source = tmp_path / "source"
-    write_demo(source, replace(SMALL, hidden=32, intermediate=32))
+    write_demo(source, replace(SMALL, hidden=32, intermediate=32, layers=1))
     full = calibrate(source, tmp_path / "full.calibration.safetensors", described("factors"))
     mfptq.convert(source, tmp_path / "compiled", calibration=full, method=method)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
@@ -255,33 +274,25 @@ def test_a_tile_holds_a_whole_row_where_its_columns_depend_on_each_other(source,
     plan_memory(10**8 + RESERVE + worker_bytes(MIN_TILE + 2), 10**8, 8, row=MIN_TILE + 2)
 
 
-_WIDE = """
-import sys, pathlib, numpy as np, mfptq
-from mfptq.checkpoint.header import TensorSpec, encode_header
-from tests.calibration.files import described, InputInfo, write_file, InputStatistics
-rows, columns = 16, int(sys.argv[3])
-folder = pathlib.Path(sys.argv[1]) / "wide"
-folder.mkdir()
-head, header = encode_header([TensorSpec(f"layers.{n}.down_proj.weight", "BF16", (rows, columns)) for n in range(2)])
-values = np.random.default_rng(0).integers(15000, 16000, (rows, columns), np.uint16)
-(folder / "model.safetensors").write_bytes(head + values.tobytes() * 2)
-(folder / "config.json").write_text("{}")
-block = np.eye(16, dtype=np.float32) + 0.5
-found = [4.0, 500, np.full(columns, 1.5, np.float32), np.broadcast_to(block, (columns // 16, 16, 16))]
-if sys.argv[2] == "factors":
-    found.append(np.random.default_rng(0).standard_normal((64, columns), np.float32) * 0.03)
-inputs = {InputInfo(f"{n}", columns, (f"layers.{n}.down_proj",)): InputStatistics(*found) for n in range(2)}
-write_file(folder.parent / "wide.calibration.safetensors", inputs, described(sys.argv[2]))
-"""
+def write_wide(folder: Path, level: str, columns: int) -> None:
+    """Write a model of two layers with few rows, and its calibration file beside it."""
+    folder.mkdir()
+    head, _ = encode_header([TensorSpec(f"layers.{n}.down_proj.weight", "BF16", (16, columns)) for n in range(2)])
+    values = np.random.default_rng(0).integers(15000, 16000, (16, columns), np.uint16)
+    (folder / "model.safetensors").write_bytes(head + values.tobytes() * 2)
+    (folder / "config.json").write_text("{}")
+    block = np.eye(16, dtype=np.float32) + 0.5
+    found = [4.0, 500, np.full(columns, 1.5, np.float32), np.broadcast_to(block, (columns // 16, 16, 16))]
+    if level == "factors":
+        found.append(np.random.default_rng(0).standard_normal((64, columns), np.float32) * 0.03)
+    inputs = {InputInfo(f"{n}", columns, (f"layers.{n}.down_proj",)): InputStatistics(*found) for n in range(2)}
+    write_file(folder.with_name("wide.calibration.safetensors"), inputs, described(level))
 
 
-@pytest.mark.parametrize(("level", "columns"), sampled([("hessian", 2**16), ("factors", 2**14)], [("factors", 2**16)]))
+@pytest.mark.parametrize(("level", "columns"), sampled([("hessian", 2**16), ("factors", 2**13)], [("factors", 2**16)]))
 def test_a_run_with_wide_inputs_keeps_its_ceiling(level, columns, tmp_path):
-    """Hessians of 4 MB, or records of 38 MB, for each input, which a worker holds in two forms, beside tiles of at most 4 MB."""
-    import subprocess
-    import sys
-
-    subprocess.run([sys.executable, "-c", _WIDE, str(tmp_path), level, str(columns)], check=True, timeout=60)
+    """Hessians of 4 MB, or records of 5 or 38 MB, for each input, which a worker holds in two forms, beside tiles of at most 4 MB."""
+    write_wide(tmp_path / "wide", level, columns)
     options = ("--calibration", tmp_path / "wide.calibration.safetensors", "--max-workers", 4, "--json")
     refused = command_apart("convert", tmp_path / "wide", tmp_path / "out", *options, "--max-memory", "50MB")
     assert refused.returncode == 8

@@ -11,6 +11,7 @@ from mfptq.kernels import QuantizeArgs
 from mfptq.kernels.calibrated import PreparedStatistics, feedback_size, load_calibrated_kernel
 from mfptq.nvfp4 import as_float32, dequantize, search_global_scale
 
+from ..conftest import sampled
 from .files import random_inputs, statistics_of
 
 KEPT = 0.75
@@ -116,7 +117,7 @@ def quantized(weight, method: str, values, scale: float):
     return dequantize(packed, codes, scale) - as_float32(weight)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", sampled([0], [1, 2]))
 def test_outputs_are_better_than_without_feedback(seed):
     x = random_inputs(256, 4000, seed) @ np.linalg.qr(np.random.default_rng(seed).standard_normal((256, 256)))[0]
     x[:, :64] += random_inputs(64, 4000, seed + 9)
