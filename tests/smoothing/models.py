@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,24 @@ def configured(kind: str) -> Any:
 
 def write_model(folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a model with random weights, norms included; those of Qwen3.5 in their published layout."""
-    from transformers import AutoModelForCausalLM
-
     if kind in (DENSE, MOE):
         return write_checkpoint(folder, kind, "single")
+    random_model(kind, dtype).save_pretrained(folder)
+    return folder
+
+
+@cache
+def random_model(kind: str, dtype: torch.dtype) -> Any:
+    """Return a tiny model of a type, made once for all who only write it."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(configured(kind)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) / 4)
-    model.save_pretrained(folder)
-    return folder
+    return model
 
 
 def fold(source: Path, folder: Path, **decisions: Any) -> Path:

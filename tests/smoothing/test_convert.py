@@ -28,6 +28,7 @@ from ..models import MOE
 from .models import fold, smoothed_file, write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+ONE_LAYER = replace(SMALL, layers=1)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe", MOE])
@@ -38,6 +39,18 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def path(source: Path) -> Path:
     return calibrate(source, source.parent / "x.calibration.safetensors")
+
+
+@pytest.fixture(scope="module")
+def smoothed_output(source: Path, path: Path) -> Path:
+    """What nobody changes: tests that do take a copy."""
+    mfptq.convert(source, source.parent / "smoothed", calibration=path, smooth=True)
+    return source.parent / "smoothed"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "source", "llama")
 
 
 def tensors(folder: Path) -> dict[str, str]:
@@ -96,15 +109,14 @@ def test_feedback_takes_factors_of_the_divided_inputs(tmp_path):
     assert tensors(tmp_path / "out") == tensors(tmp_path / "plain")
 
 
-def test_weight_only_outputs_are_smoothed_too(source, path, tmp_path):
+def test_weight_only_outputs_are_smoothed_too(source, path, smoothed_output, tmp_path):
     mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True, scheme="W4A16")
-    mfptq.convert(source, tmp_path / "w4a4", calibration=path, smooth=True)
-    found, other = stored(tmp_path / "out"), stored(tmp_path / "w4a4")
+    found, other = stored(tmp_path / "out"), stored(smoothed_output)
     assert found.keys() < other.keys()
     assert all(torch.equal(values.view(torch.uint8), other[name].view(torch.uint8)) for name, values in found.items())
 
 
-@pytest.mark.parametrize("shape", [SMALL, SMALL_EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("shape", [ONE_LAYER, replace(SMALL_EXPERTS, layers=1)], ids=["dense", "experts"])
 @pytest.mark.parametrize("method", ["search", "hessian+"])
 @pytest.mark.parametrize(("tile", "workers"), sampled([(64, 3)], [(64, 1), (512, 3), (4096, 2)]))
 def test_tiles_and_workers_do_not_change_a_byte(shape, method, tile, workers, tmp_path, monkeypatch):
@@ -120,7 +132,7 @@ def test_tiles_and_workers_do_not_change_a_byte(shape, method, tile, workers, tm
 
 
 def test_torch_writes_the_same_bytes(tmp_path, monkeypatch):
-    write_demo(tmp_path / "source", SMALL)
+    write_demo(tmp_path / "source", ONE_LAYER)
     path = calibrate(tmp_path / "source", tmp_path / "x.calibration.safetensors")
     mfptq.convert(tmp_path / "source", tmp_path / "compiled", calibration=path, smooth=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
@@ -130,7 +142,7 @@ def test_torch_writes_the_same_bytes(tmp_path, monkeypatch):
 
 def test_parts_make_the_same_and_a_run_is_resumed_with_the_same_factors_only(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
-    write_demo(source, SMALL)
+    write_demo(source, ONE_LAYER)
     decisions = {"calibration": calibrate(source, tmp_path / "x.calibration.safetensors"), "scheme": "W4A16"}
     with mfptq.plan(source, **decisions, smooth=True) as plan:
         for number in (2, 1):
@@ -145,9 +157,8 @@ def test_parts_make_the_same_and_a_run_is_resumed_with_the_same_factors_only(tmp
     assert mfptq.convert(source, out, **decisions, smooth=True).already_complete
 
 
-def test_verify_checks_kept_tensors_and_that_factors_cancel(source, path, tmp_path):
-    out = tmp_path / "out"
-    mfptq.convert(source, out, calibration=path, smooth=True)
+def test_verify_checks_kept_tensors_and_that_factors_cancel(source, smoothed_output, tmp_path):
+    out = shutil.copytree(smoothed_output, tmp_path / "out")
     (out / "SHA256SUMS").unlink()
     found = mfptq.verify(out, source)
     assert found.ok
@@ -174,12 +185,11 @@ def test_verify_checks_kept_tensors_and_that_factors_cancel(source, path, tmp_pa
     assert "format" in str(mfptq.verify(changed, source).faults[0])
 
 
-def test_plan_report_and_card_list_what_is_scaled(source, path, tmp_path):
-    out = tmp_path / "out"
+def test_plan_report_and_card_list_what_is_scaled(source, path, smoothed_output):
+    out = smoothed_output
     shown = command("plan", source, "--calibration", path, "--smooth").stdout
     assert "smoothing: the inputs of " in shown
     assert "kept, but scaled by smoothing: " in shown
-    mfptq.convert(source, out, calibration=path, smooth=True)
     report = json.loads((out / "mfptq_report.json").read_text())
     pattern = next(name for name in report["smoothing"]["scaled_kept"] if "input_layernorm" in name)
     [row] = [row for row in report["tensors"] if row[0] == pattern]
@@ -263,16 +273,17 @@ def test_values_beyond_the_range_stop_a_conversion_that_was_asked_to_smooth(tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_moments_and_a_calibration_file_are_needed(source, tmp_path):
+def test_moments_and_a_calibration_file_are_needed(llama, tmp_path):
     with pytest.raises(UsageError, match="smooth takes its factors from a calibration file"):
-        mfptq.convert(source, tmp_path / "out", smooth=True)
-    path = calibrate(source, tmp_path / "x.calibration.safetensors", described("amax"))
+        mfptq.convert(llama, tmp_path / "out", smooth=True)
+    path = calibrate(llama, tmp_path / "x.calibration.safetensors", described("amax"))
     with pytest.raises(ScaleError, match="has no second moments: smoothing needs them"):
-        mfptq.convert(source, tmp_path / "out", calibration=path, smooth=True)
+        mfptq.convert(llama, tmp_path / "out", calibration=path, smooth=True)
 
 
-def test_without_smoothing_nothing_is_recorded(source, path, tmp_path):
-    mfptq.convert(source, tmp_path / "out", calibration=path, smooth=False)
+def test_without_smoothing_nothing_is_recorded(llama, tmp_path):
+    path = calibrate(llama, tmp_path / "x.calibration.safetensors")
+    mfptq.convert(llama, tmp_path / "out", calibration=path, smooth=False)
     assert not (tmp_path / "out" / SMOOTHING).exists()
     assert json.loads((tmp_path / "out" / "mfptq_report.json").read_text())["smoothing"] is None
 

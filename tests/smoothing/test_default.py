@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +235,7 @@ def test_parts_and_a_resumed_run_make_the_same(tmp_path):
     from mfptq.demo import write_demo
 
     source, out = tmp_path / "source", tmp_path / "out"
-    write_demo(source, SMALL)
+    write_demo(source, replace(SMALL, layers=1))
     decisions = {"calibration": calibrate(source, tmp_path / "x.calibration.safetensors")}
     for number in (2, 1):
         with mfptq.plan(source, **decisions) as plan:

@@ -36,7 +36,7 @@ def test_logits_are_equal_up_to_the_rounding_of_norms(kind: str, tmp_path: Path)
     assert (found - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("kind", ADDED)
+@pytest.mark.parametrize("kind", sampled(ADDED[1::2], ADDED[::2]))
 def test_norms_stored_in_float32_hardly_round(kind: str, tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", kind, torch.float32)
     folded = fold(source, tmp_path / "folded")
