@@ -153,20 +153,20 @@ def attempt(example: Example, folder: Path, tally: Tally) -> None:
 def random_conversions(count: int, first: int) -> Tally:
     """Run `count` hypothesis examples, reproducible by `first`."""
     tally = Tally()
-    with workplace(LAYOUTS[0]) as work:
+    work = workplace(LAYOUTS[0])
 
-        @seed(first)
-        @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate],
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
-        @given(examples())
-        def one(example: Example) -> None:
-            folder = work.new()
-            try:
-                attempt(example, folder, tally)
-            finally:
-                shutil.rmtree(folder)
+    @seed(first)
+    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(examples())
+    def one(example: Example) -> None:
+        folder = work.new()
+        try:
+            attempt(example, folder, tally)
+        finally:
+            shutil.rmtree(folder)
 
-        one()
+    one()
     return tally
 
 
@@ -176,51 +176,52 @@ def flipped_outputs(count: int, first: int) -> Tally:
     The model card is there to be edited, so its bytes and its digest are left alone.
     """
     tally, chance = Tally(), random.Random(first)
-    with workplace(LAYOUTS[0]) as work:
-        out = work.folder / "expected"
-        files = sorted(path for path in out.iterdir())
-        sums = (out / "SHA256SUMS").read_bytes()
-        card = range(sums.index(b"  README.md\n") - 64, sums.index(b"  README.md\n"))
-        places = [
-            (path, place)
-            for path in files
-            for place in range(path.stat().st_size)
-            if path.name != "README.md" and not (path.name == "SHA256SUMS" and place in card)
-        ]
-        chosen = [*(place for place in places if place[0].name == "SHA256SUMS"), *chance.choices(places, k=count)]
-        tally.check(verify(out).ok, "the output has a fault before anything was flipped")
-        for path, place in chosen[:count] if count < 1000 else chosen:
-            with path.open("r+b") as file:
-                file.seek(place)
-                byte = file.read(1)[0]
-                file.seek(place)
-                file.write(bytes([byte ^ 1 << chance.randrange(8)]))
-                file.flush()
-                tally.check(not verify(out).ok, f"a flipped bit in byte {place} of {path.name} was not found")
-                file.seek(place)
-                file.write(bytes([byte]))
-            tally.tried["flipped bits in finished outputs"] += 1
-        tally.check(digests(out) == work.expected, "the flips were not taken back")
+    work = workplace(LAYOUTS[0])
+    out = work.folder / "expected"
+    files = sorted(path for path in out.iterdir())
+    sums = (out / "SHA256SUMS").read_bytes()
+    card = range(sums.index(b"  README.md\n") - 64, sums.index(b"  README.md\n"))
+    places = [
+        (path, place)
+        for path in files
+        for place in range(path.stat().st_size)
+        if path.name != "README.md" and not (path.name == "SHA256SUMS" and place in card)
+    ]
+    chosen = [*(place for place in places if place[0].name == "SHA256SUMS"), *chance.choices(places, k=count)]
+    tally.check(verify(out).ok, "the output has a fault before anything was flipped")
+    for path, place in chosen[:count] if count < 1000 else chosen:
+        with path.open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+            file.flush()
+            tally.check(not verify(out).ok, f"a flipped bit in byte {place} of {path.name} was not found")
+            file.seek(place)
+            file.write(bytes([byte]))
+        tally.tried["flipped bits in finished outputs"] += 1
+    tally.check(digests(out) == work.expected, "the flips were not taken back")
     return tally
 
 
 def malformed_checkpoints() -> Tally:
     """Flip each bit of, and cut at each byte: a shard's header in its folder, and a journal."""
     tally = Tally()
-    with workplace(LAYOUTS[1]) as work:
-        shard = work.source / SINGLE
-        whole = shard.read_bytes()
-        end = 8 + int.from_bytes(whole[:8], "little")
-        for blob in flips(whole[:end]):
-            shard.write_bytes(blob + whole[end:] if len(blob) == end else blob)
-            tally.tried["malformed checkpoints"] += 1
-            try:
-                read_checkpoint(Origin(work.source)).source.close()
-            except MfptqError as error:
-                tally.check(error.exit_code == 3, f"{error}")
-            except BaseException as error:
-                tally.broken.append(f"{error!r} for {blob!r}")
-        _journals(tally, work.folder)
+    work = workplace(LAYOUTS[1])
+    shard = work.source / SINGLE
+    whole = shard.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for blob in flips(whole[:end]):
+        shard.write_bytes(blob + whole[end:] if len(blob) == end else blob)
+        tally.tried["malformed checkpoints"] += 1
+        try:
+            read_checkpoint(Origin(work.source)).source.close()
+        except MfptqError as error:
+            tally.check(error.exit_code == 3, f"{error}")
+        except BaseException as error:
+            tally.broken.append(f"{error!r} for {blob!r}")
+    shard.write_bytes(whole)
+    _journals(tally, work.folder)
     return tally
 
 

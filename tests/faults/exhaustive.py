@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -88,17 +89,20 @@ def parts() -> dict[str, Part]:
     return found
 
 
-# Small choices of the same, for every run of the tests.
+# Small choices of the same on models of one layer, for every run of the tests.
+THREE_SHARDS, ONE_FILE, EXPERTS, *_, LARGER, PARTS = (
+    replace(layout, shape=replace(layout.shape, layers=1)) for layout in (*LAYOUTS, IN_PARTS)
+)
 SAMPLES: Mapping[str, Part] = {
-    "kills": lambda: kill_points(LAYOUTS[:3:2], spread(3), middle),
-    "parts": lambda: kill_points([IN_PARTS], spread(5), middle),
-    "parts power": lambda: power_cuts([IN_PARTS], spread(4), 2),
-    "errors": lambda: storage_errors(LAYOUTS[:1], middle, lasting=False),
-    "lasting": lambda: storage_errors(LAYOUTS[1:2], middle, lasting=True, errnos=1),
-    "power": lambda: power_cuts((LAYOUTS[0], LAYOUTS[-1]), spread(4), 2),
-    "unsynced": lambda: power_cuts(LAYOUTS[:1], spread(6), 2, unsynced=True),
-    "memory": lambda: memory_errors(LAYOUTS[:1], spread(10)),
-    "short": lambda: short_calls(LAYOUTS[:2]),
+    "kills": lambda: kill_points([THREE_SHARDS, EXPERTS], spread(3), middle),
+    "parts": lambda: kill_points([PARTS], spread(6), middle),
+    "parts power": lambda: power_cuts([PARTS], spread(4), 2),
+    "errors": lambda: storage_errors([THREE_SHARDS], middle, lasting=False),
+    "lasting": lambda: storage_errors([ONE_FILE], middle, lasting=True, errnos=1),
+    "power": lambda: power_cuts([THREE_SHARDS, LARGER], spread(4), 2),
+    "unsynced": lambda: power_cuts([THREE_SHARDS], spread(6), 2, unsynced=True),
+    "memory": lambda: memory_errors([THREE_SHARDS], spread(10)),
+    "short": lambda: short_calls([THREE_SHARDS, ONE_FILE]),
     "conversions": lambda: random_conversions(12, 7),
     "flips": lambda: flipped_outputs(80, 2),
     "headers": malformed_headers,
