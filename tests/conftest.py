@@ -39,8 +39,11 @@ def documented_cases() -> set[int]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Describe the marker of cases."""
+    """Describe the marker of cases; let processes that tests start keep bytecode, else each compiles the package anew."""
     config.addinivalue_line("markers", "case(*numbers): the cases of docs/fault-model.md that a test stands for")
+    if sys.dont_write_bytecode and config.pluginmanager.has_plugin("cacheprovider"):
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(config.cache.mkdir("bytecode"))
 
 
 @pytest.hookimpl(tryfirst=True)
