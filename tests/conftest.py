@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 # in a loop costs more than all the rest. Must come before the first import of numpy.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
+import mfptq
 from mfptq.demo import DemoShape, write_demo
 from mfptq.execution import preview
 
@@ -113,18 +115,44 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what is made once, for fixtures that hand out copies: the sources."""
+    folder = tmp_path_factory.mktemp("kept")
+    write_demo(folder / "source", SMALL)
+    write_demo(folder / "moe", SMALL_EXPERTS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kept_output(kept: Path) -> Path:
+    """What a plain conversion makes of `source`."""
+    mfptq.convert(kept / "source", kept / "out")
+    return kept / "out"
+
+
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(kept: Path, tmp_path: Path) -> Path:
     """A small dense checkpoint whose fused partners lie in different shards."""
-    write_demo(tmp_path / "source", SMALL)
-    return tmp_path / "source"
+    return Path(shutil.copytree(kept / "source", tmp_path / "source"))
 
 
 @pytest.fixture
-def moe_source(tmp_path: Path) -> Path:
+def moe_source(kept: Path, tmp_path: Path) -> Path:
     """A small checkpoint with expert stacks."""
-    write_demo(tmp_path / "moe", SMALL_EXPERTS)
-    return tmp_path / "moe"
+    return Path(shutil.copytree(kept / "moe", tmp_path / "moe"))
+
+
+@pytest.fixture
+def output(kept_output: Path, tmp_path: Path) -> Path:
+    """What a plain conversion makes of `source`, for a test of its own."""
+    return Path(shutil.copytree(kept_output, tmp_path / "out"))
+
+
+@pytest.fixture
+def expected(kept_output: Path) -> dict[str, str]:
+    """The digests of what a plain conversion makes of `source`."""
+    return digests(kept_output)
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -12,12 +12,6 @@ import mfptq
 from tests.conftest import Stopped, command, digests, stopping_at
 
 
-@pytest.fixture
-def output(source: Path, tmp_path: Path) -> Path:
-    mfptq.convert(source, tmp_path / "out")
-    return tmp_path / "out"
-
-
 def test_a_sound_output_has_no_fault(source: Path, output: Path) -> None:
     found = mfptq.verify(output, source)
     assert found.faults == ()

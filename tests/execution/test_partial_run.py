@@ -36,13 +36,6 @@ def start_part(source: Path, output: Path, part: str, how: str = "") -> subproce
     return subprocess.Popen([sys.executable, "-c", RUN_PART, source, output, part, how])
 
 
-@pytest.fixture
-def expected(source: Path, tmp_path: Path) -> dict[str, str]:
-    """The digests of what one run makes of the source."""
-    mfptq.convert(source, tmp_path / "whole")
-    return digests(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("which", ["source", "moe_source"])
 def test_parts_in_any_order_give_the_bytes_of_one_run(which, count, request, tmp_path) -> None:
