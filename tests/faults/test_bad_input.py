@@ -188,16 +188,3 @@ def test_code_of_the_source_is_copied_never_run(source: Path, tmp_path: Path) ->
     assert command("convert", source, tmp_path / "out").returncode == 0
     assert (tmp_path / "out" / "modeling_x.py").read_text() == code
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.case(94)
-def test_closed_stdout(source: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    line = (
-        f"{sys.executable} -c 'from mfptq.cli.main import run; run()' convert {source} {tmp_path / 'out'} > /dev/full"
-    )
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 5, done.stderr
-    assert command("verify", tmp_path / "out", "--source", source).returncode == 0

@@ -18,7 +18,7 @@ from mfptq.checkpoint.companions import INDEX, SINGLE
 from mfptq.checkpoint.folder import Origin, read_checkpoint
 from mfptq.checkpoint.header import TensorSpec, encode_header
 from mfptq.errors import HeaderError, IndexMismatchError, SourceError, UnsafePathError, UnsupportedTensorError
-from tests.conftest import command, digests
+from tests.conftest import command, digests, sampled
 from tests.faults.malformed import BAD, entry, shard
 from tests.faults.test_bad_input import SHARD, edit_config, edit_index
 
@@ -88,7 +88,7 @@ def write_tensors(path: Path, count: int) -> None:
     path.write_bytes(shard(None, count, raw=f"{{{entries}}}".encode()))
 
 
-@pytest.mark.parametrize("first", [b" ", b"{"])
+@pytest.mark.parametrize("first", sampled([b"{"], [b" "]))
 @pytest.mark.case(6)
 def test_a_hundred_million_spaces(first: bytes, single: Path) -> None:
     (single / SINGLE).write_bytes(shard(None, raw=first.ljust(100_000_000)))
@@ -108,12 +108,12 @@ def test_metadata_of_50_megabytes(single: Path) -> None:
 @pytest.mark.case(117)
 def test_the_work_for_a_header_grows_with_its_tensors_and_no_faster(single: Path) -> None:
     calls = []
-    for count in (5_000, 50_000):
+    for count in (2_000, 20_000):
         write_tensors(single / SINGLE, count)
         found, made, _ = measured(single, "calls")
         assert found == str(count)
         calls.append(made)
-    assert 50_000 < calls[1] < 10.5 * calls[0]
+    assert 20_000 < calls[1] < 10.5 * calls[0]
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ STOPPED = "mfptq: error: stopped; rerun the same command to resume\n"
 def big(tmp_path_factory) -> Path:
     """A checkpoint with weights larger than a tile."""
     folder = tmp_path_factory.mktemp("big") / "source"
-    write_demo(folder, DemoShape(hidden=1024, intermediate=4096, layers=1, vocabulary=64))
+    write_demo(folder, DemoShape(hidden=1024, intermediate=2304, layers=1, vocabulary=64))
     return folder
 
 
@@ -69,7 +69,7 @@ def test_a_signal_stops_tidily(number: int, code: int, source: Path, tmp_path: P
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize(("number", "code"), sampled(SIGNALS[1:2], SIGNALS[::2]))
 @pytest.mark.case(99)
 @pytest.mark.usefixtures("default_signals")
 def test_a_second_signal_stops_at_once(number: int, code: int, source: Path, tmp_path: Path) -> None:
@@ -178,8 +178,7 @@ NO_LOCK = "import filelock; filelock.FileLock.acquire = lambda self, timeout=0: 
 
 @pytest.mark.case(108)
 @pytest.mark.parametrize("count", sampled([2], [3, 3, 5]))
-def test_runs_with_locks_that_do_nothing(count: int, source: Path, tmp_path: Path) -> None:
-    mfptq.convert(source, tmp_path / "expected")
+def test_runs_with_locks_that_do_nothing(count: int, source: Path, tmp_path: Path, expected: dict[str, str]) -> None:
     out = tmp_path / "out"
     line = [sys.executable, "-c", NO_LOCK + RUN, "convert", str(source), str(out), "-q"]
     runs = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(count)]
@@ -188,7 +187,7 @@ def test_runs_with_locks_that_do_nothing(count: int, source: Path, tmp_path: Pat
     last = command("convert", source, out)
     assert last.returncode == 0 or "finished conversion" in last.stderr, last.stderr
     shutil.rmtree(out / ".mfptq", ignore_errors=True)
-    assert digests(out) == digests(tmp_path / "expected"), ends
+    assert digests(out) == expected, ends
 
 
 @pytest.mark.case(109)
@@ -247,11 +246,9 @@ def test_a_device_without_memory(source: Path, tmp_path: Path, monkeypatch) -> N
 
 def surroundings() -> Iterator[tuple[str, list[str], dict[str, str]]]:
     c_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    yield "C locale, hash seed 0", [], {**c_locale, "PYTHONHASHSEED": "0"}
-    turkish = {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"}
-    yield "Turkish locale, hash seed 4242, -O", ["-O"], {**turkish, "PYTHONHASHSEED": "4242"}
-    yield "time zone, -OO", ["-OO"], {"TZ": "Pacific/Kiritimati"}
-    yield "-X dev", ["-X", "dev"], {}
+    yield "C locale, hash seed 0, -X dev", ["-X", "dev"], {**c_locale, "PYTHONHASHSEED": "0"}
+    turkish = {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8", "TZ": "Pacific/Kiritimati"}
+    yield "Turkish locale, time zone, hash seed 4242, -OO", ["-OO"], {**turkish, "PYTHONHASHSEED": "4242"}
 
 
 @pytest.mark.parametrize(("flags", "environment"), [pytest.param(f, e, id=name) for name, f, e in surroundings()])
@@ -316,7 +313,9 @@ def test_a_tensor_far_larger_than_the_memory(tmp_path: Path) -> None:
     shard.write_bytes(head)
     os.truncate(shard, len(head) + header.data_bytes)
     (tmp_path / "source" / "config.json").write_text("{}")
-    done = convert_limited(tmp_path / "source", tmp_path / "out", 240 * 2**20, "--max-memory", "200MB", "--json")
+    done = convert_limited(
+        tmp_path / "source", tmp_path / "out", 240 * 2**20, "--max-memory", "200MB", "--json", "--method", "minmax"
+    )
     assert done.returncode == 0, done.stderr
     assert int(re.findall(r'"peak_memory": (\d+)', done.stdout)[0]) <= 200e6
     shutil.rmtree(tmp_path / "out")
@@ -339,7 +338,7 @@ def write_shards(folder: Path, shards: int) -> None:
     from mfptq.checkpoint.header import TensorSpec, encode_header
 
     for number in range(shards):
-        specs = [TensorSpec(f"l{number}.{leaf}_proj.weight", "BF16", (512, 512)) for leaf in ("q", "k", "v", "o")]
+        specs = [TensorSpec(f"l{number}.{leaf}_proj.weight", "BF16", (256, 256)) for leaf in ("q", "k", "v", "o")]
         head, header = encode_header(specs)
         (folder / f"model-{number:05d}.safetensors").write_bytes(head + bytes(header.data_bytes))
     (folder / "config.json").write_text("{}")
