@@ -1,6 +1,6 @@
-"""Sizes in bytes as people write and read them.
+"""Read and write sizes in bytes, and times, as people do.
 
-Called wherever a size comes from a user or goes into a message. Decimal units, as drives and the Hub count.
+Called wherever a size comes from a user, and where either goes into a message. Decimal units, as drives and the Hub count.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ def size_text(size: int, *, up: bool = False) -> str:
     return f"{value:.{digits}f} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def transfer_text(done: int, total: int, rate: float) -> str:
     """Return how far a transfer is, at `rate` bytes a second, and how long the rest takes."""
-    left = f", about {(total - done) / rate:.0f} s left" if rate > 0 and 0 < done < total else ""
+    left = f", about {duration((total - done) / rate)} left" if rate > 0 and 0 < done < total else ""
     return f"{size_text(done)} of {size_text(total)}, {size_text(int(rate))}/s{left}"

@@ -25,8 +25,8 @@ from .errors import HubError, MfptqError, SourceError, StorageError, quote
 from .execution.events import OnEvent
 from .execution.output_errors import OutputErrors
 from .kernels import ErrorStats
+from .output.claim import MANIFEST, REPORT
 from .output.fault import Fault
-from .output.leftovers import MANIFEST, REPORT
 from .output.manifest import manifest_faults
 from .output.measured import Measured
 from .output.report import recorded_checksums

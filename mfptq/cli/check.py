@@ -1,4 +1,7 @@
-"""The command `check`: what engines would find wrong with a checkpoint."""
+"""Define `mfptq check`, and render what engines would find wrong with a checkpoint or a plan.
+
+Called by `main`; `convert`, `plan` and `--explain` use its parts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Define `finish`, and what `convert` does when it makes a part of an output. Thin; imports nothing heavy."""
+"""Define `mfptq finish`, the options of a cluster, and what `convert` does when it makes a part of an output.
+
+Called by `main`, `convert` and `calibrate`. Thin; imports nothing heavy.
+"""
 
 from __future__ import annotations
 

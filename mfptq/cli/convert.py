@@ -1,4 +1,4 @@
-"""The commands `convert` and `plan`: options become keywords of `mfptq.plan`, and what comes back is shown.
+"""Define `mfptq convert` and `mfptq plan`: options become keywords of `mfptq.plan`, and what comes back is shown.
 
 Called by `main`. Nothing heavy may be imported before a command needs it.
 """

@@ -1,4 +1,4 @@
-"""Define the kind of group that `mfptq` and its groups of commands are."""
+"""Define how `mfptq`, `mfptq calibration` and `mfptq recipe` list their commands and take `-v` behind them."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def verify(output: str, source: str | None, as_json: bool, quiet: bool, **option
     """
     from dataclasses import asdict
 
-    from ..output.leftovers import REPORT
+    from ..output.claim import REPORT
     from ..storage.files import expanded
     from ..verification import verify as check
     from . import text

@@ -1,4 +1,7 @@
-"""Options that several commands share, as decorators, and what they decide. Imports nothing heavy."""
+"""Define the options that several commands share, as decorators, and turn them into the library's decisions.
+
+Called by the modules that define commands. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 

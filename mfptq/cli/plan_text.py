@@ -15,10 +15,9 @@ from ..checkpoint.weights import name_pattern
 from ..engines.findings import Finding
 from ..errors import counted, printable
 from ..inspection import TensorSummary, planned_summary
-from ..sizes import size_text
+from ..sizes import duration, size_text
 from .check import findings_lines
 from .columns import width, wrapped
-from .duration import duration
 from .explain_text import explain_text
 from .target_text import target_lines
 from .text import formats_text, left_out_lines, preview_lines

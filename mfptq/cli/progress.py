@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ..errors import printable
 from ..execution.events import Advanced, Event, OnEvent, Planned, ShardFinished
-from ..sizes import transfer_text
-from .duration import duration
+from ..sizes import duration, transfer_text
 from .process import deferred_signals
 
 if TYPE_CHECKING:

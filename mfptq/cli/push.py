@@ -1,4 +1,4 @@
-"""`mfptq push`: the command line of publishing an output."""
+"""Define `mfptq push`, and the options of `convert` that publish. Thin: `output.publish` does it."""
 
 from __future__ import annotations
 

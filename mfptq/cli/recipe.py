@@ -1,4 +1,4 @@
-"""Commands about recipes: what is shipped, what one says, whether one is sound."""
+"""Define the commands of `mfptq recipe`, which list, show and check recipes, and write one for `--save-recipe`."""
 
 from __future__ import annotations
 

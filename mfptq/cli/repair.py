@@ -1,6 +1,6 @@
-"""`mfptq repair`: an NVFP4 checkpoint again, with what engines need and what it lacks.
+"""Define `mfptq repair`, which writes an NVFP4 checkpoint again, with what engines need and what it lacks.
 
-A conversion whose choice of layers is the checkpoint's own: codes go over, scales of fused partners are made equal, and
+It is a conversion whose choice of layers is the checkpoint's own: codes go over, scales of fused partners are made equal, and
 config.json, index, card and digests are written anew.
 """
 

@@ -1,4 +1,7 @@
-"""The commands `report` and `compare`: what a conversion did, as text, page or table."""
+"""Define `mfptq report` and `mfptq compare`, and render as text what conversions did.
+
+Called by `main`. The page and the table are made by `reporting`.
+"""
 
 from __future__ import annotations
 

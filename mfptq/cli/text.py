@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import counted, printable, quote
 from ..kernels.choice import AS_GIVEN
 from ..output.report import Report
-from ..sizes import size_text
+from ..sizes import duration, size_text
 from .columns import fitted
-from .duration import duration
 from .target_text import target_values
 
 if TYPE_CHECKING:

@@ -40,9 +40,9 @@ class _Attempt:
 class TaskLoop:
     """The tasks of one run. For one thread.
 
-    `begin` begins an attempt, not on the nodes whose keys it is given, where others have failed; `record` takes in the name of a node and its answer; `poll` is called often, and what it raises
-    ends the run. `passing` are the errors, by class name, that another attempt may better. `twice`: two attempts at once are
-    harmless. While `has_room` says no, none is begun.
+    `begin` begins an attempt, not on the nodes whose keys it is given, where others have failed; `record` takes in the name of
+    a node and its answer; `poll` is called often, and what it raises ends the run. `passing` are the errors, by class name,
+    that another attempt may better. `twice`: two attempts at once are harmless. While `has_room` says no, none is begun.
     """
 
     cluster: Cluster

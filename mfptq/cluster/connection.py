@@ -1,6 +1,6 @@
 """Talk to a running Ray cluster: which nodes can take a task, submit, wait, cancel. The only module that imports ray.
 
-Called by `cluster.ray_executor` and `cluster.probing`. Never starts a cluster, and leaves one that the caller uses connected.
+Called by the other modules of `cluster`. Never starts a cluster, and leaves one that the caller uses connected.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Look, before any work, whether every node of a cluster can take part. Called by `cluster.ray_executor` and `cluster.calibrating`."""
+"""Check, before any work, that every node of a cluster can take part.
+
+Called by `cluster.ray_executor` and `cluster.calibrating`. Leaves nothing in the output's folder.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 from .. import errors
 from .._version import __version__
 from ..errors import DestinationError, MfptqError, UsageError, quote
-from ..output.leftovers import WORK
+from ..output.claim import WORK
 from ..storage.files import storage_errors
 from .connection import Answer, Cluster, Node, TaskLostError
 

@@ -1,7 +1,8 @@
 """Do a node's work in a cluster: look whether it can take part, make shards, and make a part of a calibration.
 
-Called by `cluster.ray_executor` and `cluster.calibrating` through the cluster, in a process of the node. Takes and returns plain values: what another
-process raises does not always survive the way back. The node plans by itself, from headers, and compares digests.
+Called by `cluster.ray_executor` and `cluster.calibrating` through the cluster, in a process of the node. Takes and returns
+plain values: what another process raises does not always survive the way back. The node plans by itself, from headers, and
+compares digests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Judge what belongs to a checkpoint beside its layers: lost parts of the model, configs that disagree, companions.
 
-Called by `checking.check` and, on a plan, by its caller. It looks at names and config.json only.
+Called by `checking.judge`. It looks at names and config.json only.
 """
 
 from __future__ import annotations

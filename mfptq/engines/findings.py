@@ -1,4 +1,4 @@
-"""Say what is wrong with a checkpoint: what, where, what happens at run time, how to mend it.
+"""Say what is wrong with a checkpoint: what, where, what happens at run time, the remedy.
 
 Called by every judge of `engines`. Findings that differ in names only are one finding with many places.
 """
@@ -17,7 +17,7 @@ SHOWN_PATTERNS = 4
 
 
 class Text(NamedTuple):
-    """What is wrong, what happens at run time, and how to mend it; it names no place."""
+    """What is wrong, what happens at run time, and the remedy; it names no place."""
 
     what: str
     effect: str

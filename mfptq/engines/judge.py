@@ -1,6 +1,6 @@
 """Judge tensors and config as an engine's model class and loader would: which layer gets which scheme, and what it finds.
 
-Called by `checking.check` on a checkpoint, and on a plan before a byte is written. It reads no weight.
+Called by `checking.judge`, on a checkpoint or on a plan before a byte is written. It reads no weight.
 """
 
 from __future__ import annotations

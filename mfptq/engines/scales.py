@@ -1,6 +1,6 @@
 """Judge the numbers that small tensors hold: scales of fused partners, of experts, and of inputs.
 
-Called by `checking.check` where the values are known. compressed-tensors stores divisors (2688 / amax), ModelOpt
+Called by `checking.judge` where the values are known. compressed-tensors stores divisors (2688 / amax), ModelOpt
 multipliers (amax / 2688): the same faults, told apart by the names.
 """
 

@@ -1,6 +1,6 @@
 """Judge whether a checkpoint can be served as asked: split over GPUs, and within their memory.
 
-Called by `checking.check` where the user says how the model will run. Sizes are estimates from headers and config.json.
+Called by `checking.judge` where the user says how the model will run. Sizes are estimates from headers and config.json.
 """
 
 from __future__ import annotations

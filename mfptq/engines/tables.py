@@ -96,7 +96,8 @@ def _by_suffix(name: str, rule: str, new: str | None) -> str | None:
 class Architecture:
     """One model class of an engine. `layers` maps the last two parts of a layer's name, numbers left out, to its kind.
 
-    `packed` maps fused layers to their members as the look-up of schemes knows them, `stacked` as loaders do; `experts` are those of them that are stacks of experts of this very class, `expert_names` the projections of one.
+    `packed` maps fused layers to their members as the look-up of schemes knows them, `stacked` as loaders do; `experts` are the
+    layers that are stacks of experts of this very class, `expert_names` the projections of one.
     """
 
     engine: Engine

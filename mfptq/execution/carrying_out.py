@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..output.claim import OutputClaim
 from ..output.destination import Destination, open_destination
 from ..output.finish import finish, source_card
 from ..output.finished import finished_by, finished_report
-from ..output.leftovers import OutputClaim, abandon
+from ..output.leftovers import abandon
 from ..output.model_card import card_metadata, card_text
 from ..output.publish import Publisher, push
 from ..output.report import Report, gather, pattern_reports, suspicions, total_error

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..output.leftovers import OutputClaim
+from ..output.claim import OutputClaim
 from ..output.part_destination import open_part
 from .engine import Execution
 from .events import Advanced, OnEvent

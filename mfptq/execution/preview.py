@@ -13,9 +13,9 @@ import numpy as np
 
 from ..checkpoint.window import AHEAD_BYTES
 from ..kernels import QuantizeArgs, load_kernel
+from ..output.claim import OutputClaim
 from ..output.destination import examine
 from ..output.finished import is_finished
-from ..output.leftovers import OutputClaim
 from ..output.publish import Publisher
 from ..output.uploads import SHARDS_AT_ONCE, publishable
 from .output_target import Target

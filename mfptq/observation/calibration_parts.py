@@ -19,9 +19,9 @@ from ..calibration.merge import merged
 from ..calibration.reading import Calibration, load_calibration
 from ..errors import DestinationError, PlanMismatchError, ScaleError, SourceError, StorageError, quote
 from ..execution.executors import Request
+from ..output.claim import JOURNAL, WORK
 from ..output.destination import create_folders, locked
 from ..output.journal import Journal, JournalState, read_journal
-from ..output.leftovers import JOURNAL, WORK
 from ..planning.plan import ConversionPlan
 from ..storage.files import storage_errors
 from .calibration_pass import CalibrationOptions, OnProgress, Share, described, read_description

@@ -34,8 +34,9 @@ from ..errors import (
 from ..sizes import size_text
 from ..storage.files import beneath, storage_errors, sync_folder
 from ..storage.partial_file import PartialFile, partial_path
+from .claim import JOURNAL, MANIFEST, REPORT, WORK, OutputClaim
 from .journal import Journal, JournalState, Recorder, ShardResult, read_journal
-from .leftovers import JOURNAL, MANIFEST, REPORT, WORK, OutputClaim, abandon, take_over
+from .leftovers import abandon, take_over
 from .parts import joined, read_parts
 
 SPACE_MARGIN = 16 * 2**20

@@ -1,7 +1,7 @@
 """Make figures with standard errors of the sums of an evaluation's windows.
 
-Called by `observation.evaluate`, and by `reporting` for two outputs that were evaluated on the same text. Windows of text are the units of
-every standard error: tokens of one window depend on each other.
+Called by `observation`, and by `reporting` for two outputs that were evaluated on the same text. Windows of text are the
+units of every standard error: tokens of one window depend on each other.
 """
 
 from __future__ import annotations

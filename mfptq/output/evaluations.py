@@ -1,7 +1,7 @@
 """Keep evaluations with the output that they are of: `mfptq_evaluation.json` in its folder, and a section of its model card.
 
-`observation.evaluate` writes them, `reporting` and `output.publish` read them. The file is none that the conversion made, so SHA256SUMS
-does not name it. It names the plan of its output: beside an output of another plan it says nothing.
+`observation.evaluate` writes them, `reporting` and `output.publish` read them. The file is none that the conversion made, so
+SHA256SUMS does not name it. It names the plan of its output: beside an output of another plan it says nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ..checkpoint.strict_json import StrictJsonError, dump_json, parse_json
 from ..errors import DestinationError, SourceError, quote
 from ..limits import MAX_INDEX_BYTES
 from ..storage.files import expanded, read_small, storage_errors
+from .claim import CARD, EVALUATION
 from .estimates import Estimate, ratio
-from .leftovers import CARD, EVALUATION
 from .report import stored_report
 
 FIGURES = ("source_perplexity", "perplexity", "loss_difference", "kl_divergence", "top1_agreement")

@@ -16,8 +16,8 @@ from ..errors import SourceError, VerificationError, quote
 from ..kernels import ErrorStats
 from ..limits import MAX_CONFIG_BYTES
 from ..smoothing.record import record_text
+from .claim import CARD, MANIFEST, RECIPE, REPORT
 from .destination import Destination
-from .leftovers import CARD, MANIFEST, RECIPE, REPORT
 from .report import report_text
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Recognize an output folder that an earlier run of the very same plan has finished, so that a rerun has nothing to do.
 
-Called by `execution.carrying_out` before a run takes any memory. Removes what a power cut left of the work folder, and writes nothing.
+Called by `execution.carrying_out` before a run takes any memory, and by `execution.preview`. Removes what a power cut left of
+the work folder, and writes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.companions import CONFIG
 from ..errors import DestinationExistsError, MfptqError, quote
-from .leftovers import JOURNAL, MANIFEST, REPORT, WORK
+from .claim import JOURNAL, MANIFEST, REPORT, WORK
 from .manifest import manifest_faults
 from .report import PatternReport, Report, stored_report
 

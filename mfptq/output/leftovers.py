@@ -1,6 +1,7 @@
 """Deal with what earlier runs left in an output folder: keep finished shards that are intact, remove the rest.
 
-Called by `output.destination` while it holds the folder's lock. Removes nothing but files that mfptq itself writes.
+Called by `output.destination` while it holds the folder's lock, and by `output.part_destination`, which takes none. Removes
+nothing but files that mfptq itself writes.
 """
 
 from __future__ import annotations
@@ -9,57 +10,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..checkpoint.companions import CONFIG, INDEX, SMOOTHING
+from ..checkpoint.companions import CONFIG
 from ..errors import SourceError, UnsafePathError
 from ..limits import MAX_INDEX_BYTES
 from ..storage.digest import Stopped, file_sha256, in_parallel
 from ..storage.files import beneath, open_regular, read_small, storage_errors, sync_folder
 from ..storage.partial_file import PARTIAL_SUFFIX
+from .claim import MANIFEST, WORK, OutputClaim
 from .journal import JournalState, ShardResult
 from .parts import PARTS
-
-if TYPE_CHECKING:
-    from ..planning.plan import ConversionPlan
-
-WORK = ".mfptq"
-JOURNAL = "journal"
-MANIFEST = "SHA256SUMS"
-REPORT = "mfptq_report.json"
-CARD = "README.md"
-RECIPE = "mfptq_recipe.toml"
-EVALUATION = "mfptq_evaluation.json"
-
-
-@dataclass(frozen=True, slots=True)
-class OutputClaim:
-    """What a run is going to write: the plan's digests, its shards' sizes in bytes, the source's folder, if it has one, and companions.
-
-    `uploaded` maps shards that need not be here any more to their SHA-256; `at_once` is how many shards lie here at one time,
-    None for all.
-    """
-
-    source: Path | None
-    digests: Mapping[str, str]
-    shards: Mapping[str, int]
-    companions: tuple[str, ...] = ()
-    uploaded: Mapping[str, str] = field(default_factory=dict)
-    at_once: int | None = None
-
-    @classmethod
-    def of(cls, plan: ConversionPlan) -> OutputClaim:
-        """Return what a plan is going to write."""
-        sizes = {shard.name: shard.size for shard in plan.shards}
-        return cls(plan.checkpoint.origin.folder, plan.digests, sizes, plan.checkpoint.companions)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Every file that may be written, config.json first: while it is absent, the folder is no checkpoint."""
-        return (CONFIG, *self.shards, *self.companions, INDEX, CARD, REPORT, EVALUATION, RECIPE, SMOOTHING, MANIFEST)
 
 
 def take_over(

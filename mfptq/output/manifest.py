@@ -1,6 +1,6 @@
 """Compare the files of an output folder with its SHA256SUMS, on all cores.
 
-Called by `verification` and by `output.finished`. Nothing here writes.
+Called by `verification`, `output.finished` and `output.publish`. Nothing here writes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..errors import SourceError
 from ..limits import MAX_INDEX_BYTES
 from ..storage.digest import Stopped, file_sha256, in_parallel
 from ..storage.files import confined, open_regular, read_small
+from .claim import CARD, MANIFEST
 from .fault import Fault
-from .leftovers import CARD, MANIFEST
 
 
 def manifest_entries(root: Path) -> dict[str, str] | None:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ..errors import DestinationExistsError, quote
 from ..storage.files import storage_errors
+from .claim import WORK, OutputClaim
 from .destination import Destination, check_apart, check_space, create_folders, inspect_output
-from .leftovers import WORK, OutputClaim, intact, remove_stale
+from .leftovers import intact, remove_stale
 from .parts import PartRecords
 
 

@@ -20,8 +20,8 @@ from ..checkpoint.hub_errors import hub_errors
 from ..errors import DestinationError, HubError, VerificationError, quote
 from ..limits import MAX_COMPANION_BYTES
 from ..storage.files import beneath, read_small
+from .claim import CARD, EVALUATION, MANIFEST, REPORT
 from .evaluations import read_evaluations
-from .leftovers import CARD, EVALUATION, MANIFEST, REPORT
 from .manifest import manifest_entries, manifest_faults
 
 POLL_SECONDS = 0.5

@@ -1,6 +1,7 @@
 """Sum up a run: the errors of each pattern of modules, warnings, and the report that stays with the output.
 
-Called by `execution.carrying_out`, `output.finish` and the model card. What is written must not depend on how the run went.
+Called by `execution.carrying_out`, `output.finish` and the model card; `stored_report` reads it back. What is written must not
+depend on how the run went.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from ..kernels import ErrorStats
 from ..limits import MAX_INDEX_BYTES
 from ..planning.formats import FORMATS
 from ..storage.files import read_small
+from .claim import REPORT
 from .journal import ShardResult
-from .leftovers import REPORT
 
 if TYPE_CHECKING:
     from ..checkpoint.source import Source

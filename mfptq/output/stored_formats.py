@@ -1,6 +1,7 @@
 """Recognise the formats of a checkpoint's weights from its config and headers, as engines do.
 
-Called by `output.structure` and `verification`. Nothing is decided here: what no format of the table explains is a fault.
+Called by whatever reads an output: `output.structure`, `comparison`, `verification`, `observation`. Nothing is decided here:
+what no format of the table explains is a fault.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Upload finished shards while later ones are made, and let go of them here where they are not to stay.
 
-`execution.carrying_out` uses it for `push_to_hub`. A note in the output's work folder says what is uploaded, so that a rerun does not make or
-send it again. Nothing is visible on the Hub before `Publisher.commit`.
+`execution.carrying_out` uses it for `push_to_hub`. A note in the output's work folder says what is uploaded, so that a rerun
+does not make or send it again. Nothing is visible on the Hub before `Publisher.commit`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..checkpoint.hub_errors import hub_errors
 from ..checkpoint.ranges import RangeReader
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..errors import HubError, StorageError
+from .claim import REPORT, WORK
 from .journal import ShardResult
-from .leftovers import REPORT, WORK
 from .publish import Publisher, Pushed, StoredFile
 
 NOTE = "uploads"

@@ -18,8 +18,8 @@ from ..checkpoint.source import FolderSource
 from ..checkpoint.weights import name_pattern
 from ..errors import SourceError, counted, quote
 from ..limits import MAX_INDEX_BYTES
+from ..output.claim import REPORT
 from ..output.evaluations import read_evaluations
-from ..output.leftovers import REPORT
 from ..output.measured import Measured, total
 from ..storage.files import expanded
 

@@ -9,10 +9,10 @@ import pytest
 
 import mfptq
 from mfptq.checking import unloadable
-from mfptq.cli.duration import duration
 from mfptq.cli.main import main
 from mfptq.cli.plan_text import ranges
 from mfptq.engines.findings import Finding
+from mfptq.sizes import duration
 from tests.conftest import command
 
 

@@ -24,10 +24,10 @@ def test_a_line_for_each_shard_and_one_each_minute(monkeypatch) -> None:
     lines.show(ShardFinished("model-2.safetensors", resumed=True))
     written = stream.getvalue().splitlines()
     assert written == [
-        "mfptq: 60.0 MB of 1.00 GB, 1.00 MB/s, about 940 s left",
-        "mfptq: 120 MB of 1.00 GB, 1.00 MB/s, about 880 s left",
-        "mfptq: 'model-\\x1b1.safetensors' finished: 130 MB of 1.00 GB, 1.00 MB/s, about 870 s left",
-        "mfptq: model-2.safetensors was finished before: 130 MB of 1.00 GB, 1.00 MB/s, about 870 s left",
+        "mfptq: 60.0 MB of 1.00 GB, 1.00 MB/s, about 16 min left",
+        "mfptq: 120 MB of 1.00 GB, 1.00 MB/s, about 15 min left",
+        "mfptq: 'model-\\x1b1.safetensors' finished: 130 MB of 1.00 GB, 1.00 MB/s, about 14 min left",
+        "mfptq: model-2.safetensors was finished before: 130 MB of 1.00 GB, 1.00 MB/s, about 14 min left",
     ]
 
 
