@@ -36,11 +36,11 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def linear_shapes(layer: int) -> dict[str, Shape]:
+def linear_shapes(layer: int, heads: int = HEADS) -> dict[str, Shape]:
     """Return the linear layers of a block that are published in FP8, and their shapes."""
     shapes = {
-        "attn.wq_a": (RANK, HIDDEN), "attn.wkv": (HEAD, HIDDEN), "attn.wq_b": (HEADS * HEAD, RANK),
-        "attn.wo_a": (GROUPS * OUT_RANK, HEADS * HEAD // GROUPS), "attn.wo_b": (HIDDEN, GROUPS * OUT_RANK),
+        "attn.wq_a": (RANK, HIDDEN), "attn.wkv": (HEAD, HIDDEN), "attn.wq_b": (heads * HEAD, RANK),
+        "attn.wo_a": (GROUPS * OUT_RANK, heads * HEAD // GROUPS), "attn.wo_b": (HIDDEN, GROUPS * OUT_RANK),
         **{f"ffn.shared_experts.{leaf}": shape for leaf, shape in expert_shapes().items()},
     }  # fmt: skip
     if layer < len(RATIOS) and RATIOS[layer] == 4:
@@ -53,11 +53,11 @@ def expert_shapes() -> dict[str, Shape]:
     return {"w1": (INNER, HIDDEN), "w2": (HIDDEN, INNER), "w3": (INNER, HIDDEN)}
 
 
-def plain_of_block(layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+def plain_of_block(layer: int, heads: int = HEADS) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what is published as plain numbers of a block: norms, the router, compressors, the mixing of residual streams."""
     for leaf, width in {"attn_norm": HIDDEN, "ffn_norm": HIDDEN, "attn.q_norm": RANK, "attn.kv_norm": HEAD}.items():
         yield f"{leaf}.weight", torch.rand(width).to(torch.bfloat16)
-    yield "attn.attn_sink", torch.randn(HEADS)
+    yield "attn.attn_sink", torch.randn(heads)
     yield "ffn.gate.weight", _matrix(EXPERTS, HIDDEN)
     if layer < CONFIG["num_hash_layers"]:
         yield "ffn.gate.tid2eid", torch.randint(0, EXPERTS, (VOCABULARY, 2), dtype=torch.int32)
@@ -88,15 +88,18 @@ def _matrix(rows: int, columns: int) -> torch.Tensor:
     return (torch.randn(rows, columns) * 0.05).to(torch.bfloat16)
 
 
-def release(block: tuple[int, int] = (128, 128)) -> tuple[Tensors, Tensors]:
-    """Return the tensors of a release, and of its bfloat16 twin: DeepSeek's own cast of each weight; `block` shares an FP8 scale."""
+def release(block: tuple[int, int] = (128, 128), heads: int = HEADS) -> tuple[Tensors, Tensors]:
+    """Return the tensors of a release, and of its bfloat16 twin: DeepSeek's own cast of each weight; `block` shares an FP8 scale.
+
+    Fewer heads are enough where no class of vLLM or transformers is built.
+    """
     torch.manual_seed(0)
     stored: Tensors = {}
     twin: Tensors = {}
     places = [(f"layers.{layer}", layer) for layer in range(len(RATIOS))] + [("mtp.0", len(RATIOS))]
     for prefix, layer in places:
-        _add_plain(prefix, dict(plain_of_block(layer)), stored, twin)
-        for name, shape in linear_shapes(layer).items():
+        _add_plain(prefix, dict(plain_of_block(layer, heads)), stored, twin)
+        for name, shape in linear_shapes(layer, heads).items():
             _add_fp8(f"{prefix}.{name}", shape, block, (stored, twin))
         for expert in range(EXPERTS):
             for leaf, shape in expert_shapes().items():

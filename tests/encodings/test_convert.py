@@ -131,14 +131,15 @@ def equal(one: Path, other: Path) -> bool:
 
 
 WIDENED = ["bf16=re:mtp.*"]  # which FP8 would carry over
-WITH_EXPERTS = ("blocks, F32", "MXFP4")
+RELEASES = [*((name, DENSE) for name in FORMATS), ("blocks, F32", EXPERTS), ("MXFP4", EXPERTS)]
+OFTEN = [("blocks, F32", DENSE), ("rows", DENSE), ("tensors", DENSE), ("INT4", DENSE), ("MXFP4", EXPERTS)]
 TILES = [("blocks, F32", 2048), ("MXFP4", 256)]
 OTHER_TILES = [("blocks, F32", 256), ("MXFP4", 2048), ("blocks, F32", 2**15), ("MXFP4", 2**15)]
 
 
 @pytest.mark.parametrize("name", sampled(["blocks, F32"], ["MXFP4"]))
 def test_every_method_makes_the_same_of_a_release_and_its_cast(name: str, tmp_path: Path) -> None:
-    release, cast = twins(tmp_path, DENSE, name)
+    release, cast = twins(tmp_path, SMALL, name)
     calibration = calibrate(cast, tmp_path / "calibration.safetensors", described("factors"))
     for method in ("minmax", *CALIBRATED_METHODS):
         known = calibration if method in CALIBRATED_METHODS else None
@@ -150,8 +151,8 @@ def test_every_method_makes_the_same_of_a_release_and_its_cast(name: str, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [*((name, DENSE) for name in FORMATS), *((name, EXPERTS) for name in WITH_EXPERTS)],
-    ids=[*FORMATS, *(f"{name}, experts" for name in WITH_EXPERTS)],
+    sampled(OFTEN, [each for each in RELEASES if each not in OFTEN]),
+    ids=lambda each: ("experts" if each.experts else "dense") if isinstance(each, DemoShape) else each,
 )
 def test_a_release_converts_to_what_its_cast_converts_to(name: str, shape: DemoShape, tmp_path: Path) -> None:
     release, cast = twins(tmp_path, shape, name)
@@ -293,7 +294,7 @@ def test_stale_files_are_left_out_and_named(tmp_path: Path) -> None:
 def test_progress_reaches_the_size_of_the_source(tmp_path: Path) -> None:
     from mfptq.execution.events import Advanced, Planned
 
-    release, _ = twins(tmp_path, DENSE, "blocks, F32")
+    release, _ = twins(tmp_path, SMALL, "blocks, F32")
     events: list[object] = []
     mfptq.convert(release, tmp_path / "out", on_event=events.append)
     [total] = [event.total_bytes for event in events if isinstance(event, Planned)]

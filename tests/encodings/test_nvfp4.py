@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,22 @@ SHAPE = DemoShape(hidden=64, intermediate=96, layers=4, vocabulary=64)
 PACKED = ".weight_packed"
 
 
-@pytest.fixture
-def ours(tmp_path: Path) -> Path:
-    """A W4A4 checkpoint of which DeltaNet stays in bfloat16, as a "standard" recipe leaves it."""
-    write_demo(tmp_path / "demo", SHAPE)
-    calibration = calibrate(tmp_path / "demo", tmp_path / "calibration.safetensors")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bfloat16 checkpoint, and what it becomes where DeltaNet is left out, as a "standard" recipe does."""
+    folder = tmp_path_factory.mktemp("made")
+    write_demo(folder / "demo", SHAPE)
+    calibration = calibrate(folder / "demo", folder / "calibration.safetensors")
     mfptq.convert(
-        tmp_path / "demo", tmp_path / "nvfp4", calibration=calibration, method="search", ignore=["re:.*linear_attn.*"]
+        folder / "demo", folder / "nvfp4", calibration=calibration, method="search", ignore=["re:.*linear_attn.*"]
     )
+    return folder
+
+
+@pytest.fixture
+def ours(made: Path, tmp_path: Path) -> Path:
+    """A W4A4 checkpoint of which DeltaNet stays in bfloat16; its source is `demo` beside it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "nvfp4"
 
 

@@ -14,12 +14,6 @@ from tests.conftest import command
 MODULE = "model.language_model.layers.0.mlp.down_proj"
 
 
-@pytest.fixture
-def converted(source: Path, tmp_path: Path) -> Path:
-    mfptq.convert(source, tmp_path / "out")
-    return tmp_path / "out"
-
-
 def patch(folder: Path, name: str, at: int, data: bytes) -> None:
     """Write bytes into a tensor of a checkpoint."""
     checkpoint = read_checkpoint(Origin(folder))
@@ -50,29 +44,29 @@ def found(folder: Path, **options: object) -> dict[str, str]:
         ((0x00, 0x80), "lost-blocks", "2 blocks"),
     ],
 )
-def test_each_kind_is_found_and_counted(converted: Path, codes: tuple[int, ...], code: str, count: str) -> None:
-    assert found(converted) == {}
-    scale(converted, *codes)
-    findings = found(converted)
+def test_each_kind_is_found_and_counted(output: Path, codes: tuple[int, ...], code: str, count: str) -> None:
+    assert found(output) == {}
+    scale(output, *codes)
+    findings = found(output)
     assert findings.keys() == {code}
     assert findings[code].endswith(f"({count})")
-    assert found(converted, block_scales=False) == {}
+    assert found(output, block_scales=False) == {}
 
 
-def test_a_zero_scale_of_zeros_is_no_fault_unless_the_source_has_values(converted: Path, source: Path) -> None:
-    scale(converted, 0, 0, 0)
-    patch(converted, f"{MODULE}.weight_packed", 0, bytes([0x80, 0x08] * 12))  # zeros with signs
-    assert found(converted) == {}
-    assert found(converted, source=source).keys() == {"zero-blocks"}
-    assert found(converted, source=source)["zero-blocks"].endswith("(3 blocks)")
+def test_a_zero_scale_of_zeros_is_no_fault_unless_the_source_has_values(output: Path, source: Path) -> None:
+    scale(output, 0, 0, 0)
+    patch(output, f"{MODULE}.weight_packed", 0, bytes([0x80, 0x08] * 12))  # zeros with signs
+    assert found(output) == {}
+    assert found(output, source=source).keys() == {"zero-blocks"}
+    assert found(output, source=source)["zero-blocks"].endswith("(3 blocks)")
     patch(source, f"{MODULE}.weight", 0, np.full(48, 0x8000, np.uint16).tobytes())  # -0 in bfloat16
-    assert found(converted, source=source) == {}
+    assert found(output, source=source) == {}
 
 
-def test_tiles_of_rows_are_counted_once(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patch(converted, f"{MODULE}.weight_scale", 4 * 63 + 3, b"\x7f")  # the last of 64 rows of 4 blocks
+def test_tiles_of_rows_are_counted_once(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch(output, f"{MODULE}.weight_scale", 4 * 63 + 3, b"\x7f")  # the last of 64 rows of 4 blocks
     monkeypatch.setattr("mfptq.engines.block_scales.TILE_BYTES", 8)
-    assert found(converted)["nan-block-scale"].endswith("(1 block)")
+    assert found(output)["nan-block-scale"].endswith("(1 block)")
 
 
 def test_experts_are_compared_with_their_slice_of_the_stack(moe_source: Path, tmp_path: Path) -> None:
@@ -86,8 +80,8 @@ def test_experts_are_compared_with_their_slice_of_the_stack(moe_source: Path, tm
     assert (finding.code, finding.example, finding.count) == ("zero-blocks", expert, 1)
 
 
-def test_the_command_has_both_options(converted: Path, source: Path) -> None:
-    scale(converted, 0x7F)
-    assert command("check", converted).returncode == 6
-    assert command("check", converted, "--no-block-scales").returncode == 0
-    assert "block scales are NaN" in command("check", converted, "--source", source).stdout
+def test_the_command_has_both_options(output: Path, source: Path) -> None:
+    scale(output, 0x7F)
+    assert command("check", output).returncode == 6
+    assert command("check", output, "--no-block-scales").returncode == 0
+    assert "block scales are NaN" in command("check", output, "--source", source).stdout

@@ -13,6 +13,7 @@ from ..calibration.files import calibrate
 from ..clients.deepseek_v4 import CONFIG, QUANTIZATION, release
 from ..encodings.checkpoints import write
 
+HEADS = 8  # the weights of attention are much the largest
 SHAPES = {
     "dense": DemoShape(hidden=256, intermediate=512, layers=4, vocabulary=64),
     "experts": DemoShape(hidden=128, intermediate=128, layers=4, experts=4, vocabulary=64),
@@ -28,14 +29,21 @@ DECISIONS: dict[str, dict] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.fixture(scope="module", params=SHAPES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of each shape, and its calibration."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_demo(folder / "source", SHAPES[request.param])
+    return folder / "source", calibrate(folder / "source", folder / "calibration.safetensors")
+
+
 @pytest.mark.parametrize("name", DECISIONS)
-def test_no_engine_refuses_a_mixture(tmp_path: Path, shape: str, name: str) -> None:
-    write_demo(tmp_path / "source", SHAPES[shape])
+def test_no_engine_refuses_a_mixture(made: tuple[Path, Path], name: str) -> None:
+    source, calibration = made
     decisions = dict(DECISIONS[name])
     if decisions.pop("calibration", False):
-        decisions["calibration"] = calibrate(tmp_path / "source", tmp_path / "calibration.safetensors")
-    with mfptq.plan(tmp_path / "source", **decisions) as plan:
+        decisions["calibration"] = calibration
+    with mfptq.plan(source, **decisions) as plan:
         found = [each for each in plan.check(engines=("vllm", "sglang")) if each.severity == "error"]
     assert not found, found
 
@@ -43,7 +51,8 @@ def test_no_engine_refuses_a_mixture(tmp_path: Path, shape: str, name: str) -> N
 @pytest.mark.parametrize("formats", [[], [r"fp8-dynamic=re:.*attn\.(wq_a|wkv)$"]], ids=["default", "mixture"])
 def test_no_engine_refuses_a_deepseek_v4(tmp_path: Path, formats: list[str]) -> None:
     """It calls experts w1, w2 and w3, which engines ask for by other names, and its drafter's blocks are renumbered."""
-    folder = write(tmp_path / "source", release()[0], config=CONFIG | {"quantization_config": QUANTIZATION})
+    config = CONFIG | {"num_attention_heads": HEADS, "quantization_config": QUANTIZATION}
+    folder = write(tmp_path / "source", release(heads=HEADS)[0], config=config)
     with mfptq.plan(folder, formats=formats) as plan:
         found = [each for each in plan.check(engines=("vllm", "sglang")) if each.code != "no-tokenizer"]
         kept = {row.format for row in plan.tensors if row.name.startswith("mtp.")}

@@ -1,5 +1,6 @@
 """Publishing: one commit, compared file by file, resumed where it broke off, and never a token where it does not belong."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,20 @@ from tests.hub.server import Content, LoopbackHub, Repo
 TARGET = PushTarget("me/made", token=TOKEN)
 
 
+@pytest.fixture(scope="module")
+def made(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copytree(kept / "source", folder / "source")
+    (folder / "source" / "1_Pooling").mkdir()
+    (folder / "source" / "1_Pooling" / "config.json").write_text("{}")
+    mfptq.convert(folder / "source", folder / "out")
+    return folder / "out"
+
+
 @pytest.fixture
-def output(source: Path, tmp_path: Path) -> Path:
-    (source / "1_Pooling").mkdir()
-    (source / "1_Pooling" / "config.json").write_text("{}")
-    mfptq.convert(source, tmp_path / "out")
-    return tmp_path / "out"
+def output(made: Path, tmp_path: Path) -> Path:
+    """A finished output with a folder in it."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def published(hub: LoopbackHub) -> dict[str, str]:

@@ -23,10 +23,12 @@ from mfptq.planning.formats import FormatRule
 from mfptq.planning.jobs import ShardJob, copy_runs
 from mfptq.planning.settings import Settings
 from mfptq.scales.reading import read_input_scales
+from tests.conftest import sampled
 from tests.faults.conversions import Example, examples, write
 from tests.faults.faulty import FaultyFiles
 
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+PARTS = sampled([0], [1, 2, 3])  # of the examples: each part draws its own
 Range = tuple[int, int]  # first byte, and the one after the last
 
 
@@ -99,9 +101,12 @@ def joined(ranges: Iterator[Range]) -> list[Range]:
     return result
 
 
+@pytest.mark.parametrize("part", PARTS)
 @FEW
 @given(examples(), st.booleans(), st.sampled_from(["", "fp8-dynamic", "fp8-block", "fp8-static"]))
-def test_every_place_is_planned_once_and_written_once(place: Path, example: Example, scaled: bool, target: str) -> None:
+def test_every_place_is_planned_once_and_written_once(
+    place: Path, part: int, example: Example, scaled: bool, target: str
+) -> None:
     source = checkpoint(example, place)
     scales = with_scales(source, place) if scaled else None
     rules = (FormatRule(target, "re:.*"),) if target else ()
@@ -119,9 +124,12 @@ def test_every_place_is_planned_once_and_written_once(place: Path, example: Exam
         assert (place / "out" / name).stat().st_size == job.size == ranges[-1][1]
 
 
+@pytest.mark.parametrize("part", PARTS)
 @FEW
 @given(examples(), st.integers(1, 64), st.booleans())
-def test_tiles_batches_and_runs_cover_their_places(place: Path, example: Example, blocks: int, scaled: bool) -> None:
+def test_tiles_batches_and_runs_cover_their_places(
+    place: Path, part: int, example: Example, blocks: int, scaled: bool
+) -> None:
     source = checkpoint(example, place)
     plan = planned(source, with_scales(source, place) if scaled else None)
     limit = 64 * blocks  # one block of 16 in float32 is 64 bytes

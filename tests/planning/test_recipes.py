@@ -1,5 +1,6 @@
 """Recipes: strict to read, exact to write, the same decisions as the options they stand for."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import mfptq
 from mfptq.errors import RuleError, UsageError
 from mfptq.planning.recipes import load_recipe, parse_recipe, recipe_text, shipped, with_recipe
 from mfptq.planning.settings import Decisions
-from tests.conftest import command
+from tests.conftest import command, sampled
 from tests.models import DENSE, MOE, write_checkpoint
 from tests.planning.test_formats import chosen
 
@@ -62,8 +63,17 @@ def test_what_the_shipped_ones_do(
     assert {part: found[part] - ({"keep"} if part == "linear_attn" and len(found[part]) > 1 else set()) for part in expected} == expected  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [DENSE, MOE])
-@pytest.mark.parametrize("name", SHIPPED)
+OFTEN = [
+    ("experts-only", DENSE),
+    ("experts-only", MOE),
+    ("attention-fp8", MOE),
+    ("deltanet-fp8", DENSE),
+    ("nvidia-qwen3.5", MOE),
+]
+REST = sorted({*itertools.product(SHIPPED, (DENSE, MOE))} - {*OFTEN})
+
+
+@pytest.mark.parametrize(("name", "kind"), sampled(OFTEN, REST))
 def test_the_shipped_ones_convert(name: str, kind: str, models: dict[str, Path], tmp_path: Path) -> None:
     if (name, kind) == ("experts-only", DENSE):
         with pytest.raises(RuleError, match="nothing is left to quantize"):

@@ -16,7 +16,7 @@ import mfptq
 from mfptq.errors import SourceError
 from mfptq.reporting.compare import compare
 from mfptq.reporting.data import by_kind, csv_text, read_report
-from tests.conftest import command
+from tests.conftest import command, sampled
 from tests.reporting.samples import report, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -95,13 +95,14 @@ def test_outputs_are_compared_layer_by_layer(source: Path, tmp_path: Path) -> No
     assert json.loads(command("compare", tmp_path / "search", tmp_path / "search", "--json").stdout)["changed"] == []
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("matplotlib")
-    out = write_report(tmp_path / "A <b>model</b>")
-    done = command("report", out, "--html", tmp_path / "page.html")
+    folder = tmp_path_factory.mktemp("page")
+    out = write_report(folder / "A <b>model</b>")
+    done = command("report", out, "--html", folder / "page.html")
     assert done.returncode == 0, done.stderr
-    return tmp_path / "page.html"
+    return folder / "page.html"
 
 
 def test_a_page_is_small_and_whole(page: Path) -> None:
@@ -131,7 +132,7 @@ def browse(path: Path, width: int) -> tuple[str, str]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [500, 1280])
+@pytest.mark.parametrize("width", sampled([1280], [500]))
 def test_a_page_in_a_browser(page: Path, width: int) -> None:
     """A window is 500 pixels at least; narrower ones are a frame in it."""
     probe = page.with_name("probe.html")
