@@ -120,8 +120,8 @@ class Plan:
 
         The keywords are those of `convert`; `push_to` says where the output is published.
         """
-        from .execution.carrying_out import run_whole
         from .execution.output_target import Target
+        from .execution.whole_run import run_whole
 
         target = Target(expanded(destination), overwrite=overwrite, push_to=push_to, discard=discard_output)
         doing = executor or ThreadExecutor()
@@ -156,13 +156,13 @@ class Plan:
 
         Raises DestinationError for shards that are missing or damaged, PlanMismatchError for parts of another plan.
         """
-        from .execution.carrying_out import carry_out, complete_already
+        from .execution.whole_run import complete_already, make_output
 
         root, tell = expanded(destination), on_event or ignore
         with memory_errors():
             if (done := complete_already(self._planned, root, tell)) is not None:
                 return done
-            return carry_out(self._order(Resources(max_memory)), root, ThreadExecutor(), complete=True, on_event=tell)
+            return make_output(self._order(Resources(max_memory)), root, ThreadExecutor(), complete=True, on_event=tell)
 
     def _order(self, resources: Resources, *, remote: bool = False) -> Order:
         """Return the run with the memory it takes; where other machines do the work, `resources` are theirs."""

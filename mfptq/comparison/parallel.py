@@ -15,7 +15,7 @@ from threading import Lock
 from ..checkpoint.reads import SEGMENT_BYTES, ByteRange, ReadAhead, ReadUnit
 from ..checkpoint.source import Source
 from ..execution.events import Advanced, OnEvent, Planned
-from ..storage.digest import Stopped, in_parallel
+from ..storage.parallel import Stopped, in_parallel
 from .stored_weights import Comparison, Part
 
 HELD_BYTES = 256 * 2**20  # of a remote source, at most

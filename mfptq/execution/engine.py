@@ -103,10 +103,10 @@ class Execution:
             writer.expect(1)  # so that the shard is not complete before its last task is handed out
             for task in self._shard_tasks(writer):
                 writer.expect(1)
-                yield partial(self._carry_out, writer, task)
-            yield partial(self._carry_out, writer, ignore)
+                yield partial(self._run_task, writer, task)
+            yield partial(self._run_task, writer, ignore)
 
-    def _carry_out(self, writer: ShardWriter, task: MemoryTask, memory: WorkerMemory) -> None:
+    def _run_task(self, writer: ShardWriter, task: MemoryTask, memory: WorkerMemory) -> None:
         """Run one task of a shard; after the last, make the shard durable under its name."""
         task(memory)
         if not writer.finish_task():
@@ -200,7 +200,7 @@ class Execution:
     def _quantize_group(self, writer: ShardWriter, work: Iterable[tuple[QuantizeWeight, Tile]], scale: float) -> None:
         conversions = (partial(convert_tile, self._plan, GroupTile(step, tile, scale)) for step, tile in work)
         tasks = (partial(self._convert, writer, each) for each in conversions)
-        self._pool.add(partial(self._carry_out, writer, task) for task in tasks)
+        self._pool.add(partial(self._run_task, writer, task) for task in tasks)
 
 
 def _family(step: QuantizeWeight) -> Family:

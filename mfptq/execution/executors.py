@@ -88,7 +88,7 @@ class ThreadExecutor:
 
     def execute(self, order: Order, out: Destination, on_event: OnEvent) -> Executed:
         """Make every shard of the plan that the destination `out` does not have, and record it there."""
-        from .engine import Execution
+        from .engine import Execution  # a plan, and whoever lets others do the work, start without it
 
         run = order.run
         memories = run.worker_memories()

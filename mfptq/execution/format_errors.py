@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from ..planning.formats import FORMATS, KEEP
 from ..planning.jobs import CAST
 from ..planning.weight_targets import weight_target
 from ..sizes import size_text
-from .events import Advanced, Planned
+from .events import Advanced, OnEvent, Planned
 from .families import FAMILIES
 from .global_scales import global_scale
 from .memory_budget import plan_memory, resident_bytes
@@ -68,14 +68,11 @@ def measure_errors(
     """
     run = prepare(plan, measuring.resources, measuring.held)
     memories = [run.worker_memory(BUFFER_BYTES) for _ in range(_workers(run))]
-    pass_ = _Pass(plan, [each for each in formats if each != KEEP])
-    pool = WorkerPool([pass_.tasks(layers)], memories)
-    pass_.pool = pool
     measuring.on_event(Planned(sum(weight.nbytes for each in layers for weight in each.weights)))
-    pool.run(measuring.on_event)
+    found = _Pass(plan, layers, [each for each in formats if each != KEEP], memories).run(measuring.on_event)
     return {
-        name: {what: math.fsum(parts) for what, parts in sorted(found.items())}
-        for name, found in sorted(pass_.found.items())
+        name: {what: math.fsum(parts) for what, parts in sorted(errors.items())}
+        for name, errors in sorted(found.items())
     }
 
 
@@ -83,9 +80,8 @@ def _workers(run: Run) -> int:
     """Return how many workers fit into the memory: fewer of them rather than smaller tiles, which would change results."""
     block = np.zeros((1, BLOCK_SIZE), np.float32)
     for family in FAMILIES.values():
-        family.try_out(
-            PLAIN, block, run.kernel, run.calibrated
-        )  # what they bring must be in memory before it is counted
+        # What it brings must be in memory before that is counted.
+        family.try_out(PLAIN, block, run.kernel, run.calibrated)
     budget = run.memory.peak + run.memory.spare
     statistics = run.plan.statistics_bytes
     for workers in range(run.memory.workers, 0, -1):
@@ -97,57 +93,61 @@ def _workers(run: Run) -> int:
     )
 
 
-@dataclass(slots=True)
 class _Pass:
-    """One pass. Threads: `_measure` runs on workers; `_lock` guards `found`, the parts of each group's sums."""
+    """One pass. Threads: `_measure` runs on workers; `_lock` guards `_found`, the parts of each group's sums."""
 
-    plan: ConversionPlan
-    formats: Sequence[str]
-    found: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    pool: WorkerPool[WorkerMemory] | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(
+        self, plan: ConversionPlan, layers: Iterable[Layers], formats: Sequence[str], memories: Sequence[WorkerMemory]
+    ) -> None:
+        self._plan = plan
+        self._formats = formats
+        self._found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._lock = threading.Lock()
+        self._pool = WorkerPool([self._tasks(layers)], memories)
 
-    def tasks(self, layers: Iterable[Layers]) -> Iterator[Task[WorkerMemory]]:
+    def run(self, on_event: OnEvent) -> Mapping[str, Mapping[str, Sequence[float]]]:
+        """Try every format on every tile; return what each costs, by fused group, tile by tile."""
+        self._pool.run(on_event)
+        return self._found
+
+    def _tasks(self, layers: Iterable[Layers]) -> Iterator[Task[WorkerMemory]]:
         """Yield a task for each tile, in the order in which the weights lie in their files."""
         work = [(group, weight) for each in layers for group in each.groups for weight in _members(each, group)]
-        bases: dict[str, _Group] = {}
+        groups: dict[str, _Group] = {}
         for group, weight in sorted(work, key=lambda pair: (pair[1].shard, pair[1].offset)):
-            if group.name not in bases:
-                with self._lock:
-                    self.found[group.name] = defaultdict(list)
-                bases[group.name] = self._opened(group, weight)
+            if group.name not in groups:
+                groups[group.name] = self._opened(group, weight)
             for tile in tiles(weight, TILE_BYTES):
-                yield partial(self._measure, bases[group.name], tile)
+                yield partial(self._measure, groups[group.name], tile)
 
     def _opened(self, group: FusedGroup, weight: Weight) -> _Group:
-        base = self.plan.format_of(weight).name
-        return _Group(group, (base, *self.formats), OutputErrors.of(self.plan.calibration, weight.module))
+        base = self._plan.format_of(weight).name
+        return _Group(group, (base, *self._formats), OutputErrors.of(self._plan.calibration, weight.module))
 
     def _measure(self, group: _Group, tile: Tile, memory: WorkerMemory) -> None:
         """Try every format on a tile, and note what each costs."""
         data = memory.read(tile)
         largest = float(memory.amax_segments(data, np.array([0, data.size], np.int64), tile)[0])
-        method = self.plan.method_of(tile.weight)
+        method = self._plan.method_of(tile.weight)
         method = "search" if method == CAST else method  # values that NVFP4 can hold, which `search` finds too
         costs: dict[str, float] = {}
         for name, how in ((group.formats[0], method), (REFERENCE, PLAIN)):
             scale = global_scale(how, largest, tile.weight.dtype)
             costs[name], costs[NORM] = self._nvfp4(group, tile, (data, QuantizeArgs(how, scale)), memory)
         for name in group.formats[1:]:
-            how = weight_target(tile.weight.module, FORMATS[name], self.plan.method, self.plan.calibration).method
+            how = weight_target(tile.weight.module, FORMATS[name], self._plan.method, self._plan.calibration).method
             costs[name] = _fp8(group, tile, (data, how), memory)
         with self._lock:
             for name, cost in costs.items():
-                self.found[group.group.name][name].append(cost)
-        assert self.pool is not None
-        self.pool.emit(Advanced(tile.nbytes))
+                self._found[group.group.name][name].append(cost)
+        self._pool.emit(Advanced(tile.nbytes))
 
     def _nvfp4(
         self, group: _Group, tile: Tile, work: tuple[TileArray, QuantizeArgs], memory: WorkerMemory
     ) -> tuple[float, float]:
         """Return the squared error of a tile in NVFP4, and its squared norm."""
         data, args = work
-        calibration = self.plan.calibration
+        calibration = self._plan.calibration
         known = None if calibration is None else calibration.statistics(tile.weight.module, args.method)
         part = None if known is None else known.part(tile.start % tile.weight.columns, tile.columns)
         done = memory.quantize(data, args, part)

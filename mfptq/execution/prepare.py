@@ -15,13 +15,13 @@ import numpy as np
 
 from ..dtypes import DTYPE_BITS, NUMPY_DTYPES
 from ..errors import UsageError
-from ..kernels import Kernel, has_compiler, is_cuda, load_kernel
+from ..kernels import Kernel, back_end, is_cuda, load_kernel
 from ..kernels.calibrated import FEEDBACK, CalibratedKernel, load_calibrated_kernel
 from ..kernels.choice import choose_device
 from ..kernels.turning import load_turner
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
-from ..storage.digest import available_cores
+from ..storage.parallel import available_cores
 from .events import OnEvent, ignore
 from .families import family_of
 from .memory_budget import MemoryPlan, check_data_limit, plan_memory, resident_bytes
@@ -99,7 +99,7 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
     for run in plan.runs():
         work[run.target.method] += run.weights[0].size * len(run.weights)
     choice = choose_device(resources.device, work, workers)
-    check_data_limit("cuda" if is_cuda(choice.device) else "cpu" if has_compiler() else "torch")
+    check_data_limit(back_end(choice.device))
     kernel = load_kernel(choice.device)
     calibrated = load_calibrated_kernel(choice.device) if statistics else None
     _try_out(plan, kernel, calibrated)

@@ -114,8 +114,7 @@ class GroupStep:
     @property
     def is_uniform(self) -> bool:
         """Whether its weights have one dtype, and are stored alike."""
-        kinds = {(step.weight.dtype, step.weight.pitch > 0) for step in self.weights}
-        return len(self.weights) == 1 or len(kinds) == 1
+        return len({(step.weight.dtype, step.weight.pitch > 0) for step in self.weights}) == 1
 
     @property
     def is_turned(self) -> bool:

@@ -63,7 +63,7 @@ class Kernel(ABC):
     tile_bytes: int  # what it takes at once with the least overhead
 
     def allocate(self, size: int) -> ByteArray:
-        """Return `size` bytes of memory that the kernel reads tiles from best; they begin at a page, as direct writes do."""
+        """Return `size` bytes of memory that the kernel reads tiles from best; they begin at a page, so no vector lies in two."""
         memory = np.empty(size + PAGESIZE, np.uint8)
         start = -memory.ctypes.data % PAGESIZE
         return memory[start : start + size]
@@ -120,18 +120,26 @@ class Kernel(ABC):
 
 def load_kernel(device: str = "cpu") -> Kernel:
     """Return the kernel for a device: cpu, cuda or cuda:N; raises UsageError for others and where it cannot be used."""
-    if is_cuda(device):
-        from .cuda import CudaKernel
+    match back_end(device):
+        case "cuda":
+            from .cuda import CudaKernel
 
-        return CudaKernel(device)
-    if has_compiler():
-        from .cpu import CpuKernel
+            return CudaKernel(device)
+        case "cpu":
+            from .cpu import CpuKernel
 
-        return CpuKernel()
+            return CpuKernel()
     require_torch()
     from .torch import TorchKernel
 
     return TorchKernel()
+
+
+def back_end(device: str) -> str:
+    """Return what computes for a device, cuda, cpu or torch; raises UsageError as `is_cuda` does."""
+    if is_cuda(device):
+        return "cuda"
+    return "cpu" if has_compiler() else "torch"
 
 
 def require_torch() -> None:

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..kernels import ErrorStats, QuantizeArgs, TileArray, has_compiler, is_cuda, require_torch
+from ..kernels import ErrorStats, QuantizeArgs, TileArray, back_end, require_torch
 from ..nvfp4 import BLOCK_SIZE, SEARCH_OFFSETS, ByteArray, Float32Array
 
 LOCAL_METHODS = ("weighted", "hessian", "hessian+")  # of which a block needs to know its own columns alone
@@ -110,14 +110,15 @@ class CalibratedKernel(Protocol):
 
 def load_calibrated_kernel(device: str = "cpu") -> CalibratedKernel:
     """Return the kernel for a device: cpu, cuda or cuda:N; raises UsageError for others and where it cannot be used."""
-    if is_cuda(device):
-        from .calibrated_cuda import CalibratedCudaKernel
+    match back_end(device):
+        case "cuda":
+            from .calibrated_cuda import CalibratedCudaKernel
 
-        return CalibratedCudaKernel(device)
-    if has_compiler():
-        from .calibrated_cpu import CalibratedCpuKernel
+            return CalibratedCudaKernel(device)
+        case "cpu":
+            from .calibrated_cpu import CalibratedCpuKernel
 
-        return CalibratedCpuKernel()
+            return CalibratedCpuKernel()
     require_torch()
     from .calibrated_torch import CalibratedTorchKernel
 

@@ -1,6 +1,6 @@
 """Write everything of an output that is not a shard, when all shards are there.
 
-Called by `execution.carrying_out` at the end of a run. `config.json` must come last: with it the folder is a checkpoint.
+Called by `execution.whole_run` at the end of a run. `config.json` must come last: with it the folder is a checkpoint.
 """
 
 from __future__ import annotations

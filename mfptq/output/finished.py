@@ -1,6 +1,6 @@
 """Recognize an output folder that an earlier run of the very same plan has finished, so that a rerun has nothing to do.
 
-Called by `execution.carrying_out` before a run takes any memory, and by `execution.preview`. Removes what a power cut left of
+Called by `execution.whole_run` before a run takes any memory, and by `execution.preview`. Removes what a power cut left of
 the work folder, and writes nothing.
 """
 

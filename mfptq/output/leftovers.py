@@ -16,8 +16,9 @@ from pathlib import Path
 from ..checkpoint.companions import CONFIG
 from ..errors import SourceError, UnsafePathError
 from ..limits import MAX_INDEX_BYTES
-from ..storage.digest import Stopped, file_sha256, in_parallel
+from ..storage.digest import file_sha256
 from ..storage.files import beneath, open_regular, read_small, storage_errors, sync_folder
+from ..storage.parallel import Stopped, in_parallel
 from ..storage.partial_file import PARTIAL_SUFFIX
 from .claim import MANIFEST, WORK, OutputClaim
 from .journal import JournalState, ShardResult

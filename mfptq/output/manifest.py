@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..errors import SourceError
 from ..limits import MAX_INDEX_BYTES
-from ..storage.digest import Stopped, file_sha256, in_parallel
+from ..storage.digest import file_sha256
 from ..storage.files import confined, open_regular, read_small
+from ..storage.parallel import Stopped, in_parallel
 from .claim import CARD, MANIFEST
 from .fault import Fault
 

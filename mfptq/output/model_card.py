@@ -1,6 +1,6 @@
 """Write the model card: what an NVFP4 checkpoint should say of itself, then the source's own text.
 
-Called by `execution.carrying_out`. The source's text is copied, never interpreted; of its metadata only known fields are.
+Called by `execution.whole_run`. The source's text is copied, never interpreted; of its metadata only known fields are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Publish an output to a Hub repo: large files one by one, then one commit that makes the whole checkpoint visible.
 
-`push` does it for a finished folder, `execution.carrying_out` while later shards are made (`uploads`). Until the one commit, which
+`push` does it for a finished folder, `execution.whole_run` while later shards are made (`uploads`). Until the one commit, which
 names its parent, the branch shows nothing of it. Success is claimed only after the Hub's listing agrees with every file here.
 """
 

@@ -1,6 +1,6 @@
 """Sum up a run: the errors of each pattern of modules, warnings, and the report that stays with the output.
 
-Called by `execution.carrying_out`, `output.finish` and the model card; `stored_report` reads it back. What is written must not
+Called by `execution.whole_run`, `output.finish` and the model card; `stored_report` reads it back. What is written must not
 depend on how the run went.
 """
 

@@ -1,6 +1,6 @@
 """Upload finished shards while later ones are made, and let go of them here where they are not to stay.
 
-`execution.carrying_out` uses it for `push_to_hub`. A note in the output's work folder says what is uploaded, so that a rerun
+`execution.whole_run` uses it for `push_to_hub`. A note in the output's work folder says what is uploaded, so that a rerun
 does not make or send it again. Nothing is visible on the Hub before `Publisher.commit`.
 """
 

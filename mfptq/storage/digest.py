@@ -1,53 +1,18 @@
-"""SHA-256 of texts and of files: one that follows the writes, and many files in parallel."""
+"""SHA-256 of texts, and of files, whole or piece by piece.
+
+Called by `storage.partial_file`, whose digests follow the writes, and by whatever compares a file with its digest.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from typing import TypeVar
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 
 from .files import read_exact
 
 HASH_CHUNK = 2**20  # bytes read at once
 HASH_STEP = 8 * 2**20  # bytes hashed before somebody else gets a turn
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Stopped = Callable[[], bool]
-_MOST_AT_ONCE = 16
-_POLL_SECONDS = 0.1
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def in_parallel(
-    function: Callable[[Stopped, Item], Result], items: Iterable[Item], poll: Callable[[], object] | None = None
-) -> list[Result]:
-    """Return what a function makes of each item, in their order, from as many threads as there are cores.
-
-    `poll` is called in this thread about every tenth of a second. What it raises, the first error, and an interruption stop
-    everything: `function` asks its first argument now and then whether that has happened, and then raises whatever it likes.
-    """
-    stopped = threading.Event()
-    pool = ThreadPoolExecutor(min(available_cores(), _MOST_AT_ONCE))
-    try:
-        futures = [pool.submit(function, stopped.is_set, item) for item in items]
-        left = set(futures)
-        while left:
-            done, left = wait(left, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            if poll is not None:
-                poll()
-        return [future.result() for future in futures]
-    finally:
-        stopped.set()
-        pool.shutdown(cancel_futures=True)
 
 
 def text_sha256(text: str) -> str:

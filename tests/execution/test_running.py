@@ -15,8 +15,8 @@ from mfptq.execution.events import Advanced
 from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, plan_memory, worker_bytes
 from mfptq.execution.worker_pool import POLL_SECONDS, WorkerPool
 from mfptq.planning.jobs import ShardPlan, largest_first
-from mfptq.storage.digest import in_parallel
 from mfptq.storage.files import plain_name
+from mfptq.storage.parallel import in_parallel
 
 
 def ignore(_event: object) -> None:
@@ -151,7 +151,7 @@ def test_results_of_several_threads_come_in_order() -> None:
 
 
 def test_an_error_stops_what_others_are_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mfptq.storage.digest.available_cores", lambda: 4)
+    monkeypatch.setattr("mfptq.storage.parallel.available_cores", lambda: 4)
     stopped, both = [], threading.Barrier(2)
 
     def work(is_stopped, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Carry out a plan: claim the output, let an executor make the shards, finish with config.json, publish, and report.
+"""Make a whole output: claim its folder, let an executor make the shards, finish with config.json, publish, and report.
 
 Called by `conversion`, and by nothing else. An output that is complete already is checked and left as it is.
 """
@@ -47,7 +47,7 @@ def run_whole(
             return finished_report(plan, target.root, published, peak_memory=peak_bytes())
         publisher.refuse_foreign()
         uploads = Uploads(publisher, discard=target.discard)
-    return carry_out(order(), target.root, executor, overwrite=target.overwrite, on_event=on_event, uploads=uploads)
+    return make_output(order(), target.root, executor, overwrite=target.overwrite, on_event=on_event, uploads=uploads)
 
 
 def complete_already(plan: ConversionPlan, root: Path, on_event: OnEvent) -> Report | None:
@@ -56,7 +56,7 @@ def complete_already(plan: ConversionPlan, root: Path, on_event: OnEvent) -> Rep
     return None if finished is None else finished_report(plan, root, finished, peak_memory=peak_bytes())
 
 
-def carry_out(
+def make_output(
     order: Order,
     destination: Path,
     executor: Executor,
