@@ -18,7 +18,7 @@ from .checkpoint.header import TensorInfo
 from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.weights import name_pattern
 from .dtypes import DTYPE_BITS
-from .encodings.contents import read_contents, stored_bytes
+from .encodings.contents import read_contents, source_bytes
 from .encodings.fp4 import MXFP4
 from .errors import SourceError
 from .planning.formats import FORMATS, QUANTIZATION_CONFIG
@@ -125,7 +125,7 @@ def plan_patterns(plan: ConversionPlan) -> tuple[TensorSummary, ...]:
 def planned_summary(item: TensorDecision, plan: ConversionPlan) -> TensorSummary:
     """Return what becomes of one tensor, how it is stored, and why."""
     decision, stored, tensor = item.decision, _stored(item.candidate.tensor.info), item.candidate.tensor
-    stored = replace(stored, source_bytes=stored_bytes(tensor), reason=plan.reason(item), rule=decision.rule)
+    stored = replace(stored, source_bytes=source_bytes(tensor), reason=plan.reason(item), rule=decision.rule)
     if not decision.quantize:
         codes = _codes(tensor.encoding)
         return replace(stored, action="keep", reason=stored.reason + (f", widened from {codes}" if codes else ""))

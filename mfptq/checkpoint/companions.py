@@ -44,8 +44,8 @@ _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 class FileChoice:
     """What the user said of safetensors files that no index names: take their tensors in, or leave them out.
 
-    With `output`, the shards of what was made of the source, it is what was said then. `follow_links`: files of a folder
-    may be links that lead out of it.
+    `output` are the shards of a finished output of the source: then the files that it took in are taken in again. With
+    `follow_links` the files of a folder may be links that lead out of it.
     """
 
     include: tuple[str, ...] = ()

@@ -77,7 +77,7 @@ class Checkpoint:
     """Everything known of a checkpoint before one weight is read; `source` reads the bytes of its files.
 
     `left_out` maps the files that a conversion does not take, and copies of tensors that the index has elsewhere, to their sizes
-    in bytes; `has_index` says that there are several shards, and so an index, in what is made of it at least.
+    in bytes. `has_index`: there is an index, or several shards, whose output gets one.
     """
 
     origin: Origin

@@ -78,9 +78,9 @@ class Contents:
         """The shards that have a counterpart in an output: all but those of nothing but scales."""
         return [name for name, tensors in self.shards.items() if tensors or not self.formats]
 
-    def stored_bytes(self, shard: str) -> int:
+    def source_bytes(self, shard: str) -> int:
         """Return how many bytes of a shard are values or codes, not scales."""
-        return sum(stored_bytes(tensor) for tensor in self.shards[shard])
+        return sum(source_bytes(tensor) for tensor in self.shards[shard])
 
     def partners(self, shard: str) -> frozenset[str]:
         """Return the shards that hold scales of a shard's weights."""
@@ -116,7 +116,7 @@ class Contents:
             yield from tensors
 
 
-def stored_bytes(tensor: StoredTensor) -> int:
+def source_bytes(tensor: StoredTensor) -> int:
     """Return how many bytes a logical tensor's values or codes take in the source."""
     if tensor.encoding is None:
         return tensor.info.nbytes
@@ -149,7 +149,7 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     unused = [tensor for tensor in everything if _is_unused_scale(tensor.info, found)] if found.weights else []
     gone = found.consumed.union(tensor.info.name for tensor in unused)
     shards = {name: tuple(_logical(tensors, found, gone)) for name, tensors in stored.items()}
-    kept = sum(stored_bytes(tensor) for tensors in shards.values() for tensor in tensors)
+    kept = sum(source_bytes(tensor) for tensors in shards.values() for tensor in tensors)
     formats = Counter(weight.encoding.format for weight in found.weights.values())
     cache = tuple(tensor for tensor in unused if _is_cache_scale(tensor.info))
     notes = [*_notes(formats, declared, found), *_notes_of_unused(unused)]

@@ -8,7 +8,6 @@ byte each, which is an exponent (E8M0) whatever the dtype is called.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP, WEIGHT_SUFFIX, StoredTensor
@@ -24,13 +23,6 @@ SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 _STACK_SCALES = ("scale_inv", "weight_scale_inv", "weight_scale", "scale")
 _DEFAULT_BLOCK = (128, 128)
 _MX_COLUMNS = 32
-
-
-class _Granularity(NamedTuple):
-    """How many values share a scale, in rows and columns, and what one calls it."""
-
-    block: Block
-    words: str
 
 
 def fp8(module: Module) -> Iterable[Recognized]:
@@ -50,7 +42,7 @@ def _of(module: Module, weight: StoredTensor, names: Iterable[str], name: str) -
         return
     check_dtype(scales.info)
     shape = weight.info.shape
-    block, words = granularity(shape, scales.info, module.declared)
+    block, words = _granularity(shape, scales.info, module.declared)
     mx = " (MXFP8)" if block == (1, _MX_COLUMNS) else ""
     dtype = "E8M0" if scales.info.dtype in ONE_BYTE_SCALES else scales.info.dtype
     label = f"FP8 E4M3{mx}, {dtype} scale per {words}"
@@ -59,8 +51,8 @@ def _of(module: Module, weight: StoredTensor, names: Iterable[str], name: str) -
     yield found._replace(name=name)
 
 
-def granularity(shape: tuple[int, ...], scales: TensorInfo, declared: Declared) -> _Granularity:
-    """Return how many rows and columns of a weight share a scale.
+def _granularity(shape: tuple[int, ...], scales: TensorInfo, declared: Declared) -> tuple[Block, str]:
+    """Return how many rows and columns of a weight share a scale, and what one calls that.
 
     Blocks are those that the config declares, 128x128 where it declares none; never what shapes alone would suggest: of
     576 rows and 5 scales, 128 is right and 116 is wrong. Raises SourceError where nothing fits exactly.
@@ -73,18 +65,18 @@ def granularity(shape: tuple[int, ...], scales: TensorInfo, declared: Declared) 
         sizes = " and ".join(f"{bn}x{bk}" for bn, bk in blocks)
         raise SourceError(f"scale {quote(scales.name)} fits blocks of {sizes}, which the config both declares")
     if blocks:
-        return _Granularity(blocks[0], f"{blocks[0][0]}x{blocks[0][1]}")
+        return blocks[0], f"{blocks[0][0]}x{blocks[0][1]}"
     if found in ((*stack,), (*stack, 1), (*stack, 1, 1)) or (not stack and found == ()):
-        return _Granularity((rows, columns), "tensor")
+        return (rows, columns), "tensor"
     if found in ((*stack, rows), (*stack, rows, 1)):
-        return _Granularity((1, columns), "row")
+        return (1, columns), "row"
     if one_byte and found == blocks_shape(shape, (1, _MX_COLUMNS)):
-        return _Granularity((1, _MX_COLUMNS), f"{_MX_COLUMNS} columns")
+        return (1, _MX_COLUMNS), f"{_MX_COLUMNS} columns"
     expected = blocks_shape(shape, _DEFAULT_BLOCK)
     if not stack and found == (expected[0], 1, expected[1], 1):
-        return _Granularity(_DEFAULT_BLOCK, "128x128")
+        return _DEFAULT_BLOCK, "128x128"
     if not declared.blocks and found == expected:
-        return _Granularity(_DEFAULT_BLOCK, "128x128")
+        return _DEFAULT_BLOCK, "128x128"
     wanted = declared.blocks or (_DEFAULT_BLOCK,)
     sizes = " or ".join(f"{list(blocks_shape(shape, block))} for blocks of {block[0]}x{block[1]}" for block in wanted)
     raise SourceError(

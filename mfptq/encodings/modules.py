@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 ONE_BYTE_SCALES = ("F8_E8M0", "U8")
 # What may lie beside a quantized weight and is of no use once its values are decoded.
-COMPANIONS = (
+UNUSED_LEAVES = (
     "input_scale", "activation_scale", "act_scale", "qscale_act", "input_global_scale", "input_zero_point",
     "input_scale_ub", "output_scale", "weight_shape",
 )  # fmt: skip
@@ -67,7 +67,7 @@ def recognized(
         raise UnsupportedTensorError(
             f"{quote(codes.info.name)} in {quote(codes.shard)} is empty: {list(codes.info.shape)}"
         )
-    consumed = [codes, *beside, *(module.get(leaf) for leaf in COMPANIONS)]
+    consumed = [codes, *beside, *(module.get(leaf) for leaf in UNUSED_LEAVES)]
     names = tuple(tensor.info.name for tensor in consumed if tensor is not None)
     return Recognized(f"{module.name}.weight", shape, codes, encoding, names)
 

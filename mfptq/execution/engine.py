@@ -93,7 +93,7 @@ class Execution:
         """Yield the tasks of one shard after the other; a shard is taken and opened when its first task is asked for."""
         for shard in shards:
             if shard.name in self._destination.done:
-                self._pool.emit(Advanced(self._plan.contents.stored_bytes(shard.name)))
+                self._pool.emit(Advanced(self._plan.contents.source_bytes(shard.name)))
                 self._pool.emit(ShardFinished(shard.name, resumed=True))
                 continue
             self._destination.before_shard()

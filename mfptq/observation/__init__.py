@@ -1,1 +1,1 @@
-"""The calibration pass: run a model and observe the inputs of its layers."""
+"""Run a model by transformers: observe what reaches its layers (`calibrate`), or compare it with its output (`evaluate`)."""

@@ -16,6 +16,7 @@ from ..calibration.reading import load_calibration
 from ..checkpoint.folder import read_shard
 from ..checkpoint.source import FolderSource
 from ..errors import UsageError, quote
+from ..names.attention import key_modules
 from ..planning.plan import ConversionPlan
 from . import models
 from .forward_options import ForwardOptions
@@ -114,8 +115,8 @@ def run_pass(
     skeleton = models.build_skeleton(plan.checkpoint, options.dtype)
     models.check_vocabulary(skeleton.model, share.samples.highest)
     inputs = find_inputs(plan, skeleton.model, all_experts=options.all_experts)
-    modules = (item.candidate.module for item in plan.selection.tensors)
-    recorder = Recorder(inputs, options.statistics, key_values=KeyValueRanges.of(modules))
+    keys = key_modules(item.candidate.module for item in plan.selection.tensors)
+    recorder = Recorder(inputs, options.statistics, KeyValueRanges(tuple(keys)))
     done = described(plan, options, share.samples)
     if not overwrite and output.exists():
         done = resume(output, done, recorder)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from ..checkpoint.companions import FileChoice
 from ..checkpoint.folder import Checkpoint, Origin, read_checkpoint
@@ -23,6 +24,7 @@ from .forward_options import ForwardOptions
 from .hub_datasets import dataset_files
 from .texts import Encoder, Samples, read_samples
 
+OnProgress: TypeAlias = "Callable[[EvaluationProgress], object]"
 BUILT_IN = Path(__file__).with_name("evaluation.txt")
 
 
@@ -88,7 +90,7 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
     token: str | None = None,
     cache_dir: str | Path | None = None,
     encoder: Encoder | None = None,
-    on_event: Callable[[EvaluationProgress], object] | None = None,
+    on_event: OnProgress | None = None,
 ) -> Evaluation:
     """Run text through a converted checkpoint and its source, and return how their predictions differ.
 
@@ -111,7 +113,7 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
     from .unfinished import discard_notes
 
     hub = HubOptions(revision, token, cache_dir, keep_source=True)
-    with _checkpoints(output, (source, hub), record=record) as (made, original):
+    with _checkpoints(output, source, hub, record=record) as (made, original):
         quantized = read_quantized(made, original)
         with models.quiet_transformers():
             skeleton = models.build_skeleton(original, dtype)
@@ -128,14 +130,15 @@ def evaluate(  # noqa: PLR0913 - one keyword for each option of the command
 
 @contextmanager
 def _checkpoints(
-    output: str | Path, source: tuple[str | Path, HubOptions], *, record: bool
+    output: str | Path, source: str | Path, hub: HubOptions, *, record: bool
 ) -> Iterator[tuple[Checkpoint, Checkpoint]]:
     """Lend the output and its source; with `record` the output's folder must be writable."""
     made = read_checkpoint(Origin(expanded(output)))
     with closing(made.source):
         if record:
             check_writable(made.origin.local)
-        original = open_checkpoint(*source, FileChoice(output=frozenset(shard.name for shard in made.shards)))
+        choice = FileChoice(output=frozenset(shard.name for shard in made.shards))
+        original = open_checkpoint(source, hub, choice)
         with closing(original.source):
             if "quantization_config" in original.config:
                 raise SourceError(f"the source {quote(original.origin)} is quantized: give the model it was made from")

@@ -6,8 +6,7 @@ source's, then the output's in their place. What is found is noted in the output
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import count
 
 from .._version import __version__
@@ -16,53 +15,16 @@ from ..checkpoint.folder import Checkpoint
 from ..output.estimates import Estimate, WindowSums, exponential, ratio
 from . import models
 from .comparison import compare_logits, hidden_error
-from .evaluate import Evaluation, EvaluationOptions, EvaluationProgress
+from .evaluate import Evaluation, EvaluationOptions, EvaluationProgress, OnProgress
 from .quantized import DECODED_AT_ONCE, QuantizedCheckpoint
-from .residency import free_memory, measure_demand, too_little
+from .residency import Room, measure_demand
 from .side_by_side import SideBySide, decoder_blocks
 from .streaming import load_runner
-from .texts import Samples, TokenIds
+from .texts import Samples
 from .unfinished import Progress, Unfinished
 
 LOGIT_COPIES = 6  # of a window, float32: both models', their logarithms, and what the model holds meanwhile
 DECODING_BYTES = 32  # for each weight that is decoded at once
-OnProgress = Callable[[EvaluationProgress], object]
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationDemand:
-    """What an evaluation needs, in bytes: `common` whichever way the model is run."""
-
-    model: int
-    block: int
-    common: int
-
-    def is_streamed(self, budget: int | None, device: str) -> bool:
-        """Return whether the model has to be read block by block in `budget` bytes, None for what the device has left.
-
-        Raises MemoryBudgetError, naming the least that works, where not even a block fits.
-        """
-        free, held = free_memory(budget, device)
-        if self.common + self.block + self.model <= free:
-            return False
-        least = self.common + 2 * self.block
-        if least > free:
-            raise too_little("the evaluation", (least, free, held), device, "samples or max_seq_length")
-        return True
-
-
-def _measure(skeleton: models.Skeleton, output: QuantizedCheckpoint, windows: Sequence[TokenIds]) -> EvaluationDemand:
-    """Return what it takes to run a model and its quantized output over windows of text, from names and shapes alone."""
-    length = max(len(ids) for ids in windows)
-    infos = [InputInfo(each.module, each.columns, (each.module,)) for each in output.weights.values()]
-    demand = measure_demand(skeleton, infos, level="amax", length=length)
-    hidden = 2 * sum(len(ids) for ids in windows) * demand.sample // length
-    embeddings = skeleton.model.get_input_embeddings().weight  # type: ignore[operator]
-    logits = LOGIT_COPIES * 4 * length * embeddings.shape[0]
-    elements = max(1, sum(parameter.numel() for parameter in skeleton.model.parameters()))
-    head = demand.model * embeddings.numel() // elements
-    common = hidden + demand.work + logits + DECODING_BYTES * DECODED_AT_ONCE
-    return EvaluationDemand(demand.model, max(demand.block, head), common)
 
 
 def run_pass(
@@ -81,7 +43,7 @@ def run_pass(
     """
     models.check_vocabulary(skeleton.model, text.highest)
     blocks = decoder_blocks(skeleton.model, skeleton.config.get_text_config().num_hidden_layers)
-    streamed = _measure(skeleton, output, text.ids).is_streamed(options.budget, options.device)
+    streamed = is_streamed(skeleton, output, text, options)
     folder = output.checkpoint.origin.local
     with load_runner(skeleton, blocks, options, stream_in=folder.parent if streamed else None) as runner:
         pair = SideBySide(runner, output)
@@ -90,7 +52,30 @@ def run_pass(
         if on_event is not None:
             runner.tick = _counted(on_event, progress, len(text.ids), len(blocks))
         _compare(pair, text, progress, notes)
-    return _summed(pair, progress, text, (str(skeleton.checkpoint.origin), dataset))
+    return _summed(pair, progress, text, source=str(skeleton.checkpoint.origin), dataset=dataset)
+
+
+def is_streamed(
+    skeleton: models.Skeleton, output: QuantizedCheckpoint, text: Samples, options: EvaluationOptions
+) -> bool:
+    """Return whether the model has to be read block by block to run both over the text, from names and shapes alone.
+
+    Raises MemoryBudgetError, naming the least that works, where not even a block fits.
+    """
+    length = max(len(ids) for ids in text.ids)
+    infos = [InputInfo(each.module, each.columns, (each.module,)) for each in output.weights.values()]
+    demand = measure_demand(skeleton, infos, level="amax", length=length)
+    hidden = 2 * sum(len(ids) for ids in text.ids) * demand.sample // length
+    embeddings = skeleton.model.get_input_embeddings().weight  # type: ignore[operator]
+    logits = LOGIT_COPIES * 4 * length * embeddings.shape[0]
+    elements = max(1, sum(parameter.numel() for parameter in skeleton.model.parameters()))
+    block = max(demand.block, demand.model * embeddings.numel() // elements)  # the head is as large as the embeddings
+    common = hidden + demand.work + logits + DECODING_BYTES * DECODED_AT_ONCE
+    room = Room.on(options.device, options.budget)
+    if common + block + demand.model <= room.free:
+        return False
+    room.check("the evaluation", common + 2 * block, "samples or max_seq_length")
+    return True
 
 
 def _key(pair: SideBySide, source: Checkpoint, text: Samples) -> tuple[object, ...]:
@@ -123,8 +108,7 @@ def _compare(pair: SideBySide, text: Samples, progress: Progress, notes: Unfinis
         notes.window_done(progress.windows[-1])
 
 
-def _summed(pair: SideBySide, progress: Progress, text: Samples, called: tuple[str, str]) -> Evaluation:
-    """Return the figures; `called` is what the source and the text are called."""
+def _summed(pair: SideBySide, progress: Progress, text: Samples, *, source: str, dataset: str) -> Evaluation:
     counts = [window.positions for window in progress.windows]
     lengths = [len(ids) for ids in text.ids]
 
@@ -132,11 +116,11 @@ def _summed(pair: SideBySide, progress: Progress, text: Samples, called: tuple[s
         return ratio([take(window) for window in progress.windows], counts)
 
     return Evaluation(
-        source=called[0],
+        source=source,
         output=str(pair.output.checkpoint.origin),
         scheme=pair.output.scheme,
         dtype=pair.dtype,
-        dataset=called[1],
+        dataset=dataset,
         digest=text.digest,
         samples=len(counts),
         tokens=sum(counts),

@@ -6,12 +6,12 @@ when a layer runs, and what is handed out here notes its arguments first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..names.attention import attention_of, key_modules
+from ..names.attention import attention_of
 from .inputs import Names
 
 if TYPE_CHECKING:
@@ -21,15 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class KeyValueRanges:
-    """The largest magnitudes of keys and of values, by the module that makes keys as the checkpoint names it."""
+    """The largest magnitudes of keys and of values, by the module that makes keys; `modules` are those, as the checkpoint has them."""
 
     modules: tuple[str, ...]
     found: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, modules: Iterable[str]) -> KeyValueRanges:
-        """Return ranges for those of a checkpoint's modules that make keys."""
-        return cls(tuple(key_modules(modules)))
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:

@@ -118,7 +118,7 @@ def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoin
             others.append(name)
             stored.pop(name, None)
         else:
-            found |= {weight.module: _quantized(output, weight, (groups, stored)) for weight in item.weights}
+            found |= {weight.module: _quantized(output, weight, groups, stored) for weight in item.weights}
     if others:
         what = counted(len(others), "tensor of the source is", "tensors of the source are")
         raise SourceError(
@@ -142,15 +142,15 @@ def _groups(output: Checkpoint) -> list[ConfigGroup]:
 
 
 def _quantized(
-    output: Checkpoint, weight: Weight, known: tuple[Sequence[ConfigGroup], dict[str, StoredTensor]]
+    output: Checkpoint, weight: Weight, groups: Sequence[ConfigGroup], stored: dict[str, StoredTensor]
 ) -> QuantizedWeight:
     """Take a weight's tensors out of those that are left."""
-    groups, stored = known
     group = group_of(weight.module, groups)
-    target = None if group is None else group.format
-    parts = {} if target is None else _parts(weight, target, stored)
-    if target is None or not parts:
-        name = "any format" if target is None else f"{target.name} of {weight.rows} x {weight.columns}"
+    if group is None:
+        raise SourceError(f"{quote(weight.module)} is not stored as any format: verify the output")
+    target, parts = group.format, _parts(weight, group.format, stored)
+    if not parts:
+        name = f"{target.name} of {weight.rows} x {weight.columns}"
         raise SourceError(f"{quote(weight.module)} is not stored as {name}: verify the output")
     scalars = {
         suffix: _scalar(output, parts[suffix]) for suffix in (GLOBAL_SCALE, target.input_suffix) if suffix in parts

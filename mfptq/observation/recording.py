@@ -32,10 +32,10 @@ class Recorder:
 
     inputs: Inputs
     level: Level
+    key_values: KeyValueRanges
     sums: dict[str, InputSums] = field(init=False)
     routed: dict[str, Int64Array] = field(init=False)
     sensitivities: dict[str, float] = field(default_factory=dict)
-    key_values: KeyValueRanges = field(default_factory=lambda: KeyValueRanges(()))
 
     def __post_init__(self) -> None:
         self.sums = {info.name: InputSums(info.name, info.columns, self.level) for info in self.inputs.infos}

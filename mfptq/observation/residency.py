@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -75,36 +76,43 @@ def _largest_block(skeleton: Skeleton) -> int:
     return max((sum(each.numel() for each in block.parameters()) for blocks in lists for block in blocks), default=0)
 
 
+class Room(NamedTuple):
+    """Memory of a device, in bytes: what may be taken, and what the process holds there."""
+
+    device: str
+    free: int
+    held: int
+
+    @classmethod
+    def on(cls, device: str, budget: int | None) -> Room:
+        """Return the room on a device, of a `budget` for the process, None for what is left there."""
+        if device.startswith("cuda"):
+            return cls(device, int(torch.cuda.mem_get_info(device)[0]), 0)
+        held = resident_bytes()
+        if budget is not None:
+            return cls(device, budget - held, held)
+        free = available_bytes()
+        return cls(device, int(USABLE * free) if free is not None else 2**62, held)
+
+    def check(self, what: str, least: int, smaller: str) -> None:
+        """Raise MemoryBudgetError if `least` bytes are not free; `smaller` names what needs less memory if it is lowered."""
+        if least > self.free:
+            advice = f"lower {smaller}" if self.device.startswith("cuda") else f"raise max_memory, or lower {smaller}"
+            needed, allowed = -(-(self.held + least) // 10**6), (self.held + self.free) // 10**6
+            raise MemoryBudgetError(
+                f"{what} needs about {needed} MB on {self.device}, {allowed} MB are allowed: {advice}"
+            )
+
+
 def choose_residency(demand: Demand, budget: int | None, batch: int | None, device: str) -> Residency:
     """Return how to run a model in `budget` bytes, None for what the device has left.
 
     Raises MemoryBudgetError, naming the least that works, where not even one block fits.
     """
-    free, held = free_memory(budget, device)
+    room = Room.on(device, budget)
     fixed = demand.work + (0 if device.startswith("cuda") else demand.sums)  # sums stay in the host's memory
-    if fixed + demand.model <= free:
+    if fixed + demand.model <= room.free:
         return Residency(False, batch or DEFAULT_BATCH)
     least = fixed + demand.block + demand.sample * (batch or 1)
-    if least > free:
-        raise too_little("calibration", (least, free, held), device, "max_seq_length or batch_size")
-    return Residency(True, batch or min(MAX_BATCH, (free - fixed - demand.block) // demand.sample))
-
-
-def free_memory(budget: int | None, device: str) -> tuple[int, int]:
-    """Return the bytes that may be taken on a device, and those that the process holds there."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0]), 0
-    held = resident_bytes()
-    if budget is not None:
-        return budget - held, held
-    free = available_bytes()
-    return (int(USABLE * free) if free is not None else 2**62), held
-
-
-def too_little(what: str, sizes: tuple[int, int, int], device: str, smaller: str) -> MemoryBudgetError:
-    """Return the error for bytes `(least, free, held)`; `smaller` names what needs less memory where it is lowered."""
-    least, free, held = sizes
-    advice = f"lower {smaller}" if device.startswith("cuda") else f"raise max_memory, or lower {smaller}"
-    return MemoryBudgetError(
-        f"{what} needs about {-(-(held + least) // 10**6)} MB on {device}, {(held + free) // 10**6} MB are allowed: {advice}"
-    )
+    room.check("calibration", least, "max_seq_length or batch_size")
+    return Residency(True, batch or min(MAX_BATCH, (room.free - fixed - demand.block) // demand.sample))

@@ -116,7 +116,8 @@ def find_substitution(model: nn.Module, output: QuantizedCheckpoint) -> Substitu
             found.left_out.append(module)
         elif home:
             check_stack(modules[home], home)
-            found.stacks.setdefault(home, {}).setdefault(_number(module), {})[_part(module)] = weight
+            number, part = _expert_part(module)
+            found.stacks.setdefault(home, {}).setdefault(number, {})[part] = weight
         elif name in found.linear:
             raise SourceError(
                 f"{quote(module)} and {quote(found.linear[name].module)} are both the model's {quote(name)}"
@@ -142,16 +143,12 @@ def _holder(tensor: StoredTensor, modules: Mapping[str, Any], names: Names) -> t
     return name, leaf
 
 
-def _number(module: str) -> int:
-    """Return the number of the expert that a projection belongs to."""
-    return int(module.split(".")[-2])
-
-
-def _part(module: str) -> str:
-    leaf = module.rpartition(".")[2]
+def _expert_part(module: str) -> tuple[int, str]:
+    """Return which expert a projection belongs to, and which part of it it is."""
+    *_, number, leaf = module.split(".")
     if leaf not in PARTS:
         raise SourceError(f"{quote(module)} is no projection of an expert that is known: {', '.join(PARTS)}")
-    return PARTS[leaf]
+    return int(number), PARTS[leaf]
 
 
 def _check_shape(module: Any, name: str, weight: QuantizedWeight) -> None:

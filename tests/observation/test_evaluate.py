@@ -45,7 +45,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @contextmanager
 def forced(*, streamed: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_pass.EvaluationDemand, "is_streamed", lambda *_: streamed)
+        patch.setattr(evaluation_pass, "is_streamed", lambda *_: streamed)
         yield
 
 

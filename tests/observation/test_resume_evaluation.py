@@ -73,7 +73,7 @@ def test_what_is_done_is_not_done_again_and_figures_are_the_same(
     left: int, streamed: bool, source: Path, output: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unfinished, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(evaluation_pass.EvaluationDemand, "is_streamed", lambda *_: streamed)
+    monkeypatch.setattr(evaluation_pass, "is_streamed", lambda *_: streamed)
     seen: list[int] = []
     whole = evaluate(output, source, dataset, on_event=stopping_at(-1, seen), record=False, **OPTIONS)
     total = len(seen)

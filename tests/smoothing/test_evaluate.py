@@ -34,7 +34,7 @@ def test_figures_are_those_of_the_folded_model(kind, streamed, tmp_path, monkeyp
     mfptq.convert(folded, tmp_path / "plain", **WEIGHTS)
     text = tmp_path / "ids.jsonl"
     text.write_text("".join(json.dumps([(7 * i * n) % 150 for i in range(30)]) + "\n" for n in (1, 2, 3)))
-    monkeypatch.setattr(evaluation_pass.EvaluationDemand, "is_streamed", lambda *_: streamed)
+    monkeypatch.setattr(evaluation_pass, "is_streamed", lambda *_: streamed)
     found = evaluate(tmp_path / "smoothed", source, text, max_seq_length=32)
     expected = evaluate(tmp_path / "plain", folded, text, max_seq_length=32)
     assert found.kl_divergence == expected.kl_divergence
