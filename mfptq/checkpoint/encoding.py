@@ -1,4 +1,4 @@
-"""The interface of a stored encoding: how a weight's values lie in a file where they are not plain numbers.
+"""Define the interface of an encoding: how a weight's values lie in a file where they are not plain numbers.
 
 A tensor or weight without an encoding is plain: its bytes are its values. `mfptq.encodings` finds encodings in a
 checkpoint's headers and implements them; whoever reads a weight asks its encoding for values, and nothing behind

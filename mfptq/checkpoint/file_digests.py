@@ -1,6 +1,6 @@
-"""Digests of remote files, computed of bytes as they arrive, wherever they arrive in the order of the file.
+"""Compute the digests of remote files from their bytes as they arrive, as long as these arrive in order.
 
-`hub_source` and `window` feed it, from several threads. A file whose bytes leave a gap is left unchecked, never guessed.
+Called by `hub_source` and `window`, from several threads. A file whose bytes leave a gap is left unchecked, never guessed.
 """
 
 from __future__ import annotations

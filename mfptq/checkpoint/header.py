@@ -1,7 +1,8 @@
-"""Bytes to shard header and back: every rule of the safetensors format, without IO.
+"""Parse and lay out the headers of safetensors files: every rule of the format is checked, nothing is read or written.
 
 Format: https://github.com/huggingface/safetensors#format. A shard is an 8-byte little-endian length, that many bytes of
-JSON, then the data that the JSON's offsets must cover exactly, without overlap or hole.
+JSON, then the data that the JSON's offsets must cover exactly, without overlap or hole. Called by `folder` to parse, by
+`planning.building` and `calibration.file` to lay out.
 """
 
 from __future__ import annotations

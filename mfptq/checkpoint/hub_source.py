@@ -1,6 +1,6 @@
 """Read the files of a Hub repo by range, as `FolderSource` reads those of a folder; nothing is kept on disk.
 
-`hub.open_checkpoint` makes one. The commit is fixed: every request names it, and every file is compared with the listing.
+Made by `hub.open_checkpoint`; called through `source.Source`. The commit is fixed: every request names it, and every file is compared with the listing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .file_digests import FileDigests, HubFile, check_digest, new_digest
 from .network_rate import measured_rate
 from .ranges import RangeReader
 from .reads import ByteRange, ReadAhead, ReadUnit
-from .source import FolderSource
+from .source import FolderSource, Source
 from .window import Window
 
 
@@ -26,14 +26,12 @@ class LocalFiles:
     names: frozenset[str] = frozenset()
 
 
-class HubSource:
+class HubSource(Source):
     """The files of one repo at one commit; safe to use from several threads.
 
     What was announced by `read_ahead` is fetched once, by several connections, and held until it is dropped; any other read is
     a request of its own. Files that are in the client's cache already are read there.
     """
-
-    is_remote = True
 
     def __init__(self, reader: RangeReader, listing: Mapping[str, HubFile], local: LocalFiles | None = None) -> None:
         self.reader = reader
@@ -42,6 +40,8 @@ class HubSource:
         self._window: Window | None = None
         self._digests = FileDigests(listing)
         self._checked: set[str] = set()
+
+    is_remote = True
 
     @property
     def checked_files(self) -> Collection[str]:

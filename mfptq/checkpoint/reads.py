@@ -1,6 +1,6 @@
 """Say what a run will read, for a source that fetches ahead: units of ranges, in the order of the work.
 
-`execution.reading_order` makes it, `window` works by it. Data only.
+Made by `execution.reading_order`; `window` fetches by it. Data only.
 """
 
 from __future__ import annotations

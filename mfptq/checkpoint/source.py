@@ -1,6 +1,6 @@
 """Read the files of a checkpoint by name and range: the interface, and its form for a folder.
 
-Everything that reads a checkpoint goes through a `Source`, wherever the files are; nothing here writes.
+Whatever reads a checkpoint calls a `Source`, wherever the files are: `hub_source` has the form for the Hub. Nothing here writes.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import ClassVar
 
 from ..errors import SourceChangedError, SourceError, StorageError, UnsafePathError, quote
 from ..limits import MAX_FILES
@@ -23,74 +24,72 @@ from .reads import ReadAhead
 MAX_OPEN_FILES = 128
 
 
-class Source(Protocol):
+class Source(ABC):
     """The files of one checkpoint. Methods may be called from several threads, `close` once all of them have returned.
 
+    Methods that are not abstract are right for files that are here; a source that reads over a network has its own.
+
     Names are relative, with `/` between folders; offsets and sizes are in bytes. Reads raise SourceError, StorageError or
-    HubError, and SourceChangedError where a file is no longer what it was when it was first looked at.
+    HubError, and SourceChangedError where a file is no longer what it was when it was first looked at. `is_remote`: reads go
+    over a network, and what is read is held in this process until it is dropped.
     """
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether reads go over a network, and what is read is held in this process until it is dropped."""
-        ...
+    is_remote: ClassVar[bool] = False
 
     @property
     def fetched_bytes(self) -> int:
         """How many bytes came over a network so far."""
-        ...
+        return 0
 
     @property
     def checked_files(self) -> Collection[str]:
         """The files that `check_unchanged` found to be whole, and compared with the digest that `sha256` names."""
-        ...
+        return ()
 
+    @abstractmethod
     def files(self) -> Mapping[str, int]:
         """Return every file's name and size, in name order; files and folders whose names begin with a dot are left out."""
-        ...
 
+    @abstractmethod
     def size(self, name: str) -> int:
         """Return a file's size."""
-        ...
 
-    def sha256(self, name: str, /) -> str | None:
+    def sha256(self, _name: str, /) -> str | None:
         """Return the SHA-256 that whoever stores a file says it has, hexadecimal; None where nobody does."""
-        ...
+        return None
 
+    @abstractmethod
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on."""
-        ...
 
+    @abstractmethod
     def reading(self, name: str, offset: int, size: int) -> contextlib.AbstractContextManager[int | None]:
         """Lend a descriptor to read a range by; None where the files are not local and `read_into` must do."""
-        ...
 
+    @abstractmethod
     def check_unchanged(self, name: str) -> None:
         """Raise SourceChangedError if a file is no longer what it was when it was first looked at.
 
         Of a remote file that was read whole and in order, the digest is compared.
         """
-        ...
 
+    @abstractmethod
     def drop_cached(self, name: str, offset: int, size: int) -> None:
         """Note that a range will not be read again."""
-        ...
 
-    def read_ahead(self, ahead: ReadAhead) -> None:
+    def read_ahead(self, ahead: ReadAhead) -> None:  # noqa: B027 - the kernel reads ahead of local reads by itself
         """Take note of what will be read, in about which order, and how much memory may hold it until it is dropped."""
-        ...
 
     def rate(self) -> float | None:
         """Return how many bytes a second come over the network, measured for a moment; None where there is none."""
-        ...
+        return None
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027 - local reads do not wait long
         """Let every read that waits for a network fail soon: the run is being ended."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of files, connections and memory."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +109,12 @@ class FileStamp:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-class FolderSource:
+class FolderSource(Source):
     """The files of one folder, read by name and range; safe to use from several threads.
 
     A file that is replaced or resized after it was first opened is an error, not other data. Links that lead out of the
     folder are errors too, but with `follow_links`: that is for folders whose links one has made oneself.
     """
-
-    is_remote = False
-    fetched_bytes = 0
-    checked_files: Collection[str] = ()
 
     def __init__(self, root: Path, *, follow_links: bool = False) -> None:
         self.root = root
@@ -141,10 +136,6 @@ class FolderSource:
     def size(self, name: str) -> int:
         """Return a file's size in bytes."""
         return self.stamp(name).size
-
-    def sha256(self, _name: str) -> str | None:
-        """Return None: a folder says nothing of its files' content."""
-        return None
 
     def stamp(self, name: str) -> FileStamp:
         """Return the state of a file when it was first opened."""
@@ -215,16 +206,6 @@ class FolderSource:
         """Tell the kernel that a range will not be read again."""
         with self.descriptor(name) as fd:
             advise(fd, offset, size, "POSIX_FADV_DONTNEED")
-
-    def read_ahead(self, ahead: ReadAhead) -> None:
-        """Do nothing: the kernel reads ahead by itself."""
-
-    def rate(self) -> float | None:
-        """Return None: local files come over no network."""
-        return None
-
-    def stop(self) -> None:
-        """Do nothing: local reads do not wait long."""
 
     def close(self) -> None:
         """Close every file."""

@@ -1,4 +1,7 @@
-"""JSON for files that nobody vouches for: no duplicate keys, no NaN, bounded digits and nesting."""
+"""Parse JSON that nobody vouches for: no duplicate keys, no NaN, bounded digits and nesting; and write it as Hugging Face does.
+
+Called for every JSON file that is read: headers, index, configs, journals, rows of text.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Source tensors as logical weights: what a linear layer's matrix is, wherever and however it is stored.
+"""Find the logical weights in source tensors: what a linear layer's matrix is, wherever and however it is stored.
 
 A 2-D `<module>.weight` is one weight. A 3-D stack of experts, `[experts, out, in]` or, transposed, `[experts, in, out]`,
 holds a weight of each expert, or two: `<parent>.gate_up_proj [E, 2I, H]` with `<parent>.down_proj [E, H, I]` (no `.weight`
 suffix) holds `<parent>.{e}.gate_proj` (the first half of the rows), `up_proj` (the second half) and `down_proj`. Its parts
 lie one expert after the other. What is stored in another way (interleaved, with biases, flat) stays as it is.
+
+Called by `planning.building`, and where an output is compared with its source. Names and shapes alone decide.
 """
 
 from __future__ import annotations

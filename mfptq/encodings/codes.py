@@ -1,8 +1,10 @@
-"""Code formats and scale dtypes as numbers, and the reference of what decodes them, in numpy.
+"""Hold the tables of code formats and scale dtypes, and the numpy reference that decodes them.
 
 A decoded value is `round_bf16(float32(code) * float32(scale))`: one product, rounded once, as DeepSeek's script and
 compressed-tensors' block dequantizer have it. Formats: OCP 8-bit floating point (E4M3: one NaN code for each sign, no
-infinity) and OCP Microscaling (E2M1, E8M0). `kernels.decode` does the same work, to the same bits, fast.
+infinity) and OCP Microscaling (E2M1, E8M0).
+
+Called by `scaled`, and in tests: `kernels.decode` does the same work, to the same bits, fast.
 """
 
 from __future__ import annotations

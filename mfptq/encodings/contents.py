@@ -1,7 +1,9 @@
-"""A checkpoint's logical tensors: every weight once, plain or with its encoding; scales are no tensors of their own.
+"""List a checkpoint's logical tensors: every weight once, plain or with its encoding; scales are no tensors of their own.
 
 Tensors decide: a module is quantized if and only if its scales are there. Configs break ties and are named in notes where they
 say otherwise. A tensor of codes without scales, and a scale without codes, are errors: both would be silent garbage.
+
+Called by `planning.building` and `inspection` for a source, and by `execution.pairing` to verify an output against it.
 """
 
 from __future__ import annotations

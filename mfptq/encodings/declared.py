@@ -1,7 +1,7 @@
-"""Quantization as a checkpoint's configs declare it, at any depth. Tensors decide; this only confirms, or breaks ties.
+"""Read the quantization that a checkpoint's configs declare, at any depth. Tensors decide; this only confirms, or breaks ties.
 
 Config formats: transformers' `quantization_config` (fp8, awq, gptq, ...), compressed-tensors (`config_groups`), and ModelOpt's
-`hf_quant_config.json`.
+`hf_quant_config.json`. Called by `contents`, and by `scales.reading` for the kinds of scales.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Written so by DeepSeek and those who follow it (`weight_scale_inv`, which multiplies despite its name), compressed-tensors and
 ModelOpt (`weight_scale`), DeepSeek-V4 (`scale`) and Mistral (`qscale_weight`). Scales are float32, bfloat16, float16, or one
-byte each, which is an exponent (E8M0) whatever the dtype is called.
+byte each, which is an exponent (E8M0) whatever the dtype is called. Called by `contents` to recognize them.
 """
 
 from __future__ import annotations

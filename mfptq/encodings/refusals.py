@@ -1,4 +1,7 @@
-"""Quantized checkpoints that are not read, by name: the method, where that was read, and what to convert instead."""
+"""Refuse quantized checkpoints that are not read: name the method, where that was read, and what to convert instead.
+
+Called by `contents`, by method before formats are tried, and by tensor for what they left.
+"""
 
 from __future__ import annotations
 

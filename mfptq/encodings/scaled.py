@@ -2,6 +2,8 @@
 
 One layout serves them all: codes `[N, K]`, row by row, and scales `[ceil(N / block_rows), ceil(K / block_columns)]`. A block at
 the edge holds what is there. A stack `[E, N, K]` has scales `[E, ...]`: each matrix has blocks of its own.
+
+Made by `fp4`, `fp8` and `integers`, which recognize them. Workers decode them tile by tile, from several threads.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 AWQ: `qweight` I32 [K, N/8], the rows of a word in a shuffled order. GPTQ: `qweight` I32 [K/8, N], and `g_idx` [K], which names
 the group of each column. Both: `scales` [K/g, N] and unsigned zero points, `qzeros` I32 [K/g, N/8]. A value is
-`(code - zero) * scale`; GPTQ's first format stores zero points less one.
+`(code - zero) * scale`; GPTQ's first format stores zero points less one. Called by `contents` to recognize them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Hold how a model is run over text: the keywords that `calibrate` and `evaluate` have in common, checked.
+"""Check the keywords that `calibrate` and `evaluate` have in common: how a model is run over text.
 
-Their defaults and descriptions are those of the two functions. Imports nothing heavy, so that a slip is answered at once.
+Defaults and descriptions are those of the two functions. Imports nothing heavy, so that a wrong keyword is answered at once.
 """
 
 from __future__ import annotations

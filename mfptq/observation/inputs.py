@@ -3,6 +3,8 @@
 Linear layers that share an input, as q/k/v, are one input. Routed experts are fused 3-D in transformers; the checkpoint's
 logical weights (`...mlp.experts.3.gate_proj`) name their inputs. Where every expert sees every token, gate and up of a
 whole layer's experts share one input; what reaches `down_proj` differs from expert to expert.
+
+Called by `calibration_pass`; `Names` by whatever looks for the checkpoint's modules in a model. The model is never run here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Running sums over the tokens that reach an input: largest magnitude, second moments, 16x16 blocks of x x^T, factors.
+"""Sum up the tokens that reach an input: largest magnitude, second moments, 16x16 blocks of x x^T, factors.
 
 Products are taken in float32 over a few hundred tokens at a time and added up in float64, so that the sums do not depend
-on how much text there is; the file holds their means in float32.
+on how much text there is; the file holds their means in float32. Called by `recording`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A row is a `text`, a conversation in `messages`, or token ids in `input_ids`; a line of JSON may also be a bare list of
 ids. Plain text is one long document, cut into sequences. A multimodal processor encodes as a tokenizer does, but gives
 nested lists with a batch dimension of its own: they are taken apart here, so that everything after sees flat ids.
+
+Called by `calibrate` and `evaluate`.
 """
 
 from __future__ import annotations
