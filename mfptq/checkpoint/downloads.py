@@ -17,6 +17,7 @@ from ..errors import HubError
 from ..sizes import transfer_text
 from .file_digests import HubFile
 
+# huggingface_hub is imported where it is used: it takes 0.2 s, and a checkpoint in a folder needs none of it.
 logger = logging.getLogger(__name__)
 
 MINUTE = 60.0  # seconds between two lines

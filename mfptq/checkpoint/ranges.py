@@ -20,6 +20,7 @@ from .connections import Connection, Connections, UnusableError, received
 from .file_digests import HubFile
 from .hub_errors import hub_errors, reason
 
+# huggingface_hub is imported where it is used: it takes 0.2 s, and a checkpoint in a folder needs none of it.
 logger = logging.getLogger(__name__)
 
 MAX_TRIES = 6  # without a byte in between

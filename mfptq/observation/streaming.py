@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..checkpoint.folder import Checkpoint
     from ..checkpoint.weights import StoredTensor
 
+# accelerate is imported where it is used: that it is installed is checked before (`models.require_extra`).
 OFFLOAD = ".mfptq-"  # folders of weights that are rearranged while a model is streamed
 
 
