@@ -4,7 +4,7 @@ Linear layers that share an input, as q/k/v, are one input. Routed experts are f
 logical weights (`...mlp.experts.3.gate_proj`) name their inputs. Where every expert sees every token, gate and up of a
 whole layer's experts share one input; what reaches `down_proj` differs from expert to expert.
 
-Called by `calibration_pass`; `Names` by whatever looks for the checkpoint's modules in a model. The model is never run here.
+Called by `calibration_pass`; `ModelModules` by whatever looks for the checkpoint's modules in a model. The model is never run here.
 """
 
 from __future__ import annotations
@@ -76,34 +76,48 @@ def find_inputs(plan: ConversionPlan, model: nn.Module, *, all_experts: bool) ->
     """
     columns = {weight.module: weight.columns for weight in plan.weights()}
     groups = [InputInfo(group.name, columns[group.members[0]], group.members) for group in plan.selection.groups]
-    modules = dict(model.named_modules())
-    names, stacks = Names(modules), Names(name for name, module in modules.items() if is_stack(module))
-    parents = {parent for info in groups if (parent := experts_parent(info.modules[0]))}
-    homes = {parent: home for parent in parents if (home := stacks.find(parent) or stacks.find_layer(parent))}
-    linear: list[InputInfo] = []
-    experts: dict[str, list[InputInfo]] = {}
+    modules = ModelModules(model)
+    linear: list[LinearInput] = []
+    experts: dict[tuple[str, str], list[InputInfo]] = {}
+    lost: list[str] = []
     for info in groups:
-        parent = experts_parent(info.modules[0])
-        if parent in homes:
-            experts.setdefault(parent, []).append(info)
+        first = info.modules[0]
+        parent = experts_parent(first)
+        if parent and (home := modules.experts(parent)):
+            experts.setdefault((home, parent), []).append(info)
+        elif name := modules.find(first):
+            linear.append(LinearInput(name, info))
         else:
-            linear.append(info)
-    places = {info.name: names.find(info.modules[0]) for info in linear}
-    lost = [info.modules[0] for info in linear if not places[info.name]]
+            lost.append(first)
     if lost:
         what = counted(len(lost), "module is", "modules are")
         raise ScaleError(f"{what} not in the model as transformers builds it: {listed(lost)}; ignore them")
-    return Inputs(
-        tuple(LinearInput(places[info.name], info) for info in linear),
-        tuple(
-            _experts(modules[homes[parent]], (homes[parent], parent), infos, all_experts=all_experts)
-            for parent, infos in experts.items()
-        ),
+    stacks = (
+        _experts(modules.by_name[home], (home, parent), infos, all_experts=all_experts)
+        for (home, parent), infos in experts.items()
     )
+    return Inputs(tuple(linear), tuple(stacks))
+
+
+class ModelModules:
+    """The modules of a transformers model, found by the names that the checkpoint gives them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_name = dict(model.named_modules())
+        self._names = Names(self.by_name)
+        self._stacks = Names(name for name, module in self.by_name.items() if is_stack(module))
+
+    def find(self, name: str) -> str:
+        """Return the model's name for a checkpoint's module, or "" if it has none."""
+        return self._names.find(name)
+
+    def experts(self, parent: str) -> str:
+        """Return the model's name for the stacks that hold a layer's experts, or "" if it has none."""
+        return self._stacks.find(parent) or self._stacks.find_layer(parent)
 
 
 class Names:
-    """The names of a transformers model's modules, found by those that the checkpoint gives them."""
+    """Names of a transformers model's modules, found by those that the checkpoint gives them."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._by_tail: dict[str, list[str]] = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..names.attention import attention_of
-from .inputs import Names
+from .inputs import ModelModules
 
 if TYPE_CHECKING:
     import torch
@@ -31,9 +31,9 @@ class KeyValueRanges:
         """Watch the model's attention inside the block."""
         from transformers.modeling_utils import AttentionInterface
 
-        names = Names(name for name, _ in model.named_modules())
-        homes = {attention_of(home): module for module in self.modules if (home := names.find(module))}
-        layers = {id(model.get_submodule(home)): module for home, module in homes.items()}
+        modules = ModelModules(model)
+        homes = {attention_of(home): module for module in self.modules if (home := modules.find(module))}
+        layers = {id(modules.by_name[home]): module for home, module in homes.items()}
         original = AttentionInterface.get_interface
 
         def get_interface(self_: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ import torch
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP
 from ..errors import ScaleError, quote
 from ..nvfp4 import BLOCK_SIZE, INPUT_SCALE_NUMERATOR
-from .inputs import Inputs, Names
+from .inputs import Inputs, ModelModules
 from .rounded_inputs import round_nvfp4
 from .runner import Runner, floats, swap_parameter
 from .texts import TokenIds
@@ -45,10 +45,10 @@ def short_texts(samples: Sequence[TokenIds]) -> list[TokenIds]:
 
 def variants(inputs: Inputs, model: nn.Module) -> list[Rounded]:
     """Return what is rounded together, in the order of the inputs; layers that the model does not build are left out."""
-    names = Names(name for name, _ in model.named_modules())
+    modules = ModelModules(model)
     found = []
     for linear in inputs.linear:
-        parameters = tuple((name, "weight") for name in map(names.find, linear.info.modules) if name)
+        parameters = tuple((name, "weight") for name in map(modules.find, linear.info.modules) if name)
         found.append(Rounded(linear.info.name, parameters, {"weight": linear.info.columns}))
     for experts in inputs.experts:
         stacks = {STACKED_GATE_UP: experts.gate_up[0].columns, STACKED_DOWN: experts.down[0].columns}

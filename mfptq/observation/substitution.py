@@ -18,8 +18,8 @@ import torch
 from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP, StoredTensor
 from ..errors import SourceError, quote
 from ..names.engine import experts_parent
-from .experts import check_stack, gated, is_stack
-from .inputs import Names
+from .experts import check_stack, gated
+from .inputs import ModelModules
 from .runner import swap_parameter
 
 if TYPE_CHECKING:
@@ -104,18 +104,16 @@ def find_substitution(model: nn.Module, output: QuantizedCheckpoint) -> Substitu
 
     Raises SourceError where two weights claim one module, or experts are of a kind that is not known.
     """
-    modules = dict(model.named_modules())
-    names, stacks = Names(modules), Names(name for name, module in modules.items() if is_stack(module))
+    modules = ModelModules(model)
     unbuilt = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     found = Substitution(output)
     for module, weight in output.weights.items():
         parent = experts_parent(module)
-        home = (stacks.find(parent) or stacks.find_layer(parent)) if parent else ""
-        name = names.find(module)
+        home, name = modules.experts(parent) if parent else "", modules.find(module)
         if any(re.search(pattern, module) for pattern in unbuilt) or not (home or name):
             found.left_out.append(module)
         elif home:
-            check_stack(modules[home], home)
+            check_stack(modules.by_name[home], home)
             number, part = _expert_part(module)
             found.stacks.setdefault(home, {}).setdefault(number, {})[part] = weight
         elif name in found.linear:
@@ -123,18 +121,18 @@ def find_substitution(model: nn.Module, output: QuantizedCheckpoint) -> Substitu
                 f"{quote(module)} and {quote(found.linear[name].module)} are both the model's {quote(name)}"
             )
         else:
-            _check_shape(modules[name], name, weight)
+            _check_shape(modules.by_name[name], name, weight)
             found.linear[name] = weight
     for tensor in output.scaled.values():
-        found.scaled[_holder(tensor, modules, names)] = tensor
+        found.scaled[_holder(tensor, modules)] = tensor
     return found
 
 
-def _holder(tensor: StoredTensor, modules: Mapping[str, Any], names: Names) -> tuple[str, str]:
+def _holder(tensor: StoredTensor, modules: ModelModules) -> tuple[str, str]:
     """Return the module of a model that holds a tensor, and under which name; raises SourceError if there is none."""
     parent, _, leaf = tensor.info.name.rpartition(".")
-    name = names.find(parent)
-    shape = tuple(getattr(getattr(modules.get(name), leaf, None), "shape", ()))
+    name = modules.find(parent)
+    shape = tuple(getattr(getattr(modules.by_name.get(name), leaf, None), "shape", ()))
     if shape != tensor.info.shape:
         raise SourceError(
             f"{quote(tensor.info.name)} is scaled in the output, and the model does not hold it as a tensor of "
