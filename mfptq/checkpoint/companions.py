@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase as fnmatch
+from fnmatch import fnmatchcase
 
 from ..errors import IndexMismatchError, SourceError, UsageError, quote
 from ..limits import MAX_COMPANION_BYTES
@@ -71,7 +71,7 @@ class FileChoice:
 
 def is_wanted(name: str) -> bool:
     """Return whether a file belongs into the Hub's cache where the source is to be kept."""
-    return not any(fnmatch(name, pattern) for pattern in UNWANTED)
+    return not any(fnmatchcase(name, pattern) for pattern in UNWANTED)
 
 
 def top_level(files: Iterable[str]) -> list[str]:

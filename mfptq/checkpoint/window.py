@@ -46,7 +46,9 @@ class Window:
         self._pulled: set[str] = set()
         self._queue: deque[Segment] = deque()  # announced, in the order in which they are fetched
         self._demanded: deque[Segment] = deque()  # asked for before their turn
-        self._held = self._lasting = self._later = self._unhashed = self._largest = 0  # bytes
+        # Bytes: of all that is held; of what stays for another turn; of what is read again in another file's turn; of what only a
+        # digest still needs; and of the largest unit so far that can be held.
+        self._held = self._lasting = self._later = self._unhashed = self._largest = 0
         self._hashing: set[str] = set()  # files whose digest a thread is at
         self._unchecked: set[str] = set()  # files whose bytes do not come in order
         self._closed = self._announced = False

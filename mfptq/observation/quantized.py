@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.stored_bytes import read_scalar
+from ..checkpoint.stored_bytes import read_bytes, read_scalar
 from ..checkpoint.weights import StoredTensor, Weight, candidates
 from ..comparison.stored_weights import StoredWeight
 from ..dtypes import DTYPE_BITS
@@ -92,9 +92,8 @@ class QuantizedCheckpoint:
 
     def values(self, tensor: StoredTensor) -> torch.Tensor:
         """Return the values of a kept tensor, in its dtype."""
-        data = bytearray(tensor.info.nbytes)
-        self.checkpoint.source.read_into(tensor.shard, tensor.offset, memoryview(data))
-        return torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.info.dtype]).reshape(tensor.info.shape)
+        data = torch.from_numpy(read_bytes(self.checkpoint.source, tensor, 0, tensor.info.nbytes))
+        return data.view(TORCH_DTYPES[tensor.info.dtype]).reshape(tensor.info.shape)
 
 
 def read_quantized(output: Checkpoint, source: Checkpoint) -> QuantizedCheckpoint:
