@@ -8,6 +8,7 @@ that knows of formats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from .source import Source
+    from .weights import StoredTensor
 
 
 DECODED_DTYPE = "BF16"  # codes are decoded to it: value = round_bf16(float32(code) * float32(scale))
@@ -57,13 +59,15 @@ class CodeScaler(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding(ABC):
     """How one weight is stored, and where: its codes, its scales, whichever files they lie in.
 
-    `is_nvfp4`: it is what a conversion makes, and need not be decoded for that.
+    It is that of a matrix from row `first_row` on. `is_nvfp4`: it is what a conversion makes, and need not be decoded for that.
     """
 
     is_nvfp4: ClassVar[bool] = False
+    first_row: int = 0
 
     @property
     def is_fp8(self) -> bool:
@@ -75,14 +79,19 @@ class Encoding(ABC):
     def format(self) -> str:
         """The format in words, the same for all weights stored alike: "FP8 E4M3, F32 scale per 128x128"."""
 
-    @abstractmethod
-    def from_row(self, row: int) -> Encoding:
-        """Return the encoding of the matrix that begins at a row of this one: a slice of a stack."""
-
     @property
     @abstractmethod
+    def parts(self) -> tuple[StoredTensor | None, ...]:
+        """The stored tensors of its codes and scales; None for what it has not."""
+
+    @property
     def shards(self) -> frozenset[str]:
-        """The files that its codes and scales lie in."""
+        """The files that its parts lie in."""
+        return frozenset(part.shard for part in self.parts if part is not None)
+
+    def from_row(self, row: int) -> Encoding:
+        """Return the encoding of the matrix that begins at a row of this one: a slice of a stack."""
+        return replace(self, first_row=self.first_row + row)
 
     @abstractmethod
     def ranges(self, region: Region) -> list[tuple[int, int]]:

@@ -36,9 +36,9 @@ class AsymmetricIntegers(ScaledCodes):
     zeros: StoredTensor
 
     @property
-    def shards(self) -> frozenset[str]:
-        """The files that its codes, scales and zero points lie in."""
-        return frozenset({self.weight.shard, self.scales.shard, self.zeros.shard})
+    def parts(self) -> tuple[StoredTensor | None, ...]:
+        """Its codes, scales and zero points."""
+        return self.weight, self.scales, self.zeros
 
     def zero_points(self, source: Source, region: Region) -> ScaleArray:
         """Return the zero points of a region: one row for each of its rows, one column for each block it touches."""

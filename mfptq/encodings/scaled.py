@@ -9,7 +9,7 @@ Made by `fp4`, `fp8` and `integers`, which recognize them. Workers decode them t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,6 @@ class ScaledCodes(Encoding):
     block_columns: int
     factor: StoredTensor | None = None
     divides: bool = False
-    first_row: int = 0
 
     @property
     def format(self) -> str:
@@ -51,15 +50,10 @@ class ScaledCodes(Encoding):
         """Whether its codes are FP8 (E4M3)."""
         return self.codes == E4M3
 
-    def from_row(self, row: int) -> ScaledCodes:
-        """Return the encoding of the rows from one on."""
-        return replace(self, first_row=self.first_row + row)
-
     @property
-    def shards(self) -> frozenset[str]:
-        """The files that its codes and scales lie in."""
-        parts = (self.weight, self.scales, self.factor)
-        return frozenset(part.shard for part in parts if part is not None)
+    def parts(self) -> tuple[StoredTensor | None, ...]:
+        """Its codes, scales and factor."""
+        return self.weight, self.scales, self.factor
 
     def ranges(self, region: Region) -> list[tuple[int, int]]:
         """Return where the codes of a region lie: one range for whole rows, else one for each row."""

@@ -9,7 +9,7 @@ added to something before it multiplies is rounded too, since the sum is what is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,14 +58,13 @@ class Powers:
 
 @dataclass(frozen=True, slots=True)
 class Smoothed(Encoding):
-    """A tensor, plain or itself encoded, with the powers of two that it is multiplied by; from a row on.
+    """A tensor, plain or itself encoded, with the powers of two that it is multiplied by.
 
     `strict`: a product beyond the dtype's range is an error, instead of the largest number.
     """
 
     tensor: StoredTensor
     powers: Powers
-    first_row: int = 0
     strict: bool = False
 
     @property
@@ -74,13 +73,9 @@ class Smoothed(Encoding):
         return self.tensor.encoding.format if self.tensor.encoding is not None else self.tensor.info.dtype
 
     @property
-    def shards(self) -> frozenset[str]:
-        """The files that its values, or codes and scales, lie in."""
-        return self.tensor.encoding.shards if self.tensor.encoding is not None else frozenset({self.tensor.shard})
-
-    def from_row(self, row: int) -> Smoothed:
-        """Return the encoding of the rows from one on."""
-        return replace(self, first_row=self.first_row + row)
+    def parts(self) -> tuple[StoredTensor | None, ...]:
+        """The tensor, or its codes and scales."""
+        return self.tensor.encoding.parts if self.tensor.encoding is not None else (self.tensor,)
 
     @property
     def divisors(self) -> Exponents | None:

@@ -8,7 +8,7 @@ the group of each column. Both: `scales` [K/g, N] and unsigned zero points, `qze
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,6 @@ class TransposedInt4(Encoding):
     columns: int
     zero_offset: int
     order: tuple[int, ...]
-    first_row: int = 0
 
     @property
     def format(self) -> str:
@@ -55,14 +54,9 @@ class TransposedInt4(Encoding):
         return self.label
 
     @property
-    def shards(self) -> frozenset[str]:
-        """The files that its codes, scales and zero points lie in."""
-        parts = (self.weight, self.scales, self.zeros, self.g_idx)
-        return frozenset(part.shard for part in parts if part is not None)
-
-    def from_row(self, row: int) -> TransposedInt4:
-        """Return the encoding of the rows from one on."""
-        return replace(self, first_row=self.first_row + row)
+    def parts(self) -> tuple[StoredTensor | None, ...]:
+        """Its codes, scales, zero points and groups of columns."""
+        return self.weight, self.scales, self.zeros, self.g_idx
 
     def ranges(self, region: Region) -> list[tuple[int, int]]:
         """Return a share of the codes of the region's size: they lie scattered over all of them."""
