@@ -33,6 +33,8 @@ class HubSource(Source):
     a request of its own. Files that are in the client's cache already are read there.
     """
 
+    is_remote = True
+
     def __init__(self, reader: RangeReader, listing: Mapping[str, HubFile], local: LocalFiles | None = None) -> None:
         self.reader = reader
         self._listing = listing
@@ -40,8 +42,6 @@ class HubSource(Source):
         self._window: Window | None = None
         self._digests = FileDigests(listing)
         self._checked: set[str] = set()
-
-    is_remote = True
 
     @property
     def checked_files(self) -> Collection[str]:

@@ -9,13 +9,13 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from ..checkpoint.acceptance import refusal
 from ..checkpoint.companions import CONFIG, INDEX, SMOOTHING
 from ..checkpoint.small_files import read_file
 from ..errors import SourceError, VerificationError, quote
 from ..kernels import ErrorStats
 from ..limits import MAX_CONFIG_BYTES
 from ..smoothing.record import record_text
+from .acceptance import refusal
 from .claim import CARD, MANIFEST, RECIPE, REPORT
 from .destination import Destination
 from .report import report_text

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ..checkpoint.acceptance import refusal
 from ..checkpoint.companions import CONFIG, INDEX
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.small_files import read_object
@@ -24,6 +23,7 @@ from ..names.fusion import fused_groups, parameters
 from ..planning.defaults import siblings_of
 from ..planning.formats import QUANTIZATION_CONFIG, SCALAR, TargetFormat
 from ..planning.quantization_config import head_targets
+from .acceptance import refusal
 from .fault import Fault
 from .stored_formats import (
     ConfigGroup,

@@ -1,6 +1,6 @@
 """Ask the safetensors library, the format's authority, whether it opens a file as we do.
 
-Called by `output.finish` and `output.structure`. It maps the file and reads its header and one row, never the weights.
+Called by `finish` and `structure`. It maps the file and reads its header and one row, never the weights.
 """
 
 from __future__ import annotations
