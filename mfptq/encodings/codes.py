@@ -4,7 +4,7 @@ A decoded value is `round_bf16(float32(code) * float32(scale))`: one product, ro
 compressed-tensors' block dequantizer have it. Formats: OCP 8-bit floating point (E4M3: one NaN code for each sign, no
 infinity) and OCP Microscaling (E2M1, E8M0).
 
-Called by `scaled`, and in tests: `kernels.decode` does the same work, to the same bits, fast.
+Called by the formats here, by `comparison.stored_weights` and in tests: `kernels.decode` does the same work, to the same bits, fast.
 """
 
 from __future__ import annotations

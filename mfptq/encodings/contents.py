@@ -3,7 +3,7 @@
 Tensors decide: a module is quantized if and only if its scales are there. Configs break ties and are named in notes where they
 say otherwise. A tensor of codes without scales, and a scale without codes, are errors: both would be silent garbage.
 
-Called by `planning.building` and `inspection` for a source, and by `execution.pairing` to verify an output against it.
+Called by `planning.building` and `inspection` for a source, and by `comparison.pairing` to verify an output against it.
 """
 
 from __future__ import annotations

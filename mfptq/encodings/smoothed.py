@@ -1,6 +1,6 @@
 """Multiply tensors by powers of two, a row's and a column's, while they are read: what smoothing does to a checkpoint.
 
-Called by `smoothing.plan`, and by `execution.pairing` to verify. To whoever reads it a smoothed tensor is one more encoding, so kernels, methods and devices know nothing
+Called by `smoothing.plan`, and by `comparison.pairing` to verify. To whoever reads it a smoothed tensor is one more encoding, so kernels, methods and devices know nothing
 of it. Products are exact as long as they are normal numbers of the tensor's dtype. Below those they are rounded, by no more than
 2^-134; beyond them is an error where smoothing was asked for, and the largest number where it came by default. A norm whose weight is
 added to something before it multiplies is rounded too, since the sum is what is multiplied.

@@ -9,22 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
+import torch
+
 from .._version import __version__
 from ..calibration.file import InputInfo
 from ..checkpoint.folder import Checkpoint
 from ..output.estimates import Estimate, WindowSums, exponential, ratio
 from . import models
-from .comparison import compare_logits, hidden_error
 from .evaluate import Evaluation, EvaluationOptions, EvaluationProgress, OnProgress
 from .quantized import DECODED_AT_ONCE, QuantizedCheckpoint
 from .residency import Room, measure_demand
 from .side_by_side import SideBySide, decoder_blocks
 from .streaming import load_runner
-from .texts import Samples
+from .texts import Samples, TokenIds
 from .unfinished import Progress, Unfinished
 
 LOGIT_COPIES = 6  # of a window, float32: both models', their logarithms, and what the model holds meanwhile
 DECODING_BYTES = 32  # for each weight that is decoded at once
+CHUNK_ELEMENTS = 2**24  # log-probabilities that are in memory at once, for each model
 
 
 def run_pass(
@@ -106,6 +108,33 @@ def _compare(pair: SideBySide, text: Samples, progress: Progress, notes: Unfinis
     for ids, (exact, found) in zip(text.ids[first:], pair.run_head(text.ids, first=first), strict=True):
         progress.windows.append(compare_logits(exact, found, ids))
         notes.window_done(progress.windows[-1])
+
+
+def compare_logits(source: torch.Tensor, output: torch.Tensor, ids: TokenIds) -> WindowSums:
+    """Return the sums for logits `[L, V]` of both models on the same `L` tokens.
+
+    `divergence` is that of the output's distribution from the source's, KL(source || output), in nats; `loss` the negative
+    log-probability of the next token. Logarithms are taken in float32, sums in float64.
+    """
+    count = len(ids) - 1
+    following = torch.from_numpy(ids[1:]).to(source.device)[:, None]
+    sums = torch.zeros(4, dtype=torch.float64)
+    step = max(1, CHUNK_ELEMENTS // source.shape[-1])
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        exact, found = (torch.log_softmax(logits[part].float(), dim=-1) for logits in (source, output))
+        sums[0] -= exact.gather(1, following[part]).sum(dtype=torch.float64).cpu()
+        sums[1] -= found.gather(1, following[part]).sum(dtype=torch.float64).cpu()
+        sums[2] += (exact.exp() * (exact - found)).sum(dtype=torch.float64).cpu()
+        sums[3] += (exact.argmax(dim=-1) == found.argmax(dim=-1)).sum().cpu()
+    return WindowSums(count, float(sums[0]), float(sums[1]), float(sums[2]), int(sums[3]))
+
+
+def hidden_error(source: torch.Tensor, output: torch.Tensor) -> float:
+    """Return the sum over tokens of `|output - source| / |source|` for hidden states `[..., L, H]`."""
+    exact = source.float()
+    norms = exact.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((output.float() - exact).norm(dim=-1) / norms).sum(dtype=torch.float64))
 
 
 def _summed(pair: SideBySide, progress: Progress, text: Samples, *, source: str, dataset: str) -> Evaluation:

@@ -1,6 +1,6 @@
 """Find what makes the input of each linear layer, and all that reads it, where the structure is certain of both.
 
-Called by `smoothing.plan` and `comparison.pairing`. Certain means: the model's type is known, a block of its decoder holds no tensor of an unknown
+Called by `planning.smoothed_inputs` and `comparison.pairing`. Certain means: the model's type is known, a block of its decoder holds no tensor of an unknown
 name, and shapes agree with config.json. Everything else is left alone, and the reason told.
 
 Four things make inputs: a norm feeds attention or DeltaNet, another one the MLP with its experts and routers; the rows of

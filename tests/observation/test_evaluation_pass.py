@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import mfptq.observation.comparison as module
-from mfptq.observation.comparison import compare_logits, hidden_error
+import mfptq.observation.evaluation_pass as module
+from mfptq.observation.evaluation_pass import compare_logits, hidden_error
 
 
 @pytest.mark.parametrize("elements", [2**24, 100, 1])
