@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
-from .checkpoint.weights import WEIGHT_SUFFIX
 from .dtypes import NUMPY_DTYPES, dtype_name
 from .errors import NonFiniteWeightError, UnsupportedTensorError, UsageError
 from .execution.global_scales import common_dtype
 from .execution.global_scales import global_scale as find_global_scale
 from .kernels import ErrorStats, QuantizeArgs, load_kernel
+from .names.engine import WEIGHT_SUFFIX
 from .names.fusion import fused_groups
 from .nvfp4 import BLOCK_SIZE, dequantize
 from .planning.settings import PLAIN_METHODS

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..dtypes import DTYPE_BITS
 from ..names.config_sizes import ConfigSizes
-from ..names.engine import STACKED, experts_module
+from ..names.engine import STACKED, WEIGHT_SUFFIX, experts_module
 from ..names.leaves import turned_patterns
 from ..names.wrappers import logical
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .encoding import Encoding
     from .header import TensorInfo
 
-WEIGHT_SUFFIX = ".weight"
 STACKED_GATE_UP = "gate_up_proj"
 STACKED_DOWN = "down_proj"
 _BIASES = ("_bias", ".bias")

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP, WEIGHT_SUFFIX, StoredTensor
+from ..checkpoint.weights import STACKED_DOWN, STACKED_GATE_UP, StoredTensor
 from ..errors import SourceError, quote
+from ..names.engine import WEIGHT_SUFFIX
 from .codes import E4M3
 from .declared import Block, Declared
 from .modules import ONE_BYTE_SCALES, Module, Recognized, blocks_shape, check_dtype, recognized

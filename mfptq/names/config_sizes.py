@@ -1,13 +1,13 @@
-"""Sizes of the text model as config.json tells them: how many blocks, how wide, how many attention heads.
+"""Read the sizes of the text model from config.json: how many blocks, how wide, how many attention heads.
 
-`structure.py` finds the decoder with them, `checkpoint/weights.py` the orientation of experts. Configs of models with
-several parts hold those of the language model in a dictionary of its own.
+Called by `names.structure`, which finds the decoder with them, and wherever `checkpoint.weights` needs the orientation of
+experts. Configs of models with several parts hold those of the language model in a dictionary of its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,9 @@ _DRAFTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_
 class ConfigSizes:
     """What config.json says of the text model; empty where it says nothing.
 
-    `model_types` are those of the model and of its parts; `towers` are the parts whose sizes are those of images or sound; `is_nested`: the text model has a dictionary of its own, so that the model has other parts too.
+    `depths` are numbers of blocks, `hidden` widths, `drafts` is how many draft layers there are. `model_types` are those of the
+    model and of its parts, `towers` the parts whose sizes are those of images or sound. `is_nested`: the text model has a
+    dictionary of its own, so that the model has other parts too. `adapters` are those that belong to the model itself.
     """
 
     depths: frozenset[int] = frozenset()
@@ -49,22 +51,30 @@ class ConfigSizes:
 
 def read_sizes(config: Mapping[str, Any]) -> ConfigSizes:
     """Return the sizes that a config holds, whatever its family calls them."""
-    nested = [part for part in _text_parts(config) if _numbers(part, _is_depth)]
+    nested = [part for part in _text_parts(config) if _depths(part)]
     parts = nested or [config, *_side_parts(config)]
+    every = list(_dictionaries(config))
     return ConfigSizes(
-        depths=frozenset(number for part in parts for number in _numbers(part, _is_depth)),
-        hidden=frozenset(number for part in parts for number in _numbers(part, _HIDDEN.__contains__)),
-        heads=frozenset(_heads(config)),
-        drafts=max(
-            (part.get(key, 0) for part in (config, *parts) for key in _DRAFTS if _is_count(part.get(key))), default=0
-        ),
-        vocabulary=frozenset(number for part in parts for number in _numbers(part, "vocab_size".__eq__)),
-        model_types=frozenset(_model_types(config)),
+        depths=frozenset(number for part in parts for number in _depths(part)),
+        hidden=_counts(parts, _HIDDEN),
+        heads=frozenset(_heads(every)),
+        drafts=max(_counts([config, *parts], _DRAFTS), default=0),
+        vocabulary=_counts(parts, ["vocab_size"]),
+        # Of the parts too: a GPT-2 that decodes for an image encoder is stored as GPT-2 is.
+        model_types=frozenset(str(part.get("model_type", "")) for part in every),
         towers=frozenset(key.removesuffix("_config") for key, part in config.items() if _is_tower(part)),
         is_nested=bool(nested),
         is_tied=any(part.get("tie_word_embeddings") is True for part in (config, *nested)),
         adapters=frozenset(key.removesuffix("_lora") for key in config if key.endswith("_lora")),
     )
+
+
+def _dictionaries(part: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a dictionary and all that are in it, at any depth."""
+    yield part
+    for value in part.values():
+        if isinstance(value, dict):
+            yield from _dictionaries(value)
 
 
 def _text_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -87,29 +97,20 @@ def _is_tower(part: object) -> bool:
     return isinstance(part, dict) and any(name in part for name in _OTHER_MODALITY)
 
 
-def _numbers(part: Mapping[str, Any], wanted: Any) -> list[int]:
-    return [value for key, value in part.items() if wanted(key) and _is_count(value)]
+def _depths(part: Mapping[str, Any]) -> list[int]:
+    return [value for key, value in part.items() if _DEPTH.fullmatch(key) and _is_count(value)]
 
 
-def _is_depth(key: str) -> bool:
-    return _DEPTH.fullmatch(key) is not None
+def _counts(parts: Iterable[Mapping[str, Any]], keys: Collection[str]) -> frozenset[int]:
+    """Return the positive whole numbers that any of the parts has under any of the keys."""
+    return frozenset(part[key] for part in parts for key in keys if _is_count(part.get(key)))
+
+
+def _heads(parts: Iterable[Mapping[str, Any]]) -> Iterator[int]:
+    """Yield numbers of attention heads: one for all layers, or a list of one for each."""
+    for value in (part[key] for part in parts for key in _HEADS if key in part):
+        yield from (number for number in (value if isinstance(value, list) else [value]) if _is_count(number))
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the types of a model and of its parts: a GPT-2 that decodes for an image encoder is stored as GPT-2 is."""
-    yield str(config.get("model_type", ""))
-    for value in config.values():
-        if isinstance(value, dict):
-            yield from _model_types(value)
-
-
-def _heads(config: Mapping[str, Any]) -> Iterator[int]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _heads(value)
-        elif key in _HEADS:
-            yield from (number for number in (value if isinstance(value, list) else [value]) if _is_count(number))

@@ -1,6 +1,6 @@
 """Find where a module lies in its model: inside a block of the decoder, in a draft layer, or outside.
 
-A decoder is a numbered stack of blocks (`model.layers.0`, `transformer.h.0`, `encoder.block.0`) of the length and the
+Called by `planning.rules`, once for a checkpoint. Reads names, shapes and config.json only. A decoder is a numbered stack of blocks (`model.layers.0`, `transformer.h.0`, `encoder.block.0`) of the length and the
 width that config.json names. Everything else is kept: a name that nobody has seen costs size, not function. Names decide
 only where config.json tells nothing, and for other modalities' towers, which may be as deep as the decoder.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .config_sizes import ConfigSizes, read_sizes
+from .engine import WEIGHT_SUFFIX
 from .leaves import kept_by
 from .wrappers import logical
 
@@ -61,7 +62,9 @@ def block_of(name: str) -> Block | None:
 
 @dataclass(slots=True)
 class _Stack:
-    """What is seen of a stack: the numbers of its blocks, the sizes of its matrices, the blocks marked as drafts, and whether it is a tower's."""
+    """What is seen of a stack: the numbers of its blocks, the sizes of its matrices, the blocks marked as drafts, and whether
+    it is a tower's.
+    """
 
     numbers: set[int] = field(default_factory=set)
     sizes: set[int] = field(default_factory=set)
@@ -79,14 +82,14 @@ class Structure:
     def __init__(self, tensors: Iterable[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> None:
         self.sizes: ConfigSizes = read_sizes(config)
         stacks: dict[str, _Stack] = {}
-        homes: set[str] = set()
+        parents: set[str] = set()
         for name, shape in tensors:
             block = block_of(logical(name))
             if block is not None:
                 _note(stacks.setdefault(block.stack, _Stack()), block, shape)
             elif len(shape) == 2 and shape[0] in self.sizes.vocabulary:
-                homes |= _home_of_table(logical(name))
-        self._stacks, self._homes = stacks, homes
+                parents |= _parent_of_table(logical(name))
+        self._stacks, self._table_parents = stacks, parents
         self._lengths = self._decoders()
 
     @property
@@ -157,24 +160,30 @@ class Structure:
         return tuple(sorted(".".join(parts) for parts in found if len(parts) > 1))
 
     def _decoders(self) -> dict[str, int]:
-        """Return the decoders' stacks with their lengths, without draft layers."""
+        """Return the decoders' stacks with their lengths, without draft layers.
+
+        Each step leaves those that are more likely to be decoders, or all where it tells none apart: stacks of no other modality,
+        of the length and then of the width of config.json, below a module that is named for text.
+        """
         whole = [stack for stack in self._stacks if not _is_drafter(stack)]
         named = [stack for stack in whole if not self._is_tower(stack)] or whole
         seen = {stack: self._stacks[stack] for stack in named}
-        fitting = {name: length for name, stack in seen.items() if (length := self._length(stack))}
-        if not fitting:  # longer ones, or config.json does not tell
-            fitting = {name: length for name, stack in seen.items() if (length := self._shorter(stack))}
-        if not fitting:
-            fitting = {name: stack.length for name, stack in seen.items()}
-        wide = {stack: fitting[stack] for stack in fitting if self._stacks[stack].sizes & self.sizes.hidden} or fitting
+        lengths = {name: length for name, stack in seen.items() if (length := self._length(stack))}
+        if not lengths:  # longer ones, or config.json does not tell
+            lengths = {name: length for name, stack in seen.items() if (length := self._shorter(stack))}
+        if not lengths:
+            lengths = {name: stack.length for name, stack in seen.items()}
+        wide = [stack for stack in lengths if seen[stack].sizes & self.sizes.hidden] or list(lengths)
         roots = {stack.partition(".")[0] for stack in wide if self._is_of_text(stack)}
-        rooted = {stack: wide[stack] for stack in wide if stack.partition(".")[0] in roots} or wide
-        beside = {home for home in self._homes if any(stack.rpartition(".")[0] == home for stack in rooted)}
-        return {stack: rooted[stack] for stack in rooted if not any(_lies_deeper(stack, home) for home in beside)}
+        rooted = [stack for stack in wide if stack.partition(".")[0] in roots] or wide
+        beside = {parent for parent in self._table_parents if any(_parent(stack) == parent for stack in rooted)}
+        # What lies deeper is another model inside of the one whose embedding table and blocks lie side by side.
+        inner = {stack for stack in rooted if any(_is_below(stack, each) and _parent(stack) != each for each in beside)}
+        return {stack: lengths[stack] for stack in rooted if stack not in inner}
 
     def _is_of_text(self, stack: str) -> bool:
         """Return whether a stack is named for it, or lies where an embedding table of the vocabulary lies."""
-        return any(_starts_with(stack, home) for home in self._homes) or any(
+        return any(_is_below(stack, parent) for parent in self._table_parents) or any(
             not (_TEXT_WORDS | {"encoder"}).isdisjoint(words) for words in _words(stack)
         )
 
@@ -209,9 +218,9 @@ def _note(stack: _Stack, block: Block, shape: tuple[int, ...]) -> None:
     stack.is_tower = stack.is_tower or not _TOWER_MARKS.isdisjoint(block.rest.split("."))
 
 
-def _home_of_table(name: str) -> set[str]:
+def _parent_of_table(name: str) -> set[str]:
     """Return the module that an embedding table belongs to; nothing if the tensor is none."""
-    module = name.removesuffix(".weight")
+    module = name.removesuffix(WEIGHT_SUFFIX)
     if not any(line.role == "table" for line in kept_by(module)):
         return set()
     parents = module.split(".")[:-1]
@@ -220,13 +229,12 @@ def _home_of_table(name: str) -> set[str]:
     return {".".join(parents)}
 
 
-def _starts_with(name: str, parent: str) -> bool:
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_below(name: str, parent: str) -> bool:
     return not parent or name == parent or name.startswith(f"{parent}.")
-
-
-def _lies_deeper(stack: str, home: str) -> bool:
-    """Return whether a stack belongs to another model inside of the one whose embedding table and blocks lie side by side."""
-    return _starts_with(stack, home) and stack.rpartition(".")[0] != home
 
 
 def _words(stack: str) -> list[set[str]]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.weights import WEIGHT_SUFFIX, StoredTensor, Weight
+from ..checkpoint.weights import StoredTensor, Weight
 from ..names import REGEX_PREFIX
 from ..names.attention import CACHE_SCALES
+from ..names.engine import WEIGHT_SUFFIX
 from ..planning.config_groups import LINEAR, config_group
 from ..planning.formats import FORMATS, PACKED, QUANTIZATION_CONFIG, SCALE, WEIGHT, TargetFormat
 

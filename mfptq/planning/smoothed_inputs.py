@@ -1,6 +1,6 @@
-"""Put smoothing into a plan: the source as it is to be read, and what its calibration file says then.
+"""Smooth the inputs of a plan: return the source's tensors as they are to be read, and the calibration file for those.
 
-Called by `building` before formats and scales are assigned, so that nothing behind it needs to know of factors.
+Called by `building` before input scales are assigned, so that no later stage needs to know of factors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.weights import candidates
 from ..encodings.fp4 import Nvfp4
-from ..names.config_sizes import read_sizes
 from ..scales.input_scales import InputScales
 from ..scales.uncalibrated import UncalibratedInputs
 from .formats import FORMATS
@@ -41,12 +40,13 @@ def smoothed_inputs(given: Inputs, config: Mapping[str, Any], settings: Settings
     calibration = given.calibration
     if calibration is None or not _is_due(given, calibration, settings):
         return given
-    from ..smoothing.plan import find_smoothing
+    from ..smoothing.plan import find_smoothing  # here, since most plans smooth nothing
     from ..smoothing.structure import find_links
 
     outcomes = _outcomes(given.selection, casts=settings.is_auto)
     modules = [weight.module for item in given.selection.tensors for weight in item.candidate.weights]
-    kept = [each for each in (*modules, *_tensors_alone(given.selection)) if each not in outcomes.quantized]
+    modules += [item.candidate.module for item in given.selection.tensors if not item.decision.quantize]
+    kept = [module for module in modules if module not in outcomes.quantized]
     smoothing = find_smoothing(
         find_links({each.info.name: each for each in given.contents}, config, given.selection.structure.outside),
         {item.candidate.tensor.info.name: item.candidate for item in given.selection.tensors},
@@ -57,18 +57,18 @@ def smoothed_inputs(given: Inputs, config: Mapping[str, Any], settings: Settings
     calibration = calibration.smoothed(smoothing.inputs)
     scales = given.scales and calibration.input_scales(input_margin(settings, calibration.description.origin))
     contents = given.contents.mapped(smoothing.of)
-    return Inputs(contents, _reread(given.selection, contents, config), calibration, scales, smoothing)
+    return Inputs(contents, _reread(given.selection, contents), calibration, scales, smoothing)
 
 
 def _is_due(given: Inputs, calibration: Calibration, settings: Settings) -> bool:
-    """Return whether to smooth: as asked; by default in W4A4, where the method is left open too and the file has second moments."""
+    """Return whether to smooth: as asked; else in W4A4, if the method is left open too and the file has second moments."""
     if settings.smooth is not None:
         return settings.smooth
     return given.scales is not None and settings.is_auto and calibration.description.has_moments
 
 
 def _outcomes(selection: Selection, *, casts: bool) -> Outcomes:
-    from ..smoothing.plan import Outcomes
+    from ..smoothing.plan import Outcomes  # as above
 
     outcomes = Outcomes({}, set(), set(), set())
     for item in with_kept_codes(selection).tensors:
@@ -87,12 +87,8 @@ def _outcomes(selection: Selection, *, casts: bool) -> Outcomes:
     return outcomes
 
 
-def _tensors_alone(selection: Selection) -> list[str]:
-    return [item.candidate.module for item in selection.tensors if not item.decision.quantize]
-
-
-def _reread(selection: Selection, contents: Contents, config: Mapping[str, Any]) -> Selection:
+def _reread(selection: Selection, contents: Contents) -> Selection:
     """Return the same decisions for the tensors as they are to be read."""
-    found = {item.tensor.info.name: item for item in candidates(contents, read_sizes(config))}
+    found = {item.tensor.info.name: item for item in candidates(contents, selection.structure.sizes)}
     tensors = tuple(TensorDecision(found[item.candidate.tensor.info.name], item.decision) for item in selection.tensors)
     return replace(selection, tensors=tensors)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.hub import HubOptions, open_checkpoint
-from ..checkpoint.weights import WEIGHT_SUFFIX
 from ..errors import ScaleError, SourceError, quote
 from ..names.bridge import split_name
+from ..names.engine import WEIGHT_SUFFIX
 from .input_scales import InputScales
 from .matching import match_names
 from .reading import read_input_scales
