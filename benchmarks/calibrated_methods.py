@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 import mfptq
 from mfptq.calibration.file import (
-    Contents,
+    CalibrationContents,
     Description,
     InputInfo,
     InputStatistics,
@@ -62,7 +62,7 @@ def calibration_file(path: Path, model: MiniLM, grams: dict[str, Grams]) -> Path
         found[InputInfo(name, len(each.xx), members)] = statistics
     by_name = {info.name: statistics for info, statistics in found.items()}
     about = Description("all-MiniLM-L6-v2", "", "factors", 1, 1, 128, "docstrings")
-    write_calibration(path, Contents(about, tuple(found), lambda info: by_name[info.name], {}))
+    write_calibration(path, CalibrationContents(about, tuple(found), lambda info: by_name[info.name], {}))
     return path
 
 

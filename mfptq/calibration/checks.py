@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ScaleError, quote
-from ..nvfp4 import BLOCK_SIZE
-from .file import ROUTED, Float32Array, InputInfo, InputStatistics, Int64Array
+from ..nvfp4 import BLOCK_SIZE, Float32Array
+from .file import ROUTED, InputInfo, InputStatistics, Int64Array
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from ..scales.experts import is_calibrated
 from ..scales.sibling import read_sibling
 from ..scales.values import ScaleConvention
 from ..storage.files import expanded
-from .file import Contents, Description, InputInfo, InputStatistics, write_calibration
+from .file import CalibrationContents, Description, InputInfo, InputStatistics, write_calibration
 
 
 def extract_scales(path: str | Path, output: str | Path, kind: str | None = None) -> Description:
@@ -34,7 +34,7 @@ def extract_scales(path: str | Path, output: str | Path, kind: str | None = None
         raise ScaleError(f"checkpoint {quote(path)}: every input scale is a mark of no calibration")
     inputs = tuple(InputInfo(name, sibling.layers[name], (name,)) for name in amax)
     description = Description(Path(path).name, "", "amax", origin="extract")
-    contents = Contents(description, inputs, lambda info: InputStatistics(amax[info.name]), {})
+    contents = CalibrationContents(description, inputs, lambda info: InputStatistics(amax[info.name]), {})
     write_calibration(expanded(output), contents)
     return description
 

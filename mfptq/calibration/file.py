@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,7 +36,7 @@ from ..checkpoint.header import TensorInfo, TensorSpec, encode_header
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..errors import ScaleError, UsageError, quote
 from ..kernels.calibrated import MAX_RANK
-from ..nvfp4 import BLOCK_SIZE
+from ..nvfp4 import BLOCK_SIZE, Float32Array
 from ..storage.partial_file import PartialFile, partial_path
 
 SUFFIX = ".calibration.safetensors"
@@ -52,7 +52,6 @@ EXTRACT = "extract"  # the origin of files whose ranges come from another checkp
 
 Level = Literal["amax", "moments", "hessian", "factors"]
 LEVELS: tuple[Level, ...] = get_args(Level)  # each holds what those before it do
-Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -81,6 +80,11 @@ class Description:
     max_seq_length: int = 0
     dataset: str = ""
     origin: str = "calibrate"
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the file says how many tokens each input's statistics are of: not where ranges are another tool's."""
+        return self.origin != EXTRACT
 
     @property
     def has_moments(self) -> bool:
@@ -114,16 +118,17 @@ def factor_rank(columns: int) -> int:
     return min(MAX_RANK, columns)
 
 
-def tensor_specs(info: InputInfo, level: Level, *, counted: bool) -> list[TensorSpec]:
-    """Return the tensors that a file of this level holds for an input."""
+def tensor_specs(info: InputInfo, description: Description) -> list[TensorSpec]:
+    """Return the tensors that a file holds for an input."""
+    level = description.statistics
     specs = [TensorSpec(f"{info.name}.{AMAX}", "F32", (1,))]
-    if counted:
+    if description.counts_tokens:
         specs.append(TensorSpec(f"{info.name}.{TOKENS}", "I64", (1,)))
-    if level != "amax":
+    if includes(level, "moments"):
         specs.append(TensorSpec(f"{info.name}.{MOMENT}", "F32", (info.columns,)))
     if includes(level, "hessian"):
         specs.append(TensorSpec(f"{info.name}.{HESSIAN}", "F32", (info.columns // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)))
-    if level == "factors":
+    if includes(level, "factors"):
         specs.append(TensorSpec(f"{info.name}.{FACTORS}", "F32", (factor_rank(info.columns), info.columns)))
     return specs
 
@@ -139,7 +144,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class CalibrationContents:
     """What is to be written: `read` returns the statistics of an input when its turn comes."""
 
     description: Description
@@ -158,11 +163,9 @@ class Contents:
         return found
 
 
-def write_calibration(path: Path, contents: Contents) -> None:
+def write_calibration(path: Path, contents: CalibrationContents) -> None:
     """Write a calibration file; it appears under its name whole or not at all, one input in memory at a time."""
-    counted = contents.description.origin != EXTRACT
-    level = contents.description.statistics
-    specs = [spec for info in contents.inputs for spec in tensor_specs(info, level, counted=counted)]
+    specs = [spec for info in contents.inputs for spec in tensor_specs(info, contents.description)]
     specs += [TensorSpec(f"{name}.{ROUTED}", "I64", counts.shape) for name, counts in contents.routed.items()]
     specs += [TensorSpec(name, "F32", (1,)) for name in contents.numbers]
     head, header = encode_header(specs, _metadata(contents.description, contents.inputs))
@@ -199,14 +202,7 @@ def _metadata(description: Description, inputs: Iterable[InputInfo]) -> dict[str
         "format": "pt",
         VERSION_KEY: FORMAT_VERSION,
         "mfptq_version": __version__,
-        "model": description.model,
-        "revision": description.revision,
-        "statistics": description.statistics,
-        "samples": str(description.samples),
-        "requested": str(description.requested),
-        "max_seq_length": str(description.max_seq_length),
-        "dataset": description.dataset,
-        "origin": description.origin,
+        **{key: str(value) for key, value in asdict(description).items()},
         "inputs": json.dumps(listed, separators=(",", ":")),
     }
 
@@ -221,9 +217,7 @@ def parse_description(metadata: Mapping[str, str]) -> Description:
     level = metadata.get("statistics")
     if level not in LEVELS:
         raise ScaleError(f"its statistics are {quote(level)}, expected one of {', '.join(LEVELS)}")
-    if level != "amax" and metadata.get("origin") == EXTRACT:
-        raise ScaleError(f"scales taken from elsewhere cannot have statistics {level}, expected amax")
-    return Description(
+    found = Description(
         model=metadata.get("model", ""),
         revision=metadata.get("revision", ""),
         statistics=level,
@@ -233,6 +227,9 @@ def parse_description(metadata: Mapping[str, str]) -> Description:
         dataset=metadata.get("dataset", ""),
         origin=metadata.get("origin", ""),
     )
+    if found.has_moments and not found.counts_tokens:
+        raise ScaleError(f"scales taken from elsewhere cannot have statistics {level}, expected amax")
+    return found
 
 
 def _natural(metadata: Mapping[str, str], key: str) -> int:
@@ -272,12 +269,11 @@ def _input(name: str, entry: Any) -> InputInfo:
 
 def check_tensors(tensors: Mapping[str, TensorInfo], inputs: Iterable[InputInfo], description: Description) -> None:
     """Raise ScaleError unless the file holds exactly the tensors that its metadata promise."""
-    counted, level = description.origin != EXTRACT, description.statistics
     expected: dict[str, TensorSpec] = {}
     for each in inputs:
-        if level != "amax" and each.columns % BLOCK_SIZE:
+        if description.has_moments and each.columns % BLOCK_SIZE:
             raise ScaleError(f"input {quote(each.name)} has {each.columns} columns, not a multiple of {BLOCK_SIZE}")
-        expected.update({spec.name: spec for spec in tensor_specs(each, level, counted=counted)})
+        expected.update({spec.name: spec for spec in tensor_specs(each, description)})
     for name, spec in expected.items():
         found = tensors.get(name)
         if found is None:

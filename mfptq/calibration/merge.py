@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ScaleError, UsageError, quote
+from ..nvfp4 import Float32Array
 from ..storage.files import expanded
-from .file import Contents, Description, Float32Array, InputInfo, InputStatistics, Int64Array, write_calibration
+from .file import CalibrationContents, Description, InputInfo, InputStatistics, Int64Array, write_calibration
 from .reading import Calibration, load_calibration
 
 
@@ -34,7 +35,7 @@ def merge_calibrations(paths: Sequence[str | Path], output: str | Path) -> None:
             file.close()
 
 
-def merged(files: Sequence[Calibration]) -> Contents:
+def merged(files: Sequence[Calibration]) -> CalibrationContents:
     """Return the contents of the file that stands for all of these."""
     description = files[0].description
     for file in files[1:]:
@@ -50,7 +51,9 @@ def merged(files: Sequence[Calibration]) -> Contents:
     def read(info: InputInfo) -> InputStatistics:
         return pooled([file.read(info) for file in files if info.name in file.inputs])
 
-    return Contents(description, tuple(infos.values()), read, _routed(files), _sensitivities(files), _key_values(files))
+    return CalibrationContents(
+        description, tuple(infos.values()), read, _routed(files), _sensitivities(files), _key_values(files)
+    )
 
 
 def _together(first: Description, other: Description, path: Path) -> Description:

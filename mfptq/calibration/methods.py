@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from ..errors import ScaleError
 from ..kernels.calibrated import FEEDBACK, PreparedStatistics
-from ..nvfp4 import BLOCK_SIZE
+from ..nvfp4 import BLOCK_SIZE, Float32Array
 from .checks import SLICE_BLOCKS
 from .feedback import feedback_statistics
-from .file import Description, Float32Array, InputStatistics, Level, includes
+from .file import Description, InputStatistics, Level, includes
 
 SHRINKAGE_TOKENS = 100  # chosen on text that no published figure was measured on: see docs/calibration.md
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.folder import Shard, read_shard
-from ..checkpoint.header import TensorInfo
+from ..checkpoint.folder import read_shard, stored_tensors
 from ..checkpoint.source import FolderSource
+from ..checkpoint.stored_bytes import read_bytes
+from ..checkpoint.weights import StoredTensor
 from ..errors import ScaleError, SourceError, quote
 from ..kernels.calibrated import CALIBRATED_METHODS, PreparedStatistics
 from ..names.engine import experts_parent
@@ -41,7 +42,6 @@ from .file import (
     TOKENS,
     VALUES,
     Description,
-    Float32Array,
     InputInfo,
     InputStatistics,
     Int64Array,
@@ -54,6 +54,7 @@ from .smoothed import Exponents, largest, smoothed
 
 KEPT_STATISTICS = 2  # what workers have in hand besides is theirs
 LEAST_WITH_MARGIN = 2.0
+_DTYPES = {"F32": "<f4", "I64": "<i8"}
 TIED_HEAD = "lm_head"  # a layer that many models build without storing a weight for it
 
 
@@ -67,7 +68,7 @@ class _Recent:
 
 @dataclass(slots=True)
 class Calibration:
-    """An open calibration file; `digest` is its SHA-256, hexadecimal.
+    """An open calibration file; `digest` is its SHA-256, hexadecimal, `_file` its name in the folder `_source`.
 
     Every method may be called from several threads, but `close` when the others are done. `_lock` guards `_recent`.
     """
@@ -77,8 +78,8 @@ class Calibration:
     inputs: Mapping[str, InputInfo]
     digest: str
     _source: FolderSource
-    _shard: Shard
-    _places: Mapping[str, TensorInfo]
+    _file: str
+    _tensors: Mapping[str, StoredTensor]
     _input_of: Mapping[str, InputInfo] = field(default_factory=dict)
     sensitivities: Mapping[str, float] = field(default_factory=dict)
     _recent: OrderedDict[tuple[str, str], _Recent] = field(default_factory=OrderedDict)
@@ -101,7 +102,7 @@ class Calibration:
         found: dict[str, float] = {}
         for info in self.inputs.values():
             exponents = self._exponents.get(info.name)
-            amax = self._number(info, AMAX) if exponents is None else largest(self.ranges(info), exponents)
+            amax = self._amax(info) if exponents is None else largest(self.ranges(info), exponents)
             value = ScaleConvention("amax").global_scale(info.name, None, amax)
             found.update(dict.fromkeys(info.modules, _with_margin(value, margin)))
         about = "taken from a calibration file" + (f", with a margin of {margin:g}" if margin != 1 else "")
@@ -162,10 +163,8 @@ class Calibration:
 
     def ranges(self, info: InputInfo) -> InputStatistics:
         """Return what the file holds of an input but for its large parts: amax, tokens and second moments."""
-        tokens = None
-        if f"{info.name}.{TOKENS}" in self._places:
-            tokens = int(self._array(f"{info.name}.{TOKENS}", "<i8")[0])
-        return InputStatistics(self._number(info, AMAX), tokens, self._part(info, MOMENT))
+        tokens = self._part(info, TOKENS)
+        return InputStatistics(self._amax(info), None if tokens is None else int(tokens[0]), self._part(info, MOMENT))
 
     def known(self, module: str) -> InputStatistics | None:
         """Return everything that is known of a module's input, smoothed if it is; None where no text reached it."""
@@ -187,59 +186,45 @@ class Calibration:
             return None
         return self.sensitivities.get(info.name, self.sensitivities.get(experts_parent(info.modules[0]) or ""))
 
-    def tokens(self, module: str) -> int | None:
-        """Return how many tokens a module's statistics are taken over; None where the file does not say."""
-        info = self.input_of(module)
-        if info is None or f"{info.name}.{TOKENS}" not in self._places:
-            return None
-        return int(self._array(f"{info.name}.{TOKENS}", "<i8")[0])
-
     def routed(self) -> dict[str, Int64Array]:
         """Return, by the name of each layer's experts, how many tokens every expert was given by its router."""
         suffix = f".{ROUTED}"
-        return {name.removesuffix(suffix): self._array(name, "<i8") for name in self._places if name.endswith(suffix)}
+        return {name.removesuffix(suffix): self._array(name) for name in self._tensors if name.endswith(suffix)}
 
     def key_value_ranges(self, modules: Sequence[str] | None = None) -> dict[str, tuple[float, float]]:
         """Return the largest magnitudes of keys and of values, by the module that makes keys.
 
         With `modules`, the source's, by their names; raises ScaleError for a layer of the file that is none of them.
         """
-        suffix = f".{KEYS}"
-        found = {
-            module: (float(self._array(name, "<f4")[0]), float(self._array(f"{module}.{VALUES}", "<f4")[0]))
-            for name in self._places
-            if name.endswith(suffix) and f"{(module := name.removesuffix(suffix))}.{VALUES}" in self._places
-        }
+        keys, values = self.numbers(KEYS), self.numbers(VALUES)
+        found = {module: (keys[module], values[module]) for module in keys if module in values}
         if modules is None or not found:
             return found
         bridge = match_names(f"calibration {quote(self.path)}", found, modules)
         return {module: found[name] for module in modules for name in bridge.names(module)}
 
-    def read_sensitivities(self) -> dict[str, float]:
-        """Return how much the model's output suffers from each input's layers, or from each layer's experts."""
-        suffix = f".{SENSITIVITY}"
+    def numbers(self, part: str) -> dict[str, float]:
+        """Return the tensors `<name>.<part>` that hold a single number each, by name."""
+        suffix = f".{part}"
         return {
-            name.removesuffix(suffix): float(self._array(name, "<f4")[0])
-            for name in self._places
-            if name.endswith(suffix)
+            name.removesuffix(suffix): float(self._array(name)[0]) for name in self._tensors if name.endswith(suffix)
         }
 
-    def _part(self, info: InputInfo, part: str) -> Float32Array | None:
+    def _amax(self, info: InputInfo) -> float:
+        return float(self._array(f"{info.name}.{AMAX}")[0])
+
+    def _part(self, info: InputInfo, part: str) -> npt.NDArray[Any] | None:
         name = f"{info.name}.{part}"
-        return self._array(name, "<f4") if name in self._places else None
+        return self._array(name) if name in self._tensors else None
 
-    def _number(self, info: InputInfo, part: str) -> float:
-        return float(self._array(f"{info.name}.{part}", "<f4")[0])
-
-    def _array(self, name: str, dtype: str) -> npt.NDArray[Any]:
-        info = self._places[name]
-        data = bytearray(info.nbytes)
-        self._source.read_into(self._shard.name, self._shard.header.data_start + info.start, memoryview(data))
-        return np.frombuffer(data, dtype).reshape(info.shape)
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        tensor = self._tensors[name]
+        data = read_bytes(self._source, tensor, 0, tensor.info.nbytes)
+        return data.view(_DTYPES[tensor.info.dtype]).reshape(tensor.info.shape)
 
     def check_unchanged(self) -> None:
         """Raise SourceChangedError if the file is no longer what it was when it was opened."""
-        self._source.check_unchanged(self._shard.name)
+        self._source.check_unchanged(self._file)
 
     def close(self) -> None:
         """Close the file."""
@@ -281,13 +266,13 @@ def _open(path: Path) -> Calibration:
         shard = read_shard(source, real.name)
         description = parse_description(shard.header.metadata)
         inputs = {info.name: info for info in parse_inputs(shard.header.metadata)}
-        places = {info.name: info for info in shard.header.tensors}
-        check_tensors(places, inputs.values(), description)
+        check_tensors({info.name: info for info in shard.header.tensors}, inputs.values(), description)
         with source.descriptor(real.name) as fd:
             digest = file_sha256(fd, shard.size)
     except BaseException:
         source.close()
         raise
     by_module = {module: info for info in inputs.values() for module in info.modules}
-    opened = Calibration(path, description, inputs, digest, source, shard, places, by_module)
-    return replace(opened, sensitivities=opened.read_sensitivities())
+    tensors = {tensor.info.name: tensor for tensor in stored_tensors(shard)}
+    opened = Calibration(path, description, inputs, digest, source, real.name, tensors, by_module)
+    return replace(opened, sensitivities=opened.numbers(SENSITIVITY))

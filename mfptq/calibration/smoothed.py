@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from ..nvfp4 import BLOCK_SIZE
-from .file import Float32Array, InputStatistics
+from ..nvfp4 import BLOCK_SIZE, Float32Array
+from .file import InputStatistics
 
 Exponents = npt.NDArray[np.int8]
 PEAK = 64.0  # a channel that speaks in one token of 4096, the first as it is in many models, has this ratio

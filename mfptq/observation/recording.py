@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..calibration.file import Contents, Description, InputInfo, InputStatistics, Int64Array, Level
+from ..calibration.file import CalibrationContents, Description, InputInfo, InputStatistics, Int64Array, Level
 from ..errors import ScaleError, counted, listed, quote
 from .experts import gated
 from .inputs import ExpertsInputs, Inputs, LinearInput
@@ -68,10 +68,12 @@ class Recorder:
         self.key_values.found.update(calibration.key_value_ranges())
         return True
 
-    def contents(self, description: Description) -> Contents:
+    def contents(self, description: Description) -> CalibrationContents:
         """Return what a calibration file is to hold; `description` says how much text that is of."""
         seen = tuple(info for info in self.inputs.infos if self.sums[info.name].tokens)
-        return Contents(description, seen, self._statistics, self.routed, self.sensitivities, self.key_values.found)
+        return CalibrationContents(
+            description, seen, self._statistics, self.routed, self.sensitivities, self.key_values.found
+        )
 
     def _statistics(self, info: InputInfo) -> InputStatistics:
         return self.sums[info.name].statistics()

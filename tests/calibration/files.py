@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mfptq.calibration.file import (
-    Contents,
+    CalibrationContents,
     Description,
     InputInfo,
     InputStatistics,
@@ -65,7 +65,7 @@ def factors_of(x):
 
 def write_file(path: Path, inputs: dict[InputInfo, InputStatistics], about: Description = ABOUT, routed=None) -> Path:
     found = {info.name: statistics for info, statistics in inputs.items()}
-    write_calibration(path, Contents(about, tuple(inputs), lambda info: found[info.name], routed or {}))
+    write_calibration(path, CalibrationContents(about, tuple(inputs), lambda info: found[info.name], routed or {}))
     return path
 
 

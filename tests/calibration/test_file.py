@@ -19,7 +19,7 @@ import mfptq
 from mfptq.calibration.checks import check_statistics
 from mfptq.calibration.file import (
     LEVELS,
-    Contents,
+    CalibrationContents,
     Description,
     InputInfo,
     InputStatistics,
@@ -109,7 +109,7 @@ def test_a_failed_write_leaves_nothing(path):
         raise ScaleError("no statistics")
 
     with pytest.raises(ScaleError):
-        write_calibration(path, Contents(ABOUT, (INFO,), read, {}))
+        write_calibration(path, CalibrationContents(ABOUT, (INFO,), read, {}))
     assert list(path.parent.iterdir()) == []
 
 

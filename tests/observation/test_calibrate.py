@@ -372,8 +372,8 @@ def test_layers_outside_of_the_blocks(dataset: Path, tmp_path: Path, monkeypatch
     asked = {"targets": ("pooler.dense",), "encoder": object()}
     found = made(tmp_path / "bert", dataset, tmp_path / "a.safetensors", **asked)
     found.of_model(quantized_columns(tmp_path / "bert", ("pooler.dense",)))
-    assert found.tokens("pooler.dense") == SAMPLES  # it sees one token of each
-    assert found.tokens("encoder.layer.1.attention.self.key") == sum(map(len, samples_of(dataset)))
+    assert found.known("pooler.dense").tokens == SAMPLES  # it sees one token of each
+    assert found.known("encoder.layer.1.attention.self.key").tokens == sum(map(len, samples_of(dataset)))
     with forced(monkeypatch, streamed=True), pytest.raises(ScaleError, match=r"'pooler\.dense' lies outside"):
         calibrate(tmp_path / "bert", dataset, tmp_path / "b.safetensors", **OPTIONS, **asked)
 

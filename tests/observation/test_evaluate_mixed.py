@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mfptq
-from mfptq.calibration.file import Contents
+from mfptq.calibration.file import CalibrationContents
 from mfptq.calibration.file import write_calibration as write_file
 from mfptq.calibration.reading import load_calibration
 from mfptq.errors import SourceError
@@ -115,7 +115,7 @@ def test_scales_of_the_cache_are_no_fault(
 ) -> None:
     layer = "model.language_model.layers.3.self_attn"
     known = load_calibration(write_calibration(dense.source, tmp_path / "inputs.safetensors"))
-    contents = Contents(
+    contents = CalibrationContents(
         known.description, tuple(known.inputs.values()), known.read, {}, key_values={f"{layer}.k_proj": (1, 2)}
     )
     write_file(tmp_path / "c.safetensors", contents)

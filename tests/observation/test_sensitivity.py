@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mfptq
-from mfptq.calibration.file import Contents, write_calibration
+from mfptq.calibration.file import CalibrationContents, write_calibration
 from mfptq.calibration.merge import merge_calibrations
 from mfptq.calibration.reading import load_calibration
 from mfptq.errors import ScaleError
@@ -163,7 +163,9 @@ def test_a_merge_takes_means_and_what_cannot_be_is_refused(
     for name, value in both.sensitivities.items():
         assert value == pytest.approx((found[name] + second.sensitivities[name]) / 2, rel=1e-6)
     name = next(iter(found))
-    contents = Contents(second.description, tuple(second.inputs.values()), second.read, second.routed(), {name: -1.0})
+    contents = CalibrationContents(
+        second.description, tuple(second.inputs.values()), second.read, second.routed(), {name: -1.0}
+    )
     write_calibration(tmp_path / "bad.safetensors", contents)
     second.close()
     both.close()

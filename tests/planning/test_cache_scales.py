@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mfptq
-from mfptq.calibration.file import Contents, write_calibration
+from mfptq.calibration.file import CalibrationContents, write_calibration
 from mfptq.calibration.reading import load_calibration
 from mfptq.errors import ScaleError, SourceError
 from mfptq.names.attention import attention_of
@@ -24,7 +24,7 @@ def with_ranges(source: Path, path: Path, ranges: dict[str, tuple[float, float]]
     """Write a calibration file that also has ranges of keys and values."""
     with_inputs = load_calibration(calibrate(source, path.with_name("inputs.safetensors")))
     about, infos = with_inputs.description, tuple(with_inputs.inputs.values())
-    write_calibration(path, Contents(about, infos, with_inputs.read, {}, key_values=ranges))
+    write_calibration(path, CalibrationContents(about, infos, with_inputs.read, {}, key_values=ranges))
     with_inputs.close()
     return path
 
