@@ -14,6 +14,7 @@ import torch
 from tests.models import Tensors, write_shards
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1_PAIRS = np.stack([np.tile(E2M1, 16), np.repeat(E2M1, 16)], axis=-1)  # of a byte's low half, then of its high half
 EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)\.weight")
 NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F8_E4M3": "u1", "U8": "u1", "I64": "<i8", "I32": "<i4", "BOOL": "?"}  # fmt: skip
 
@@ -52,8 +53,8 @@ def e4m3_values() -> np.ndarray:
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
     """Return the BF16 codes of float32 values, rounded to nearest with ties to even."""
-    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    bits = values.astype(np.float32, copy=False).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def to_float32(stored: Stored) -> np.ndarray:
@@ -65,9 +66,9 @@ def to_float32(stored: Stored) -> np.ndarray:
 
 def dequantized(packed: np.ndarray, scale: np.ndarray, global_scale: np.ndarray) -> np.ndarray:
     """Return the float32 weight `[N, K]` of `[N, K/2]` packed values, `[N, K/16]` scale codes and a `[1]` divisor."""
-    values = np.stack([E2M1[packed & 15], E2M1[packed >> 4]], axis=-1).reshape(len(packed), -1)
+    values = E2M1_PAIRS[packed].reshape(len(packed), -1, 16)
     scales = e4m3_values()[scale] / global_scale.astype(np.float32)
-    return values * np.repeat(scales, 16, axis=1)
+    return (values * scales[:, :, None]).reshape(len(packed), -1)
 
 
 def dequantized_fp8(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:

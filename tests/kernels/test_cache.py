@@ -106,6 +106,6 @@ def test_old_ones_are_forgotten_and_others_stay(folder: Path) -> None:
 
 def test_processes_that_start_at_once_all_get_it(folder: Path) -> None:
     code = "from mfptq.kernels.cache import cached; print(len(cached('kernel', b'key', lambda: b'x' * 10**6)))"
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(4)]
-    assert [each.communicate()[0] for each in started] == [b"1000000\n"] * 4
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(3)]
+    assert [each.communicate()[0] for each in started] == [b"1000000\n"] * 3
     assert len(list(folder.iterdir())) == 1

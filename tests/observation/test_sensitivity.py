@@ -39,14 +39,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     rng = np.random.default_rng(0)
-    rows = [json.dumps({"input_ids": rng.integers(0, 256, 24).tolist()}) for _ in range(3)]
+    rows = [json.dumps({"input_ids": rng.integers(0, 256, 24).tolist()}) for _ in range(2)]
     path.write_text("\n".join(rows))
     return path
 
 
 def calibrated(folder: Path, text: Path, output: Path, **options: object) -> dict[str, float]:
     mfptq.calibrate(
-        folder, text, output, samples=3, statistics="moments", sensitivities=True, dtype="float32", **options
+        folder, text, output, samples=2, statistics="moments", sensitivities=True, dtype="float32", **options
     )
     found = load_calibration(output)
     found.close()
@@ -104,7 +104,7 @@ def test_every_layer_has_one_and_streaming_finds_the_same(
     from mfptq.observation import calibration_pass, residency
 
     pushed = pytest.MonkeyPatch()
-    pushed.setattr(calibration_pass, "choose_residency", lambda *_: residency.Residency(streamed=True, batch=2))
+    pushed.setattr(calibration_pass, "choose_residency", lambda *_: residency.Residency(streamed=True, batch=1))
     try:
         assert calibrated(folder, text, tmp_path / "b.calibration.safetensors") == found
     finally:
@@ -115,7 +115,7 @@ def test_statistics_do_not_count_the_text_of_the_sensitivities(
     folder: Path, text: Path, file: Path, tmp_path: Path
 ) -> None:
     mfptq.calibrate(
-        folder, text, tmp_path / "b.calibration.safetensors", samples=3, statistics="moments", dtype="float32"
+        folder, text, tmp_path / "b.calibration.safetensors", samples=2, statistics="moments", dtype="float32"
     )
     a, b = load_calibration(file), load_calibration(tmp_path / "b.calibration.safetensors")
     for name, info in a.inputs.items():
@@ -152,7 +152,7 @@ def test_a_merge_takes_means_and_what_cannot_be_is_refused(
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(reversed(text.read_text().splitlines()[1:])))
     mfptq.calibrate(
-        folder, other, tmp_path / "b.calibration.safetensors", samples=2, statistics="moments", dtype="float32",
+        folder, other, tmp_path / "b.calibration.safetensors", samples=1, statistics="moments", dtype="float32",
         sensitivities=True,
     )  # fmt: skip
     merge_calibrations([file, tmp_path / "b.calibration.safetensors"], tmp_path / "c.safetensors")
