@@ -22,7 +22,8 @@ from mfptq.reporting.compare import compare
 from mfptq.reporting.data import read_report
 from mfptq.reporting.page import page
 from tests.conftest import sampled
-from tests.models import DENSE, write_checkpoint
+from tests.models import write_companions
+from tests.smoothing.models import write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OPTIONS: dict[str, Any] = {"max_seq_length": 32, "dtype": "float32"}
@@ -34,7 +35,9 @@ class Stopped(BaseException):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("of") / "source", DENSE, "apart")
+    folder = write_model(tmp_path_factory.mktemp("of") / "source", "llama")
+    write_companions(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def output(converted: Path, tmp_path: Path) -> Path:
 def dataset(tmp_path: Path) -> Path:
     generator = np.random.default_rng(5)
     path = tmp_path / "ids.jsonl"
-    path.write_text("".join(json.dumps(generator.integers(0, 256, 20).tolist()) + "\n" for _ in range(4)))
+    path.write_text("".join(json.dumps(generator.integers(0, 150, 20).tolist()) + "\n" for _ in range(4)))
     return path
 
 
@@ -67,7 +70,7 @@ def stopping_at(step: int, seen: list[int]) -> Callable[[EvaluationProgress], No
 
 @pytest.mark.parametrize(
     ("left", "streamed"),  # steps before the end: within the head, at its beginning, in a block
-    sampled([(3, False), (20, True)], [(9, False), (3, True), (9, True), (20, False)]),
+    sampled([(3, False), (12, True)], [(9, False), (3, True), (9, True), (12, False)]),
 )
 def test_what_is_done_is_not_done_again_and_figures_are_the_same(
     left: int, streamed: bool, source: Path, output: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
@@ -93,7 +96,7 @@ def test_notes_that_are_torn_or_of_another_evaluation_count_as_nothing(
 ) -> None:
     monkeypatch.setattr(unfinished, "SAVE_SECONDS", 0.0)
     with pytest.raises(Stopped):
-        evaluate(output, source, dataset, on_event=stopping_at(20, []), **OPTIONS)
+        evaluate(output, source, dataset, on_event=stopping_at(12, []), **OPTIONS)
     states = output / unfinished.FOLDER / "states.pt"
     if change == "text":
         dataset.write_text(dataset.read_text().replace("[", "[7, ", 1))
