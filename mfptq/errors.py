@@ -48,7 +48,7 @@ def counted(number: int, one: str, many: str) -> str:
 
 def did_you_mean(given: str, names: Iterable[str]) -> str:
     """Return "; did you mean search?" with the name that is nearest to what was given, or "" where none is near."""
-    near = difflib.get_close_matches(given, list(names), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(given, list(names), n=1)
     return f"; did you mean {printable(near[0])}?" if near else ""
 
 

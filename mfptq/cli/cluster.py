@@ -17,9 +17,7 @@ from .progress import progress
 
 if TYPE_CHECKING:
     from ..cluster.ray_executor import RayExecutor
-    from ..conversion import Plan
     from ..execution.partial_run import PartReport
-    from ..output.report import Report
     from ..planning.parts import Part
 
 
@@ -77,19 +75,6 @@ def check_part_options(
     if dry_run:
         raise UsageError("--dry-run shows the whole plan, which all parts share: leave out --shards")
     return Part.parse(shards)
-
-
-def carry_out(plan: Plan, output: Path, part: Part | None, keywords: dict[str, Any]) -> Report | PartReport:
-    """Carry a plan out, or a part of it."""
-    return plan.run(output, **keywords) if part is None else plan.run_part(output, part, **keywords)
-
-
-def summary(report: Report | PartReport, *, timings: bool) -> str:
-    """Return what was done."""
-    from ..execution.partial_run import PartReport
-    from . import text
-
-    return part_text(report) if isinstance(report, PartReport) else text.summary(report, timings=timings)
 
 
 def part_text(report: PartReport) -> str:

@@ -7,21 +7,42 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .check import engine_option, judges, refuse_findings, refuse_unloadable
-from .cluster import carry_out, check_part_options, cluster_options, executor_of, shards_option, summary
+from .cluster import check_part_options, cluster_options, executor_of, part_text, shards_option
 from .options import decision_options, decisions_of, json_option, overwrite_option, quiet_option, resource_options
 from .progress import progress
 from .push import publish_options
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..execution.executors import Executor
+    from ..execution.output_target import Target
+    from ..execution.partial_run import PartReport
+    from ..output.report import Report
     from ..planning.settings import Decisions
 
 RESOURCES = ("max_memory", "max_workers", "device")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the options ask of a plan that is shown: for which engine, how much of it, and for which run, if any."""
+
+    resources: Mapping[str, Any]
+    engine: str
+    as_json: bool
+    explain: str | None = None
+    every: bool = False
+    estimate: bool = True
+    target: Target | None = None
+    executor: Executor | None = None
 
 
 @click.command()
@@ -45,9 +66,11 @@ def convert(model: str, output: Path, **options: Any) -> None:
     """
     from ..conversion import plan as make_plan
     from ..execution.output_target import Target
+    from ..execution.partial_run import PartReport
     from ..output.publish import PushTarget
     from ..planning.size_target import with_errors_beside
     from ..storage.files import expanded
+    from . import text
 
     engine = options.pop("engine")
     resources = {name: options.pop(name) for name in RESOURCES}
@@ -61,45 +84,54 @@ def convert(model: str, output: Path, **options: Any) -> None:
     push_to = PushTarget(repo, private, token=decisions.get("token")) if repo else None
     if dry_run:
         target = Target(expanded(output), overwrite=overwrite, push_to=push_to, discard=discard)
-        shown = {**resources, "engine": engine, "as_json": as_json, "estimate": True}
-        _show_plan(model, decisions, shown | {"target": target, "executor": executor})
+        _show_plan(model, decisions, _Asked(resources, engine, as_json, target=target, executor=executor))
         return
     with progress(quiet=quiet) as resources["on_event"], make_plan(model, **resources, **decisions) as made:
         if not decisions.get("force"):
             refuse_unloadable(made, engine)
-        if part is None:
+        report: Report | PartReport
+        if part is not None:
+            report = made.run_part(output, part, **resources)
+        else:
             resources |= {"overwrite": overwrite, "push_to": push_to, "discard_output": discard, "executor": executor}
-        report = carry_out(made, output, part, resources)
+            report = made.run(output, **resources)
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     elif not quiet:
-        click.echo(summary(report, timings=timings))
+        done = part_text(report) if isinstance(report, PartReport) else text.summary(report, timings=timings)
+        click.echo(done)
 
 
-def _show_plan(model: str, decisions: Decisions, shown: dict[str, Any]) -> None:
-    """Print a plan, and whether a run of it would begin; `shown` are the resources and what the options ask of the text."""
+def _show_plan(model: str, decisions: Decisions, asked: _Asked) -> None:
+    """Print a plan, or one tensor of it explained; with a target also whether a run would begin."""
     from ..checking import check_plan
     from ..execution.memory_budget import caller_bytes
     from ..execution.prepare import Measuring, Resources
     from ..execution.preview import Timed, preview
     from ..planner import make_plan
-    from . import plan_text, text
+    from . import text
+    from .columns import width
+    from .explain_text import explain_text
+    from .plan_text import plan_text
 
-    own = shown if shown.get("executor") is None else {**shown, "max_workers": None, "device": "cpu"}  # those of tasks
-    resources = Resources(*(own[name] for name in RESOURCES))
+    resources = Resources(**asked.resources)
+    if asked.executor is not None:
+        resources = Resources(resources.max_memory)  # threads and device are those of the tasks
     measuring = Measuring(resources, held=caller_bytes(), path=decisions.get("format_errors"))
     with closing(make_plan(model, measuring, **decisions)) as made:
-        findings = check_plan(made, judges(shown["engine"]))
-        target, estimate = shown.get("target"), shown["estimate"] and not (shown["as_json"] or shown.get("explain"))
-        timed = Timed(computing=estimate, fetching=estimate and target is not None)
-        view = preview(made, resources, target, held=measuring.held, timed=timed)
-        if shown["as_json"]:
+        findings = check_plan(made, judges(asked.engine))
+        estimate = asked.estimate and not (asked.as_json or asked.explain)
+        timed = Timed(computing=estimate, fetching=estimate and asked.target is not None)
+        view = preview(made, resources, asked.target, held=measuring.held, timed=timed)
+        if asked.as_json:
             values = text.plan_values(made, view)
             click.echo(json.dumps({**values, "findings": [each.as_dict() for each in findings]}))
+        elif asked.explain:
+            click.echo(explain_text(made, asked.explain, findings, width()))
         else:
-            click.echo(plan_text.rendered(made, view, findings, shown))
-        if target is not None and not decisions.get("force"):
-            refuse_findings(findings, shown["engine"])
+            click.echo(plan_text(made, view, findings, columns=width(), every=asked.every))
+        if asked.target is not None and not decisions.get("force"):
+            refuse_findings(findings, asked.engine)
 
 
 @click.command()
@@ -116,6 +148,6 @@ def plan(model: str, **options: Any) -> None:
 
     Example: mfptq plan Qwen/Qwen3.5-27B --ignore 're:.*linear_attn.*'
     """
-    names = (*RESOURCES, "engine", "explain", "every", "estimate", "as_json")
-    shown = {name: options.pop(name) for name in names}
-    _show_plan(model, decisions_of(options), shown)
+    resources = {name: options.pop(name) for name in RESOURCES}
+    asked = {name: options.pop(name) for name in ("engine", "as_json", "explain", "every", "estimate")}
+    _show_plan(model, decisions_of(options), _Asked(resources, **asked))

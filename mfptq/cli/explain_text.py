@@ -1,6 +1,6 @@
 """Say why one tensor gets what it gets: rule, layout, method, partners, and what engines would find.
 
-Called by `plan_text` for `plan --explain`.
+Called by `convert` for `plan --explain`, which prints what comes back.
 """
 
 from __future__ import annotations

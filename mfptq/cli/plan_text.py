@@ -6,10 +6,10 @@ Called by `plan` and `convert --dry-run`, which print what comes back. Programs 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ..checkpoint.weights import name_pattern
 from ..engines.findings import Finding
@@ -17,8 +17,7 @@ from ..errors import counted, printable
 from ..inspection import TensorSummary, planned_summary
 from ..sizes import duration, size_text
 from .check import findings_lines
-from .columns import width, wrapped
-from .explain_text import explain_text
+from .columns import wrapped
 from .target_text import target_lines
 from .text import formats_text, left_out_lines, preview_lines
 
@@ -33,7 +32,7 @@ SMALL_SHARE = 0.02  # and less than this part of all that is kept
 
 @dataclass(slots=True)
 class Group:
-    """Tensors with one pattern, one fate and one reason; `layers` are the numbers in the place of the first `*`."""
+    """Tensors with one pattern and one reason to be quantized or kept; `layers` are the numbers in the place of the first `*`."""
 
     pattern: str
     why: str
@@ -52,6 +51,9 @@ class Group:
             self.layers.add(int(number))
 
 
+Groups: TypeAlias = dict[str, dict[tuple[str, str], Group]]  # by section, then by pattern and reason
+
+
 def ranges(numbers: Iterable[int]) -> str:
     """Return numbers as people write them: `0-5,8`; runs at even steps are cut short: `3,7,...,63`, `0-2,4-6,...,60-62`."""
     runs: list[list[int]] = []
@@ -63,13 +65,6 @@ def ranges(numbers: Iterable[int]) -> str:
     written = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     even = len({len(run) for run in runs}) == 1 and len({after[0] - before[0] for before, after in pairwise(runs)}) == 1
     return ",".join([*written[:2], "...", written[-1]] if even and len(runs) > 3 else written)
-
-
-def rendered(plan: ConversionPlan, view: Preview, findings: Sequence[Finding], shown: Mapping[str, Any]) -> str:
-    """Return what the options in `shown` ask for: one tensor explained, or the plan, with an estimate of its time."""
-    if shown.get("explain"):
-        return explain_text(plan, shown["explain"], findings, width())
-    return plan_text(plan, view, findings, columns=width(), every=shown.get("every", False))
 
 
 def plan_text(
@@ -90,14 +85,15 @@ def plan_text(
         lines += wrapped(f"source: {note}", columns)
     if prefix:
         lines += wrapped(f"names below are without the prefix {prefix}", columns)
-    for fate in (FP4, KEPT):
-        rows = sorted(groups[fate].values(), key=lambda group: (-group.source_bytes, group.pattern))
+    for section in (FP4, KEPT):
+        rows = sorted(groups[section].values(), key=lambda group: (-group.source_bytes, group.pattern))
         reasons = Counter(row.why for row in rows)
-        usual = reasons.most_common(1)[0][0] if fate == FP4 and reasons else ""
-        lines += ["", *_section(fate, rows, Shown(columns, prefix, usual, plan.share.into), every=every)]
+        usual = reasons.most_common(1)[0][0] if section == FP4 and reasons else ""
+        style = TableStyle(columns, prefix, usual, plan.share.into)
+        lines += ["", *_table(section, rows, style, every=every)]
     for left_out in left_out_lines(plan.checkpoint.left_out):
         lines += wrapped(left_out, columns)
-    lines += ["", *(line for text in _sums(plan, view) for line in wrapped(text, columns))]
+    lines += ["", *(line for text in _sums(plan, view, groups) for line in wrapped(text, columns))]
     if plan.allocation is not None:
         lines += ["", *target_lines(plan.allocation, columns)]
     if plan.settings.kv_cache is not None:
@@ -133,8 +129,8 @@ def _title(plan: ConversionPlan) -> str:
     return f"{plan.checkpoint.origin}: {scheme}, {method}"
 
 
-def _groups(plan: ConversionPlan, *, every: bool) -> dict[str, dict[tuple[str, str], Group]]:
-    groups: dict[str, dict[tuple[str, str], Group]] = {FP4: {}, KEPT: {}}
+def _groups(plan: ConversionPlan, *, every: bool) -> Groups:
+    groups: Groups = {FP4: {}, KEPT: {}}
     several, mixed = len(plan.formats) > 1, len(plan.methods) > 1
     for item in plan.selection.tensors:
         name, planned = item.candidate.tensor.info.name, planned_summary(item, plan)
@@ -143,14 +139,15 @@ def _groups(plan: ConversionPlan, *, every: bool) -> dict[str, dict[tuple[str, s
             why = f"{planned.action}; {why}"
         if planned.method and mixed:
             why += f"; {planned.method}"
-        shown = name if every else name_pattern(name)
-        group = groups[FP4 if item.decision.quantize else KEPT].setdefault((shown, why), Group(shown, why))
+        pattern = name if every else name_pattern(name)
+        section = FP4 if item.decision.quantize else KEPT
+        group = groups[section].setdefault((pattern, why), Group(pattern, why))
         group.add(name, planned)
     return groups
 
 
-class Shown(NamedTuple):
-    """What the rows of a table leave out: the beginning that most names share, and the usual reason."""
+class TableStyle(NamedTuple):
+    """How a table is written: its width, the prefix of names and the usual reason, which rows leave out, and the new formats."""
 
     columns: int
     prefix: str
@@ -167,44 +164,44 @@ def _common(rows: Iterable[Group]) -> str:
     return sizes.most_common(1)[0][0] if sizes else ""
 
 
-def _section(fate: str, rows: list[Group], shown: Shown, *, every: bool) -> Iterator[str]:
+def _table(section: str, rows: list[Group], style: TableStyle, *, every: bool) -> Iterator[str]:
     before, after = sum(row.source_bytes for row in rows), sum(row.output_bytes for row in rows)
     count = sum(row.count for row in rows)
-    sizes = f"{size_text(before)} -> {size_text(after)}" if fate == FP4 else size_text(before)
-    usual = f": {printable(shown.usual)}" if shown.usual else ""
-    title = shown.into if fate == FP4 else fate
-    yield from wrapped(f"{title}: {counted(count, 'tensor', 'tensors')}, {sizes}{usual}", shown.columns)
+    sizes = f"{size_text(before)} -> {size_text(after)}" if section == FP4 else size_text(before)
+    usual = f": {printable(style.usual)}" if style.usual else ""
+    title = style.into if section == FP4 else section
+    yield from wrapped(f"{title}: {counted(count, 'tensor', 'tensors')}, {sizes}{usual}", style.columns)
     least = min(SMALL_BYTES, SMALL_SHARE * before)
-    listed = [row for row in rows if every or fate == FP4 or row.source_bytes >= least]
+    listed = [row for row in rows if every or section == FP4 or row.source_bytes >= least]
     for row in listed:
-        yield from _row(row, fate, shown)
+        yield from _row(row, section, style)
     small = [row for row in rows if row not in listed]
     if small:
         tensors = counted(sum(row.count for row in small), "small tensor", "small tensors")
         size = size_text(sum(row.source_bytes for row in small))
         reasons = "; ".join(dict.fromkeys(row.why for row in small))
         yield from wrapped(
-            f"  {size:>8}  {tensors} (norms, biases and the like): {printable(reasons)}", shown.columns, " " * 12
+            f"  {size:>8}  {tensors} (norms, biases and the like): {printable(reasons)}", style.columns, " " * 12
         )
 
 
-def _row(row: Group, fate: str, shown: Shown) -> list[str]:
+def _row(row: Group, section: str, style: TableStyle) -> list[str]:
     """Return a group's lines: sizes, its name with the layers' numbers, and the reason where it is not the usual one."""
     sizes = f"{size_text(row.source_bytes):>8}"
-    if fate == FP4:
+    if section == FP4:
         sizes += f" -> {size_text(row.output_bytes):>8}"
-    name = row.pattern.removesuffix(".weight").removeprefix(shown.prefix)
+    name = row.pattern.removesuffix(".weight").removeprefix(style.prefix)
     if row.layers:
         name = name.replace("*", ranges(row.layers), 1)
-    why = "" if row.why == shown.usual else f": {printable(row.why)}"
+    why = "" if row.why == style.usual else f": {printable(row.why)}"
     text = f"  {sizes}  {printable(name)}{why}"
-    return wrapped(text, shown.columns, " " * 12)
+    return wrapped(text, style.columns, " " * 12)
 
 
-def _sums(plan: ConversionPlan, view: Preview) -> Iterator[str]:
+def _sums(plan: ConversionPlan, view: Preview, groups: Groups) -> Iterator[str]:
     runs = (run for item in plan.selection.tensors for run in plan.runs_of(item))
     checkpoint, elements = plan.checkpoint, sum(weight.size for run in runs for weight in run.weights)
-    packed = sum(group.output_bytes for group in _groups(plan, every=False)[FP4].values())
+    packed = sum(group.output_bytes for group in groups[FP4].values())
     ratio = plan.tensor_bytes / max(checkpoint.tensor_bytes, 1)
     yield (
         f"{size_text(checkpoint.tensor_bytes)} -> {size_text(plan.tensor_bytes)} ({ratio:.0%}), "
@@ -212,14 +209,14 @@ def _sums(plan: ConversionPlan, view: Preview) -> Iterator[str]:
     )
     yield f"{counted(len(plan.shards), 'file', 'files')}, {size_text(plan.output_bytes)} of disk, peak memory about {size_text(view.peak_memory)}"
     yield from preview_lines(view)
-    read = decode_bytes(plan)
+    read = _decode_bytes(plan, groups)
     if read:
         yield f"a decode step reads about {size_text(read)} of weights"
     if view.computing_seconds is not None:
         yield f"about {duration(view.computing_seconds)} of computing here; a slow disk or network takes longer"
 
 
-def decode_bytes(plan: ConversionPlan) -> int:
+def _decode_bytes(plan: ConversionPlan, groups: Groups) -> int:
     """Return how many bytes of weights one token reads: of routed experts only those that a token is sent to."""
     inner = plan.checkpoint.config.get("text_config")
     config = inner if isinstance(inner, dict) else plan.checkpoint.config
@@ -229,9 +226,7 @@ def decode_bytes(plan: ConversionPlan) -> int:
     taken = config.get("num_experts_per_tok", 0)
     share = taken / experts if type(experts) is int and type(taken) is int and experts > 0 else 1.0
     total = 0.0
-    for groups in _groups(plan, every=False).values():
-        for group in groups.values():
-            if any(part in group.pattern for part in ("embed", "visual", "vision", "audio", "mtp")):
-                continue
+    for group in chain.from_iterable(rows.values() for rows in groups.values()):
+        if not any(part in group.pattern for part in ("embed", "visual", "vision", "audio", "mtp")):
             total += group.output_bytes * (share if ".experts" in group.pattern else 1.0)
     return int(total)

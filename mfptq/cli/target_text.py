@@ -1,6 +1,6 @@
 """Render the choice of formats for a target: what other sizes would give, and why a layer has its format.
 
-Called by `plan_text`, and by `text` for `--json`.
+Called by `plan_text` and `explain_text`, and by `text` for `--json`.
 """
 
 from __future__ import annotations

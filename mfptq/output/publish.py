@@ -75,8 +75,9 @@ def push(output: str | Path, target: PushTarget, progress: Progress | None = Non
     if faults:
         raise VerificationError(f"{quote(root)} is damaged and was not pushed: {faults[0]}")
     publisher = Publisher(root, target)
-    names = [*(manifest_entries(root) or {}), MANIFEST, *([EVALUATION] if read_evaluations(root) else [])]
-    files = [_on_disk(root, name) for name in sorted(names)]
+    entries = manifest_entries(root) or {}
+    names = [*entries, MANIFEST, *([EVALUATION] if read_evaluations(root) else [])]
+    files = [_on_disk(root, name, entries) for name in sorted(names)]
     publisher.open()
     publisher.refuse_foreign(files)
     done, total, tell = 0, sum(file.size for file in files), progress or (lambda *_: None)
@@ -230,10 +231,9 @@ class Publisher:
         return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
 
 
-def _on_disk(root: Path, name: str) -> StoredFile:
-    entries: Mapping[str, str] = manifest_entries(root) or {}
-    path = beneath(root, name)
-    sha256 = (entries.get(name) if name != CARD else None) or hashlib.sha256(
-        read_small(path, MAX_COMPANION_BYTES)
-    ).hexdigest()
+def _on_disk(root: Path, name: str, entries: Mapping[str, str]) -> StoredFile:
+    """Return a file with its digest: that of the manifest, but for the card, which people edit, and what is not listed."""
+    path, sha256 = beneath(root, name), entries.get(name)
+    if sha256 is None or name == CARD:
+        sha256 = hashlib.sha256(read_small(path, MAX_COMPANION_BYTES)).hexdigest()
     return StoredFile(name, sha256, path.stat().st_size)

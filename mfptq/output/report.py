@@ -119,9 +119,7 @@ def pattern_reports(plan: ConversionPlan, statistics: Mapping[str, ErrorStats]) 
             target,
             counts[target, pattern],
             stats.weights,
-            _rounded(stats.relative_error),
-            _rounded(stats.worst_block),
-            _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
+            *_errors(stats),
         )
         for (pattern, target), stats in sorted(by_pattern(statistics).items())
     )
@@ -166,9 +164,7 @@ def layer_rows(statistics: Mapping[str, ErrorStats], sizes: Mapping[str, tuple[i
         [
             name,
             stats.weights,
-            _rounded(stats.relative_error),
-            _rounded(stats.worst_block),
-            _rounded(stats.zeroed / stats.weights if stats.weights else 0.0),
+            *_errors(stats),
             stats.saturated_blocks,
             stats.zero_blocks,
             f"{stats.checksum:016x}",
@@ -210,6 +206,12 @@ def tensor_rows(plan: ConversionPlan) -> list[list[Any]]:
         row[1] += info.nbytes
     ordered = sorted(sums.items(), key=lambda each: (-each[1][1], each[0]))
     return [[pattern, action, *row, rule, reason] for (pattern, action, rule, reason), row in ordered]
+
+
+def _errors(stats: ErrorStats) -> tuple[float, float, float]:
+    """Return the relative error, that of the worst block, and the share of values that became zero."""
+    zeroed = stats.zeroed / stats.weights if stats.weights else 0.0
+    return _rounded(stats.relative_error), _rounded(stats.worst_block), _rounded(zeroed)
 
 
 def _rounded(value: float) -> float:
