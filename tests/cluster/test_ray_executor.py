@@ -24,13 +24,6 @@ from mfptq.errors import (
 from tests.cluster.fake import FakeCluster
 from tests.conftest import command, digests
 
-
-@pytest.fixture
-def expected(source: Path, tmp_path: Path) -> dict[str, str]:
-    mfptq.convert(source, tmp_path / "whole")
-    return digests(tmp_path / "whole")
-
-
 ONE_EACH = RayExecutor(task_bytes=0)
 
 

@@ -33,6 +33,7 @@ from .checkpoints import (
 Encoded = tuple[Tensors, torch.Tensor]  # what is stored beside the module's name, and its values
 DENSE = DemoShape(hidden=192, intermediate=320, layers=4, vocabulary=64)
 SMALL = DemoShape(hidden=64, intermediate=160, layers=4, vocabulary=32)
+TINY = DemoShape(hidden=32, intermediate=160, layers=4, vocabulary=16)
 EXPERTS = DemoShape(hidden=192, intermediate=96, layers=4, experts=3, vocabulary=64)
 
 
@@ -171,7 +172,7 @@ def test_a_release_converts_to_what_its_cast_converts_to(name: str, shape: DemoS
 
 @pytest.mark.parametrize(("name", "tile"), sampled(TILES, OTHER_TILES))
 def test_bytes_do_not_depend_on_tiles(name: str, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, cast = twins(tmp_path, SMALL, name)
+    release, cast = twins(tmp_path, TINY, name)
     mfptq.convert(release if name == "MXFP4" else cast, tmp_path / "expected", formats=WIDENED)
     monkeypatch.setattr(memory_budget, "MIN_TILE", tile)
     monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", tile)

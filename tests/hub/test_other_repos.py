@@ -15,13 +15,19 @@ from tests.hub.server import LoopbackHub
 SIBLING = "org/sibling-NVFP4"
 
 
+@pytest.fixture(scope="module")
+def made(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, source = tmp_path_factory.mktemp("made"), kept / "source"
+    calibration = calibrate(source, folder / "text.calibration.safetensors")
+    mfptq.convert(source, folder / "sibling", calibration=calibration, method="search", ignore=["re:.*down_proj"])
+    return folder / "sibling"
+
+
 @pytest.fixture
-def sibling(client: LoopbackHub, source: Path, tmp_path: Path) -> Path:
+def sibling(client: LoopbackHub, made: Path) -> Path:
     """A W4A4 checkpoint of the same model, in a folder and as a repo."""
-    calibration = calibrate(source, tmp_path / "text.calibration.safetensors")
-    mfptq.convert(source, tmp_path / "sibling", calibration=calibration, method="search", ignore=["re:.*down_proj"])
-    client.add(tmp_path / "sibling", SIBLING)
-    return tmp_path / "sibling"
+    client.add(made, SIBLING)
+    return made
 
 
 @pytest.mark.parametrize("option", ["like", "input_scales"])

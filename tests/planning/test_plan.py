@@ -105,7 +105,7 @@ def test_index_is_the_json_that_hugging_face_writes() -> None:
     assert index_text(7, places) == json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-@pytest.mark.parametrize(("layers", "megabytes"), sampled([(12, 130)], [(60, 400)]))
+@pytest.mark.parametrize(("layers", "megabytes"), sampled([(6, 95)], [(12, 130), (60, 400)]))
 def test_397b_plans_in_bounded_memory(layers: int, megabytes: int, tmp_path: Path) -> None:
     specs = linear("", {"lm_head": (248320, 4096), T + "embed_tokens": (248320, 4096)})
     for layer in range(layers):
@@ -114,7 +114,7 @@ def test_397b_plans_in_bounded_memory(layers: int, megabytes: int, tmp_path: Pat
         specs += [TensorSpec(f"{prefix}mlp.experts.gate_up_proj", "BF16", (512, 2048, 4096)),
                   TensorSpec(f"{prefix}mlp.experts.down_proj", "BF16", (512, 4096, 1024))]  # fmt: skip
         specs += mlp(prefix + "mlp.shared_expert.", 4096, 1024)
-    source = sparse(tmp_path / "397b", specs, 94)
+    source = sparse(tmp_path / "397b", specs, min(94, len(specs)))
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, str(source)], capture_output=True, text=True, check=True, timeout=120
     )

@@ -19,7 +19,7 @@ from mfptq.verification import measure
 from tests.calibration.files import calibrate, described, layers_of, random_inputs, stored
 from tests.clients.dequantize import write_twin
 from tests.conftest import command
-from tests.smoothing.models import fold, smoothed_file, write_model
+from tests.smoothing.models import fold, smoothed_file
 
 
 def test_errors_are_those_that_the_conversion_found(moe_source: Path, tmp_path: Path) -> None:
@@ -53,15 +53,14 @@ def test_errors_of_outputs_are_what_the_inputs_let_expect(statistics: str, sourc
             assert found[name].relative_output_error == pytest.approx((error / norm) ** 0.5, rel=0.02), name
 
 
-def test_smoothed_weights_meet_the_divided_inputs(tmp_path: Path) -> None:
+def test_smoothed_weights_meet_the_divided_inputs(moe_source: Path, tmp_path: Path) -> None:
     """As in the plain conversion of the folded model, with statistics of its own inputs."""
-    source = write_model(tmp_path / "source", "qwen3_moe")
-    calibration = calibrate(source, tmp_path / "c.safetensors")
-    mfptq.convert(source, tmp_path / "out", calibration=calibration, method="search", smooth=True)
-    folded = fold(source, tmp_path / "folded", calibration=calibration)
-    own = smoothed_file(source, calibration, tmp_path / "own.safetensors")
+    calibration = calibrate(moe_source, tmp_path / "c.safetensors")
+    mfptq.convert(moe_source, tmp_path / "out", calibration=calibration, method="search", smooth=True)
+    folded = fold(moe_source, tmp_path / "folded", calibration=calibration)
+    own = smoothed_file(moe_source, calibration, tmp_path / "own.safetensors")
     mfptq.convert(folded, tmp_path / "plain", calibration=own, method="search")
-    found = measure(tmp_path / "out", source, calibration=calibration)
+    found = measure(tmp_path / "out", moe_source, calibration=calibration)
     expected = measure(tmp_path / "plain", folded, calibration=own)
     assert found.keys() == expected.keys()
     for name, each in found.items():
