@@ -17,12 +17,6 @@ from tests.conftest import command
 
 
 @pytest.fixture
-def converted(source: Path, tmp_path: Path) -> Path:
-    conversion.convert(source, tmp_path / "out")
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def converted_experts(moe_source: Path, tmp_path: Path) -> Path:
     conversion.convert(moe_source, tmp_path / "experts")
     return tmp_path / "experts"
@@ -49,8 +43,8 @@ def set_scalar(folder: Path, name: str, value: float) -> None:
         file.write(struct.pack("<f", value))
 
 
-def test_what_mfptq_writes_is_sound(converted: Path, converted_experts: Path) -> None:
-    assert check(converted).findings == ()
+def test_what_mfptq_writes_is_sound(output: Path, converted_experts: Path) -> None:
+    assert check(output).findings == ()
     assert check(converted_experts).findings == ()
 
 
@@ -61,11 +55,11 @@ def test_an_unquantized_model_is_told_apart(source: Path) -> None:
     assert set(codes(source)) == {"not-quantized", "no-tokenizer"}
 
 
-def test_every_unequal_group_is_found_and_nothing_else(converted: Path, converted_experts: Path) -> None:
+def test_every_unequal_group_is_found_and_nothing_else(output: Path, converted_experts: Path) -> None:
     changed = [f"model.language_model.layers.{number}.linear_attn.in_proj_z" for number in (0, 1, 2)]
     for module in changed:
-        set_scalar(converted, f"{module}.weight_global_scale", 1234.5)
-    assert codes(converted) == {"unequal-weight-scales": 3}
+        set_scalar(output, f"{module}.weight_global_scale", 1234.5)
+    assert codes(output) == {"unequal-weight-scales": 3}
     pair = "model.language_model.layers.3.mlp.experts.2.up_proj"
     set_scalar(converted_experts, f"{pair}.weight_global_scale", 777.0)
     (finding,) = check(converted_experts, engines=["vllm"]).findings
@@ -74,33 +68,33 @@ def test_every_unequal_group_is_found_and_nothing_else(converted: Path, converte
     assert codes(converted_experts) == {"unequal-weight-scales": 1}  # down_proj has no partner
 
 
-def test_kept_layers_that_no_entry_ignores(converted: Path) -> None:
-    edit_config(converted, lambda config: config.update(ignore=[e for e in config["ignore"] if "in_proj_" not in e]))
-    assert codes(converted) == {"kept-not-ignored": 6}  # in_proj_a and in_proj_b of three layers
-    edit_config(converted, lambda config: config["ignore"].append(r"re:.*in_proj_a$"))
-    assert codes(converted) == {"refused": 3}
+def test_kept_layers_that_no_entry_ignores(output: Path) -> None:
+    edit_config(output, lambda config: config.update(ignore=[e for e in config["ignore"] if "in_proj_" not in e]))
+    assert codes(output) == {"kept-not-ignored": 6}  # in_proj_a and in_proj_b of three layers
+    edit_config(output, lambda config: config["ignore"].append(r"re:.*in_proj_a$"))
+    assert codes(output) == {"refused": 3}
 
 
-def test_files_beside_the_index_are_found(converted: Path) -> None:
-    first = next(converted.glob("*.safetensors"))
-    (converted / "mtp.safetensors").write_bytes(first.read_bytes())
-    assert codes(converted) == {"not-in-index": 1}
+def test_files_beside_the_index_are_found(output: Path) -> None:
+    first = next(output.glob("*.safetensors"))
+    (output / "mtp.safetensors").write_bytes(first.read_bytes())
+    assert codes(output) == {"not-in-index": 1}
 
 
-def test_exit_code_and_one_line(converted: Path) -> None:
-    sound = command("check", converted)
+def test_exit_code_and_one_line(output: Path) -> None:
+    sound = command("check", output)
     assert (sound.returncode, sound.stderr) == (0, "")
     assert sound.stdout.startswith("checked ")
     assert sound.stdout.rstrip().endswith("no fault")
-    set_scalar(converted, "model.language_model.layers.0.mlp.down_proj.weight_global_scale", 0.0)
-    broken = command("check", converted)
+    set_scalar(output, "model.language_model.layers.0.mlp.down_proj.weight_global_scale", 0.0)
+    broken = command("check", output)
     assert broken.returncode == 6
-    assert broken.stderr.startswith(f"mfptq: error: '{converted}' has 1 error: the global scale is zero")
+    assert broken.stderr.startswith(f"mfptq: error: '{output}' has 1 error: the global scale is zero")
 
 
-def test_json_is_what_the_library_returns(converted: Path) -> None:
-    edit_config(converted, lambda config: config.update(quantization_status="frozen"))
-    done = command("check", converted, "--json", "--for", "vllm")
+def test_json_is_what_the_library_returns(output: Path) -> None:
+    edit_config(output, lambda config: config.update(quantization_status="frozen"))
+    done = command("check", output, "--json", "--for", "vllm")
     assert done.returncode == 0  # a warning
     found = json.loads(done.stdout)
     assert (found["ok"], found["errors"], found["warnings"], found["engines"]) == (True, 0, 1, ["vllm"])
@@ -108,16 +102,16 @@ def test_json_is_what_the_library_returns(converted: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [60, 100])
-def test_findings_fit_the_terminal(converted: Path, columns: int) -> None:
-    edit_config(converted, lambda config: config.update(ignore=[]))
-    done = command("check", converted, COLUMNS=str(columns))
+def test_findings_fit_the_terminal(output: Path, columns: int) -> None:
+    edit_config(output, lambda config: config.update(ignore=[]))
+    done = command("check", output, COLUMNS=str(columns))
     assert done.returncode == 6
     assert max(map(len, done.stdout.splitlines())) <= columns
 
 
-def test_a_memory_that_does_not_suffice(converted: Path) -> None:
-    assert command("check", converted, "--gpu-memory", "24GB").returncode == 0
-    done = command("check", converted, "--gpu-memory", "100kB")
+def test_a_memory_that_does_not_suffice(output: Path) -> None:
+    assert command("check", output, "--gpu-memory", "24GB").returncode == 0
+    done = command("check", output, "--gpu-memory", "100kB")
     assert done.returncode == 6
     assert "that engines use by default" in done.stdout.replace("\n  ", " ")
 

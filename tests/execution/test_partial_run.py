@@ -17,7 +17,7 @@ from mfptq.errors import DestinationError, DestinationExistsError, PlanMismatchE
 from mfptq.output.parts import machine
 from mfptq.planning.parts import Part
 from tests.calibration.files import calibrate as write_calibration
-from tests.conftest import command, digests
+from tests.conftest import command, digests, sampled
 from tests.encodings.test_convert import SMALL, twins
 
 RUN_PART = """
@@ -36,8 +36,10 @@ def start_part(source: Path, output: Path, part: str, how: str = "") -> subproce
     return subprocess.Popen([sys.executable, "-c", RUN_PART, source, output, part, how])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("which", ["source", "moe_source"])
+@pytest.mark.parametrize(
+    ("which", "count"),
+    sampled([("source", 1), ("source", 3), ("moe_source", 2)], [("source", 2), ("moe_source", 1), ("moe_source", 3)]),
+)
 def test_parts_in_any_order_give_the_bytes_of_one_run(which, count, request, tmp_path) -> None:
     source, output = request.getfixturevalue(which), tmp_path / "out"
     mfptq.convert(source, tmp_path / "whole")
@@ -155,8 +157,8 @@ def test_a_killed_part_is_resumed(source: Path, tmp_path: Path, expected) -> Non
 
 def test_attempts_at_the_same_part_at_once_are_harmless(source: Path, tmp_path: Path, expected) -> None:
     output = tmp_path / "out"
-    attempts = [start_part(source, output, "1/1") for _ in range(3)]
-    assert [attempt.wait(100) for attempt in attempts] == [0, 0, 0]
+    attempts = [start_part(source, output, "1/1") for _ in range(2)]
+    assert [attempt.wait(100) for attempt in attempts] == [0, 0]
     with mfptq.plan(source) as plan:
         plan.finish(output)
     assert digests(output) == expected

@@ -63,11 +63,18 @@ def converted(tmp_path: Path, tensors: Callable[..., dict], config: dict, **opti
     return outputs
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tiles of turned matrices have half a MiB: 1024 x 256 values of 4 bytes take two."""
+    monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", 2**18)
+
+
 METHODS = [("search", torch.float32), ("search", torch.bfloat16), ("minmax", torch.float16)]
 BATCHES = [(HIDDEN, INNER, *each) for each in METHODS]
-IN_TILES = [(2048, 1024, *each) for each in METHODS]
+IN_TILES = [(1024, 256, *each) for each in METHODS]
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("hidden", "inner", "method", "dtype"), sampled([*BATCHES, IN_TILES[0]], IN_TILES[1:]))
 def test_turned_experts_have_the_bytes_of_plain_ones(
     hidden: int, inner: int, method: str, dtype: torch.dtype, tmp_path: Path
@@ -81,7 +88,7 @@ def test_turned_experts_have_the_bytes_of_plain_ones(
 @pytest.mark.parametrize("workers", sampled([3], [1]))
 @pytest.mark.parametrize(
     ("hidden", "inner", "tile"),
-    [(80, 1040, 6000), (80, 1040, 2**16), (1072, 112, 2**14), (1072, 112, 2**20), (272, 48, 512)],
+    [(80, 1040, 6000), (80, 1040, 2**16), (1072, 112, 2**14), (1072, 112, 2**20), (144, 48, 512)],
 )
 def test_tiles_may_end_anywhere(
     hidden: int, inner: int, tile: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,7 +121,8 @@ def test_other_methods_and_formats_are_given_the_same_values(
     assert plain == found
 
 
-@pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (2048, 1024)], ids=["batches", "tiles"])
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (1024, 256)], ids=["batches", "tiles"])
 @pytest.mark.parametrize("leaf", ["up_proj", "down_proj"])
 def test_a_wrong_value_is_found_where_it_lies(leaf: str, hidden: int, inner: int, tmp_path: Path) -> None:
     tensors = experts(hidden, inner, turned=True)
