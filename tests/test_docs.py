@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from mfptq.cli.main import main
 from mfptq.observation import evaluate
 from tests.calibration.files import calibrate as write_calibration
 from tests.calibration.files import described, layers_of
+from tests.conftest import digests
 from tests.generate_cli_docs import PAGE, commands, options, page
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,7 @@ def everywhere(language: str) -> list:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
+def prepared(tmp_path_factory) -> Iterator[Path]:
     """A folder with what the documents begin with: a model under a Hub-like name, text, the demo's output."""
     pytest.importorskip("transformers")
     from tests.models import DENSE, write_checkpoint
@@ -61,13 +63,15 @@ def prepared(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         main.main(["demo", "mfptq-demo"], standalone_mode=False)
-    return folder
+    before = digests(folder)
+    yield folder
+    assert digests(folder) == before, "a command has changed a file in its place"
 
 
 @pytest.fixture
 def workspace(prepared, tmp_path, monkeypatch) -> Path:
-    """A copy of it, as the current folder; the built-in text is a few lines of it."""
-    shutil.copytree(prepared, tmp_path / "work")
+    """The same files in a folder of its own, the current one; the built-in text is a few lines of it."""
+    shutil.copytree(prepared, tmp_path / "work", copy_function=os.link)
     monkeypatch.chdir(tmp_path / "work")
     short = tmp_path / evaluate.BUILT_IN.name
     short.write_text("".join(evaluate.BUILT_IN.read_text().splitlines(keepends=True)[:4]))

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,14 +42,19 @@ def test_messages_that_are_explained_exist(message: str) -> None:
     assert not exists(message + " of another program")
 
 
-def exists(message: str) -> bool:
-    """Return whether the program, or the system, says these words."""
+@cache
+def said() -> tuple[str, ...]:
+    """Return what the program may say, as it stands in its files and without the values put in, and what the system may."""
     sources = [path.read_text() for path in sorted((ROOT / "mfptq").rglob("*.py"))]
     joined = [re.sub(r'"\s+f?"', "", text) for text in sources]  # literals over several lines
     parts = [re.sub(r"\{[^{}]*\}", "", text) for text in joined]
-    system = [os.strerror(number) for number in range(1, 40)]
-    said = message.replace("calibrate needs", "needs {")  # the command's name is put in
-    return any(said in text for text in (*joined, *parts, *system))
+    return (*joined, *parts, *(os.strerror(number) for number in range(1, 40)))
+
+
+def exists(message: str) -> bool:
+    """Return whether the program, or the system, says these words."""
+    asked = message.replace("calibrate needs", "needs {")  # the command's name is put in
+    return any(asked in text for text in said())
 
 
 @pytest.mark.parametrize(("typed", "expected"), [("mfptq che", "check"), ("mfptq check --f", "--for")])
