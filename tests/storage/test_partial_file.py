@@ -15,6 +15,7 @@ import pytest
 from mfptq.errors import StorageError
 from mfptq.storage.digest import HASH_STEP, file_sha256
 from mfptq.storage.partial_file import PartialFile, WrittenPrefix
+from tests.conftest import sampled
 
 
 def test_the_prefix_grows_only_over_what_is_written() -> None:
@@ -36,7 +37,7 @@ def busy(file: PartialFile) -> bool:
     return file._hashing.acquire()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", sampled(range(2), range(2, 5)))
 def test_the_digest_is_that_of_the_whole_file(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     data = rng.randbytes(3 * HASH_STEP + 12345)
