@@ -313,9 +313,7 @@ def test_a_tensor_far_larger_than_the_memory(tmp_path: Path) -> None:
     shard.write_bytes(head)
     os.truncate(shard, len(head) + header.data_bytes)
     (tmp_path / "source" / "config.json").write_text("{}")
-    done = convert_limited(
-        tmp_path / "source", tmp_path / "out", 240 * 2**20, "--max-memory", "200MB", "--json", "--method", "minmax"
-    )
+    done = convert_limited(tmp_path / "source", tmp_path / "out", 240 * 2**20, "--max-memory", "200MB", "--json")
     assert done.returncode == 0, done.stderr
     assert int(re.findall(r'"peak_memory": (\d+)', done.stdout)[0]) <= 200e6
     shutil.rmtree(tmp_path / "out")
