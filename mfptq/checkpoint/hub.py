@@ -84,7 +84,9 @@ def names_repo(source: str | Path) -> bool:
 
 
 def _open_repo(repo_id: str, options: HubOptions, choice: FileChoice | None) -> Checkpoint:
-    listing = None if options.keep_source or _is_offline() else _listing(repo_id, options)
+    from huggingface_hub import constants
+
+    listing = None if options.keep_source or constants.HF_HUB_OFFLINE else _listing(repo_id, options)
     if listing is None:  # where nothing can be asked, what is in the cache must do
         kept = _download(repo_id, options, local_only=not options.keep_source)
         return read_checkpoint(Origin(kept, repo_id, kept.name), choice=choice)
@@ -101,12 +103,6 @@ def _open_repo(repo_id: str, options: HubOptions, choice: FileChoice | None) -> 
 def _wanted(repo_id: str, options: HubOptions) -> list[HubFile]:
     listing = _listing(repo_id, options)
     return [] if listing is None else [file for file in listing[1].values() if is_wanted(file.name)]
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _listing(repo_id: str, options: HubOptions) -> tuple[str, dict[str, HubFile]] | None:

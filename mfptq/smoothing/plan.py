@@ -113,6 +113,7 @@ def find_smoothing(
         if exponents is not None:
             chosen.append(_Chosen(link, modules, exponents))
         reasons.update(dict.fromkeys(modules, reason or "no text of the calibration pass reached them"))
+    # The file has one entry for an input: where links that share it would need other factors, none of them is smoothed.
     inputs, shared = _by_input(chosen, calibration)
     done: set[str] = set()
     for each in chosen:
@@ -123,7 +124,11 @@ def find_smoothing(
             reasons.update(dict.fromkeys(each.modules, "the calibration file has one input for them and others"))
     left = Counter(reasons.get(name) or _unknown(name, structure) for name in outcomes.quantized if name not in done)
     powers = sums.powers()
-    kept = Counter(name_pattern(name) for name in powers if not _is_quantized(candidates[name], outcomes.quantized))
+    kept = Counter(
+        name_pattern(name)
+        for name in powers
+        if not any(weight.module in outcomes.quantized for weight in candidates[name].weights)
+    )
     return Smoothing(powers, inputs, len(done), dict(left.most_common()), dict(sorted(kept.items())), strict)
 
 
@@ -145,10 +150,6 @@ def _by_input(chosen: Iterable[_Chosen], calibration: Calibration) -> tuple[dict
             if not np.array_equal(found.setdefault(name, columns), columns):
                 shared.add(name)
     return {name: columns for name, columns in found.items() if name not in shared}, shared
-
-
-def _is_quantized(item: Candidate, quantized: Collection[str]) -> bool:
-    return any(weight.module in quantized for weight in item.weights)
 
 
 def _unknown(module: str, structure: Structure) -> str:

@@ -163,7 +163,7 @@ def _norm(block: Block, norm: str, reads: re.Pattern[str], facts: Facts) -> Iter
     name = f"{norm}.weight"
     readers = [each for each in block.tensors if reads.fullmatch(each)]
     width = block.width(name)
-    if readers and block.tensors.get(name) is not None and all(block.width(each) == width for each in readers):
+    if readers and name in block.tensors and all(block.width(each) == width for each in readers):
         yield Link(
             block.prefix + norm,
             (block.maker(name),),
