@@ -16,7 +16,7 @@ from ..nvfp4 import BLOCK_SIZE, Float32Array
 from .file import InputStatistics
 
 Exponents = npt.NDArray[np.int8]
-PEAK = 64.0  # a channel that speaks in one token of 4096, the first as it is in many models, has this ratio
+PEAK = 64.0  # a channel that is large in one token of 4096, the first as it is in many models, has this ratio
 
 
 def smoothed(statistics: InputStatistics, exponents: Exponents) -> InputStatistics:

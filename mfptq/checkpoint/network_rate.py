@@ -21,7 +21,7 @@ class _EnoughError(Exception):
 def measured_rate(reader: RangeReader, file: HubFile) -> float:
     """Return how many bytes a second come of a file's first ranges, one for each connection.
 
-    No more than CONNECTIONS * SEGMENT_BYTES are fetched, and an answer that takes longer than SECONDS is not heard to its end.
+    No more than CONNECTIONS * SEGMENT_BYTES are fetched, and an answer that takes longer than SECONDS is not received to its end.
     """
     begun, before = time.monotonic(), reader.fetched
 

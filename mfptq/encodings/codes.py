@@ -109,9 +109,9 @@ def _shift(values: Bf16Array, shifts: Bf16Array) -> bool:
     magnitude = values & _MAGNITUDE
     moved = magnitude + shifts - _LEAST_NORMAL  # what is too small wraps around, to more than the largest finite number
     largest = np.maximum(magnitude - _LEAST_NORMAL, moved)
-    heard = magnitude != 0
-    values += shifts * heard
-    return bool((largest[heard] < BF16_NORMALS).all())
+    nonzero = magnitude != 0
+    values += shifts * nonzero
+    return bool((largest[nonzero] < BF16_NORMALS).all())
 
 
 def _nibbles(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

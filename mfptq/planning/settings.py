@@ -53,7 +53,7 @@ class Decisions(TypedDict, total=False):
     `calibration`, `input_scales`, `like`: at most one of a calibration file, which makes the weights better too; a file or
     checkpoint with input scales, what `read_input_scales` returned, or "auto", which bounds them without calibration; an
     NVFP4 or FP8 checkpoint whose choice of layers is taken as well.
-    `smooth`: True moves the size of loud input channels into the weights, by powers of two; needs a calibration file with
+    `smooth`: True moves the size of outlier channels of inputs into the weights, by powers of two; needs a calibration file with
     second moments. By default so it is in W4A4 where the file has them and `method` is `auto`; False turns it off.
     `input_margin`: by how much the ranges of a calibration file are widened, 4 by default; 1 for `minmax` and ranges
     that another tool found.

@@ -1,1 +1,1 @@
-"""Smoothing: factors that move the size of loud input channels into the weights that read them."""
+"""Smoothing: powers of two that move the size of outlier channels from inputs into the weights that read them."""

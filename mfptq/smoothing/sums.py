@@ -41,7 +41,7 @@ class ExponentSums:
     def powers(self) -> dict[str, Powers]:
         """Return the exponents of every tensor that has any but zeros."""
         found = (
-            (name, Powers(_spoken(self._rows, name), _spoken(self._columns, name), self._offsets.get(name, 0.0)))
+            (name, Powers(_nonzero(self._rows, name), _nonzero(self._columns, name), self._offsets.get(name, 0.0)))
             for name in {**self._rows, **self._columns}
         )
         return {name: each for name, each in found if each.rows is not None or each.columns is not None}
@@ -53,7 +53,7 @@ def _of(sums: dict[str, Exponents], name: str, shape: tuple[int, ...]) -> Expone
     return sums[name]
 
 
-def _spoken(sums: Mapping[str, Exponents], name: str) -> Exponents | None:
+def _nonzero(sums: Mapping[str, Exponents], name: str) -> Exponents | None:
     found = sums.get(name)
     return found if found is not None and found.any() else None
 

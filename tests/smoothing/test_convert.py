@@ -245,7 +245,7 @@ def test_inputs_of_a_layer_with_a_fixed_scale_in_another_format_are_left_alone(t
 
 @pytest.mark.parametrize("amax", [40.0, 2400.0])
 def test_input_scales_stay_as_good_as_they_were(amax, tmp_path):
-    """However loud a channel is: what all channels share is chosen so that ranges do not grow beyond what scales can hold."""
+    """However large a channel is: what all channels share is chosen so that ranges do not grow beyond what scales can hold."""
     source = write_model(tmp_path / "source", MOE)
     rng = np.random.default_rng(4)
     inputs = {}
