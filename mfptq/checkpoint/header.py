@@ -170,14 +170,14 @@ def lay_out(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADA
     largest dtype first, then by name; compact JSON, padded with spaces so that the data begins at a multiple of 8.
     """
     ordered = list(_in_order(specs))
-    known = {kind: _described(*kind) for kind in {(spec.dtype, spec.shape) for spec in ordered}}
-    kinds = [known[dtype, shape] for _, dtype, shape, _ in ordered]
-    starts = list(accumulate((size for _, size in kinds), initial=0))
+    known = {pair: _described(*pair) for pair in {(spec.dtype, spec.shape) for spec in ordered}}
+    texts = [known[dtype, shape] for _, dtype, shape, _ in ordered]
+    starts = list(accumulate((size for _, size in texts), initial=0))
     noted = json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)
     entries = [f"{encode_basestring(METADATA_KEY)}:{noted}"]
     entries += [  # as the encoder itself writes them, which takes ten times as long
         f"{encode_basestring(spec.name)}:{{{text}{start},{end}]}}"
-        for spec, (text, _), start, end in zip(ordered, kinds, starts, starts[1:], strict=False)
+        for spec, (text, _), start, end in zip(ordered, texts, starts, starts[1:], strict=False)
     ]
     encoded = f"{{{','.join(entries)}}}".encode()
     encoded += b" " * (-(PREFIX_BYTES + len(encoded)) % PREFIX_BYTES)

@@ -81,12 +81,12 @@ class ReferenceScaler:
     ) -> None:
         """Decode; see `CodeScaler`. `zeros`, shaped as `scales`, are taken from the codes' values first."""
         rows, columns = out.shape
-        kind = CODE_FORMATS[codes]
-        bytes_per_row = columns * kind.bits // 8
+        code_format = CODE_FORMATS[codes]
+        bytes_per_row = columns * code_format.bits // 8
         step = max(1, _CHUNK // columns)
         for row in range(0, rows, step):
             part = packed[row * bytes_per_row : (row + step) * bytes_per_row]
-            values = kind.values[part if kind.bits == 8 else _nibbles(part)].reshape(-1, columns)
+            values = code_format.values[part if code_format.bits == 8 else _nibbles(part)].reshape(-1, columns)
             if zeros is not None:
                 values = values - np.repeat(zeros[row : row + step], run, axis=1)[:, :columns]
             factors = np.repeat(scales[row : row + step], run, axis=1)[:, :columns]
