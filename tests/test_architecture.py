@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import mfptq
 
 PACKAGE = Path(mfptq.__file__).parent
@@ -53,6 +55,13 @@ def _locks() -> Iterator[str]:
                     yield f"{name}.{target.attr}"
                 elif node in owner.body:  # no local variable of a method
                     yield f"{name}.{ast.unparse(target)}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda path: path.parent.name)
+def test_a_list_of_modules_names_each_once(path: Path) -> None:
+    _, begun, lines = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("Its modules:\n\n")
+    named = [name for line in lines.splitlines() for name in re.split(r"\s{2,}", line.strip())[0].split(", ")]
+    assert not begun or sorted(named) == sorted(each.stem for each in path.parent.glob("[!_]*.py"))
 
 
 def test_every_step_is_where_the_page_says() -> None:
