@@ -200,10 +200,9 @@ def test_gate_and_up_of_an_expert_share_their_global_scale(moe: Converted) -> No
 
 
 SENTENCES = [
-    f"{who} {what} {where}."
+    f"{who} {what} after the storm."
     for who in ("The engineer", "A small bird", "My neighbour", "The committee", "An old sailor")
     for what in ("repaired the broken pump", "sang until dawn", "refused the second offer", "wrote a long letter")
-    for where in ("near the harbour", "after the storm", "without telling anyone")
 ]
 
 

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,12 @@ class Reference:
         return [int((chosen == expert).sum()) for expert in range(experts)]
 
 
+@pytest.fixture(scope="module")
+def reference(dataset: Path) -> Callable[[Path], Reference]:
+    """Run a model by transformers, once for all tests that compare with it."""
+    return cache(lambda folder: Reference(folder, samples_of(dataset)))
+
+
 def check_statistics(found: Calibration, reference: Reference, *, all_experts: bool = True) -> None:
     """Compare every module's statistics, not only one of those that share an input."""
     for info in found.inputs.values():
@@ -180,15 +187,15 @@ def quantized_columns(folder: Path, targets: tuple[str, ...] = ()) -> dict[str, 
     return {weight.module: weight.columns for weight in plan.weights()}
 
 
-def test_every_statistic_equals_float64(checkpoint: Path, dataset: Path, held: Held) -> None:
+def test_every_statistic_equals_float64(checkpoint: Path, held: Held, reference: Callable[[Path], Reference]) -> None:
     found = load_calibration(held(checkpoint))
     found.of_model(quantized_columns(checkpoint))
     assert {module for info in found.inputs.values() for module in info.modules} == quantized_columns(checkpoint).keys()
-    reference = Reference(checkpoint, samples_of(dataset))
-    check_statistics(found, reference)
+    expected = reference(checkpoint)
+    check_statistics(found, expected)
     for parent, counts in found.routed().items():
-        assert counts.tolist() == reference.routed(parent, len(counts))
-        assert counts.sum() == 2 * len(torch.cat(reference.chosen[parent]))
+        assert counts.tolist() == expected.routed(parent, len(counts))
+        assert counts.sum() == 2 * len(torch.cat(expected.chosen[parent]))
     assert len(found.routed()) == (4 if checkpoint.name == MOE else 0)
     assert found.description.is_complete
     assert (found.description.samples, found.description.model) == (SAMPLES, checkpoint.name)
@@ -205,10 +212,11 @@ def test_threads_of_this_process_are_no_cluster(small: Path, dataset: Path, tmp_
     assert path.read_bytes() == held(small, statistics="amax").read_bytes()
 
 
-def test_experts_with_their_own_tokens_only(moe: Path, dataset: Path, tmp_path: Path) -> None:
+def test_experts_with_their_own_tokens_only(
+    moe: Path, dataset: Path, tmp_path: Path, reference: Callable[[Path], Reference]
+) -> None:
     found = made(moe, dataset, tmp_path / "a.safetensors", all_experts=False)
-    reference = Reference(moe, samples_of(dataset))
-    check_statistics(found, reference, all_experts=False)
+    check_statistics(found, reference(moe), all_experts=False)
     for parent, counts in found.routed().items():
         assert counts.tolist() == [tokens_of(found, f"{parent}.{expert}.up_proj") for expert in range(len(counts))]
 
