@@ -212,7 +212,7 @@ def _check_source(output: Checkpoint, original: Checkpoint, found: _Findings) ->
     found.scaled = sum(_is_scaled(part) for name, part in kept.items() if name not in changed)
     found.errors = {pattern: stats.relative_error for pattern, stats in sorted(patterns.items())}
     found.faults += _error_faults(found.errors)
-    recorded = recorded_checksums(output.source)
+    recorded = recorded_checksums(output.origin.local)
     found.checksums = len(recorded.keys() & layers.keys())
     found.faults += [
         Fault(name, "", f"has other values in the source than those that were converted, by the checksum in {REPORT}")

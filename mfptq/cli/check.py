@@ -97,6 +97,8 @@ def check(checkpoint: str, engine: str, as_json: bool, **options: Any) -> None:
 
 def check_text(found: Check, columns: int) -> str:
     """Return findings for people, in at most that many columns, and a last line that sums them up."""
+    from ..engines.tables import ENGINE_TITLES
+
     warnings = len(found.findings) - found.errors
     lines = findings_lines(found.findings, columns)
     said = (
@@ -104,7 +106,8 @@ def check_text(found: Check, columns: int) -> str:
         if not found.findings
         else f"{counted(found.errors, 'error', 'errors')}, {counted(warnings, 'warning', 'warnings')}"
     )
-    last = f"checked {found.tensors} tensors for {' and '.join(found.engines) or 'transformers'} in {found.seconds:.1f} s: {said}"
+    asked = " and ".join(title for engine, title in ENGINE_TITLES.items() if engine in found.engines) or "transformers"
+    last = f"checked {found.tensors} tensors for {asked} in {found.seconds:.1f} s: {said}"
     return "\n".join([*lines, *wrapped(last, columns, "")])
 
 

@@ -139,7 +139,7 @@ def _show_plan(model: str, decisions: Decisions, asked: _Asked) -> None:
 @decision_options
 @resource_options
 @engine_option
-@click.option("--explain", metavar="NAME", help="Say why one tensor gets what it gets.")
+@click.option("--explain", metavar="NAME", help="Say why one tensor is quantized or kept, and how.")
 @click.option("--all", "every", is_flag=True, help="A line for every tensor.")
 @click.option("--estimate/--no-estimate", default=True, help="Measure for half a second how long it will take.")
 @json_option

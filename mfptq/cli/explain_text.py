@@ -1,4 +1,4 @@
-"""Say why one tensor gets what it gets: rule, layout, method, partners, and what engines would find.
+"""Say why one tensor is quantized or kept: rule, layout, method, partners, and what engines would find.
 
 Called by `convert` for `plan --explain`, which prints what comes back.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def explain_text(plan: ConversionPlan, name: str, findings: Sequence[Finding], columns: int) -> str:
-    """Return why one tensor gets what it gets, or raise UsageError with the nearest names."""
+    """Return why one tensor is quantized or kept, or raise UsageError with the nearest names."""
     items = {item.candidate.tensor.info.name: item for item in plan.selection.tensors}
     item = items.get(name) or items.get(f"{name}.weight")
     if item is None:

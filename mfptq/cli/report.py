@@ -198,8 +198,8 @@ def compare_text(found: Comparison) -> str:
     from ..output.evaluations import figure
 
     lines = [
-        f"first:  {size_text(found.first_bytes)}, relative error {found.first_error:.2%}",
-        f"second: {size_text(found.second_bytes)}, relative error {found.second_error:.2%}",
+        f"first:  {size_text(found.first_bytes)}, relative error of weights {found.first_error:.2%}",
+        f"second: {size_text(found.second_bytes)}, relative error of weights {found.second_error:.2%}",
     ]
     if not (found.treated or found.changed or found.equal):
         lines.append("one of them took its weights over from an NVFP4 source: nothing is known of their errors")

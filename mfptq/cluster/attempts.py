@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, TypeAlias
 
-from ..errors import DestinationError, listed
+from ..errors import DestinationError, listed, quote
 from .connection import Answer, Cluster, Ref, TaskLostError
 from .probing import error_of
 
@@ -26,6 +26,21 @@ SEEN_SECONDS = 60  # so much later a shared file system may show a finished file
 STUCK = 2.0  # a task that has taken so many times the median is begun a second time when nothing else is left
 STUCK_SECONDS = 10.0  # and at least so long
 Names: TypeAlias = tuple[str, ...]  # of the files that a task makes
+
+
+def await_file(node: str, name: str, is_there: Callable[[], bool], poll: Callable[[], object]) -> None:
+    """Return when a file that a node has finished is seen here; a shared file system may show it late.
+
+    Raises DestinationError where it is not seen in time, and what `poll`, called often, raises meanwhile.
+    """
+    end = time.monotonic() + SEEN_SECONDS
+    while not is_there():
+        if time.monotonic() > end:
+            raise DestinationError(
+                f"node {quote(node)} has finished {quote(name)}, but it is not seen here whole: the output must be shared"
+            )
+        poll()
+        time.sleep(POLL_SECONDS)
 
 
 @dataclass(slots=True)

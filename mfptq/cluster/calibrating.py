@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DestinationError, quote
+from ..errors import quote
 from ..observation.calibration_pass import CalibrationProgress, OnProgress, Share
-from .attempts import POLL_SECONDS, SEEN_SECONDS, Names, TaskLoop
+from .attempts import Names, TaskLoop, await_file
 from .connection import Answer, Cluster, Ref
 from .probing import probe_nodes
 from .progress import told
@@ -59,12 +59,8 @@ class CalibrationRun:
 
     def _take(self, node: str, answer: Answer) -> None:
         """Take in that a node has made a part, once it is seen here whole."""
-        name, end = answer["part"], time.monotonic() + SEEN_SECONDS
-        while not self._folder.is_whole(name):
-            if time.monotonic() > end:
-                raise DestinationError(f"node {quote(node)} has finished {quote(name)}, but it is not seen here whole")
-            self._poll()
-            time.sleep(POLL_SECONDS)
+        name = answer["part"]
+        await_file(node, name, lambda: self._folder.is_whole(name), self._poll)
         logger.info("node %s finished %s", node, quote(name))
         self._read = 0.0  # the next look is due at once: it may be the last
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import DestinationError, SourceError, UsageError, counted, quote
+from ..errors import SourceError, UsageError, counted, quote
 from ..execution.events import Advanced, OnEvent, Planned, ShardFinished
 from ..execution.executors import Executed, Order
 from ..execution.memory_budget import INTERPRETER
@@ -23,7 +22,7 @@ from ..output.journal import ShardResult
 from ..planning.jobs import ShardPlan, largest_first
 from ..sizes import parse_size
 from ..storage.files import open_regular
-from .attempts import POLL_SECONDS, SEEN_SECONDS, Names, TaskLoop
+from .attempts import Names, TaskLoop, await_file
 from .connection import Answer, Cluster, Ref, connected
 from .probing import probe_nodes
 
@@ -148,14 +147,15 @@ class RayRun:
         def begin(shards: Names, avoid: Collection[str]) -> Ref:
             return self._cluster.submit(make, *arguments, {"shards": shards, "resources": resources}, avoid=avoid)
 
-        def poll() -> None:
-            self._tell(Advanced(0))
-
         loop = TaskLoop(
-            self._cluster, begin, self._take, poll, passing=PASSING, twice=True, has_room=self._out.has_room
+            self._cluster, begin, self._take, self._poll, passing=PASSING, twice=True, has_room=self._out.has_room
         )
         loop.finish_all(todo)
         return loop
+
+    def _poll(self) -> None:
+        """Let the caller stop the run; nothing has advanced."""
+        self._tell(Advanced(0))
 
     def _take(self, node: str, answer: Answer) -> None:
         """Take in what a task has made."""
@@ -165,23 +165,12 @@ class RayRun:
 
     def _record(self, node: str, result: ShardResult) -> None:
         """Record a shard that a node has finished, once it is seen here with its size."""
-        self._await(node, result)
+        [planned] = [shard.size for shard in self._plan.shards if shard.name == result.name]
+        await_file(node, result.name, lambda: _size(self._out, result.name) == planned == result.size, self._poll)
         self._out.record(result)
         logger.info("node %s finished %s", node, quote(result.name))
         self._tell(Advanced(self._plan.checkpoint.shard(result.name).header.data_bytes))
         self._tell(ShardFinished(result.name))
-
-    def _await(self, node: str, result: ShardResult) -> None:
-        [planned] = [shard.size for shard in self._plan.shards if shard.name == result.name]
-        end = time.monotonic() + SEEN_SECONDS
-        while _size(self._out, result.name) != planned or result.size != planned:
-            if time.monotonic() > end:
-                raise DestinationError(
-                    f"node {quote(node)} has finished {quote(result.name)}, but it is not seen here with {planned} bytes: "
-                    "the output must be shared"
-                )
-            self._tell(Advanced(0))
-            time.sleep(POLL_SECONDS)
 
 
 def _size(out: Destination, name: str) -> int:

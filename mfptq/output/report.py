@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..checkpoint.small_files import read_object
 from ..checkpoint.strict_json import StrictJsonError, dump_json, parse_json
 from ..checkpoint.weights import layer_pattern, name_pattern
 from ..errors import SourceError
@@ -26,7 +25,6 @@ from .claim import REPORT
 from .journal import ShardResult
 
 if TYPE_CHECKING:
-    from ..checkpoint.source import Source
     from ..planning.plan import ConversionPlan
 
 LAYER_COLUMNS = (
@@ -183,15 +181,15 @@ def stored_report(output: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def recorded_checksums(output: Source) -> dict[str, int]:
+def recorded_checksums(output: Path) -> dict[str, int]:
     """Return the checksum of the values that each layer was made from, by name, as the output's report has them.
 
     Empty where there is no such report, or one of an earlier version.
     """
     try:
-        rows = read_object(output, REPORT, MAX_INDEX_BYTES).get("layers")
-        return {row[0]: int(row[LAYER_COLUMNS.index("checksum")], 16) for row in rows or ()}
-    except (SourceError, TypeError, ValueError, IndexError, KeyError):
+        rows = stored_report(output).get("layers") or ()
+        return {row[0]: int(row[LAYER_COLUMNS.index("checksum")], 16) for row in rows}
+    except (TypeError, ValueError, IndexError, KeyError):
         return {}
 
 

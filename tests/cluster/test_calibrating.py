@@ -212,7 +212,7 @@ def test_a_part_that_is_not_whole_never_passes_for_it(model, dataset, tmp_path, 
     with pytest.raises(DestinationError, match="is not the whole part: rerun"):
         mfptq.calibrate(model, dataset, output, **CHEAP, executor=RAY)
     assert not output.exists()
-    monkeypatch.setattr(calibrating, "SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "SEEN_SECONDS", 0.0)
     cluster.break_ = lambda _number, _names: {"ok": True, "part": part.name, "seconds": 0.0}
     with pytest.raises(DestinationError, match=r"node 'red' has finished .*not seen here whole"):
         mfptq.calibrate(model, dataset, output, **CHEAP, executor=RAY)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import mfptq
-from mfptq.cluster import attempts, connection, probing, ray_executor
+from mfptq.cluster import attempts, connection, probing
 from mfptq.cluster.connection import TaskLostError
 from mfptq.cluster.ray_executor import RayExecutor, grouped
 from mfptq.errors import (
@@ -159,7 +159,7 @@ def test_a_stop_cancels_what_is_in_flight(source, tmp_path, cluster, expected) -
 
 
 def test_a_shard_that_is_never_seen_here_is_an_error(source, tmp_path, cluster, monkeypatch) -> None:
-    monkeypatch.setattr(ray_executor, "SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "SEEN_SECONDS", 0.0)
     result = {"name": "model-00001-of-00003.safetensors", "sha256": "0" * 64, "size": 1, "kinds": {}}
     answer = {"ok": True, "results": [result], "kernel": "cpu", "seconds": 0.0, "peak_memory": 0}
     cluster.break_ = lambda _number, _shards: answer
