@@ -22,7 +22,7 @@ from minilm import Grams, MiniLM, output_error
 
 from mfptq.calibration.methods import importance, local_hessian
 from mfptq.kernels import QuantizeArgs, load_kernel
-from mfptq.kernels.calibrated import PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import PreparedStatistics
 from mfptq.nvfp4 import E4M3_VALUES, dequantize, search_global_scale
 
 BLOCKS: tuple[int | None, ...] = (16, 64, 128, 256, None)
@@ -91,11 +91,7 @@ def by_kernel(method: str, statistics: PreparedStatistics | None) -> Quantizer:
     def quantize(weight: np.ndarray, scale: float) -> np.ndarray:
         packed = np.empty((len(weight), weight.shape[1] // 2), np.uint8)
         codes = np.empty((len(weight), weight.shape[1] // 16), np.uint8)
-        if statistics is None:
-            load_kernel().quantize(weight, QuantizeArgs(method, scale), packed, codes)
-        else:
-            kernel = load_calibrated_kernel()
-            kernel.quantize(weight, QuantizeArgs(method, scale), statistics, packed=packed, scales=codes)
+        load_kernel().quantize(weight, QuantizeArgs(method, scale, statistics), packed, codes)
         return dequantize(packed, codes, scale)
 
     return quantize

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from ctypes import c_float, c_int64, c_uint64
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,7 +25,6 @@ from mfptq.kernels.calibrated import (
     FUNCTIONS,
     MAX_RANK,
     PreparedStatistics,
-    load_calibrated_kernel,
 )
 
 SHAPE = (256, 4096)
@@ -73,8 +73,7 @@ class Job:
 
     def __init__(self, device: str, method: str, dtype: str, shape: tuple[int, int] = SHAPE) -> None:
         self.kernel = load_kernel(device)
-        self.calibrated = load_calibrated_kernel(device)
-        self.args, self.found = args_of(method), statistics(shape[1]).get(method)
+        self.args = replace(args_of(method), statistics=statistics(shape[1]).get(method))
         values = tile(dtype, shape)
         self.data = self.kernel.allocate(values.nbytes).view(values.dtype).reshape(shape)
         self.data[:] = values
@@ -82,10 +81,7 @@ class Job:
         self.scales = self.kernel.allocate(values.size // 16).reshape(shape[0], -1)
 
     def __call__(self) -> None:
-        if self.found is None:
-            self.kernel.quantize(self.data, self.args, self.packed, self.scales)
-        else:
-            self.calibrated.quantize(self.data, self.args, self.found, packed=self.packed, scales=self.scales)
+        self.kernel.quantize(self.data, self.args, self.packed, self.scales)
 
 
 def cpu(methods: list[str]) -> None:

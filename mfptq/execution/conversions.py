@@ -89,7 +89,7 @@ def convert_tile(plan: ConversionPlan, work: GroupTile, memory: WorkerMemory) ->
     else:
         data = memory.read(tile)
         checksum = memory.checksum(tile, data)
-        pieces, stats = family_of(step.format, step.method).convert(memory, work, data, _of_columns(known, tile))
+        pieces, stats = family_of(step.format, step.method).convert(memory, work, data, of_columns(known, tile))
         stats.checksum = checksum
     yield Converted(pieces, tile.ranges, [(stats_key(step), stats)], shares_pages=tile.weight.pitch > 0)
 
@@ -98,7 +98,7 @@ def _convert_parts(
     work: GroupTile, known: PreparedStatistics | None, memory: WorkerMemory
 ) -> tuple[list[Piece], ErrorStats]:
     """Return what a tall tile becomes in NVFP4, and what it cost."""
-    tile, args = work.tile, QuantizeArgs(work.step.method, work.scale)
+    tile = work.tile
     memory, codes = memory.for_parts()
     ends = tile.size // 2, tile.size // 2 + tile.size // BLOCK_SIZE
     packed, scales = (each.reshape(tile.rows, -1) for each in np.split(codes, ends)[:2])
@@ -106,7 +106,7 @@ def _convert_parts(
     for part in column_parts(tile, memory.tile_bytes):
         data = memory.read(part)
         checksum = memory.checksum(part, data)
-        done = memory.quantize(data, args, _of_columns(known, part))
+        done = memory.quantize(data, QuantizeArgs(work.step.method, work.scale, of_columns(known, part)))
         column = part.start - tile.start
         packed[:, column // 2 : (column + part.columns) // 2] = done.packed
         scales[:, column // BLOCK_SIZE : (column + part.columns) // BLOCK_SIZE] = done.scales
@@ -115,7 +115,7 @@ def _convert_parts(
     return nvfp4_pieces(work, packed.reshape(-1), scales.reshape(-1)), total
 
 
-def _of_columns(known: PreparedStatistics | None, tile: Tile) -> PreparedStatistics | None:
+def of_columns(known: PreparedStatistics | None, tile: Tile) -> PreparedStatistics | None:
     """Return what is known of the inputs of a tile's columns."""
     return None if known is None else known.part(tile.start % tile.weight.columns, tile.columns)
 

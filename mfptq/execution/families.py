@@ -14,7 +14,7 @@ import numpy as np
 
 from ..fp8 import Candidates, Segments, minmax_scales
 from ..kernels import ErrorStats, Kernel, QuantizeArgs, TileArray
-from ..kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, CalibratedKernel, PreparedStatistics
+from ..kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, PreparedStatistics
 from ..kernels.fp8 import add_errors
 from ..nvfp4 import BLOCK_SIZE, ByteArray
 from ..planning.jobs import CAST, QuantizeWeight
@@ -68,7 +68,7 @@ class Family(ABC):
         """Return what a tile's values become, kept in the worker's memory, and what it cost; `known` is of its inputs."""
 
     @abstractmethod
-    def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
+    def try_out(self, method: str, block: TileArray, kernel: Kernel) -> None:
         """Call the functions that a run will need, for one block of 16."""
 
 
@@ -87,16 +87,13 @@ class _Nvfp4(Family):
     def convert(
         self, memory: WorkerMemory, work: GroupTile, data: TileArray, known: PreparedStatistics | None
     ) -> tuple[list[Piece], ErrorStats]:
-        done = memory.quantize(data, QuantizeArgs(work.step.method, work.scale), known)
+        done = memory.quantize(data, QuantizeArgs(work.step.method, work.scale, known))
         return nvfp4_pieces(work, done.packed.reshape(-1), done.scales.reshape(-1)), done.stats
 
-    def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
+    def try_out(self, method: str, block: TileArray, kernel: Kernel) -> None:
         packed, scales = np.empty((1, BLOCK_SIZE // 2), np.uint8), np.empty((1, 1), np.uint8)
-        if method in CALIBRATED_METHODS and calibrated is not None:
-            known = PreparedStatistics.neutral(method, BLOCK_SIZE)
-            calibrated.quantize(block, QuantizeArgs(method, 1.0), known, packed=packed, scales=scales)
-        else:
-            kernel.quantize(block, QuantizeArgs(method, 1.0), packed, scales)
+        known = PreparedStatistics.neutral(method, BLOCK_SIZE) if method in CALIBRATED_METHODS else None
+        kernel.quantize(block, QuantizeArgs(method, 1.0, known), packed, scales)
 
 
 def nvfp4_pieces(work: GroupTile, packed: ByteArray, scales: ByteArray) -> list[Piece]:
@@ -132,7 +129,7 @@ class _Cast(Family):
             stats = cast_blocks(codes.reshape(-1, BLOCK_SIZE // 2), exponents, work.scale, scales)
         return nvfp4_pieces(work, codes, scales), stats
 
-    def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
+    def try_out(self, method: str, block: TileArray, kernel: Kernel) -> None:
         """Nothing is compiled for it."""
 
 
@@ -158,8 +155,7 @@ class _Fp8(Family):
         ]
         return pieces, done.stats
 
-    def try_out(self, method: str, block: TileArray, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
-        del calibrated
+    def try_out(self, method: str, block: TileArray, kernel: Kernel) -> None:
         data, ones = np.repeat(block.reshape(-1), _TRIED), np.ones(_TRIED, np.float32)
         starts = np.arange(0, data.size + 1, block.size, dtype=np.int64)
         kernel.amax_each(data, starts)

@@ -30,6 +30,7 @@ from ..planning.formats import FORMATS, KEEP
 from ..planning.jobs import CAST
 from ..planning.weight_targets import weight_target
 from ..sizes import size_text
+from .conversions import of_columns
 from .events import Advanced, OnEvent, Planned
 from .families import FAMILIES
 from .global_scales import global_scale
@@ -41,6 +42,7 @@ from .worker_memory import WorkerMemory
 from .worker_pool import Task, WorkerPool
 
 if TYPE_CHECKING:
+    from ..kernels.calibrated import PreparedStatistics
     from ..names.fusion import FusedGroup
     from ..planning.plan import ConversionPlan
     from ..planning.size_units import Layers
@@ -81,7 +83,7 @@ def _workers(run: Run) -> int:
     block = np.zeros((1, BLOCK_SIZE), np.float32)
     for family in FAMILIES.values():
         # What it brings must be in memory before that is counted.
-        family.try_out(PLAIN, block, run.kernel, run.calibrated)
+        family.try_out(PLAIN, block, run.kernel)
     budget = run.memory.peak + run.memory.spare
     statistics = run.plan.statistics_bytes
     for workers in range(run.memory.workers, 0, -1):
@@ -133,7 +135,8 @@ class _Pass:
         costs: dict[str, float] = {}
         for name, how in ((group.formats[0], method), (REFERENCE, PLAIN)):
             scale = global_scale(how, largest, tile.weight.dtype)
-            costs[name], costs[NORM] = self._nvfp4(group, tile, (data, QuantizeArgs(how, scale)), memory)
+            args = QuantizeArgs(how, scale, self._known(tile, how))
+            costs[name], costs[NORM] = _nvfp4(group, tile, (data, args), memory)
         for name in group.formats[1:]:
             how = weight_target(tile.weight.module, FORMATS[name], self._plan.method, self._plan.calibration).method
             costs[name] = _fp8(group, tile, (data, how), memory)
@@ -142,26 +145,28 @@ class _Pass:
                 self._found[group.group.name][name].append(cost)
         self._pool.emit(Advanced(tile.nbytes))
 
-    def _nvfp4(
-        self, group: _Group, tile: Tile, work: tuple[TileArray, QuantizeArgs], memory: WorkerMemory
-    ) -> tuple[float, float]:
-        """Return the squared error of a tile in NVFP4, and its squared norm."""
-        data, args = work
+    def _known(self, tile: Tile, method: str) -> PreparedStatistics | None:
         calibration = self._plan.calibration
-        known = None if calibration is None else calibration.statistics(tile.weight.module, args.method)
-        part = None if known is None else known.part(tile.start % tile.weight.columns, tile.columns)
-        done = memory.quantize(data, args, part)
-        if group.outputs is None:
-            return done.stats.squared_error, done.stats.squared_weight
-
-        def decoded(rows: slice) -> Float32Array:
-            return nvfp4.dequantize(done.packed[rows], done.scales[rows], args.global_scale)
-
-        return group.outputs.cost(tile, data, decoded), group.outputs.norm(tile, data)
+        return None if calibration is None else of_columns(calibration.statistics(tile.weight.module, method), tile)
 
 
 def _members(layers: Layers, group: FusedGroup) -> Iterator[Weight]:
     return (weight for weight in layers.weights if weight.module in group.members)
+
+
+def _nvfp4(
+    group: _Group, tile: Tile, work: tuple[TileArray, QuantizeArgs], memory: WorkerMemory
+) -> tuple[float, float]:
+    """Return the squared error of a tile in NVFP4, and its squared norm."""
+    data, args = work
+    done = memory.quantize(data, args)
+    if group.outputs is None:
+        return done.stats.squared_error, done.stats.squared_weight
+
+    def decoded(rows: slice) -> Float32Array:
+        return nvfp4.dequantize(done.packed[rows], done.scales[rows], args.global_scale)
+
+    return group.outputs.cost(tile, data, decoded), group.outputs.norm(tile, data)
 
 
 def _fp8(group: _Group, tile: Tile, work: tuple[TileArray, str], memory: WorkerMemory) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from ..dtypes import DTYPE_BITS, NUMPY_DTYPES
 from ..errors import UsageError
 from ..kernels import Kernel, back_end, is_cuda, load_kernel
-from ..kernels.calibrated import FEEDBACK, CalibratedKernel, load_calibrated_kernel
+from ..kernels.calibrated import FEEDBACK
 from ..kernels.choice import choose_device
 from ..kernels.turning import load_turner
 from ..nvfp4 import BLOCK_SIZE
@@ -71,7 +71,6 @@ class Run:
 
     plan: ConversionPlan
     kernel: Kernel
-    calibrated: CalibratedKernel | None
     memory: MemoryPlan
     device_reason: str
     begun: float = field(default_factory=time.monotonic)
@@ -82,7 +81,7 @@ class Run:
 
     def worker_memory(self, tile_bytes: int) -> WorkerMemory:
         """Return what a worker owns, with room for tiles of so many bytes."""
-        return WorkerMemory(self.plan.checkpoint.source, self.kernel, tile_bytes, self.calibrated)
+        return WorkerMemory(self.plan.checkpoint.source, self.kernel, tile_bytes)
 
 
 def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
@@ -101,8 +100,7 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
     choice = choose_device(resources.device, work, workers)
     check_data_limit(back_end(choice.device))
     kernel = load_kernel(choice.device)
-    calibrated = load_calibrated_kernel(choice.device) if statistics else None
-    _try_out(plan, kernel, calibrated)
+    _try_out(plan, kernel)
     largest = kernel.tile_bytes
     if any(run.weights[0].pitch for run in plan.runs()):
         largest *= TALLER  # a row of a tile is a separate read of each column: taller tiles need fewer
@@ -111,7 +109,7 @@ def prepare(plan: ConversionPlan, resources: Resources, held: int = 0) -> Run:
     memory = plan_memory(
         budget, resident_bytes(), workers, statistics=statistics, largest_tile=largest, row=longest_row(plan)
     )
-    return Run(plan, kernel, calibrated, memory, choice.reason)
+    return Run(plan, kernel, memory, choice.reason)
 
 
 def longest_row(plan: ConversionPlan) -> int:
@@ -120,7 +118,7 @@ def longest_row(plan: ConversionPlan) -> int:
     return max((weight.columns * DTYPE_BITS[weight.dtype] // 8 for weight in rows), default=0)
 
 
-def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel | None) -> None:
+def _try_out(plan: ConversionPlan, kernel: Kernel) -> None:
     """Call every function that the run will need once: what they bring, or take to compile, must be in the memory plan."""
     plan.contents.try_out(plan.checkpoint.source, kernel.decoder)
     shown = [(run.weights[0], run.target) for run in plan.runs()]
@@ -131,7 +129,7 @@ def _try_out(plan: ConversionPlan, kernel: Kernel, calibrated: CalibratedKernel 
             if fd is not None and plain:
                 kernel.amax_in_file(fd, weight.offset, np.empty_like(block))
         kernel.amax(block)
-        family_of(target, method).try_out(method, block, kernel, calibrated)
+        family_of(target, method).try_out(method, block, kernel)
     for dtype in {weight.dtype for weight, _ in shown if weight.pitch}:
         block = np.zeros((_SIDE, _SIDE), NUMPY_DTYPES[dtype])
         load_turner().turn(block, np.empty_like(block))

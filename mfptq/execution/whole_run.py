@@ -127,7 +127,7 @@ def _report(run: Run, out: Destination, executed: Executed, resumed: int) -> Rep
         kept=sum(not item.decision.quantize for item in plan.selection.tensors),
         relative_error=total_error(statistics),
         patterns=reports,
-        warnings=plan.warnings + suspicions(reports, calibrated=run.calibrated is not None),
+        warnings=plan.warnings + suspicions(reports, calibrated=plan.statistics_bytes > 0),
         resumed_shards=resumed,
         seconds=seconds,
         peak_memory=peak_bytes(),

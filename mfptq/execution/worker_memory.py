@@ -21,7 +21,7 @@ from ..dtypes import DTYPE_BITS, NUMPY_DTYPES
 from ..errors import NonFiniteWeightError, quote
 from ..fp8 import Candidates, Segments
 from ..kernels import ERROR_FIELDS, ErrorStats, Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
-from ..kernels.calibrated import CalibratedKernel, PreparedStatistics
+from ..kernels.calibrated import PreparedStatistics
 from ..kernels.fp8 import add_errors
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array, as_float32
 from ..planning.jobs import QuantizeWeight
@@ -39,12 +39,9 @@ class WorkerMemory:
     Threads: one worker's alone. Every call that reads or quantizes overwrites what the call before it returned.
     """
 
-    def __init__(
-        self, source: Source, kernel: Kernel, tile_bytes: int, calibrated: CalibratedKernel | None = None
-    ) -> None:
+    def __init__(self, source: Source, kernel: Kernel, tile_bytes: int) -> None:
         self.source = source
         self.kernel = kernel
-        self.calibrated = calibrated
         self._decoder = kernel.decoder
         self.seconds: dict[str, float] = defaultdict(float)
         self._memory = kernel.allocate(buffer_bytes(tile_bytes))
@@ -174,19 +171,13 @@ class WorkerMemory:
             raise _not_finite(data[batch.starts[bad] : batch.starts[bad + 1]], batch.steps[bad].weight, 0)
         return found
 
-    def quantize(
-        self, data: TileArray, args: QuantizeArgs, statistics: PreparedStatistics | None = None, *, start: int = 0
-    ) -> Quantized:
-        """Return what the tile becomes, minding what is known of its input; it is kept in the buffer from weight `start`."""
+    def quantize(self, data: TileArray, args: QuantizeArgs, start: int = 0) -> Quantized:
+        """Return what the tile becomes; it is kept in the buffer from weight `start` on."""
         end = start + data.size
         packed = self._packed[start // 2 : end // 2].reshape(data.shape[0], -1)
         scales = self._scales[start // BLOCK_SIZE : end // BLOCK_SIZE].reshape(data.shape[0], -1)
         with self.timed("quantize"):
-            if statistics is None:
-                return Quantized(packed, scales, self.kernel.quantize(data, args, packed, scales))
-            assert self.calibrated is not None
-            stats = self.calibrated.quantize(data, args, statistics, packed=packed, scales=scales)
-            return Quantized(packed, scales, stats)
+            return Quantized(packed, scales, self.kernel.quantize(data, args, packed, scales))
 
     def amax_segments(self, data: TileArray, starts: Int64Array, tile: Tile) -> Float32Array:
         """Return the largest magnitude of each segment of a tile; raises NonFiniteWeightError for NaN or infinity."""
@@ -225,8 +216,8 @@ class WorkerMemory:
         for row, step in enumerate(batch.steps):
             start, end = batch.starts[row : row + 2].tolist()
             tile = data[start:end].reshape(step.weight.rows, step.weight.columns)
-            args = QuantizeArgs(step.method, float(global_scales[row]))
-            stats[row] = self.quantize(tile, args, statistics(step), start=start).stats.as_array()
+            args = QuantizeArgs(step.method, float(global_scales[row]), statistics(step))
+            stats[row] = self.quantize(tile, args, start).stats.as_array()
         return QuantizedMany(self._packed[: data.size // 2], self._scales[: data.size // BLOCK_SIZE], stats)
 
 

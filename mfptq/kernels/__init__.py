@@ -25,6 +25,7 @@ from .stats import ERROR_FIELDS, ErrorStats
 if TYPE_CHECKING:
     from ..checkpoint.encoding import CodeScaler
     from ..fp8 import Segments
+    from .calibrated import PreparedStatistics
 
 __all__ = [
     "ERROR_FIELDS", "ErrorStats", "Float64Array", "Int64Array", "Kernel", "QuantizeArgs", "TileArray", "WeightBatch",
@@ -38,10 +39,14 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class QuantizeArgs:
-    """How to quantize: the method, and the float32 global scale that the fused group shares."""
+    """How to quantize: the method, and the float32 global scale that the fused group shares.
+
+    `statistics` are those of the inputs, which the calibrated methods need, and no other.
+    """
 
     method: str
     global_scale: float
+    statistics: PreparedStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +135,9 @@ def load_kernel(device: str = "cpu") -> Kernel:
 
             return CpuKernel()
     require_torch()
-    from .torch import TorchKernel
+    from .calibrated_torch import CalibratedTorchKernel
 
-    return TorchKernel()
+    return CalibratedTorchKernel()
 
 
 def back_end(device: str) -> str:

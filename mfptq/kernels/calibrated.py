@@ -1,6 +1,6 @@
-"""The calibrated methods and the interface of their kernels: errors weighted by what a calibration pass saw of each column.
+"""The calibrated methods and what they need: errors weighted by what a calibration pass saw of each column.
 
-The execution calls `load_calibrated_kernel` once and shares the kernel among its threads. All methods try the scale codes
+Called by the kernels, by `calibration`, which prepares statistics, and by `planning`. All methods try the scale codes
 `base + o` for o in CALIBRATED_OFFSETS, where `base` is the block's scale rounded to nearest, keep the first with the least error,
 and differ in the error of a block's differences d:
 
@@ -18,12 +18,10 @@ Sums are float32, in index order, without contraction, so that all kernels give 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from ..kernels import ErrorStats, QuantizeArgs, TileArray, back_end, require_torch
-from ..nvfp4 import BLOCK_SIZE, SEARCH_OFFSETS, ByteArray, Float32Array
+from ..nvfp4 import BLOCK_SIZE, SEARCH_OFFSETS, Float32Array
 
 LOCAL_METHODS = ("weighted", "hessian", "hessian+")  # of which a block needs to know its own columns alone
 FEEDBACK = "gptq"
@@ -89,37 +87,3 @@ class PreparedStatistics:
         step = 1 if self.values.ndim == 1 else BLOCK_SIZE
         first, last = start // step, (start + columns) // step
         return PreparedStatistics(self.values[first:last], self.origin or self, self.start + first)
-
-
-class CalibratedKernel(Protocol):
-    """What quantizes tiles by statistics: `[R, K]` C-contiguous, K a multiple of 16; uint16 means raw bfloat16 bits."""
-
-    name: str
-
-    def quantize(
-        self,
-        tile: TileArray,
-        args: QuantizeArgs,
-        statistics: PreparedStatistics,
-        *,
-        packed: ByteArray,
-        scales: ByteArray,
-    ) -> ErrorStats:
-        """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
-
-
-def load_calibrated_kernel(device: str = "cpu") -> CalibratedKernel:
-    """Return the kernel for a device: cpu, cuda or cuda:N; raises UsageError for others and where it cannot be used."""
-    match back_end(device):
-        case "cuda":
-            from .calibrated_cuda import CalibratedCudaKernel
-
-            return CalibratedCudaKernel(device)
-        case "cpu":
-            from .calibrated_cpu import CalibratedCpuKernel
-
-            return CalibratedCpuKernel()
-    require_torch()
-    from .calibrated_torch import CalibratedTorchKernel
-
-    return CalibratedTorchKernel()

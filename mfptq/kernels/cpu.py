@@ -1,8 +1,11 @@
-"""The CPU kernel of `search` and `minmax`: calls the functions that `cpu_code.py` writes, for many weights at once."""
+"""The CPU kernel: calls the functions that `cpu_code.py` writes.
+
+Called through `load_kernel`, and by `cuda.py` for what is too small to be sent. Nothing here computes.
+"""
 
 from __future__ import annotations
 
-from ctypes import c_int
+from ctypes import c_float, c_int
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,14 @@ import numpy.typing as npt
 from ..dtypes import dtype_name
 from ..kernels import Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
+from .calibrated import FEEDBACK, FUNCTIONS, PreparedStatistics
 from .compiling import LONG, Array, CpuFunctions
-from .cpu_code import emit
+from .cpu_code import LANES, emit
 from .stats import ERROR_FIELDS, ErrorStats
 
 CACHED_BYTES = 2**20  # what is read at once, to be used from the processor's own cache
 _quantizers = CpuFunctions(emit, [*[Array] * 6, LONG])
+_calibrated = CpuFunctions(emit, [*[Array] * 5, *[LONG] * 3, c_float])
 _searchers = CpuFunctions(emit, [*[Array] * 3, LONG])
 _file_searchers = CpuFunctions(emit, [Array, LONG, Array, Array, c_int, LONG, LONG])
 
@@ -62,6 +67,8 @@ class CpuKernel(Kernel):
 
     def quantize(self, tile: TileArray, args: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite."""
+        if args.statistics is not None:
+            return _quantize_rows(tile, args, args.statistics, (packed, scales))
         starts, factor = np.array([0, tile.size], np.int64), np.array([args.global_scale], np.float32)
         stats = self.quantize_each(tile.reshape(-1), WeightBatch(args.method, starts, factor), packed, scales)
         return ErrorStats.from_array(tile.size, stats[0])
@@ -72,3 +79,26 @@ class CpuKernel(Kernel):
         stats, blocks = np.empty((len(batch.global_scales), ERROR_FIELDS)), batch.starts // BLOCK_SIZE
         run(data, packed, scales, stats, blocks, batch.global_scales, len(stats))
         return stats
+
+
+def _quantize_rows(
+    tile: TileArray, args: QuantizeArgs, statistics: PreparedStatistics, out: tuple[ByteArray, ByteArray]
+) -> ErrorStats:
+    """Quantize by a calibrated method, in chunks of 16 rows."""
+    (packed, scales), known, found = out, np.ascontiguousarray(statistics.values), ErrorStats()
+    run = _calibrated[f"{FUNCTIONS[args.method]}_{dtype_name(tile)}"]
+    sizes = scales.shape[1], statistics.rank if args.method == FEEDBACK else 0
+    whole = len(tile) // LANES * LANES
+    if whole:
+        stats = np.empty(ERROR_FIELDS)
+        run(tile, packed, scales, stats, known, whole, *sizes, args.global_scale)
+        found.add(ErrorStats.from_array(whole * tile.shape[1], stats))
+    if whole < len(tile):  # the last rows, filled up to a chunk with zeros, which are taken out of the statistics
+        left, stats = len(tile) - whole, np.empty(ERROR_FIELDS)
+        rows, nibbles, codes = (np.zeros((LANES, each.shape[1]), each.dtype) for each in (tile, packed, scales))
+        rows[:left] = tile[whole:]
+        run(rows, nibbles, codes, stats, known, LANES, *sizes, args.global_scale)
+        packed[whole:], scales[whole:] = nibbles[:left], codes[:left]
+        stats[-1] -= (LANES - left) * scales.shape[1]
+        found.add(ErrorStats.from_array(left * tile.shape[1], stats))
+    return found

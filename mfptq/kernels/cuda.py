@@ -22,8 +22,10 @@ from ..fp8 import Segments
 from ..kernels import Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray, WeightBatch
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from .cache import cached
+from .calibrated import FEEDBACK, FUNCTIONS, PreparedStatistics
 from .compiling import origin
 from .cpu import CpuKernel
+from .cuda_statistics import DeviceStatistics
 from .driver import (
     Device,
     DeviceMemory,
@@ -91,38 +93,6 @@ class CudaWorker:
         """Return places for `size` bytes of a tile, at least two bytes a weight, and for what they become."""
         return self._lane.room.places(size, size // 4, size // 2 // BLOCK_SIZE)
 
-    def _quantize(
-        self,
-        tile: TileArray,
-        args: QuantizeArgs,
-        out: tuple[ByteArray, ByteArray],
-        function: str,
-        *,
-        known: int = 0,
-        rank: int | None = None,
-    ) -> ErrorStats:
-        """Quantize a tile by a function into `out`, packed values and scale codes.
-
-        `known` is where the statistics of the tile's columns lie on the device, for functions that take them; `rank` that of
-        factors, for a function whose threads take whole rows.
-        """
-        assert all(each.flags.c_contiguous for each in out)
-        (packed, scales), stats, done = (each.reshape(-1) for each in out), ErrorStats(), 0
-        width, lane = tile.shape[1] // BLOCK_SIZE, self._lane
-        with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
-            for part, places in self._parts(tile, BLOCK_SIZE if rank is None else tile.shape[1]):
-                end = done + part.size // BLOCK_SIZE
-                last = done % width if rank is None else rank
-                columns = (c_uint64(known), c_int64(end - done), c_int64(width), c_int64(last))
-                extra = (*(columns if known else columns[1:2]), c_float(args.global_scale))
-                parts = packed[done * BLOCK_SIZE // 2 : end * BLOCK_SIZE // 2], scales[done:end]
-                items, threads = (end - done, THREADS) if rank is None else ((end - done) // width, WARP)
-                lane.stream.upload(places[0], part)
-                warps = self._launch(function, items, threads, (*map(c_uint64, (*places, lane.stats.pointer)), *extra))
-                stats.add(self._finish(warps, part.size, zip(parts, places[1:], strict=True)))
-                done = end
-        return stats
-
     def _launch(self, function: str, items: int, threads: int, arguments: tuple[Any, ...]) -> int:
         """Start a kernel with a thread for every item, as far as the grid goes; return how many warps it has.
 
@@ -158,13 +128,14 @@ class CudaWorker:
 
 
 class CudaKernel(CudaWorker, Kernel):
-    """Quantizes on a GPU by `search` and `minmax`; safe to use from several threads."""
+    """Quantizes on a GPU; safe to use from several threads."""
 
     tile_bytes = 8 * 2**20  # larger ones are no faster, and pinning memory takes time
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self._small = CpuKernel()
+        self._statistics = DeviceStatistics(self._device)
 
     def allocate(self, size: int) -> ByteArray:
         """Return pinned host memory, from which copies to the device run beside kernels; raises MemoryBudgetError."""
@@ -185,9 +156,36 @@ class CudaKernel(CudaWorker, Kernel):
     def quantize(self, tile: TileArray, args: QuantizeArgs, packed: ByteArray, scales: ByteArray) -> ErrorStats:
         """Write uint8 `[R, K/2]` packed values and `[R, K/16]` scale codes; the tile must be finite.
 
-        Raises MemoryBudgetError where the device has no memory even for half of the tile.
+        Raises MemoryBudgetError where the device has no memory for the statistics, or even for half of the tile.
         """
-        return self._quantize(tile, args, (packed, scales), f"{args.method}_{dtype_name(tile)}")
+        assert packed.flags.c_contiguous
+        assert scales.flags.c_contiguous
+        function = f"{FUNCTIONS.get(args.method, args.method)}_{dtype_name(tile)}"
+        width, by_rows = tile.shape[1] // BLOCK_SIZE, args.method == FEEDBACK  # whose threads take whole rows
+        known, lane, stats, done = self._known(args.statistics), self._lane, ErrorStats(), 0
+        nibbles, codes = packed.reshape(-1), scales.reshape(-1)
+        with self._working(f"a tile of {_megabytes(tile.nbytes)}"):
+            for part, places in self._parts(tile, tile.shape[1] if by_rows else BLOCK_SIZE):
+                blocks = part.size // BLOCK_SIZE
+                arguments = [*map(c_uint64, (*places, lane.stats.pointer))]
+                sizes = [c_int64(blocks)]
+                if args.statistics is not None:
+                    arguments.append(c_uint64(known))
+                    sizes += [c_int64(width), c_int64(args.statistics.rank if by_rows else done % width)]
+                lane.stream.upload(places[0], part)
+                items, threads = (blocks // width, WARP) if by_rows else (blocks, THREADS)
+                warps = self._launch(function, items, threads, (*arguments, *sizes, c_float(args.global_scale)))
+                out = nibbles[done * BLOCK_SIZE // 2 :][: part.size // 2], codes[done:][:blocks]
+                stats.add(self._finish(warps, part.size, zip(out, places[1:], strict=True)))
+                done += blocks
+        return stats
+
+    def _known(self, statistics: PreparedStatistics | None) -> int:
+        """Return where the statistics of a tile's columns lie on the device."""
+        if statistics is None:
+            return 0
+        with self._working("the statistics of an input"):
+            return self._statistics.place(statistics, self._lane.stream)
 
     def amax_each(self, data: TileArray, starts: Int64Array) -> Float32Array:
         """Return the largest magnitude of each of many small weights: the CPU is done before they could be sent."""

@@ -23,8 +23,8 @@ from mfptq.demo import write_demo
 from mfptq.errors import MemoryBudgetError, PlanMismatchError, ScaleError, SourceChangedError, UsageError
 from mfptq.execution.memory_budget import MAX_TILE, MIN_TILE, RESERVE, plan_memory, worker_bytes
 from mfptq.execution.prepare import longest_row
-from mfptq.kernels import QuantizeArgs
-from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, load_calibrated_kernel
+from mfptq.kernels import QuantizeArgs, load_kernel
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK
 from mfptq.planner import make_plan
 
 from ..conftest import SMALL, Stopped, command, command_apart, digests, sampled, stopping_at
@@ -87,14 +87,14 @@ def test_input_scales_are_those_that_compressed_tensors_computes_from_amax(decis
 @pytest.mark.parametrize("method", CALIBRATED_METHODS)
 def test_every_weight_is_what_the_kernel_makes_of_it_with_its_own_statistics(method, source, full, converted):
     before, after, calibration = stored(source), stored(converted(method)), load_calibration(full)
-    kernel = load_calibrated_kernel()
+    kernel = load_kernel()
     for columns, members in layers_of(source).values():
         for module in members:
             weight = before[f"{module}.weight"].view(torch.uint16).numpy()
-            recipe = QuantizeArgs(method, after[f"{module}.weight_global_scale"].item())
+            known, scale = calibration.statistics(module, method), after[f"{module}.weight_global_scale"].item()
             packed = np.empty((len(weight), columns // 2), np.uint8)
             scales = np.empty((len(weight), columns // 16), np.uint8)
-            kernel.quantize(weight, recipe, calibration.statistics(module, method), packed=packed, scales=scales)
+            kernel.quantize(weight, QuantizeArgs(method, scale, known), packed, scales)
             assert np.array_equal(packed, after[f"{module}.weight_packed"].numpy())
             assert np.array_equal(scales, after[f"{module}.weight_scale"].view(torch.uint8).numpy())
     calibration.close()

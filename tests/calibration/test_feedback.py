@@ -7,8 +7,8 @@ import pytest
 
 from mfptq.calibration import feedback
 from mfptq.calibration.feedback import feedback_statistics
-from mfptq.kernels import QuantizeArgs
-from mfptq.kernels.calibrated import PreparedStatistics, feedback_size, load_calibrated_kernel
+from mfptq.kernels import QuantizeArgs, load_kernel
+from mfptq.kernels.calibrated import PreparedStatistics, feedback_size
 from mfptq.nvfp4 import as_float32, dequantize, search_global_scale
 
 from ..conftest import sampled
@@ -112,8 +112,7 @@ def test_factors_that_say_more_than_the_blocks_are_survived():
 def quantized(weight, method: str, values, scale: float):
     packed = np.empty((len(weight), weight.shape[1] // 2), np.uint8)
     codes = np.empty((len(weight), weight.shape[1] // 16), np.uint8)
-    args = QuantizeArgs(method, scale)
-    load_calibrated_kernel().quantize(weight, args, PreparedStatistics(values), packed=packed, scales=codes)
+    load_kernel().quantize(weight, QuantizeArgs(method, scale, PreparedStatistics(values)), packed, codes)
     return dequantize(packed, codes, scale) - as_float32(weight)
 
 

@@ -16,8 +16,8 @@ from mfptq.kernels.calibrated import (
     SWEEPS,
     PreparedStatistics,
 )
-from mfptq.kernels.calibrated_cpu import CalibratedCpuKernel
 from mfptq.kernels.calibrated_torch import CalibratedTorchKernel
+from mfptq.kernels.cpu import CpuKernel
 from mfptq.nvfp4 import E2M1_VALUES, E4M3_VALUES, as_float32, dequantize, e2m1_encode, e4m3_encode, search_global_scale
 
 from ..calibration.files import factors_of
@@ -64,11 +64,7 @@ def statistics(method: str, x) -> PreparedStatistics:
 def quantize(kernel, weight, method: str, scale: float, found: PreparedStatistics | None):
     packed = np.full((len(weight), weight.shape[1] // 2), 0xEE, np.uint8)
     codes = np.full((len(weight), weight.shape[1] // 16), 0xEE, np.uint8)
-    if found is None:
-        stats = kernel.quantize(weight, QuantizeArgs(method, scale), packed, codes)
-    else:
-        stats = kernel.quantize(weight, QuantizeArgs(method, scale), found, packed=packed, scales=codes)
-    return packed, codes, stats
+    return packed, codes, kernel.quantize(weight, QuantizeArgs(method, scale, found), packed, codes)
 
 
 def scale_of(weight) -> float:
@@ -98,7 +94,7 @@ SHAPES = {(1, 16): "BF16", (5, 48): "F16", (64, 64): "F32", (97, 160): "BF16"}
 def test_compiled_and_torch_kernels_agree_to_the_byte(method, dtype, shape, factor):
     weight = weights(dtype, *shape)
     found, scale = statistics(method, inputs(shape[1])), float(np.float32(factor * scale_of(weight)))
-    ours = quantize(CalibratedCpuKernel(), weight, method, scale, found)
+    ours = quantize(CpuKernel(), weight, method, scale, found)
     theirs = quantize(CalibratedTorchKernel(), weight, method, scale, found)
     assert np.array_equal(ours[0], theirs[0])
     assert np.array_equal(ours[1], theirs[1])
@@ -186,7 +182,7 @@ def reference_descent(x, q, s, h):
 def test_bytes_are_those_of_the_rule(method):
     weight = weights("F32", 20, 64)
     found, scale = statistics(method, inputs(64)), scale_of(weight)
-    packed, codes, _ = quantize(CalibratedCpuKernel(), weight, method, scale, found)
+    packed, codes, _ = quantize(CpuKernel(), weight, method, scale, found)
     assert np.array_equal(dequantize(packed, codes, scale), reference(weight, method, scale, found.values))
 
 
@@ -205,7 +201,7 @@ def test_no_block_is_worse_than_search_by_the_measure_of_the_method(method, seed
         h = np.einsum("bii->bi", h)[:, :, None] * np.eye(16)
     scale = scale_of(weight)
     plain = quantize(load_kernel(), weight, "search", scale, None)
-    ours = quantize(CalibratedCpuKernel(), weight, method, scale, statistics(method, inputs(96, seed=seed)))
+    ours = quantize(CpuKernel(), weight, method, scale, statistics(method, inputs(96, seed=seed)))
     before, after = (output_errors(weight, scale, *result[:2], h) for result in (plain, ours))
     assert after.sum() < 0.97 * before.sum()
     assert (after <= before * (1 + 1e-3) + 1e-12 * before.max()).all()
@@ -216,7 +212,7 @@ def test_descent_lowers_the_error_of_the_hessian_alone():
     scale, h = scale_of(weight), hessian_of(x)
     errors = {}
     for method in ("hessian", "hessian+"):
-        packed, codes, _ = quantize(CalibratedCpuKernel(), weight, method, scale, statistics(method, x))
+        packed, codes, _ = quantize(CpuKernel(), weight, method, scale, statistics(method, x))
         errors[method] = output_errors(weight, scale, packed, codes, h)
     assert (errors["hessian+"] <= errors["hessian"] * (1 + 1e-3) + 1e-12).all()
     assert errors["hessian+"].sum() < 0.95 * errors["hessian"].sum()
@@ -225,7 +221,7 @@ def test_descent_lowers_the_error_of_the_hessian_alone():
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_and_parts_of_rows_give_the_bytes_of_the_whole(method):
     weight = weights("BF16", 70, 128)
-    found, scale, kernel = statistics(method, inputs(128)), scale_of(weight), CalibratedCpuKernel()
+    found, scale, kernel = statistics(method, inputs(128)), scale_of(weight), CpuKernel()
     packed, codes, _ = quantize(kernel, weight, method, scale, found)
     parts = [(slice(0, 3), 0, 128), (slice(60, 70), 0, 128)]
     parts += [(slice(5, 6), 32, 80)] if method in LOCAL_METHODS else []
@@ -236,7 +232,7 @@ def test_rows_and_parts_of_rows_give_the_bytes_of_the_whole(method):
         assert np.array_equal(some[1], codes[rows, start // 16 : (start + columns) // 16])
 
 
-@pytest.mark.parametrize("kernel", [CalibratedCpuKernel, CalibratedTorchKernel])
+@pytest.mark.parametrize("kernel", [CpuKernel, CalibratedTorchKernel])
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_are_positive_and_dead_blocks_have_the_scale_of_zero(method, kernel):
     weight = weights("F32", 8, 64)
@@ -261,7 +257,7 @@ def test_a_dead_channel_is_quantized_as_by_search():
     x = inputs(64)
     x[:, :] = 0
     for method in METHODS:
-        packed, codes, _ = quantize(CalibratedCpuKernel(), weight, method, scale, statistics(method, x))
+        packed, codes, _ = quantize(CpuKernel(), weight, method, scale, statistics(method, x))
         same = codes == plain[1]
         assert same.mean() > 0.9  # four more offsets may win
         assert output_errors(weight, scale, packed, codes, np.tile(np.eye(16), (4, 1, 1))).sum() <= (

@@ -18,7 +18,7 @@ from llvmlite import binding, ir
 
 from mfptq.calibration.feedback import feedback_statistics
 from mfptq.kernels import QuantizeArgs, WeightBatch, compiling, load_kernel
-from mfptq.kernels.calibrated import FEEDBACK, FUNCTIONS, LOCAL_METHODS, PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import FEEDBACK, FUNCTIONS, LOCAL_METHODS, PreparedStatistics
 from mfptq.kernels.calibrated_blocks import ColumnStatistics, calibrated, signed_values
 from mfptq.kernels.compiling import CpuFunctions, _target, has_fused, optimized, origin
 from mfptq.kernels.cpu import CACHED_BYTES
@@ -256,13 +256,12 @@ def test_one_lane_has_the_bytes_of_sixteen(
     name = f"one_{FUNCTIONS[method]}_{dtype}"  # a name of its own: LLVM's engine knows functions by their names
     for factor in (2.0**13, 1234.5, 3e5):
         results = []
-        for kernel in (None, load_calibrated_kernel("cpu")):
+        for kernel in (None, load_kernel("cpu")):
             packed, codes = np.full((1, columns // 2), 0xEE, np.uint8), np.full((1, 20), 0xEE, np.uint8)
             if kernel is None:
                 functions[name](*(each.ctypes.data for each in (weight, packed, codes, values)), 20, factor)
             else:
-                args = QuantizeArgs(method, factor)
-                kernel.quantize(weight, args, PreparedStatistics(values), packed=packed, scales=codes)
+                kernel.quantize(weight, QuantizeArgs(method, factor, PreparedStatistics(values)), packed, codes)
             results.append((packed.tobytes(), codes.tobytes()))
         assert results[0] == results[1]
 
@@ -303,7 +302,6 @@ def test_one_lane_has_the_bytes_of_sixteen_with_feedback(
         ours, theirs = ((np.full((1, 160), 0xEE, np.uint8), np.full((1, 20), 0xEE, np.uint8)) for _ in range(2))
         places = (each.ctypes.data for each in (weight, *ours, records))
         functions[f"one_row_{dtype}"](*places, 20, rank, factor)
-        args, known = QuantizeArgs(FEEDBACK, factor), PreparedStatistics(records)
-        load_calibrated_kernel("cpu").quantize(weight, args, known, packed=theirs[0], scales=theirs[1])
+        load_kernel("cpu").quantize(weight, QuantizeArgs(FEEDBACK, factor, PreparedStatistics(records)), *theirs)
         assert np.array_equal(ours[0], theirs[0])
         assert np.array_equal(ours[1], theirs[1])

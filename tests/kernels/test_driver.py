@@ -6,6 +6,7 @@ import ctypes
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,6 @@ from mfptq.kernels.calibrated import (
     FUNCTIONS,
     PreparedStatistics,
     feedback_size,
-    load_calibrated_kernel,
 )
 from mfptq.kernels.driver import SIGNATURES, Device, DeviceMemoryError, DeviceStream, Driver, DriverError
 from mfptq.kernels.fp8 import quantize_fp8
@@ -171,7 +171,7 @@ def by_statistics(values: np.ndarray, args: QuantizeArgs, known: list[int], out:
     whole = np.zeros((rows, width * 16), values.dtype)
     whole.reshape(-1)[first * 16 : first * 16 + values.size] = values
     packed, codes = np.zeros((rows, width * 8), np.uint8), np.zeros((rows, width), np.uint8)
-    found = load_calibrated_kernel("cpu").quantize(whole, args, statistics, packed=packed, scales=codes)
+    found = load_kernel("cpu").quantize(whole, replace(args, statistics=statistics), packed, codes)
     found.zero_blocks -= rows * width - values.size // 16
     out[0][:] = packed.reshape(-1)[first * 8 : first * 8 + out[0].size]
     out[1][:] = codes.reshape(-1)[first : first + out[1].size]
@@ -299,9 +299,8 @@ def test_less_memory_than_a_tile_needs(library: FakeLibrary) -> None:
 
 def test_devices_that_cannot_be_used(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda:", "cuda:x", "cuda:-1", "cuda0", "cuda:99999", "mps", "xpu", "cpu:0", "CUDA", ""):
-        for load in (load_kernel, load_calibrated_kernel):
-            with pytest.raises(UsageError, match=r"is unknown, expected cpu, cuda, cuda:N or auto"):
-                load(name)
+        with pytest.raises(UsageError, match=r"is unknown, expected cpu, cuda, cuda:N or auto"):
+            load_kernel(name)
     with monkeypatch.context() as patch:
         patch.setattr("mfptq.kernels.has_compiler", lambda: False)
         with pytest.raises(UsageError, match="device 'cuda' needs llvmlite: install it, or use cpu"):
@@ -326,9 +325,9 @@ def prepared(method: str, columns: int) -> PreparedStatistics:
 
 
 def by_input(device: str, weight: np.ndarray, method: str, statistics: PreparedStatistics) -> tuple:
-    kernel, (rows, columns) = load_calibrated_kernel(device), weight.shape
+    kernel, (rows, columns) = load_kernel(device), weight.shape
     packed, codes = np.empty((rows, columns // 2), np.uint8), np.empty((rows, columns // 16), np.uint8)
-    stats = kernel.quantize(weight, QuantizeArgs(method, 512.0), statistics, packed=packed, scales=codes)
+    stats = kernel.quantize(weight, QuantizeArgs(method, 512.0, statistics), packed, codes)
     found = pytest.approx(sums(stats)) if device == "cpu" else sums(stats)
     return packed.tobytes(), codes.tobytes(), counts(stats), found
 
@@ -363,11 +362,11 @@ def test_half_of_a_tile_is_of_whole_rows_where_they_are_taken_whole(library: Fak
 
 
 def test_statistics_are_sent_once_and_go_with_their_input(library: FakeLibrary) -> None:
-    kernels, statistics, weight = [load_calibrated_kernel("cuda")], prepared("hessian", 256), tile("F32", 40, 256)
+    kernels, statistics, weight = [load_kernel("cuda")], prepared("hessian", 256), tile("F32", 40, 256)
     packed, codes = np.empty((40, 128), np.uint8), np.empty((40, 16), np.uint8)
 
     def quantize(part: PreparedStatistics) -> None:
-        kernels[0].quantize(weight, QuantizeArgs("hessian", 512.0), part, packed=packed.copy(), scales=codes.copy())
+        kernels[0].quantize(weight, QuantizeArgs("hessian", 512.0, part), packed.copy(), codes.copy())
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(quantize, [statistics.part(0, 256) for _ in range(20)]))

@@ -16,7 +16,7 @@ from mfptq.encodings.codes import CODE_FORMATS
 from mfptq.errors import MemoryBudgetError, UsageError
 from mfptq.fp8 import Segments, minmax_scales, search_scales
 from mfptq.kernels import Kernel, QuantizeArgs, load_kernel
-from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, PreparedStatistics, load_calibrated_kernel
+from mfptq.kernels.calibrated import CALIBRATED_METHODS, FEEDBACK, PreparedStatistics
 from mfptq.kernels.choice import cuda_devices
 from mfptq.kernels.driver import Driver
 
@@ -79,10 +79,10 @@ def test_calibrated_bytes_and_statistics_are_those_of_the_cpu(method, dtype, sha
     weight, more = weights(dtype, *shape), 0 if method == FEEDBACK else 16
     statistics = prepared(method, shape[1] + 2 * more).part(more, shape[1])
     results = []
-    for kernel in (load_calibrated_kernel("cpu"), load_calibrated_kernel("cuda")):
+    for kernel in (load_kernel("cpu"), load_kernel("cuda")):
         packed = np.full((shape[0], shape[1] // 2), 0xEE, np.uint8)
         codes = np.full((shape[0], shape[1] // 16), 0xEE, np.uint8)
-        stats = kernel.quantize(weight, QuantizeArgs(method, global_scale), statistics, packed=packed, scales=codes)
+        stats = kernel.quantize(weight, QuantizeArgs(method, global_scale, statistics), packed, codes)
         results.append((packed, codes, stats))
     (packed, codes, stats), (gpu_packed, gpu_codes, gpu_stats) = results
     assert np.array_equal(codes, gpu_codes)
