@@ -225,9 +225,11 @@ def convert(  # noqa: PLR0913 - one keyword for each option of the command
 
     `source` is a folder in Hugging Face layout or a Hub repo id, `destination` a folder that does not exist, is empty,
     or holds a run with the same decisions: an unfinished one is resumed, a finished one checked and left as it is. The
-    decisions are the keywords that `Decisions` describes. `max_memory` is a ceiling for the whole process, in bytes or as "2GB"; what a calling program already holds
-    does not count. `max_workers` are threads, one for each core by default. `device` is `cpu`, `cuda[:N]` or `auto`.
-    `overwrite` discards an existing output of mfptq. `on_event` is called in this thread with `Planned`, `Advanced`, and
+    decisions are the keywords that `Decisions` describes.
+
+    `max_memory` is a ceiling for the whole process, in bytes or as "2GB"; what a calling program already holds does not
+    count. `max_workers` are threads, one for each core by default. `device` is `cpu`, `cuda[:N]` or `auto`. `overwrite`
+    discards an existing output of mfptq. `on_event` is called in this thread with `Planned`, `Advanced`, and
     `ShardFinished`. `executor` says what does the work: by default threads of this process; `RayExecutor` a cluster, where
     memory and threads are those of each task.
 

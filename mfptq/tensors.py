@@ -105,8 +105,9 @@ def quantize_state_dict(
 ) -> dict[str, Array]:
     """Return `state` with `<module>.weight` of the given modules replaced by their NVFP4 tensors.
 
-    `quantization_config` returns what config.json must say of them. Fused partners among `modules` share their global scale. Global scales come as float32 `[1]`, torch or numpy like the
-    weight. Raises UsageError for a module that `state` does not hold, and what `quantize_nvfp4` raises.
+    `quantization_config` returns what config.json must say of them. Fused partners among `modules` share their global scale.
+    Global scales come as float32 `[1]`, torch or numpy like the weight. Raises UsageError for a module that `state` does not
+    hold, and what `quantize_nvfp4` raises.
     """
     modules = list(modules)
     missing = [module for module in modules if module + WEIGHT_SUFFIX not in state]

@@ -1,11 +1,11 @@
-"""Sizes: what people write is understood, what is shown is rounded to the side that is true."""
+"""Sizes and times: what people write is understood, what is shown is rounded to the side that is true."""
 
 from __future__ import annotations
 
 import pytest
 
 from mfptq.errors import UsageError
-from mfptq.sizes import parse_size, size_text
+from mfptq.sizes import duration, parse_size, size_text
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,8 @@ def test_sizes_that_are_none(text: str) -> None:
 )  # fmt: skip
 def test_sizes_are_shown_with_three_digits(size: int, text: str, up: str) -> None:
     assert (size_text(size), size_text(size, up=True)) == (text, up)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.1, "1 s"), (61, "61 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -36,8 +36,9 @@ def source_card(source: Source) -> str:
 def finish(
     plan: ConversionPlan, out: Destination, patterns: Mapping[str, ErrorStats], card: str, *, gone: Collection[str] = ()
 ) -> dict[str, str]:
-    """Write companions, report, card, index, manifest and config, and return the SHA-256 of every file by name; `card` is the model card's text, `gone` names
-    shards that were uploaded and are not here any more.
+    """Write companions, report, card, index, manifest and config, and return the SHA-256 of every file by name.
+
+    `card` is the model card's text; `gone` names shards that were uploaded and are not here any more.
 
     Raises VerificationError, before config.json is there, for a shard that the safetensors library refuses.
     """

@@ -12,7 +12,6 @@ from mfptq.checking import unloadable
 from mfptq.cli.main import main
 from mfptq.cli.plan_text import ranges
 from mfptq.engines.findings import Finding
-from mfptq.sizes import duration
 from tests.conftest import command
 
 
@@ -32,11 +31,6 @@ from tests.conftest import command
 )
 def test_ranges(numbers: list[int], text: str) -> None:
     assert ranges(numbers) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.1, "1 s"), (61, "61 s"), (600, "10 min"), (9000, "2.5 h")])
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("columns", [60, 100])
@@ -122,3 +116,10 @@ def test_the_library_judges_a_plan(source: Path) -> None:
         path.unlink()
     with mfptq.plan(source) as plan:
         assert {finding.code for finding in plan.check(engines=["vllm"])} == {"no-tokenizer"}
+
+
+def test_a_plan_of_an_nvfp4_source_quantizes_nothing_anew(source: Path, tmp_path: Path) -> None:
+    assert command("convert", source, tmp_path / "out", "-q").returncode == 0
+    told = " ".join(command("plan", tmp_path / "out", "--no-estimate").stdout.split())
+    assert "NVFP4A16 (W4A16), nothing quantized anew" in told
+    assert "4.51 bits per FP4 weight" in told, "codes, block scales, and what a small model's global scales add"
