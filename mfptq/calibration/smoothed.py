@@ -1,7 +1,7 @@
-"""Say what the statistics of an input become when its channels are divided by powers of two, without another pass.
+"""Compute the statistics of an input whose channels are divided by powers of two, without another pass.
 
-Called by `calibration.reading`. Moments follow exactly. The largest magnitude is estimated, since the file has one for all
-channels together.
+Called by `calibration.reading` and `smoothing.plan`. Moments follow exactly. The largest magnitude is estimated, since the file
+has one for all channels together.
 """
 
 from __future__ import annotations

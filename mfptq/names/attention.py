@@ -1,4 +1,7 @@
-"""Names around attention layers: which module makes keys, and which layer a scale of the key-value cache belongs to."""
+"""Find attention layers by name: the modules that make keys, and the layer that a scale of the key-value cache belongs to.
+
+Called by `planning.cache_scales`, `encodings.contents`, `observation` and what reads outputs.
+"""
 
 from __future__ import annotations
 

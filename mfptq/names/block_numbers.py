@@ -1,6 +1,6 @@
-"""Say where a decoder's blocks are not those that config.json tells: a model that was cut, or whose config was not.
+"""Warn where a decoder's blocks are not those of config.json: a model that was cut, or whose config was not.
 
-Engines build as many blocks as config.json says, and number them from 0. The plan warns with it; nothing else depends on it.
+Called by `planning.plan`; nothing else depends on it. Engines build as many blocks as config.json says, numbered from 0.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from .wrappers import logical
 
 
 def block_warnings(structure: Structure, modules: Iterable[str]) -> tuple[str, ...]:
-    """Return a line for each way in which config.json and the numbers of a decoder's blocks disagree; `modules` are the quantized ones.
+    """Return a line for each way in which config.json and the numbers of a decoder's blocks disagree.
 
-    A stack without any of them is none that config.json speaks of.
+    `modules` are the quantized ones: a stack without any of them is none that config.json speaks of.
     """
     stacks = {block.stack for name in modules if (block := block_of(logical(name))) is not None}
     decoders = {stack: blocks for stack, blocks in structure.decoders().items() if stack in stacks}

@@ -1,8 +1,8 @@
-"""Names of input scales: what kind a suffix stands for, and which module of the source a written name means.
+"""Bridge names of input scales: find the kind of scale by its suffix, and the source's module that a written name means.
 
-The same model is named `model.language_model.layers.0...`, `language_model.model.layers.0...`, `model.layers.0...` or
-`layers.0...` by different tools. Names that are equal are the same module; of the others, one written name and one
-module are the same if they agree without these prefixes and nothing else does.
+Called by `scales`, and by `cli` for the kinds. The same model is named `model.language_model.layers.0...`,
+`language_model.model.layers.0...`, `model.layers.0...` or `layers.0...` by different tools. Names that are equal are the same
+module; of the others, one written name and one module are the same if they agree without these prefixes and nothing else does.
 """
 
 from __future__ import annotations

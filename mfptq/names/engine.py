@@ -1,7 +1,8 @@
-"""The names of the layers that engines build for a tensor: for `ignore`, `targets`, checks of an output, and input scales.
+"""Name the layers that engines build for a tensor: for `ignore`, `targets`, checks of an output, and input scales.
 
-Engines build routed experts under `<experts>.<number>.<projection>`, however a checkpoint stores them. What they rename
-by a table of their own (`model.language_model.` to `language_model.model.`) they rename in config.json too.
+Called by every stage that asks what an expert is. Engines build routed experts under `<experts>.<number>.<projection>`, however
+a checkpoint stores them. What they rename by a table of their own (`model.language_model.` to `language_model.model.`) they
+rename in config.json too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The one table of layer names, `leaves.tsv`, and its views: which leaves are linear, what is kept, what engines fuse.
+"""Read the one table of layer names, `leaves.tsv`: which leaves are linear, what is kept, what engines fuse.
 
-The rules of a plan, the fused layers and the `ignore` list read it. It says nothing of where a layer lies in a model: that
-is for `structure.py`.
+Called by the rules of a plan, `fusion` and the `ignore` list. A leaf is the last part of a module's name. Where a layer lies in
+its model is for `structure` to say.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def fused_into(leaf: str, siblings: frozenset[str]) -> Mapping[str, bool]:
 
 
 def parent_and_leaf(module: str) -> tuple[str, str]:
-    """Return a module's parent and its name in the table; some are named with a module that lies between (`indexer.index_qk_proj`)."""
+    """Return a module's parent and its name in the table, of a few with the module between them: `indexer.index_qk_proj`."""
     parent, _, leaf = module.rpartition(".")
     between = _BELOW.get(leaf)
     if between is not None and parent.rpartition(".")[2] == between:

@@ -1,4 +1,4 @@
-"""Facts of model types whose norms are known: what a norm's weight is added to, and which norm the MLP reads.
+"""Hold the facts of model types whose norms are known: what a norm's weight is added to, and which norm the MLP reads.
 
 Called by `scales.uncalibrated` and `smoothing`. A type that is not here is not known: nothing is guessed for it.
 """

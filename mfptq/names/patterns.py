@@ -1,7 +1,7 @@
-"""Patterns over module names, with compressed-tensors' meaning: a literal name, or `re:` and a regex matched from the start.
+"""Match patterns over module names, as compressed-tensors does: a literal name, or `re:` and a regex matched from the start.
 
-A user's regex may explode (`(a+)+$`). Python cannot stop a match from another thread, so a regex that may take long runs in
-a process of its own that is ended when its time is up.
+Called wherever a user gives patterns. A user's regex may explode (`(a+)+$`). Python cannot stop a match from another thread, so
+a regex that may take long runs in a process of its own that is ended when its time is up.
 """
 
 from __future__ import annotations

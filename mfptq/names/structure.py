@@ -1,6 +1,8 @@
 """Find where a module lies in its model: inside a block of the decoder, in a draft layer, or outside.
 
-Called by `planning.rules`, once for a checkpoint. Reads names, shapes and config.json only. A decoder is a numbered stack of blocks (`model.layers.0`, `transformer.h.0`, `encoder.block.0`) of the length and the
+Called by `planning.rules`, once for a checkpoint. Reads names, shapes and config.json only.
+
+A decoder is a numbered stack of blocks (`model.layers.0`, `transformer.h.0`, `encoder.block.0`) of the length and the
 width that config.json names. Everything else is kept: a name that nobody has seen costs size, not function. Names decide
 only where config.json tells nothing, and for other modalities' towers, which may be as deep as the decoder.
 """

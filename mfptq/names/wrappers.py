@@ -1,6 +1,6 @@
-"""Names that training tools put around a model's own: taken off before any rule, fusion or scale looks at a name.
+"""Take off the names that training tools put around a model's own, before any rule, fusion or scale looks at a name.
 
-The tensors keep the names that they have in the source.
+Called by all that decides by name. The tensors of an output keep the names that they have in the source.
 """
 
 from __future__ import annotations

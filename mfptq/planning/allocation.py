@@ -2,8 +2,8 @@
 
 Called by `execution.size_target`, which finds sizes and errors. Pure and deterministic: the same numbers give the same choice.
 
-Errors of units add up, since rounding errors of different layers are independent of each other. So the best choice goes
-along the concave frontier of each unit: of all steps to a larger format, those that remove the most error for a byte come first.
+Errors of units add up, since rounding errors of different layers are independent of each other. So the best choice goes along
+the concave frontier of each unit: of all steps to a larger format, those that remove the most error for a byte come first.
 """
 
 from __future__ import annotations

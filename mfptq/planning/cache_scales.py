@@ -1,7 +1,7 @@
 """Find the scales of an FP8 cache of keys and values: from a calibration file's ranges, or the source's own.
 
-Called by `building`. Reads the source's scales, nothing else. A scale is the factor that engines multiply by: the largest magnitude over 448. They look for
-`<attention>.k_scale` and `<attention>.v_scale`, and take 1.0 for a layer that has none.
+Called by `building`. Reads the source's scales, nothing else. A scale is the factor that engines multiply by: the largest
+magnitude over 448. They look for `<attention>.k_scale` and `<attention>.v_scale`, and take 1.0 for a layer that has none.
 """
 
 from __future__ import annotations

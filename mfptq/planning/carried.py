@@ -1,8 +1,8 @@
 """Take over weights that are NVFP4 in the source, with the scales that they and their fused partners share.
 
-Called by `weight_targets`. Reads global and input scales; never changes a code. A scale of ModelOpt multiplies and becomes 1/x;
-partners with unequal scales take the smallest, and their block scales are rounded anew, which engines would otherwise do
-silently, or not at all.
+Called by `weight_targets`. Reads global and input scales, and never changes the codes of values. A scale of ModelOpt multiplies
+and becomes 1/x. Partners with unequal scales take the smallest, and their block scales are rounded anew, which engines would
+otherwise do silently, or not at all.
 """
 
 from __future__ import annotations

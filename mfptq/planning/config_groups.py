@@ -1,4 +1,4 @@
-"""Config groups of a checkpoint with several formats: which layers are which, told to engines by patterns over names.
+"""Make the config groups of a checkpoint with several formats: patterns over names tell engines which layer has which.
 
 Called by `quantization_config`. Engines look a layer up under its own name, under the name of the layer that it is fused
 into, and under names with another prefix than the checkpoint's; so a pattern matches both names, and begins with `.*`.
@@ -71,10 +71,10 @@ def quantized_layers(groups: Iterable[FusedGroup], format_of: Mapping[str, Targe
 def config_groups(layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
     """Return the groups of a config, a format each; raises RuleError where names cannot tell the formats apart.
 
-    Patterns are as short as they may be: by the last names of a layer, with the
-    numbers of decoder layers where these differ, with what is above those where that differs too.
+    Patterns are as short as they may be: the last names of a layer, with the numbers of decoder layers where these differ, with
+    what is above those where that differs too.
     """
-    layers = _kinds(layers)
+    layers = _distinct(layers)
     formats = list(dict.fromkeys(layer.format for layer in layers))
     wrong = layers[0]
     for depth in (0, 1, 2, 3):
@@ -89,7 +89,7 @@ def config_groups(layers: Sequence[Layer]) -> dict[str, dict[str, Any]]:
     )
 
 
-def _kinds(layers: Iterable[Layer]) -> list[Layer]:
+def _distinct(layers: Iterable[Layer]) -> list[Layer]:
     """Return one layer of each path and format: patterns do not tell the experts of a layer apart, of which there are many."""
     found: dict[tuple[_Path, str], Layer] = {}
     for layer in layers:
@@ -107,8 +107,10 @@ def _path(name: str) -> _Path:
 
 
 def _targets(target: TargetFormat, layers: Sequence[Layer], depth: int) -> list[str]:
-    """Return the patterns of the layers of one format; `depth` 1 adds numbers of layers where needed, 2 also what is above,
-    3 numbers everywhere: then nothing longer ends alike, as `attention.output.dense` does with `output.dense`.
+    """Return the patterns of the layers of one format, the longer the larger `depth` is.
+
+    1 adds numbers of layers where needed, 2 also what is above, 3 numbers everywhere: then nothing longer ends alike, as
+    `attention.output.dense` does with `output.dense`.
     """
     own = [layer for layer in layers if layer.format is target]
     leaves: dict[tuple[str, str, str, frozenset[str]], list[str]] = {}

@@ -1,6 +1,6 @@
-"""The default fate of a tensor: inside a decoder block, what is known to be a linear layer becomes FP4; the rest stays.
+"""Decide about a tensor by default: known linear layers inside the decoder's blocks are quantized, the rest is kept.
 
-`rules.py` asks here for whatever the user's patterns do not decide.
+Called by `rules` for what the user's patterns do not decide, and by `kept_codes`. Looks at names, shapes and config.json only.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class Defaults:
         return f"a layer that is always kept ({line.reason})" if line.role == "plain" else UNLOADABLE.get(line.role, "")
 
     def _lines(self, name: str) -> tuple[Leaf, ...]:
-        kind = name_pattern(name, "0")
-        if kind not in self._known:
-            self._known[kind] = kept_by(kind)
-        return self._known[kind]
+        pattern = name_pattern(name, "0")
+        if pattern not in self._known:
+            self._known[pattern] = kept_by(pattern)
+        return self._known[pattern]
 
     def _beside(self, item: Candidate) -> Beside:
         sizes = self.structure.sizes

@@ -1,7 +1,7 @@
 """Choose a format for every weight that is quantized: what the user asked for, else the base format.
 
-Called by `building.build_plan` after `rules.select` has decided what is quantized. A fused layer has one format, and so have all
-routed experts of a layer, since an engine asks for theirs once.
+Called by `building`; `rules` decides what is quantized. A fused layer has one format, and so have all routed experts of a
+layer, since an engine asks for theirs once: what would split one is refused.
 """
 
 from __future__ import annotations

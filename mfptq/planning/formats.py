@@ -1,7 +1,7 @@
-"""The formats that a weight may be given: what tensors it becomes, what config.json says of it, and which engines read it.
+"""Define the formats that a weight may be given: its tensors, its entry in config.json, and the engines that read it.
 
-One table, which planning, execution, verification and reports follow; `execution.families` has the arithmetic of each family.
-Only formats that both vLLM and SGLang load are here: SGLang reads no MXFP8, and MXFP4 in experts only.
+One table for planning, execution, verification and reports; `execution.families` has the arithmetic of each family. Only
+formats that both vLLM and SGLang load are here: SGLang reads no MXFP8, and MXFP4 in experts only.
 """
 
 from __future__ import annotations
@@ -151,10 +151,8 @@ FORMATS: Mapping[str, TargetFormat] = {
 
 # What tells engines to keep keys and values in FP8; the only one that both vLLM and SGLang read.
 KV_CACHE_SCHEMES: Mapping[str, Mapping[str, Any]] = {
-    "fp8": {
-        "num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "strategy": "tensor", "dynamic": False,
-    },
-}  # fmt: skip
+    "fp8": {**_FP8, "strategy": "tensor", "dynamic": False},
+}
 
 
 def format_named(name: str) -> TargetFormat:

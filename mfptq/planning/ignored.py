@@ -1,7 +1,7 @@
 """Make the `ignore` list of config.json: what is kept, under the names that engines build it under.
 
-Called by `quantization_config`. Engines and transformers rename modules while they load, so that a name on disk may be missed: patterns that leave out what is
-renamed stand before the names. A pattern that matches anything quantized is never listed.
+Called by `quantization_config`. Engines and transformers rename modules while they load, so that a name on disk may be missed:
+patterns that leave out what is renamed stand before the names. A pattern that matches anything quantized is never listed.
 """
 
 from __future__ import annotations
@@ -144,7 +144,10 @@ def _block_patterns(missed: Iterable[str], structure: Structure, quantized: Coll
 
 
 def _part_pattern(stack: str, quantized: Collection[str]) -> str:
-    """Return a pattern for the largest part of the model that has a stack and nothing quantized: transformers changes names inside."""
+    """Return a pattern for the largest part of the model that has a stack and nothing quantized.
+
+    transformers changes names inside of such parts.
+    """
     parts = stack.split(".")
     parents = [".".join(parts[:end]) for end in range(1, len(parts))]
     part = next((each for each in parents if not any(name.startswith(f"{each}.") for name in quantized)), stack)

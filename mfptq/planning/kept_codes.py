@@ -1,7 +1,7 @@
 """Let weights that are kept stay FP8, bit for bit, where the source stores them so and engines load that.
 
-Called by `planning.building`, once everything else is decided. Such a weight gets the format of the table that takes its codes as
-they are, and so a config group, as if a rule had asked for it. All other kept weights that are stored as codes are widened.
+Called by `building`, once everything else is decided. Such a weight gets the format of the table that takes its codes as they
+are, and so a config group, as if a rule had asked for it. All other kept weights that are stored as codes are widened.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """List the tensors of an output shard and the order in which they lie in its file.
 
-`TargetFormat.tensors` is the only place that says what a weight becomes: the plan lays out what it lists, and a job takes
-the places in the same order. A tensor added there gets its place; one that no job writes stops the run, since a shard is
-complete only when every byte of it was written.
+Called by `building`. `TargetFormat.tensors` is the only place that says what a weight becomes: the plan lays out what it lists,
+and a job takes the places in the same order. A tensor added there gets its place; one that no job writes stops the run, since
+a shard is complete only when every byte of it was written.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ class PlannedTensor(NamedTuple):
 class ConversionPlan:
     """Everything that will happen. `digests` names what the output depends on: source, settings and scales.
 
-    `allocation` is the choice of formats for a size, where one was asked for. Frozen, and safe to read from several threads. Holds files of the source open, and the calibration file: `close` it.
+    `allocation` is the choice of formats for a size, where one was asked for. Frozen, and safe to read from several threads.
+    Holds files of the source open, and the calibration file: `close` it.
     """
 
     checkpoint: Checkpoint

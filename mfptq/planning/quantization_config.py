@@ -1,7 +1,8 @@
 """Write config.json and the index as text: what an engine reads to understand the tensors.
 
-Called by `building`, and by `tensors` for pipelines of one's own. The keys are those that compressed-tensors 0.20 writes and that 0.17 and later accept; unknown keys inside `weights` or
-`input_activations` would be refused by the versions that vLLM and SGLang pin.
+Called by `building`, and by `tensors` for pipelines of one's own. The keys are those that compressed-tensors 0.20 writes and
+that 0.17 and later accept; unknown keys inside `weights` or `input_activations` would be refused by the versions that vLLM and
+SGLang pin.
 """
 
 from __future__ import annotations

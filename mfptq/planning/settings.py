@@ -120,7 +120,7 @@ class Settings:
 
     @property
     def is_auto(self) -> bool:
-        """Whether the method is left open: then MXFP4 keeps its codes, while a method that is asked for holds for every weight."""
+        """Whether the method is left open: then MXFP4 keeps its codes; one that is asked for holds for every weight."""
         return self.method in (None, "auto")
 
     def resolve_scheme(self, *, with_input: bool) -> Scheme:

@@ -1,4 +1,7 @@
-"""The size that an output shall have, as it is asked for: in bits for each quantized weight, or in bytes of its files."""
+"""Check the size that an output shall have: in bits for each quantized weight, or in bytes of its files.
+
+Called by `settings`, `conversion` and the command line; `execution.size_target` finds the formats for it. Reads no file.
+"""
 
 from __future__ import annotations
 

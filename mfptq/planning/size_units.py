@@ -1,4 +1,4 @@
-"""The layers that share a format, what each format costs them, and how much their errors matter.
+"""Find the layers that share a format, what each format costs them, and how much their errors matter.
 
 Called by `execution.size_target`. Reads no weight: errors of formats are found by `execution.format_errors`.
 """

@@ -1,6 +1,6 @@
 """Tell whether a weight that is stored as codes can go over into a format without being decoded.
 
-Called while planning, and by `comparison.stored_weights`, which then compares codes.
+Called while planning, and by `comparison.stored_weights`, which then compares codes. Looks at no code.
 """
 
 from __future__ import annotations

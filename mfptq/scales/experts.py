@@ -1,4 +1,4 @@
-"""Tell input scales that no calibration gave, and fill those of routed experts that it never reached.
+"""Recognize input scales that no calibration gave, and fill those of routed experts that it never reached.
 
 Called by `scales.assignment` for scales that are given, and by `planning.carried` for those of a source that is NVFP4.
 """

@@ -1,8 +1,10 @@
 """Read another quantized checkpoint of the same model: its choice of layers and their input scales, whichever tool wrote it.
 
+Called by `planner` and `calibration.extract`; `planning.rules` asks for the choice. Reads headers and scales, never weights.
+
 llm-compressor, AutoRound and mfptq write `<module>.weight_packed` U8 `[N, K/2]`, ModelOpt `<module>.weight` U8, or for a
 stack of experts `<stack>` U8 `[E, N, K/2]` with `<stack>_weight_scale`; the block scales are E4M3 in all of them. FP8 layers
-are `<module>.weight` F8_E4M3 with a scale beside it. Called by `planner` and `calibration.extract`; `planning.rules` asks for the choice. Reads headers and scales, never weights.
+are `<module>.weight` F8_E4M3 with a scale beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _WEIGHT_AND_SCALE = ((".weight_packed", ".weight_scale"), (WEIGHT_SUFFIX, ".weig
 
 @dataclass(frozen=True, slots=True)
 class SiblingLayers:
-    """The NVFP4 and FP8 layers of a checkpoint, as it names them, with their columns K; `scales` is None if it is weight-only."""
+    """The NVFP4 and FP8 layers of a checkpoint, as it names them, with their columns K; `scales` is None if weight-only."""
 
     origin: str
     layers: Mapping[str, int]

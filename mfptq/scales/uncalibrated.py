@@ -1,8 +1,9 @@
-"""Input scales without a calibration pass: a bound where the structure gives one for certain, a safe constant elsewhere.
+"""Bound input scales without a calibration pass, where the structure gives a bound for certain; a safe constant elsewhere.
 
-Called by `planner` and `planning.weight_targets` for `input_scales="auto"`. Too large a scale clips, which ruins a layer; a small one costs nothing as
-long as block scales stay normal E4M3 numbers, which have 14 octaves. So every scale here is a power of two on the low side.
-Reads the weights of norms, nothing else.
+Called by `planner` and `planning.weight_targets` for `input_scales="auto"`. Reads the weights of norms, nothing else.
+
+Too large a scale clips, which ruins a layer; a small one costs nothing as long as block scales stay normal E4M3 numbers, which
+have 14 octaves. So every scale here is a power of two on the low side.
 """
 
 from __future__ import annotations
