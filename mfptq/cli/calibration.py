@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
-from typing import get_args
 
 import click
 
-from ..names.bridge import ScaleKind
+from ..names.bridge import SCALE_KINDS
 from .groups import Commands
 from .options import json_option
 
@@ -68,7 +67,7 @@ def show(file: Path, as_json: bool) -> None:
 @calibration.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @_OUTPUT
-@click.option("--kind", type=click.Choice(get_args(ScaleKind)), help="What bare numbers are.")
+@click.option("--kind", type=click.Choice(SCALE_KINDS), help="What bare numbers are.")
 @_OVERWRITE
 def extract(checkpoint: Path, output: Path, kind: str | None, overwrite: bool) -> None:
     """Take the input ranges out of an NVFP4 CHECKPOINT of llm-compressor, AutoRound or ModelOpt.

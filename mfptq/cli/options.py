@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from ..errors import UsageError
-from ..names.bridge import ScaleKind
+from ..names.bridge import SCALE_KINDS
 
 if TYPE_CHECKING:
     from ..planning.settings import Decisions
@@ -109,9 +109,7 @@ rule_options = together(
         default=None,
         help="With --calibration: scale outlier channels of the inputs into the weights. By default for W4A4 by --method auto.",
     ),
-    click.option(
-        "--input-scales-kind", type=click.Choice(get_args(ScaleKind)), help="What the numbers of --input-scales are."
-    ),
+    click.option("--input-scales-kind", type=click.Choice(SCALE_KINDS), help="What the numbers of --input-scales are."),
 )
 
 # Which format each layer gets, from options or from a recipe.

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .engine import stack_names
 from .wrappers import logical
 
 ScaleKind = Literal["input_global_scale", "input_scale", "amax"]
+SCALE_KINDS: tuple[ScaleKind, ...] = get_args(ScaleKind)
 
 # Longest first, so that none hides another. ModelOpt joins the suffix of a stacked tensor by an underscore.
 SUFFIXES: Mapping[str, ScaleKind] = {

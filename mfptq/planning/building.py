@@ -16,8 +16,7 @@ from ..checkpoint.weights import candidates
 from ..encodings.contents import read_contents
 from ..names.adapters import check_merged
 from ..names.config_sizes import read_sizes
-from ..scales.input_scales import InputScales
-from ..scales.uncalibrated import UncalibratedInputs
+from ..scales.uncalibrated import InputScaleSource
 from ..storage.digest import text_sha256
 from .cache_scales import cache_scales
 from .carried import has_input_scales
@@ -42,7 +41,7 @@ PLAN_FORMAT = 7  # of the bytes that a plan stands for: another number where the
 def build_plan(
     checkpoint: Checkpoint,
     settings: Settings,
-    scales: InputScales | UncalibratedInputs | None = None,
+    scales: InputScaleSource | None = None,
     calibration: Calibration | None = None,
 ) -> ConversionPlan:
     """Return the plan of a conversion; reads nothing but what is held already, and norms for uncalibrated scales.

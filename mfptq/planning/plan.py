@@ -71,12 +71,12 @@ class ConversionPlan:
     config_text: str
     index_text: str | None
     digests: Mapping[str, str]
+    cache_scales: CacheScales
     _weights: Mapping[str, Weight] = field(repr=False)
     _group_of: Mapping[str, FusedGroup] = field(repr=False)
     _runs: Mapping[str, tuple[WeightRun, ...]] = field(repr=False)
     _targets: Mapping[str, WeightTarget] = field(repr=False)
     allocation: Allocation | None = None
-    cache_scales: CacheScales = field(default_factory=lambda: CacheScales({}))
 
     @property
     def digest(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.weights import Candidate, Weight
@@ -81,7 +81,7 @@ class Selection:
 
     tensors: tuple[TensorDecision, ...]
     groups: tuple[FusedGroup, ...]
-    structure: Structure = field(default_factory=lambda: Structure((), {}))
+    structure: Structure
 
     def quantized(self) -> Iterator[tuple[TensorDecision, Weight]]:
         """Yield every weight that is quantized, with the decision on its tensor."""

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.weights import candidates
 from ..encodings.fp4 import Nvfp4
-from ..scales.input_scales import InputScales
-from ..scales.uncalibrated import UncalibratedInputs
+from ..scales.uncalibrated import InputScaleSource
 from .formats import FORMATS
 from .kept_codes import with_kept_codes
 from .rules import Selection, TensorDecision
@@ -31,7 +30,7 @@ class Inputs(NamedTuple):
     contents: Contents
     selection: Selection
     calibration: Calibration | None
-    scales: InputScales | UncalibratedInputs | None
+    scales: InputScaleSource | None
     smoothing: Smoothing | None = None
 
 

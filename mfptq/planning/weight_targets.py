@@ -16,8 +16,7 @@ from ..encodings.fp4 import Nvfp4
 from ..errors import RuleError, UsageError, quote
 from ..names.fusion import FusedGroup
 from ..scales.assignment import AssignedScales, assign_input_scales
-from ..scales.input_scales import InputScales
-from ..scales.uncalibrated import UncalibratedInputs
+from ..scales.uncalibrated import InputScaleSource, UncalibratedInputs
 from .carried import Carried, carried_weights
 from .format_choice import WITHOUT_INPUTS
 from .formats import FORMATS, OutputTensor, TargetFormat
@@ -94,7 +93,7 @@ def weight_runs(selection: Selection, targets: Mapping[str, WeightTarget]) -> di
 def choose_targets(
     source: Source,
     selection: Selection,
-    scales: InputScales | UncalibratedInputs | None,
+    scales: InputScaleSource | None,
     calibration: Calibration | None,
     *,
     casts: bool,
@@ -180,7 +179,7 @@ def _formats(selection: Selection, carried: Carried, *, given: bool) -> dict[str
 
 
 def _assign(
-    scales: InputScales | UncalibratedInputs | None,
+    scales: InputScaleSource | None,
     groups: Sequence[FusedGroup],
     formats: Mapping[str, TargetFormat],
     kept: Sequence[str],

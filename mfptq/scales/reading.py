@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from ..checkpoint.folder import Checkpoint, read_shard, stored_tensors
 from ..checkpoint.hub import HubOptions, names_repo, open_checkpoint
@@ -21,13 +21,11 @@ from ..checkpoint.weights import StoredTensor
 from ..encodings.declared import read_declared
 from ..errors import ScaleError, SourceError, UsageError, quote
 from ..limits import MAX_SCALES_BYTES
-from ..names.bridge import ScaleKind, split_name
+from ..names.bridge import SCALE_KINDS, ScaleKind, split_name
 from ..storage.files import expanded, read_small
 from .input_scales import InputScales, smoothing_of
 from .stored_as import agreed_algorithms
 from .values import Algorithms, ScaleConvention, algorithms, check_scalar, number_in_json, number_in_tensor
-
-SCALE_KINDS: tuple[str, ...] = get_args(ScaleKind)
 
 
 def read_input_scales(
@@ -42,8 +40,8 @@ def read_input_scales(
     if kind is not None and kind not in SCALE_KINDS:
         raise UsageError(f"kind of input scales {quote(kind)} is unknown, expected one of {', '.join(SCALE_KINDS)}")
     try:
-        known, hub = cast("ScaleKind | None", kind), HubOptions(token=token, cache_dir=cache_dir)
-        found = _of_checkpoint(open_checkpoint(path, hub), known) if names_repo(path) else _read(expanded(path), known)
+        hub = HubOptions(token=token, cache_dir=cache_dir)
+        found = _of_checkpoint(open_checkpoint(path, hub), kind) if names_repo(path) else _read(expanded(path), kind)
     except (SourceError, StrictJsonError, ScaleError) as error:
         raise ScaleError(f"input scales {quote(path)}: {error}") from None
     return replace(found, origin=str(path))

@@ -69,6 +69,9 @@ class UncalibratedInputs:
         return bound if math.isfinite(bound) else None
 
 
+InputScaleSource = InputScales | UncalibratedInputs
+
+
 def _norm_of(group: FusedGroup, known: Norms | None) -> str:
     """Return the norm whose output all members of a group read; "" where structure does not say so."""
     if known is None:

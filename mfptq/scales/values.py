@@ -11,11 +11,11 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from ..checkpoint.header import TensorInfo
 from ..errors import ScaleError, quote
-from ..names.bridge import ScaleKind
+from ..names.bridge import SCALE_KINDS, ScaleKind
 from ..nvfp4 import E2M1_MAX, INPUT_SCALE_NUMERATOR
 
 SCALAR_DTYPES: Mapping[str, str] = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
@@ -77,7 +77,7 @@ class ScaleConvention:
         """
         scale_kind = suffix_kind or self.scale_kind
         if scale_kind is None:
-            kinds = ", ".join(get_args(ScaleKind))
+            kinds = ", ".join(SCALE_KINDS)
             raise ScaleError(f"{quote(module)}: the name does not tell the kind of scale: give it, one of {kinds}")
         if self.scale_kind not in (None, scale_kind):
             raise ScaleError(f"{quote(module)} is stored as {scale_kind}, but the kind given is {self.scale_kind}")
