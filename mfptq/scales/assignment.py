@@ -17,6 +17,12 @@ from .experts import fill_experts, is_calibrated
 from .input_scales import AUTO, InputScales
 from .matching import check_complete, match_names, names_error
 
+UNCALIBRATED = (
+    "scale is a mark of no calibration (0, NaN, inf or 1)",
+    "scales are marks of no calibration (0, NaN, inf or 1)",
+)
+BELOW_ONE = "input_global_scale (2688/amax) is below 1", "input_global_scales (2688/amax) are below 1"
+
 
 @dataclass(frozen=True, slots=True)
 class AssignedScales:
@@ -47,10 +53,17 @@ def assign_input_scales(
     bridge = match_names(origin, scales.global_scales, [*members, *kept])
     found = {member: value for member in members if (value := _look_up(scales, bridge, member)) is not None}
     usable = {name: value for name, value in found.items() if is_calibrated(value)}
-    lent = _lent(wanted, usable)
-    if lent is None:
+    # A scale holds for all members of a group, since these have one input: layers that use another layer's keys and values never
+    # run their own k_proj and v_proj, so calibration does not see these.
+    lacking = [member for member in members if member not in usable and experts_parent(member) is None]
+    if any(usable.keys().isdisjoint(group.members) and experts_parent(group.members[0]) is None for group in wanted):
         check_complete(origin, members, found)
-    _check_values(origin, {name: value for name, value in found.items() if name not in (lent or ())}, usable)
+        raise names_error(
+            origin, [f"{name} = {found[name]}" for name in lacking], UNCALIBRATED, "calibrate these modules"
+        )
+    low = [f"{name} = {value:.3g}" for name, value in usable.items() if value < 1]
+    if low:
+        raise names_error(origin, low, BELOW_ONE, "is their kind right?")
     values = {group.name: [usable[member] for member in group.members if member in usable] for group in wanted}
     chosen = {name: min(each) for name, each in values.items() if each}
     filled = fill_experts(origin, wanted, chosen)
@@ -58,7 +71,7 @@ def assign_input_scales(
     warnings = (
         f"input scales are {scales.about}; compare with `evaluate`" if scales.origin == AUTO else "",
         _disagreements(values),
-        _partners(lent or ()),
+        _partners(lacking),
         _ignored([name for name in scales.global_scales if name not in used]),
     )
     digest = text_sha256("\n".join(f"{name}={chosen[name].hex()}" for name in sorted(chosen)))
@@ -69,36 +82,6 @@ def _look_up(scales: InputScales, bridge: Bridge, member: str) -> float | None:
     """Return a module's scale, its own or its expert stack's, or None if nothing is written for it."""
     values = [scales.global_scales[name] for name in bridge.names(member)]
     return next((value for value in values if is_calibrated(value)), values[0] if values else None)
-
-
-def _lent(groups: Iterable[FusedGroup], usable: Collection[str]) -> list[str] | None:
-    """Return the modules without a scale whose fused partners have one; None if a whole group, of no experts, has none.
-
-    The members of a group have the same input. Layers that share another layer's keys and values never run their own
-    k_proj and v_proj, so calibration does not see these.
-    """
-    lent: list[str] = []
-    for group in groups:
-        missing = [member for member in group.members if member not in usable]
-        if missing and experts_parent(missing[0]) is None:
-            if len(missing) == len(group.members):
-                return None
-            lent += missing
-    return lent
-
-
-def _check_values(origin: str, found: Mapping[str, float], usable: Mapping[str, float]) -> None:
-    dead = [f"{name} = {found[name]}" for name in found if name not in usable and experts_parent(name) is None]
-    if dead:
-        words = (
-            "scale is a mark of no calibration (0, NaN, inf or 1)",
-            "scales are marks of no calibration (0, NaN, inf or 1)",
-        )
-        raise names_error(origin, dead, words, "calibrate these modules")
-    low = [f"{name} = {value:.3g}" for name, value in usable.items() if value < 1]
-    if low:
-        words = "input_global_scale (2688/amax) is below 1", "input_global_scales (2688/amax) are below 1"
-        raise names_error(origin, low, words, "is their kind right?")
 
 
 def _disagreements(values: Mapping[str, Sequence[float]]) -> str:
