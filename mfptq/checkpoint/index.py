@@ -40,18 +40,20 @@ def read_weight_map(source: Source, files: Mapping[str, int]) -> dict[str, str] 
 
 def superseded(shards: Collection[Shard], weight_map: Mapping[str, str]) -> dict[str, list[TensorInfo]]:
     """Return the tensors of each shard of which the index names another copy, in a shard laid over this one."""
-    elsewhere = {
-        shard.name: [info for info in shard.header.tensors if weight_map.get(info.name, shard.name) != shard.name]
+    elsewhere = [
+        (shard.name, info)
         for shard in shards
-    }
-    if not any(elsewhere.values()):
+        for info in shard.header.tensors
+        if weight_map.get(info.name, shard.name) != shard.name
+    ]
+    if not elsewhere:
         return {}
-    stored = {(shard.name, info.name) for shard in shards for info in shard.header.tensors}
-    found = {
-        name: [info for info in tensors if (weight_map[info.name], info.name) in stored]
-        for name, tensors in elsewhere.items()
-    }
-    return {name: tensors for name, tensors in found.items() if tensors}
+    places = {(shard.name, info.name) for shard in shards for info in shard.header.tensors}
+    found: dict[str, list[TensorInfo]] = {}
+    for name, info in elsewhere:
+        if (weight_map[info.name], info.name) in places:
+            found.setdefault(name, []).append(info)
+    return found
 
 
 def check_tensors(shards: Iterable[Shard], weight_map: Mapping[str, str] | None) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-from ..calibration.file import SUFFIX, Description, write_calibration
+from ..calibration.file import SUFFIX, Description, parse_description, write_calibration
 from ..calibration.merge import merged
 from ..calibration.reading import Calibration, load_calibration
+from ..checkpoint.folder import read_shard
+from ..checkpoint.source import FolderSource
 from ..errors import DestinationError, PlanMismatchError, ScaleError, SourceError, StorageError, quote
 from ..execution.executors import Request
 from ..output.claim import JOURNAL, WORK
@@ -24,7 +26,7 @@ from ..output.destination import create_folders, locked
 from ..output.journal import Journal, JournalState, read_journal
 from ..planning.plan import ConversionPlan
 from ..storage.files import storage_errors
-from .calibration_pass import CalibrationOptions, OnProgress, Share, described, read_description
+from .calibration_pass import CalibrationOptions, OnProgress, Share, described
 from .sensitivity import short_texts
 from .streaming import OFFLOAD
 from .texts import Samples
@@ -190,8 +192,9 @@ def samples_kept(output: Path) -> int:
 
 
 def description_of(path: Path) -> Description | None:
-    """Return what a file says of its making, None where it is not there, or no calibration file."""
+    """Return what a file says of its making, its statistics unread; None where it is not there, or no calibration file."""
     try:
-        return read_description(path)
+        with closing(FolderSource(path.parent)) as source:
+            return parse_description(read_shard(source, path.name).header.metadata)
     except (SourceError, ScaleError):
         return None

@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from ..calibration.file import Description, Level, check_output, parse_description, write_calibration
+from ..calibration.file import Description, Level, check_output, write_calibration
 from ..calibration.reading import load_calibration
-from ..checkpoint.folder import read_shard
-from ..checkpoint.source import FolderSource
 from ..errors import UsageError, quote
 from ..names.attention import key_modules
 from ..planning.plan import ConversionPlan
@@ -172,12 +170,6 @@ def resume(output: Path, description: Description, recorder: Recorder) -> Descri
                 f"output {quote(output)} holds an unfinished run with {other}: choose another name, or overwrite it"
             )
         return found
-
-
-def read_description(path: Path) -> Description:
-    """Return what a file says of its making, without checking the statistics in it."""
-    with closing(FolderSource(path.parent)) as source:
-        return parse_description(read_shard(source, path.name).header.metadata)
 
 
 def _residency(

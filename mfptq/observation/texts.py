@@ -49,26 +49,19 @@ def read_samples(dataset: Path | Iterable[Path], encoder: Encoder, *, samples: i
 
     Fewer if the dataset ends before; raises UsageError if it cannot be read or holds none.
     """
-    paths = [dataset] if isinstance(dataset, Path) else dataset
     read: list[Path] = []
-    found = tuple(islice(_of_files(paths, read, encoder, max_seq_length), samples))
+
+    def sequences() -> Iterator[TokenIds]:
+        for path in [dataset] if isinstance(dataset, Path) else dataset:
+            read.append(path)
+            yield from _sequences(path, encoder, max_seq_length)
+
+    found = tuple(islice(sequences(), samples))
     if not found:
         if not flat_ids(encoder(text="a")["input_ids"]):  # transformers makes an empty one where its files are missing
             raise SourceError("the model has no tokenizer: copy its files to the model, or give rows of token ids")
         raise UsageError(f"dataset {listed([str(path) for path in read])} holds no text")
     return Samples(found, _digest(found))
-
-
-def _of_files(paths: Iterable[Path], read: list[Path], encoder: Encoder, length: int) -> Iterator[TokenIds]:
-    """Yield the sequences of files one after the other; `read` takes the names of those that were opened."""
-    for path in paths:
-        read.append(path)
-        try:
-            yield from _sequences(path, encoder, length)
-        except OSError as error:
-            raise UsageError(f"dataset {quote(path)}: cannot read it: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(f"dataset {quote(path)}: not UTF-8 near byte {error.start}") from None
 
 
 def _digest(samples: Iterable[TokenIds]) -> str:
@@ -79,14 +72,22 @@ def _digest(samples: Iterable[TokenIds]) -> str:
 
 
 def _sequences(path: Path, encoder: Encoder, length: int) -> Iterator[TokenIds]:
+    """Yield a file's samples, each cut to `length` tokens."""
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif suffix in JSON_SUFFIXES:
-        rows = _json_rows(path)
-    else:
-        yield from _cut(path, encoder, length)
-        return
+    try:
+        if suffix == ".parquet":
+            yield from _encoded(path, _parquet_rows(path), encoder, length)
+        elif suffix in JSON_SUFFIXES:
+            yield from _encoded(path, _json_rows(path), encoder, length)
+        else:
+            yield from _cut(path, encoder, length)
+    except OSError as error:
+        raise UsageError(f"dataset {quote(path)}: cannot read it: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"dataset {quote(path)}: not UTF-8 near byte {error.start}") from None
+
+
+def _encoded(path: Path, rows: Iterable[Any], encoder: Encoder, length: int) -> Iterator[TokenIds]:
     for number, row in enumerate(rows, 1):
         try:
             ids = row_ids(row, encoder)[:length]
