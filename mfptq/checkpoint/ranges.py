@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import HubError, SourceChangedError, quote
@@ -153,40 +154,46 @@ class RangeReader:
     def _by_client(self, part: _Part) -> Iterator[int]:
         """Ask with huggingface_hub's client, and keep the connection that it has opened."""
         from huggingface_hub import constants, errors
-        from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-        session, (start, size), done, is_kept = get_session(), part.place, 0, False
+        session, (start, size) = get_session(), part.place
         headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
         headers |= self._authorization(part.url)
         try:
             request = session.build_request("GET", part.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-            response = session.send(request, stream=True)
-            try:
-                self._count(requests=1)
-                self._check_status(response.status_code, response.headers, part)
-                if response.status_code >= 400:
-                    response.read()
-                    hf_raise_for_status(response)
-                self._check_place(response.status_code, response.headers, part)
-                body = response.iter_raw()
-                for data in body:
-                    self._go_on()
-                    self._count(fetched=len(data))
-                    if done + len(data) > size:
-                        raise too_long(part.file)
-                    part.buffer[done : done + len(data)] = data
-                    done += len(data)
-                    is_kept = done == size and self._connections.adopt(response, body)
-                    yield len(data)
-                    if is_kept:
-                        return
-            finally:
-                if not is_kept:
-                    response.close()
+            yield from self._answered(session.send(request, stream=True), part)
         except errors.HfHubHTTPError:
             raise
         except errors.HTTPError as error:  # type: ignore[attr-defined]  # timeouts, resets, connections that end early
             raise TransientError(reason(error)) from None
+
+    def _answered(self, response: Any, part: _Part) -> Iterator[int]:
+        """Receive an answer of the client; its connection is kept once the last byte is read, and closed otherwise."""
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+        done, is_kept = 0, False
+        try:
+            self._count(requests=1)
+            self._check_status(response.status_code, response.headers, part)
+            if response.status_code >= 400:
+                response.read()
+                hf_raise_for_status(response)
+            self._check_place(response.status_code, response.headers, part)
+            body = response.iter_raw()
+            for data in body:
+                self._go_on()
+                self._count(fetched=len(data))
+                if done + len(data) > len(part.buffer):
+                    raise too_long(part.file)
+                part.buffer[done : done + len(data)] = data
+                done += len(data)
+                is_kept = done == len(part.buffer) and self._connections.adopt(response, body)
+                yield len(data)
+                if is_kept:
+                    return
+        finally:
+            if not is_kept:
+                response.close()
 
     def _check_status(self, status: int, headers: Headers, part: _Part) -> None:
         """Raise for a status that may pass; where an address's time is over, the next try asks for another one."""
