@@ -336,7 +336,7 @@ def write_shards(folder: Path, shards: int) -> None:
     from mfptq.checkpoint.header import TensorSpec, encode_header
 
     for number in range(shards):
-        specs = [TensorSpec(f"l{number}.{leaf}_proj.weight", "BF16", (256, 256)) for leaf in ("q", "k", "v", "o")]
+        specs = [TensorSpec(f"l{number}.{leaf}_proj.weight", "BF16", (512, 512)) for leaf in ("q", "k", "v", "o")]
         head, header = encode_header(specs)
         (folder / f"model-{number:05d}.safetensors").write_bytes(head + bytes(header.data_bytes))
     (folder / "config.json").write_text("{}")
