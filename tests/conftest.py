@@ -41,11 +41,12 @@ def documented_cases() -> set[int]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Describe the marker of cases; let processes that tests start keep bytecode, else each compiles the package anew."""
+    """Describe the marker of cases; keep bytecode; look for no garbage while everything is imported."""
     config.addinivalue_line("markers", "case(*numbers): the cases of docs/fault-model.md that a test stands for")
-    if sys.dont_write_bytecode and config.pluginmanager.has_plugin("cacheprovider"):
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        os.environ["PYTHONPYCACHEPREFIX"] = str(config.cache.mkdir("bytecode"))
+    # Whatever the environment says: else each process that a test starts compiles the package anew.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    gc.disable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -65,6 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Leave all that was imported out of garbage collections: it stays, and there is a million of it."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
