@@ -23,7 +23,7 @@ from ..encodings.codes import E2M1
 from ..encodings.scaled import ScaledCodes
 from ..execution.strips import Strip
 from ..execution.tiles import Tile, tiles
-from ..execution.turned import read_turned
+from ..execution.transposed import read_transposed
 from ..kernels import ErrorStats
 from ..kernels.decode import load_decoder
 from ..nvfp4 import BLOCK_SIZE, E4M3_VALUES, Float32Array, as_float32
@@ -213,7 +213,7 @@ def read_values(source: Source, tile: Tile) -> npt.NDArray[Any]:
     raw = np.empty(tile.nbytes, np.uint8)
     values: npt.NDArray[Any] = raw.view(NUMPY_DTYPES[tile.weight.dtype])
     if tile.weight.pitch:
-        read_turned(source, tile, values, np.empty(TILE_BYTES // 4, np.uint8))
+        read_transposed(source, tile, values, np.empty(TILE_BYTES // 4, np.uint8))
     elif tile.weight.encoding is None:
         source.read_into(tile.weight.shard, tile.offset, raw.data)
     else:

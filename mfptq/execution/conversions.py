@@ -77,7 +77,7 @@ def convert_batch(plan: ConversionPlan, batch: Batch, memory: WorkerMemory) -> I
         done = memory.quantize_by(plan.statistics, data, batch, scales)
     pieces = batch.pieces(done.packed, done.scales, scales)
     stats = batch.by_pattern(done.stats, checksums).items()
-    yield Converted(pieces, batch.reads, stats, shares_pages=batch.is_turned)
+    yield Converted(pieces, batch.reads, stats, shares_pages=batch.is_transposed)
 
 
 def convert_tile(plan: ConversionPlan, work: GroupTile, memory: WorkerMemory) -> Iterator[Converted]:

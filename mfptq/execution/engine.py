@@ -35,7 +35,7 @@ from .memory_budget import exceeds_half_of_memory
 from .reading_order import reading_order, shards_at_once, work_order
 from .strips import strips
 from .tiles import GroupStep, Tile, batches, tiles
-from .turned import amax_tiles
+from .transposed import amax_tiles
 from .worker_memory import WorkerMemory
 from .worker_pool import POLL_SECONDS, Task, WorkerPool
 
@@ -191,7 +191,7 @@ class Execution:
         try:
             found = _family(step.weights[0]).amax(memory, tile)
         except NonFiniteWeightError:
-            for weight in self._plan.members(step.weights[0].weight) if step.is_turned else ():
+            for weight in self._plan.members(step.weights[0].weight) if step.is_transposed else ():
                 for part in tiles(weight, self._tile_bytes):  # a tile of what is stored says neither which nor where
                     memory.amax(part)
             raise

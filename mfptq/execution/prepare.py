@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..kernels import Kernel, back_end, is_cuda, load_kernel
 from ..kernels.calibrated import FEEDBACK
 from ..kernels.choice import choose_device
-from ..kernels.turning import load_turner
+from ..kernels.transposing import load_transposer
 from ..nvfp4 import BLOCK_SIZE
 from ..sizes import parse_size
 from ..storage.parallel import available_cores
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
 TALLER = 2
-_SIDE = 64  # rows and columns of a matrix that is surely turned by compiled code
+_SIDE = 64  # rows and columns of a matrix that compiled code surely transposes
 REMOTE_TILE = 2**20  # bytes; what is fetched ahead takes memory too, and the network is slower than small tiles
 
 
@@ -132,4 +132,4 @@ def _try_out(plan: ConversionPlan, kernel: Kernel) -> None:
         family_of(target, method).try_out(method, block, kernel)
     for dtype in {weight.dtype for weight, _ in shown if weight.pitch}:
         block = np.zeros((_SIDE, _SIDE), NUMPY_DTYPES[dtype])
-        load_turner().turn(block, np.empty_like(block))
+        load_transposer().transpose(block, np.empty_like(block))

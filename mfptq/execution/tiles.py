@@ -117,7 +117,7 @@ class GroupStep:
         return len({(step.weight.dtype, step.weight.pitch > 0) for step in self.weights}) == 1
 
     @property
-    def is_turned(self) -> bool:
+    def is_transposed(self) -> bool:
         """Whether any of its weights is stored transposed."""
         return any(step.weight.pitch for step in self.weights)
 
@@ -156,7 +156,7 @@ class Batch:
         return cls(tuple(groups), steps, starts, tuple(reads))
 
     @property
-    def is_turned(self) -> bool:
+    def is_transposed(self) -> bool:
         """Whether its weights are stored transposed."""
         return bool(self.steps[0].weight.pitch)
 
@@ -213,7 +213,7 @@ def batches(groups: Iterable[GroupStep], tile_bytes: int) -> Iterator[Batch]:
     run: list[GroupStep] = []
     size, kind = 0, ("", False)
     for group in groups:
-        nbytes, own = group.nbytes, (group.weights[0].weight.dtype, group.is_turned)
+        nbytes, own = group.nbytes, (group.weights[0].weight.dtype, group.is_transposed)
         if run and (size + nbytes > tile_bytes or own != kind):
             yield Batch.of(run)
             run, size = [], 0

@@ -28,7 +28,7 @@ from ..planning.jobs import QuantizeWeight
 from .memory_budget import buffer_bytes
 from .tall_tiles import part_bytes
 from .tiles import Batch, Tile, whole
-from .turned import joined, read_turned
+from .transposed import joined, read_transposed
 
 WIDENED_AT_ONCE = 2**17  # elements: temporaries stay small
 
@@ -65,7 +65,7 @@ class WorkerMemory:
 
     def read(self, tile: Tile) -> TileArray:
         """Return a tile's data `[R, K]`, which must fit into the buffer. The next call overwrites it."""
-        read = self._read_turned if tile.weight.pitch else self._read_at
+        read = self._read_transposed if tile.weight.pitch else self._read_at
         return read(tile, 0).reshape(tile.rows, tile.columns)
 
     def _read_at(self, tile: Tile, start: int) -> TileArray:
@@ -80,19 +80,19 @@ class WorkerMemory:
                 weight.encoding.decode(self.source, tile.region, values, self._decoder)
         return values
 
-    def _read_turned(self, tile: Tile, start: int) -> TileArray:
+    def _read_transposed(self, tile: Tile, start: int) -> TileArray:
         """Return a tile of a matrix that is stored transposed, flat, kept in the buffer from element `start` on."""
         values = self._values(tile.weight.dtype, tile.size, start)
         with self.timed("read"):
-            read_turned(self.source, tile, values, self._packed)
+            read_transposed(self.source, tile, values, self._packed)
         return values
 
     def read_batch(self, batch: Batch) -> TileArray:
         """Return the data of many weights, flat, which must fit into the buffer. The next call overwrites it."""
-        if batch.is_turned:
+        if batch.is_transposed:
             start = 0
             for weight in joined(step.weight for step in batch.steps):
-                start += self._read_turned(whole(weight), start).size
+                start += self._read_transposed(whole(weight), start).size
         elif batch.encoded:
             for step, start in zip(batch.steps, batch.starts.tolist(), strict=False):
                 self._read_at(whole(step.weight), start)

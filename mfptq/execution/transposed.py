@@ -1,4 +1,4 @@
-"""Read part of a matrix that is stored transposed, and turn it on the way into memory.
+"""Read part of a matrix that is stored transposed, and transpose it on the way into memory.
 
 Called by `worker_memory`. A panel of columns is read into memory that is free while a tile is read, and copied from there
 to where it belongs, so that no more is held than for a plain matrix.
@@ -13,17 +13,17 @@ from ..checkpoint.source import Source
 from ..checkpoint.weights import Weight
 from ..dtypes import DTYPE_BITS
 from ..kernels import TileArray
-from ..kernels.turning import load_turner
+from ..kernels.transposing import load_transposer
 from ..nvfp4 import ByteArray
 from ..storage.files import read_exact
 from .tiles import Tile, tiles
 
-_PANEL = 2**19  # bytes: what is read is turned before it leaves the cache
+_PANEL = 2**19  # bytes: what is read is transposed before it leaves the cache
 _LINE = 64  # bytes: whole cache lines are written of each row
 _GAP = 4096  # bytes between columns that are read with them: a call for each column costs as much
 
 
-def read_turned(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> None:
+def read_transposed(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> None:
     """Write a tile's values to `out`, flat, row after row; `room` is memory for a panel, at least one column of the tile."""
     weight, width = tile.weight, out.itemsize
     first, begin = divmod(tile.start, weight.columns)
@@ -40,7 +40,7 @@ def read_turned(source: Source, tile: Tile, out: TileArray, room: ByteArray) -> 
                 _fetch_panel(source, tile, offset + column * step, panel)
             else:
                 _read_panel(fd, tile, offset + column * step, panel)
-            load_turner().turn(panel.view(out.dtype)[:, : tile.rows], values[:, column : column + columns])
+            load_transposer().transpose(panel.view(out.dtype)[:, : tile.rows], values[:, column : column + columns])
 
 
 def joined(weights: Iterable[Weight]) -> Iterator[Weight]:
@@ -67,7 +67,7 @@ def _continues(weight: Weight, last: Weight) -> bool:
 def amax_tiles(weights: Iterable[Weight], tile_bytes: int) -> Iterator[Tile]:
     """Yield tiles that hold all values of the weights of one fused group, as they lie in the file where that is simpler.
 
-    A whole stored matrix, gate and up as one, is contiguous: its largest magnitude is the same as that of what it is turned to.
+    A whole stored matrix, gate and up as one, is contiguous: its largest magnitude is that of its transpose.
     """
     for weight in joined(sorted(weights, key=attrgetter("shard", "offset"))):
         if weight.rows == weight.pitch:
@@ -94,7 +94,7 @@ def _read_panel(fd: int, tile: Tile, offset: int, panel: ByteArray) -> None:
     if panel.shape[1] == step:
         read_exact(fd, _wanted(tile, panel), offset)
     else:
-        load_turner().read(fd, panel, offset, step)
+        load_transposer().read(fd, panel, offset, step)
 
 
 def _fetch_panel(source: Source, tile: Tile, offset: int, panel: ByteArray) -> None:

@@ -1,6 +1,6 @@
-"""The instructions that turn columns into rows, and read columns that lie apart in a file.
+"""The instructions that transpose a matrix, and read columns that lie apart in a file.
 
-Square blocks of 16 bytes a side are turned in registers, by exchanges that every processor has. Blocks side by side fill whole
+Square blocks of 16 bytes a side are transposed in registers, by exchanges that every processor has. Blocks side by side fill whole
 cache lines of what is written: 5 to 12 GB/s, where numpy's strided copies come to 0.4 to 2 for wide matrices, 5 for small ones.
 """
 
@@ -18,14 +18,14 @@ LINE_BYTES = 64
 
 
 def emit(module: ir.Module, name: str) -> None:
-    """Write the function of a name: turn_16, turn_32 for values of so many bits, or read_columns."""
+    """Write the function of a name: transpose_16, transpose_32 for values of so many bits, or read_columns."""
     if name == "read_columns":
         _emit_read(module, name)
     else:
-        _emit_turn(module, name)
+        _emit_transpose(module, name)
 
 
-def _emit_turn(module: ir.Module, name: str) -> None:
+def _emit_transpose(module: ir.Module, name: str) -> None:
     """Write a function for matrices of a block's rows and a line's columns at least.
 
     Its arguments: (source, values from one column to the next, out, values from one row to the next, columns, rows). The last
@@ -47,13 +47,13 @@ def _emit_turn(module: ir.Module, name: str) -> None:
         for across in range(0, line, side):
             places = [code.at(begin, build.mul(pitch, LONG(across + k))) for k in range(side)]
             block = [code.load(place, code.typed(element), element.width // 8) for place in places]
-            for k, values in enumerate(turned(code, block)):
+            for k, values in enumerate(transposed(code, block)):
                 place = code.at(end, build.add(build.mul(stride, LONG(k)), LONG(across)))
                 code.store(values, place, element.width // 8)
     build.ret_void()
 
 
-def turned(code: Code, vectors: Sequence[Any]) -> Sequence[Any]:
+def transposed(code: Code, vectors: Sequence[Any]) -> Sequence[Any]:
     """Return the columns of a square block, given its rows: each step lays the first half of them among the second."""
     count = len(vectors)
     lanes = [lane + other for lane in range(count) for other in (0, count)]

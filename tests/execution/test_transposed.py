@@ -1,4 +1,4 @@
-"""Matrices that are stored transposed: turned while they are read, to the bytes of the same matrix stored plainly."""
+"""Matrices that are stored transposed: transposed back while they are read, to the bytes of the same matrix stored plainly."""
 
 import json
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def experts(hidden: int, inner: int, *, turned: bool, dtype: torch.dtype = torch
 
 
 def converted(tmp_path: Path, tensors: Callable[..., dict], config: dict, **options: object) -> list[dict[str, bytes]]:
-    """Return the tensors of plain and of turned experts, converted and verified."""
+    """Return the tensors of plain and of transposed experts, converted and verified."""
     outputs = []
     for turned in (False, True):
         source = write(tmp_path / f"source-{turned}", tensors(turned=turned), config)
@@ -65,7 +65,7 @@ def converted(tmp_path: Path, tensors: Callable[..., dict], config: dict, **opti
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let tiles of turned matrices have half a MiB: 1024 x 256 values of 4 bytes take two."""
+    """Let tiles of transposed matrices have half a MiB: 1024 x 256 values of 4 bytes take two."""
     monkeypatch.setattr("mfptq.kernels.cpu.CpuKernel.tile_bytes", 2**18)
 
 
@@ -76,7 +76,7 @@ IN_TILES = [(1024, 256, *each) for each in METHODS]
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("hidden", "inner", "method", "dtype"), sampled([*BATCHES, IN_TILES[0]], IN_TILES[1:]))
-def test_turned_experts_have_the_bytes_of_plain_ones(
+def test_transposed_experts_have_the_bytes_of_plain_ones(
     hidden: int, inner: int, method: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     config = {"num_hidden_layers": 1, "hidden_size": hidden}

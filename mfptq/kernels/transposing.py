@@ -1,6 +1,6 @@
-"""Turn columns into rows, and read columns from a file: compiled where LLVM is installed, else by numpy.
+"""Transpose matrices, and read columns from a file: compiled where LLVM is installed, else by numpy.
 
-Called by `execution.turned`, for matrices that are stored transposed.
+Called by `execution.transposed`, for matrices that are stored transposed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _ROWS = 512  # of a block, which then fits into the processor's nearest caches
 _PADDING = 32  # values behind each column: powers of two apart, columns would push each other out of the cache
 
 
-class Turner(Protocol):
-    """Turns columns into rows; safe to use from several threads."""
+class Transposer(Protocol):
+    """Transposes matrices; safe to use from several threads."""
 
-    def turn(self, columns: TileArray, out: TileArray) -> None:
+    def transpose(self, columns: TileArray, out: TileArray) -> None:
         """Write `columns` `[C, R]` to `out` `[R, C]`; the values of a column, and of a row, follow each other."""
 
     def read(self, fd: int, columns: ByteArray, offset: int, step: int) -> None:
@@ -34,15 +34,15 @@ class Turner(Protocol):
 
 
 @cache
-def load_turner() -> Turner:
-    """Return the fastest turner that this installation has."""
-    return CompiledTurner() if has_compiler() else NumpyTurner()
+def load_transposer() -> Transposer:
+    """Return the fastest transposer that this installation has."""
+    return CompiledTransposer() if has_compiler() else NumpyTransposer()
 
 
-class NumpyTurner:
-    """Turns by numpy's copies."""
+class NumpyTransposer:
+    """Transposes by numpy's copies."""
 
-    def turn(self, columns: TileArray, out: TileArray) -> None:
+    def transpose(self, columns: TileArray, out: TileArray) -> None:
         """Write columns to rows, by way of a block that stays in the cache."""
         block = np.empty((_AT_ONCE, _ROWS + _PADDING), out.dtype)
         for column in range(0, len(columns), _AT_ONCE):
@@ -57,26 +57,26 @@ class NumpyTurner:
         read_strided(fd, columns.data, offset, step)
 
 
-class CompiledTurner(NumpyTurner):
-    """Turns in the processor's registers; what is too small for that, numpy does."""
+class CompiledTransposer(NumpyTransposer):
+    """Transposes in the processor's registers; what is too small for that, numpy does."""
 
     def __init__(self) -> None:
         from .compiling import LONG, Array, CpuFunctions  # which needs llvmlite
-        from .turn_code import BLOCK_BYTES, LINE_BYTES, emit
+        from .transpose_code import BLOCK_BYTES, LINE_BYTES, emit
 
-        self._turns = CpuFunctions(emit, [Array, LONG, Array, LONG, LONG, LONG])
+        self._transposers = CpuFunctions(emit, [Array, LONG, Array, LONG, LONG, LONG])
         self._reads = CpuFunctions(emit, [Array, LONG, LONG, Array, c_int, LONG, LONG])
         self._least = (LINE_BYTES, BLOCK_BYTES)
 
-    def turn(self, columns: TileArray, out: TileArray) -> None:
+    def transpose(self, columns: TileArray, out: TileArray) -> None:
         """Write columns to rows, block by block."""
         count, rows = columns.shape
         width = out.itemsize
         if count * width < self._least[0] or rows * width < self._least[1]:
-            super().turn(columns, out)
+            super().transpose(columns, out)
             return
         pitch, stride = (each.strides[0] // width for each in (columns, out))
-        self._turns[f"turn_{8 * width}"](columns, pitch, out, stride, count, rows)
+        self._transposers[f"transpose_{8 * width}"](columns, pitch, out, stride, count, rows)
 
     def read(self, fd: int, columns: ByteArray, offset: int, step: int) -> None:
         """Read one column after the other; what the first that fails lacks is found out by reading it again."""
