@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ..planning.plan import ConversionPlan
 
 MemoryTask = Task[WorkerMemory]
-Way = Callable[[ShardWriter, Iterable[GroupStep]], Iterator[MemoryTask]]
+GroupTasks = Callable[[ShardWriter, Iterable[GroupStep]], Iterator[MemoryTask]]
 
 
 class Execution:
@@ -62,8 +62,8 @@ class Execution:
         self._forget = exceeds_half_of_memory(plan.checkpoint.tensor_bytes + plan.tensor_bytes)
         self._drop = self._forget or self._source.is_remote
         shards = iter(largest_first(plan.shards))
-        lines = shards_at_once(len(memories), one_by_one=self._source.is_remote or destination.one_by_one)
-        self._pool = WorkerPool([self._tasks(shards) for _ in range(lines)], memories)
+        at_once = shards_at_once(len(memories), one_by_one=self._source.is_remote or destination.one_by_one)
+        self._pool = WorkerPool([self._tasks(shards) for _ in range(at_once)], memories)
 
     def run(self, on_event: OnEvent, *, held_bytes: int = 0) -> None:
         """Do all the work that is not done yet; raise the first error, leaving no temporary behind.
@@ -144,14 +144,14 @@ class Execution:
             for kept in work.widened:
                 for tile in tiles(kept.weight, self._tile_bytes):
                     yield partial(self._convert, writer, partial(widen, kept, tile))
-            for way, steps in groupby(work.groups, self._way):
-                yield from way(writer, steps)
+            for tasks_of, steps in groupby(work.groups, self._group_tasks):
+                yield from tasks_of(writer, steps)
 
-    def _way(self, step: GroupStep) -> Way:
-        """Return how a group is converted: in strips, in a batch with others, or after its largest magnitude is known."""
+    def _group_tasks(self, step: GroupStep) -> GroupTasks:
+        """Return what makes a group's tasks: of strips, of batches with other groups, or of tiles once its scale is known."""
         if not step.weights[0].format.by_group:
             return self._strips
-        return self._batches if _family(step.weights[0]).batched and self._is_small(step) else self._groups
+        return self._batches if _family(step.weights[0]).batched and self._is_small(step) else self._tiles
 
     def _is_small(self, step: GroupStep) -> bool:
         """Return whether a group is read once, with others: it fits into a tile, has one dtype, and lies in one shard."""
@@ -168,7 +168,7 @@ class Execution:
         for batch in batches(steps, self._tile_bytes):
             yield partial(self._convert, writer, partial(convert_batch, self._plan, batch))
 
-    def _groups(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
+    def _tiles(self, writer: ShardWriter, steps: Iterable[GroupStep]) -> Iterator[MemoryTask]:
         for step in steps:
             yield partial(self._find_scale, writer, step)
             while self._source.is_remote and self._scales.is_searching:  # what is held of one group is much already

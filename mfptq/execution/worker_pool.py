@@ -23,10 +23,10 @@ _active = attrgetter("active")
 
 
 @dataclass(slots=True)
-class _Line(Generic[State]):
-    """A supply, its follow-ups, and how many workers run one of its tasks or ask it, so that more may still come."""
+class _Supply(Generic[State]):
+    """Tasks to come, their follow-ups, and how many workers run one of them or ask for one, so that more may still come."""
 
-    supply: Iterator[Task[State]]
+    tasks: Iterator[Task[State]]
     ready: list[Task[State]] = field(default_factory=list)
     asking: bool = False  # a generator cannot be asked twice at once
     exhausted: bool = False
@@ -41,14 +41,14 @@ class _Line(Generic[State]):
 class WorkerPool(Generic[State]):
     """Threads, one for each state, that run tasks until the supplies are exhausted and every follow-up is done.
 
-    Threads: `add` from tasks, `emit` from tasks and supplies, `run` from the caller. `_lock` guards the lines. The calling
+    Threads: `add` from tasks, `emit` from tasks and supplies, `run` from the caller. `_lock` guards the supplies. The calling
     thread takes no lock: an exception that a signal raises in it cannot leave one taken. It learns everything from `_events`.
     """
 
     def __init__(self, supplies: Iterable[Iterator[Task[State]]], states: Sequence[State]) -> None:
-        self._lines = [_Line(supply) for supply in supplies]
+        self._supplies = [_Supply(tasks) for tasks in supplies]
         self._states = states
-        self._own = threading.local()  # `line`: whose task a worker runs
+        self._own = threading.local()  # `supply`: whose task a worker runs
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -62,7 +62,7 @@ class WorkerPool(Generic[State]):
         """Add follow-ups of the task that calls this; they run in the given order, before what its supply yields."""
         added = list(tasks)
         with self._lock:
-            self._own.line.ready.extend(reversed(added))
+            self._own.supply.ready.extend(reversed(added))
             self._changed.notify(len(added))
 
     def emit(self, event: Event) -> None:
@@ -112,36 +112,36 @@ class WorkerPool(Generic[State]):
 
     def _finish(self) -> None:
         with self._lock:
-            self._own.line.active -= 1
-            if not any(line.active for line in self._lines):
+            self._own.supply.active -= 1
+            if not any(each.active for each in self._supplies):
                 self._changed.notify_all()
 
     def _next(self) -> Task[State] | None:
         """Return the next task, waiting for one if others may still add some; None when all is done or failed."""
         while not self._error:
             with self._lock:
-                line = min((each for each in self._lines if each.has_work), key=_active, default=None)
-                if line is None:
-                    if not any(each.active for each in self._lines):
+                supply = min((each for each in self._supplies if each.has_work), key=_active, default=None)
+                if supply is None:
+                    if not any(each.active for each in self._supplies):
                         return None
                     self._changed.wait(POLL_SECONDS)  # an error is noted without the lock, so it is looked for
                     continue
-                self._own.line = line
-                line.active += 1
-                if line.ready:
-                    return line.ready.pop()
-                line.asking = True
-            task = self._ask(line)
+                self._own.supply = supply
+                supply.active += 1
+                if supply.ready:
+                    return supply.ready.pop()
+                supply.asking = True
+            task = self._ask(supply)
             if task is not None:
                 return task
             self._finish()
         return None
 
-    def _ask(self, line: _Line[State]) -> Task[State] | None:
+    def _ask(self, supply: _Supply[State]) -> Task[State] | None:
         """Return a supply's next task, or None at its end."""
-        task = next(line.supply, None)
+        task = next(supply.tasks, None)
         with self._lock:
-            line.asking = False
-            line.exhausted = task is None
+            supply.asking = False
+            supply.exhausted = task is None
             self._changed.notify()
         return task

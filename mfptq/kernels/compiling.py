@@ -1,7 +1,7 @@
 """Make functions for this processor: from LLVM instructions to object code, from there, or from the cache, into memory.
 
-Called by `cpu.py`, `fp8.py`, `decode.py` and `transposing.py`; the `*_code.py` write the instructions. Compiling a function takes about a second,
-loading one from the cache milliseconds. Nothing here may let LLVM relax the arithmetic: no fast-math flag, no contraction.
+Called by `cpu.py`, `fp8.py`, `decode.py` and `transposing.py`; the `*_code.py` write the instructions. Compiling a function
+takes about a second, loading one from the cache milliseconds. Nothing here may let LLVM relax the arithmetic: no fast-math flag, no contraction.
 """
 
 from __future__ import annotations
