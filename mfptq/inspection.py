@@ -16,9 +16,9 @@ from .checkpoint.encoding import Encoding
 from .checkpoint.folder import Checkpoint
 from .checkpoint.header import TensorInfo
 from .checkpoint.hub import HubOptions, open_checkpoint
-from .checkpoint.weights import name_pattern
+from .checkpoint.weights import StoredTensor, name_pattern
 from .dtypes import DTYPE_BITS
-from .encodings.contents import read_contents, source_bytes
+from .encodings.contents import read_contents
 from .encodings.fp4 import MXFP4
 from .errors import SourceError
 from .planning.formats import FORMATS, QUANTIZATION_CONFIG
@@ -117,6 +117,13 @@ def _stored(info: TensorInfo) -> TensorSummary:
     return TensorSummary(name_pattern(info.name), 1, info.dtype, math.prod(info.shape), info.nbytes, info.nbytes)
 
 
+def _source_bytes(tensor: StoredTensor) -> int:
+    """Return the bytes that a tensor takes in the source, its codes and all their scales together."""
+    if tensor.encoding is None:
+        return tensor.info.nbytes
+    return sum(part.info.nbytes for part in tensor.encoding.parts if part is not None)
+
+
 def plan_patterns(plan: ConversionPlan) -> tuple[TensorSummary, ...]:
     """Return what becomes of each pattern of tensor names, and why."""
     return tuple(_merged(planned_summary(item, plan) for item in plan.selection.tensors))
@@ -125,7 +132,7 @@ def plan_patterns(plan: ConversionPlan) -> tuple[TensorSummary, ...]:
 def planned_summary(item: TensorDecision, plan: ConversionPlan) -> TensorSummary:
     """Return what becomes of one tensor, how it is stored, and why."""
     decision, stored, tensor = item.decision, _stored(item.candidate.tensor.info), item.candidate.tensor
-    stored = replace(stored, source_bytes=source_bytes(tensor), reason=plan.reason(item), rule=decision.rule)
+    stored = replace(stored, source_bytes=_source_bytes(tensor), reason=plan.reason(item), rule=decision.rule)
     if not decision.quantize:
         codes = _codes(tensor.encoding)
         return replace(stored, action="keep", reason=stored.reason + (f", widened from {codes}" if codes else ""))

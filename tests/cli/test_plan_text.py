@@ -123,3 +123,5 @@ def test_a_plan_of_an_nvfp4_source_quantizes_nothing_anew(source: Path, tmp_path
     told = " ".join(command("plan", tmp_path / "out", "--no-estimate").stdout.split())
     assert "NVFP4A16 (W4A16), nothing quantized anew" in told
     assert "4.51 bits per FP4 weight" in told, "codes, block scales, and what a small model's global scales add"
+    values = json.loads(command("plan", tmp_path / "out", "--json").stdout)
+    assert sum(row["source_bytes"] for row in values["patterns"]) == values["source_bytes"], "scales are counted too"
