@@ -96,14 +96,14 @@ class Plan:
         (32 MiB at most) are measured. Raises what `run` would raise before its first byte.
         """
         from .execution.output_target import Target
-        from .execution.preview import Timed, preview
+        from .execution.preview import Estimates, preview
 
         target = None
         if destination is not None:
             target = Target(expanded(destination), overwrite=overwrite, push_to=push_to, discard=discard_output)
-        timed = Timed(computing=estimate, fetching=estimate)
+        estimates = Estimates(computing=estimate, fetching=estimate)
         with memory_errors():
-            return preview(self._planned, Resources(**resources), target, held=self._held, timed=timed)
+            return preview(self._planned, Resources(**resources), target, held=self._held, estimates=estimates)
 
     def run(
         self,

@@ -107,7 +107,7 @@ def _show_plan(model: str, decisions: Decisions, asked: _Asked) -> None:
     from ..checking import check_plan
     from ..execution.memory_budget import caller_bytes
     from ..execution.prepare import Measuring, Resources
-    from ..execution.preview import Timed, preview
+    from ..execution.preview import Estimates, preview
     from ..planner import make_plan
     from . import text
     from .columns import width
@@ -121,8 +121,8 @@ def _show_plan(model: str, decisions: Decisions, asked: _Asked) -> None:
     with closing(make_plan(model, measuring, **decisions)) as made:
         findings = check_plan(made, judges(asked.engine))
         estimate = asked.estimate and not (asked.as_json or asked.explain)
-        timed = Timed(computing=estimate, fetching=estimate and asked.target is not None)
-        view = preview(made, resources, asked.target, held=measuring.held, timed=timed)
+        estimates = Estimates(computing=estimate, fetching=estimate and asked.target is not None)
+        view = preview(made, resources, asked.target, held=measuring.held, estimates=estimates)
         if asked.as_json:
             values = text.plan_values(made, view)
             click.echo(json.dumps({**values, "findings": [each.as_dict() for each in findings]}))

@@ -1,6 +1,7 @@
 """Take weights over whose codes stay as they are: see that FP8's codes, and NVFP4's block scales, are numbers.
 
-Called by `execution.engine`. No code is changed here, and none is decoded; block scales are, where fused partners must share them.
+Called by `execution.conversions`. No code is changed here, and none is decoded; block scales are, where fused partners must
+share them.
 """
 
 from __future__ import annotations

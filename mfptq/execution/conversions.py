@@ -50,7 +50,7 @@ def write_scalars(job: ShardJob, _memory: WorkerMemory) -> Iterator[Converted]:
     yield Converted([Piece(each.offset, scalar(each.value)) for each in job.scalars])
 
 
-def copy(job: ShardJob, run: CopyRun, memory: WorkerMemory) -> Iterator[Converted]:
+def copy_run(job: ShardJob, run: CopyRun, memory: WorkerMemory) -> Iterator[Converted]:
     """Yield bytes that go over; block scales by way of their table."""
     with memory.timed("copy"):
         data = memory.read_bytes(run.shard or job.name, run.ranges)
@@ -59,7 +59,7 @@ def copy(job: ShardJob, run: CopyRun, memory: WorkerMemory) -> Iterator[Converte
     yield Converted([Piece(run.offset, data)], run.ranges)
 
 
-def widen(kept: WidenTensor, tile: Tile, memory: WorkerMemory) -> Iterator[Converted]:
+def widen_tile(kept: WidenTensor, tile: Tile, memory: WorkerMemory) -> Iterator[Converted]:
     """Yield the values of part of a kept tensor that is stored as codes."""
     values = memory.widen(tile)
     yield Converted([Piece(kept.offset + tile.start * values.itemsize, values.view(np.uint8).data)], tile.ranges)

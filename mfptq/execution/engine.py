@@ -1,9 +1,9 @@
 """Convert a plan's shards on worker threads. Nothing here decides: the plan has decided.
 
-A supply yields the tasks of one shard after the other, and few supplies share all shards. A worker carries a task out from top to
-bottom: it reads a tile, quantizes it, hashes and writes the result (`conversions` has what lies between); whoever ends a shard's
-last task completes the shard. A fused group larger than a tile is read twice: its largest magnitude first, then its bytes, the
-second time from the page cache.
+Called by `execution.executors` and `execution.partial_run`. A supply yields the tasks of one shard after the other, and few
+supplies share all shards. A worker carries a task out from top to bottom: it reads a tile, quantizes it, hashes and writes
+the result (`conversions` has what lies between); whoever ends a shard's last task completes the shard. A fused group larger
+than a tile is read twice: its largest magnitude first, then its bytes, the second time from the page cache.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .conversions import (
     convert_batch,
     convert_strip,
     convert_tile,
-    copy,
-    widen,
+    copy_run,
+    widen_tile,
     write_scalars,
 )
 from .events import Advanced, Event, OnEvent, Planned, ShardFinished, ignore
@@ -140,10 +140,10 @@ class Execution:
             yield partial(self._convert, writer, partial(write_scalars, job))
         for work in work_order(job, by_source=self._source.is_remote):
             for run in copy_runs(work.copies, self._tile_bytes):
-                yield partial(self._convert, writer, partial(copy, job, run))
+                yield partial(self._convert, writer, partial(copy_run, job, run))
             for kept in work.widened:
                 for tile in tiles(kept.weight, self._tile_bytes):
-                    yield partial(self._convert, writer, partial(widen, kept, tile))
+                    yield partial(self._convert, writer, partial(widen_tile, kept, tile))
             for tasks_of, steps in groupby(work.groups, self._group_tasks):
                 yield from tasks_of(writer, steps)
 

@@ -1,4 +1,7 @@
-"""Events of a run, delivered in the thread that called `convert` or `Plan.run`."""
+"""Events of a run, delivered in the thread that called `convert` or `Plan.run`.
+
+Made by `execution` and `comparison`, taken by the caller's `on_event`. Data only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Keep a run within its memory limit: choose tiles and workers that fit, or refuse at once and name the least that works."""
+"""Keep a run within its memory limit: choose tiles and workers that fit, or refuse at once and name the least that works.
+
+Called by `execution.prepare` once the kernels are loaded; the figures of a process's memory serve others too. Nothing is
+allocated here.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The squared error of a layer's output that errors of its weights make, by what is known of its inputs.
 
-Called by `execution.format_errors`. With Hessian blocks it is the sum of `d^T H d` over rows and blocks of 16 columns, with
-second moments the sum of `m_k d_k^2`; both are means over the tokens of the calibration text.
+Called by `execution.format_errors` and `comparison.measuring`. With Hessian blocks it is the sum of `d^T H d` over rows and
+blocks of 16 columns, with second moments the sum of `m_k d_k^2`; both are means over the tokens of the calibration text.
 """
 
 from __future__ import annotations

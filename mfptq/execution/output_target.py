@@ -1,4 +1,7 @@
-"""Say where an output goes: a folder, and a Hub repo if it is published. Data, and what cannot be had together."""
+"""Say where an output goes: a folder, and a Hub repo if it is published. Data, and what cannot be had together.
+
+Made by `conversion` and `cli.convert`, for `execution.whole_run` and `execution.preview`.
+"""
 
 from __future__ import annotations
 

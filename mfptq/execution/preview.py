@@ -44,7 +44,7 @@ class OutputPreview:
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class Estimates:
     """What to measure: half a second of computing, a second of fetching."""
 
     computing: bool = False
@@ -81,13 +81,13 @@ def preview(
     target: Target | None = None,
     *,
     held: int = 0,
-    timed: Timed | None = None,
+    estimates: Estimates | None = None,
 ) -> Preview:
     """Return what a run would use and find, with the output if a `target` names one; `held` as in `prepare`.
 
     Raises UsageError, MemoryBudgetError, DestinationError and its subclasses, StorageError, HubError.
     """
-    run, source, timed = prepare(plan, resources, held), plan.checkpoint.source, timed or Timed()
+    run, source, estimates = prepare(plan, resources, held), plan.checkpoint.source, estimates or Estimates()
     spare, remote = run.memory.spare, source.is_remote
     fetch = bytes_to_fetch(plan, spare) if remote else 0
     window = min(spare, max(AHEAD_BYTES, largest_group(plan, spare))) if remote else 0
@@ -99,8 +99,8 @@ def preview(
         fetch_bytes=fetch,
         refetch_bytes=max(0, fetch - plan.checkpoint.tensor_bytes),
         disk_bytes=plan.output_bytes,
-        computing_seconds=_computing_seconds(plan, run.memory.workers) if timed.computing else None,
-        fetch_rate=source.rate() if timed.fetching else None,
+        computing_seconds=_computing_seconds(plan, run.memory.workers) if estimates.computing else None,
+        fetch_rate=source.rate() if estimates.fetching else None,
         output=None if target is None else _look_at(plan, target),
     )
 

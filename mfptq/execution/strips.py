@@ -1,7 +1,7 @@
 """Cut a weight whose scales belong to rows or to blocks of rows into strips, each converted by one task.
 
-Called by `execution.engine`. A strip has whole segments only, so that its scales follow from its own values: it is read once
-where it fits into a worker's memory, and twice, tile by tile, where it does not.
+Called by `execution.engine` and `execution.conversions`. A strip has whole segments only, so that its scales follow from its
+own values: it is read once where it fits into a worker's memory, and twice, tile by tile, where it does not.
 """
 
 from __future__ import annotations

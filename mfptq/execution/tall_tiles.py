@@ -1,8 +1,9 @@
 """Cut matrices that are stored transposed into tiles of so many rows that only their codes fit into a worker's memory.
 
-Called by `execution.engine` and `execution.families`. All columns of a tile's rows must be in memory before they are written, and
-each column is a piece of the file as long as the tile is tall. As codes four times as many rows fit as values, and the pieces
-are that much longer: a system call for each is what reading them costs. Values are there for some columns at a time.
+Called by `execution.families` and `execution.conversions`. All columns of a tile's rows must be in memory before they are
+written, and each column is a piece of the file as long as the tile is tall. As codes four times as many rows fit as values,
+and the pieces are that much longer: a system call for each is what reading them costs. Values are there for some columns at a
+time.
 """
 
 from __future__ import annotations

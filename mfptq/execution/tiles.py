@@ -1,6 +1,8 @@
 """Cut the work on a shard: large weights into tiles of bounded size, many small fused groups into one batch.
 
-A model with a hundred thousand small experts must not cost a hundred thousand times what one tensor costs beyond its bytes.
+Called by `execution.engine` and `execution.conversions`; `comparison` and `observation` read by tiles too. Nothing here
+reads. A model with a hundred thousand small experts must not cost a hundred thousand times what one tensor costs beyond its
+bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read part of a matrix that is stored transposed, and transpose it on the way into memory.
 
-Called by `worker_memory`. A panel of columns is read into memory that is free while a tile is read, and copied from there
-to where it belongs, so that no more is held than for a plain matrix.
+Called by `execution.worker_memory` and `comparison`. A panel of columns is read into memory that is free while a tile is
+read, and copied from there to where it belongs, so that no more is held than for a plain matrix.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Run tasks on threads: of several lazy supplies, each with its follow-ups first, the newest before all others.
 
-Kernels, reads and writes release the interpreter's lock, so threads are enough. A task is small (one tile), so that the last
-tensor is never one worker's alone; follow-ups come first, so that what was just read is used while it is in the page cache.
-A worker turns to the supply that has the fewest tasks under way, so that the tasks of each end in their order, mostly.
+Called by `execution.engine` and `execution.format_errors`. Knows nothing of what a task does. Kernels, reads and writes
+release the interpreter's lock, so threads are enough. A task is small (one tile), so that the last tensor is never one
+worker's alone; follow-ups come first, so that what was just read is used while it is in the page cache. A worker turns to the
+supply that has the fewest tasks under way, so that the tasks of each end in their order, mostly.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Keep compiled kernels on disk: made once for a machine and a version, whatever number of processes start at once.
 
-The folder is $MFPTQ_CACHE_DIR, or `mfptq` in the user's cache folder, or a private one among the temporary files where homes
-are read-only; where there is none at all, kernels are compiled anew. What is loaded runs as machine code: files of other
-users, or that others may write, are never taken, and a digest in front of each shows whether it is whole.
+Called by `compiling.py` and `cuda.py`. The folder is $MFPTQ_CACHE_DIR, or `mfptq` in the user's cache folder, or a private
+one among the temporary files where homes are read-only; where there is none at all, kernels are compiled anew. What is loaded
+runs as machine code: files of other users, or that others may write, are never taken, and a digest in front of each shows
+whether it is whole.
 """
 
 from __future__ import annotations

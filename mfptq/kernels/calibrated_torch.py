@@ -1,4 +1,7 @@
-"""The calibrated methods in torch: the same bytes as the compiled kernels', in slices of rows that stay in cache."""
+"""The torch kernel with the calibrated methods: the same bytes as the compiled kernels', in slices of rows that stay in cache.
+
+Called through `load_kernel` where there is no llvmlite, and by tests.
+"""
 
 from __future__ import annotations
 

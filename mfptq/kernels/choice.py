@@ -1,6 +1,7 @@
 """Choose CPU or GPU for `--device auto` by estimated run time, GPU start-up included.
 
-Called once for a run. Nothing is started on a device to find out: the driver is asked how many there are.
+Called once for a run, by `execution.prepare`. Nothing is started on a device to find out: the driver is asked how many there
+are.
 """
 
 from __future__ import annotations

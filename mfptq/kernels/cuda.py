@@ -1,7 +1,8 @@
 """The kernel for NVIDIA GPUs: calls the functions that `ptx.py` writes; copies and kernels of several tiles overlap.
 
-Every worker thread has a stream and buffers of its own, host memory is pinned. On the device a worker holds one tile and what
-it becomes, never more: where memory is short it takes half a tile at a time. `decode_cuda.py` builds on the same class.
+Called through `load_kernel`. Every worker thread has a stream and buffers of its own, host memory is pinned. On the device a
+worker holds one tile and what it becomes, never more: where memory is short it takes half a tile at a time. `decode_cuda.py`
+builds on the same class.
 """
 
 from __future__ import annotations

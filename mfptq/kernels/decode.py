@@ -1,6 +1,6 @@
 """Codes and scales to bfloat16 values, and powers of two times them, compiled where LLVM is installed: as `encodings.codes` does it.
 
-This is the CPU's decoder; `decode_cuda.py` has that of GPUs.
+Called through `Kernel.decoder`, and by `comparison`. This is the CPU's decoder; `decode_cuda.py` has that of GPUs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The instructions that decode codes and scales to bfloat16 or float32: one function for each format of codes.
 
-A function's arguments: (codes, scales, values, rows, columns, run). Each run of columns in a row has one scale. It goes through
-its codes once, from the first to the last, and reads each vector of them before it writes: so codes may lie in the last bytes
-of the memory that values go to.
+Called by `decode.py` for a function that is not in the cache, and by `fp8_ptx.py`. A function's arguments: (codes, scales,
+values, rows, columns, run). Each run of columns in a row has one scale. It goes through its codes once, from the first to the
+last, and reads each vector of them before it writes: so codes may lie in the last bytes of the memory that values go to.
 """
 
 from __future__ import annotations

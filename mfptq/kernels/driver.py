@@ -1,7 +1,7 @@
 """Call the CUDA driver through ctypes: what the kernels need of it, so that nothing but NVIDIA's driver must be installed.
 
-Called by `cuda.py` and `choice.py`. Calls release the interpreter's lock; those that work on a device must be made inside
-`with device:`.
+Called by `cuda.py`, `cuda_statistics.py`, `decode_cuda.py` and `choice.py`. Calls release the interpreter's lock; those that
+work on a device must be made inside `with device:`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """FP8 on the CPU: compiled where llvmlite is installed, the numpy reference elsewhere, the same bytes.
 
-Called by the kernels and `execution.worker_memory`. Choosing the scales of blocks is done here for every device.
+Called by the kernels and by `execution`. Choosing the scales of blocks is done here for every device.
 """
 
 from __future__ import annotations

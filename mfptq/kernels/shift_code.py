@@ -1,7 +1,8 @@
 """The instructions that multiply bfloat16 values by powers of two: a number is added to their bits, zeros apart.
 
-One function: (values, shifts, rows, columns, distance from one row's shifts to the next, result [1]). The result tells whether
-any value began or ended as no normal number: it is then at least 0x7F00.
+Called by `decode.py` for a function that is not in the cache. One function: (values, shifts, rows, columns, distance from one
+row's shifts to the next, result [1]). The result tells whether any value began or ended as no normal number: it is then at
+least 0x7F00.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The torch kernel, for Pythons that llvmlite does not support: the same bytes, eager, in slices that stay in cache.
 
-Written apart from the compiled kernels' arithmetic, so that tests can hold one against the other.
+`calibrated_torch.py` adds the calibrated methods. Written apart from the compiled kernels' arithmetic, so that tests can hold
+one against the other.
 """
 
 from __future__ import annotations

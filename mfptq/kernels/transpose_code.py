@@ -1,7 +1,8 @@
 """The instructions that transpose a matrix, and read columns that lie apart in a file.
 
-Square blocks of 16 bytes a side are transposed in registers, by exchanges that every processor has. Blocks side by side fill whole
-cache lines of what is written: 5 to 12 GB/s, where numpy's strided copies come to 0.4 to 2 for wide matrices, 5 for small ones.
+Called by `transposing.py` for a function that is not in the cache. Square blocks of 16 bytes a side are transposed in
+registers, by exchanges that every processor has. Blocks side by side fill whole cache lines of what is written: 5 to 12 GB/s,
+where numpy's strided copies come to 0.4 to 2 for wide matrices, 5 for small ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every system call that touches data: positional reads and writes, atomic files, path confinement.
+"""Read and write files by position, and keep names within their folder; every other system call on data is beside this module.
 
 Nothing is memory-mapped: a mapped file that shrinks kills the process, a short `pread` is an error one can report.
 """

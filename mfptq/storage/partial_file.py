@@ -1,7 +1,8 @@
 """Write one output file: temporary, positional writes, SHA-256 on the way, fsync, rename.
 
-Called by `output.shard_writer` (tiles, from any worker), `output.destination` (small files) and `calibration.file`.
-Invariant: the name `target` appears only in `commit`, after fsync; every other exit removes the temporary.
+Called by `output.shard_writer` (tiles, from any worker), `output.destination` (small files), `calibration.file` and
+`execution.size_target`. Invariant: the name `target` appears only in `commit`, after fsync; every other exit removes the
+temporary.
 """
 
 from __future__ import annotations
