@@ -61,11 +61,10 @@ def test_a_folder_that_is_no_output(source: Path) -> None:
     assert f"'{source}' is no finished output of mfptq: it holds no mfptq_report.json" in said("report", source)
 
 
-def test_tables_go_where_home_is(source: Path, tmp_path: Path) -> None:
-    mfptq.convert(source, tmp_path / "out")
-    assert command("report", tmp_path / "out", "--csv", "~/table.csv", HOME=str(tmp_path)).returncode == 0
+def test_tables_go_where_home_is(output: Path, tmp_path: Path) -> None:
+    assert command("report", output, "--csv", "~/table.csv", HOME=str(tmp_path)).returncode == 0
     assert (tmp_path / "table.csv").read_text().startswith("layer,kind,")
-    error = said("report", tmp_path / "out", "--csv", tmp_path / "nowhere" / "table.csv")
+    error = said("report", output, "--csv", tmp_path / "nowhere" / "table.csv")
     assert "name a file in a folder that exists" in error
     assert "rerun" not in error
     assert "rerun" in str(StorageError("write", "x", OSError(28, "No space left on device")))
@@ -78,9 +77,8 @@ def test_warnings_of_the_judge_are_told_by_convert(source: Path, tmp_path: Path)
     assert "warning: no tokenizer file" in command("convert", source, tmp_path / "out", "-q").stderr
 
 
-def test_a_repair_says_that_nothing_was_quantized_anew(source: Path, tmp_path: Path) -> None:
-    mfptq.convert(source, tmp_path / "out")
-    done = command("repair", tmp_path / "out", tmp_path / "again")
+def test_a_repair_says_that_nothing_was_quantized_anew(output: Path, tmp_path: Path) -> None:
+    done = command("repair", output, tmp_path / "again")
     assert "NVFP4A16, nothing quantized anew: 25 weights taken over" in done.stdout
     shares = [float(line.split(" MB of ")[0].split()[-1]) for line in done.stderr.splitlines() if " MB of " in line]
     assert all(share <= float(done.stdout.split(" MB -> ")[0].split()[-1]) for share in shares)
@@ -109,9 +107,8 @@ def test_a_folder_that_is_mistyped(source: Path, tmp_path: Path) -> None:
     assert "did you mean" not in command("inspect", tmp_path / "elsewhere" / "sorce").stderr
 
 
-def test_a_source_that_is_mistyped_is_no_fault_of_the_output(source: Path, tmp_path: Path) -> None:
-    mfptq.convert(source, tmp_path / "out")
-    done = command("verify", tmp_path / "out", "--source", tmp_path / "sorce")
+def test_a_source_that_is_mistyped_is_no_fault_of_the_output(source: Path, output: Path, tmp_path: Path) -> None:
+    done = command("verify", output, "--source", tmp_path / "sorce")
     assert done.returncode == 3
     assert done.stdout == ""
     assert "'out' has" not in done.stderr
@@ -125,9 +122,8 @@ def test_a_demo_says_where_it_cannot_be(tmp_path: Path) -> None:
         assert f"cannot write '{place}': Not a directory" in done.stderr
 
 
-def test_small_memory_is_told_in_small_units(source: Path, tmp_path: Path) -> None:
-    mfptq.convert(source, tmp_path / "out")
-    done = command("check", tmp_path / "out", "--gpu-memory", "100kB", COLUMNS="110")
+def test_small_memory_is_told_in_small_units(output: Path) -> None:
+    done = command("check", output, "--gpu-memory", "100kB", COLUMNS="110")
     assert done.returncode == 6
     assert "of 90.0 kB that engines use by default" in done.stderr
 
