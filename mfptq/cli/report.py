@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import StorageError, UsageError, counted, printable, quote
+from ..errors import UsageError, counted, printable, quote
 from ..sizes import size_text
-from ..storage.files import expanded
+from ..storage.files import expanded, storage_errors
 from .columns import fitted
 from .options import json_option
 
@@ -81,10 +81,8 @@ def _coverage(found: ReportData, calibration: Path | None) -> Overview | None:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with storage_errors("write", path):
         expanded(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError("write", path, error) from None
 
 
 def report_text(found: ReportData) -> str:

@@ -15,7 +15,7 @@ from .._version import __version__
 from ..checkpoint.strict_json import StrictJsonError, dump_json, parse_json
 from ..errors import DestinationError, SourceError, quote
 from ..limits import MAX_INDEX_BYTES
-from ..storage.files import expanded, read_small, storage_errors
+from ..storage.files import expanded, read_small, replace_text
 from .claim import CARD, EVALUATION
 from .estimates import Estimate, ratio
 from .report import stored_report
@@ -48,11 +48,11 @@ def record_evaluation(output: Path, evaluation: Mapping[str, Any]) -> None:
         "plan": stored_report(output).get("plan"),
         "evaluations": [*others, kept],
     }
-    _replace(output / EVALUATION, dump_json(content))
+    replace_text(output / EVALUATION, dump_json(content))
     card = output / CARD
     if card.is_file():
         text = read_small(card, MAX_INDEX_BYTES).decode(errors="replace")
-        _replace(card, with_section(text, _section([*others, kept])))
+        replace_text(card, with_section(text, _section([*others, kept])))
 
 
 def read_evaluations(output: Path) -> list[dict[str, Any]]:
@@ -132,11 +132,3 @@ def _is_estimate(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("value"), float):
         return False
     return value.get("standard_error", "") is None or isinstance(value["standard_error"], float)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one step: whoever reads it finds the old text or the new."""
-    made = path.with_name(f".{path.name}.new")
-    with storage_errors("write", path):
-        made.write_text(text, encoding="utf-8")
-        made.replace(path)

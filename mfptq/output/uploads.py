@@ -19,7 +19,8 @@ from ..checkpoint.file_digests import HubFile
 from ..checkpoint.hub_errors import hub_errors
 from ..checkpoint.ranges import RangeReader
 from ..checkpoint.strict_json import StrictJsonError, parse_json
-from ..errors import HubError, StorageError
+from ..errors import HubError
+from ..storage.files import replace_text
 from .claim import REPORT, WORK
 from .journal import ShardResult
 from .publish import Publisher, Pushed, StoredFile
@@ -126,16 +127,9 @@ class Uploads:
 
     def _note(self) -> None:
         """Write down what is uploaded; a note that is lost only costs another look at the Hub."""
-        path = self._publisher.root / WORK / NOTE
-        text = json.dumps(
-            {"repo": self._publisher.target.repo_id, "files": [asdict(each) for each in self.uploaded.values()]}
-        )
-        try:
-            fresh = path.with_name(f"{NOTE}.new")
-            fresh.write_text(text)
-            fresh.replace(path)
-        except OSError as error:
-            raise StorageError("write", path, error) from None
+        files = [asdict(each) for each in self.uploaded.values()]
+        text = json.dumps({"repo": self._publisher.target.repo_id, "files": files})
+        replace_text(self._publisher.root / WORK / NOTE, text)
 
     def _trusted(self) -> dict[str, StoredFile]:
         """Return what an earlier run uploaded and the Hub still has."""

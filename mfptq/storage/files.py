@@ -108,6 +108,14 @@ def read_strided(fd: int, rows: memoryview, offset: int, step: int) -> None:
         offset += step
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file in one step: whoever reads it finds the old text or the new. A power cut may lose the new one."""
+    made = path.with_name(f".{path.name}.new")
+    with storage_errors("write", path):
+        made.write_text(text, encoding="utf-8")
+        made.replace(path)
+
+
 def write_all(fd: int, buffer: memoryview | bytes, offset: int) -> None:
     """Write all of `buffer` at `offset`, however many calls it takes."""
     view = memoryview(buffer).cast("B")
