@@ -123,27 +123,32 @@ def _too_slow(regexes: Sequence[str]) -> RuleError:
 
 def unmatched_error(pattern: str, option: str, names: Collection[str]) -> RuleError:
     """Return the error for a pattern that matches no module, with the nearest names."""
-    text = pattern.removeprefix(REGEX_PREFIX)
-    if not pattern.startswith(REGEX_PREFIX) and any(name.startswith(text + ".") for name in names):
-        return RuleError(
-            f"{option} {quote(pattern)} is no weight's name but a parent: "
-            f"use '{printable(REGEX_PREFIX + re.escape(text))}\\..*'"
-        )
-    if not pattern.startswith(REGEX_PREFIX) and any(sign in text for sign in "*?"):
-        regex = re.escape(text).replace(r"\*", ".*").replace(r"\?", ".")
-        meant = printable(f"{REGEX_PREFIX}{regex}$")  # as it is typed, backslashes single
-        return RuleError(f"{option} {quote(pattern)} is a file pattern, expected a name or a regex: use '{meant}'")
-    inner = [name for name in names if f".{text}." in f".{name}."]
-    if inner and not pattern.startswith(REGEX_PREFIX):
-        tail = "$" if any(name.endswith("." + text) for name in inner) else r"\..*"
-        meant = printable(f"{REGEX_PREFIX}.*\\.{re.escape(text)}{tail}")
-        return RuleError(
-            f"{option} {quote(pattern)} is a part of names, such as {quote(inner[0])}, expected a whole one or a regex: "
-            f"use '{meant}'"
-        )
+    text, wrong = pattern.removeprefix(REGEX_PREFIX), f"{option} {quote(pattern)}"
+    is_regex = pattern.startswith(REGEX_PREFIX)
+    if not is_regex and (meant := _meant(text, names)):
+        return RuleError(f"{wrong} {meant}")
     tails = {name.rpartition(".")[2]: name for name in sorted(names, reverse=True)}
     near = difflib.get_close_matches(text, sorted(names)[:5000], n=2, cutoff=0.6)
     near += [tails[leaf] for leaf in difflib.get_close_matches(text.rpartition(".")[2], sorted(tails), n=2)]
     hint = "; near names: " + ", ".join(quote(name) for name in dict.fromkeys(near)) if near else ""
-    anchored = "" if near or not pattern.startswith(REGEX_PREFIX) else " (a regex matches from the start of the name)"
-    return RuleError(f"{option} {quote(pattern)} matches no module of this checkpoint{anchored}{hint}")
+    anchored = " (a regex matches from the start of the name)" if is_regex and not near else ""
+    return RuleError(f"{wrong} matches no module of this checkpoint{anchored}{hint}")
+
+
+def _meant(text: str, names: Collection[str]) -> str:
+    """Return what a name is taken for that is none, and the regex to use instead; "" where nothing is likely.
+
+    The regex is shown as it is typed, backslashes single.
+    """
+    escaped = re.escape(text)
+    if any(name.startswith(text + ".") for name in names):
+        return f"is no weight's name but a parent: use '{printable(REGEX_PREFIX + escaped)}\\..*'"
+    if any(sign in text for sign in "*?"):
+        regex = printable(REGEX_PREFIX + escaped.replace(r"\*", ".*").replace(r"\?", ".") + "$")
+        return f"is a file pattern, expected a name or a regex: use '{regex}'"
+    inner = [name for name in names if f".{text}." in f".{name}."]
+    if not inner:
+        return ""
+    tail = "$" if any(name.endswith("." + text) for name in inner) else r"\..*"
+    regex = printable(f"{REGEX_PREFIX}.*\\.{escaped}{tail}")
+    return f"is a part of names, such as {quote(inner[0])}, expected a whole one or a regex: use '{regex}'"
