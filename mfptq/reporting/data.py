@@ -23,7 +23,7 @@ from ..output.evaluations import read_evaluations
 from ..output.measured import Measured, total
 from ..storage.files import expanded
 
-FAR_OFF = 1.25  # times the median error of a kind: a layer to look at
+FAR_OFF = 1.25  # times the median error of a kind in one format: a layer to look at
 WORST_BLOCK = 0.25  # relative error of one block of 16
 
 
@@ -47,6 +47,11 @@ class LayerRow:
     checksum: str = ""
     source_bytes: int = 0
     output_bytes: int = 0
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it became FP8, not NVFP4, by its size: 8 bits a weight and scales, or 4 and scales."""
+        return self.output_bytes * 8 > 6 * self.elements
 
     @property
     def layer(self) -> int | None:
@@ -172,13 +177,13 @@ def read_report(output: str | Path) -> ReportData:
 
 
 def _flagged(rows: tuple[LayerRow, ...], *, calibrated: bool) -> dict[str, str]:
-    """Return why layers deserve a look: an error far above their kind's median, a bad block, saturation."""
-    kinds: dict[str, list[float]] = {}
+    """Return why layers deserve a look: an error far above the median of their kind and format, a bad block, saturation."""
+    kinds: dict[tuple[str, bool], list[float]] = {}
     for row in rows:
-        kinds.setdefault(row.pattern, []).append(row.relative_error)
+        kinds.setdefault((row.pattern, row.is_fp8), []).append(row.relative_error)
     flagged: dict[str, str] = {}
     for row in rows:
-        usual = median(kinds[row.pattern])
+        usual = median(kinds[row.pattern, row.is_fp8])
         reasons = []
         if usual and row.relative_error > FAR_OFF * usual:
             reasons.append(f"error {row.relative_error / usual:.2f} times the median of its kind")

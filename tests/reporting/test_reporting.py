@@ -53,6 +53,15 @@ def test_layers_that_stand_out_come_first(tmp_path: Path) -> None:
     assert text.rstrip().endswith("1 layer stands out")
 
 
+def test_layers_are_compared_with_those_of_their_format(source: Path, tmp_path: Path) -> None:
+    mfptq.convert(source, tmp_path / "out", formats=[r"fp8-dynamic=re:.*layers\.[0-2]\.mlp\.down_proj"])
+    found = read_report(tmp_path / "out")
+    rows = {row.layer: row for row in found.layers if row.kind == "mlp.down_proj"}
+    assert [rows[layer].is_fp8 for layer in range(4)] == [True, True, True, False]
+    assert rows[3].relative_error > 2 * rows[0].relative_error, "an error that FP8 would not have"
+    assert found.flagged == {}
+
+
 def test_csv_has_a_line_for_each_row(tmp_path: Path) -> None:
     found = read_report(write_report(tmp_path, layers=8))
     rows = list(csv.DictReader(io.StringIO(csv_text(found))))
