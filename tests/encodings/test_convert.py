@@ -132,15 +132,15 @@ def equal(one: Path, other: Path) -> bool:
 
 
 WIDENED = ["bf16=re:mtp.*"]  # which FP8 would carry over
-RELEASES = [*((name, DENSE) for name in FORMATS), ("blocks, F32", EXPERTS), ("MXFP4", EXPERTS)]
-OFTEN = [("blocks, F32", DENSE), ("rows", DENSE), ("tensors", DENSE), ("INT4", DENSE), ("MXFP4", EXPERTS)]
+RELEASES = [*((name, SMALL) for name in FORMATS), ("blocks, F32", EXPERTS), ("MXFP4", EXPERTS)]
+OFTEN = [("blocks, F32", SMALL), ("rows", SMALL), ("tensors", SMALL), ("INT4", SMALL), ("MXFP4", EXPERTS)]
 TILES = [("blocks, F32", 2048), ("MXFP4", 256)]
 OTHER_TILES = [("blocks, F32", 256), ("MXFP4", 2048), ("blocks, F32", 2**15), ("MXFP4", 2**15)]
 
 
 @pytest.mark.parametrize("name", sampled(["blocks, F32"], ["MXFP4"]))
 def test_every_method_makes_the_same_of_a_release_and_its_cast(name: str, tmp_path: Path) -> None:
-    release, cast = twins(tmp_path, SMALL, name)
+    release, cast = twins(tmp_path, TINY, name)
     calibration = calibrate(cast, tmp_path / "calibration.safetensors", described("factors"))
     for method in ("minmax", *CALIBRATED_METHODS):
         known = calibration if method in CALIBRATED_METHODS else None
@@ -233,7 +233,7 @@ def test_scales_that_change_while_they_are_read_are_noticed(tmp_path: Path) -> N
 
 
 def test_plan_and_inspect_say_what_is_stored_how(tmp_path: Path) -> None:
-    release, _ = twins(tmp_path, DENSE, "MXFP4")
+    release, _ = twins(tmp_path, SMALL, "MXFP4")
     done = command("plan", release, "--all")
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stdout.split())  # lines are as wide as the terminal

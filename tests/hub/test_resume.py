@@ -37,7 +37,7 @@ def test_a_killed_run_goes_on(seed: int, hub: LoopbackHub, run, source: Path, tm
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wanted = rng.randrange(3)
     while process.poll() is None and len(list(out.glob("*.safetensors"))) < wanted:
-        time.sleep(0.005)
+        time.sleep(0.02)
     time.sleep(rng.random() * 0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
