@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 
 import mfptq
 
+from ..conftest import sampled
+
 Shapes = dict[str, tuple[int, ...]]
 Config = dict[str, object]
 
@@ -85,20 +87,32 @@ UNUSUAL: dict[str, tuple[Callable[[], Shapes], Config, int, dict[str, str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", UNUSUAL)
-def test_an_unusual_checkpoint_is_planned_and_converted(kind: str, tmp_path: Path) -> None:
-    shapes, config, quantized, kept = UNUSUAL[kind]
+CONVERTED = ("searched architecture", "uneven experts", "compiled inside", "widths that blocks of 16 do not divide")
+
+
+def write(kind: str, folder: Path) -> Path:
+    shapes, config, *_ = UNUSUAL[kind]
     random = np.random.default_rng(0)
-    source = tmp_path / "source"
-    source.mkdir()
+    folder.mkdir()
     tensors = {name: random.standard_normal(shape).astype(np.float16) for name, shape in shapes().items()}
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    (source / "config.json").write_text(json.dumps({**CONFIG, **config}))
-    with mfptq.plan(source) as plan:
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_an_unusual_checkpoint_is_planned(kind: str, tmp_path: Path) -> None:
+    *_, quantized, kept = UNUSUAL[kind]
+    with mfptq.plan(write(kind, tmp_path / "source")) as plan:
         reasons = {row.name.removesuffix(".weight"): row.reason for row in plan.tensors}
         assert sum(row.action != "keep" for row in plan.tensors) == quantized
         assert not plan.warnings
     for name, reason in kept.items():
         assert reasons[name].startswith(reason), reasons[name]
+
+
+@pytest.mark.parametrize("kind", sampled(CONVERTED, sorted(UNUSUAL.keys() - {*CONVERTED})))
+def test_an_unusual_checkpoint_is_converted(kind: str, tmp_path: Path) -> None:
+    source = write(kind, tmp_path / "source")
     mfptq.convert(source, tmp_path / "out", method="minmax")
     assert mfptq.verify(tmp_path / "out", source).ok
