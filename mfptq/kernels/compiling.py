@@ -33,8 +33,7 @@ class Array:
         return ctypes.c_void_p(array.ctypes.data)
 
 
-@cache
-def origin() -> bytes:
+def _origin() -> bytes:
     """Return what decides about every kernel beside its name: the generating sources, llvmlite's and LLVM's versions."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(f"llvmlite {llvmlite.__version__}, LLVM {binding.llvm_version_info}".encode())
@@ -42,6 +41,9 @@ def origin() -> bytes:
     for path in [*sorted(folder.glob("*.py")), *beside]:
         digest.update(path.read_bytes())
     return digest.digest()
+
+
+ORIGIN = _origin()  # read at once: an upgrade while a process runs must not mix its code with that of the next version
 
 
 @cache
@@ -104,7 +106,7 @@ class CpuFunctions:
 
         The engine knows functions by their names: no two of a process may have one name.
         """
-        code = cached(name, name.encode() + origin() + _host(), lambda: self._compile(name))
+        code = cached(name, name.encode() + ORIGIN + _host(), lambda: self._compile(name))
         engine = _engine()
         engine.add_object_file(binding.ObjectFileRef.from_data(code))
         engine.finalize_object()

@@ -24,7 +24,7 @@ from ..kernels import Float64Array, Int64Array, Kernel, QuantizeArgs, TileArray,
 from ..nvfp4 import BLOCK_SIZE, ByteArray, Float32Array
 from .cache import cached
 from .calibrated import FEEDBACK, FUNCTIONS, PreparedStatistics
-from .compiling import origin
+from .compiling import ORIGIN
 from .cpu import CpuKernel
 from .cuda_statistics import DeviceStatistics
 from .driver import (
@@ -248,7 +248,7 @@ def _ptx(name: str) -> bytes:
 
         return compile_ptx(name)
 
-    return cached(f"ptx_{name}", name.encode() + origin(), compiled)
+    return cached(f"ptx_{name}", name.encode() + ORIGIN, compiled)
 
 
 @cache

@@ -7,6 +7,7 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 from llvmlite import binding, ir
 
+import mfptq
 from mfptq.calibration.feedback import feedback_statistics
 from mfptq.kernels import QuantizeArgs, WeightBatch, compiling, load_kernel
 from mfptq.kernels.calibrated import FEEDBACK, FUNCTIONS, LOCAL_METHODS, PreparedStatistics
 from mfptq.kernels.calibrated_blocks import ColumnStatistics, calibrated, signed_values
-from mfptq.kernels.compiling import CpuFunctions, _target, has_fused, optimized, origin
+from mfptq.kernels.compiling import CpuFunctions, _target, has_fused, optimized
 from mfptq.kernels.cpu import CACHED_BYTES
 from mfptq.kernels.cpu_code import emit
 from mfptq.kernels.cuda import _ptx
@@ -72,9 +74,27 @@ def test_ptx_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: dic
 def test_what_is_kept_is_of_one_version_of_llvmlite_and_of_llvm(
     package: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = origin()
+    before = compiling.ORIGIN
     monkeypatch.setattr(f"{package}.{name}", "another")
-    assert origin.__wrapped__() != before
+    assert compiling._origin() != before
+
+
+def test_an_upgrade_during_a_run_mixes_no_code(tmp_path: Path) -> None:
+    """A process that has begun keeps its functions under its own version's key, whatever lies in the package's folder by now."""
+    package = tmp_path / "mfptq"
+    shutil.copytree(Path(mfptq.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    upgrade = f"open({str(package / 'kernels' / 'blocks.py')!r}, 'a').write('# another version')"
+    lines = [
+        "import numpy",
+        "from mfptq.kernels.cpu import CpuKernel",
+        upgrade,
+        "CpuKernel().amax(numpy.ones((1, 16), numpy.float16))",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "MFPTQ_CACHE_DIR": str(tmp_path / "kept")}
+    for kept in (1, 2):
+        subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, cwd=tmp_path, check=True)
+        assert len(list((tmp_path / "kept").iterdir())) == kept
+        lines = [line for line in lines if line != upgrade]
 
 
 def test_processors_do_not_share_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
