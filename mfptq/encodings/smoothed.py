@@ -46,7 +46,7 @@ class Powers:
 
     def of(self, region: Region, all_rows: int) -> npt.NDArray[np.int16]:
         """Return the exponents of a region, `[rows or 1, columns]`."""
-        found = np.zeros((1, 1), np.int16)
+        found = np.zeros((1, region.columns), np.int16)
         span = np.arange(region.row, region.row + region.rows)
         if self.columns is not None:
             part = self.columns[:, region.column : region.column + region.columns]

@@ -44,6 +44,7 @@ class CompiledDecoder:
     def shift(self, values: Bf16Array, shifts: Bf16Array) -> bool:
         """Add to the bits of values, zeros apart; see `CodeScaler`. All arrays are C-contiguous."""
         rows, columns = values.shape
+        assert shifts.shape in ((1, columns), (rows, columns))  # compiled code reads what lies there, whatever it is
         result = np.zeros(1, np.uint16)
         distance = columns if len(shifts) > 1 else 0
         self._shifts["shift_bf16"](values, shifts, rows, columns, distance, result)

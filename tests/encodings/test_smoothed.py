@@ -73,6 +73,18 @@ def test_products_are_exact(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_factors_of_rows_alone_hold_for_all_their_columns(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor, powers = random(dtype), Powers(factors(ROWS), None)
+    regions = Region(0, ROWS, 0, COLUMNS), Region(5, 1, 16, 48)
+    for region, found in zip(regions, decoded(tmp_path, tensor, powers, *regions), strict=True):
+        rows, columns = (
+            slice(begin, begin + count) for begin, count in ((region.row, region.rows), (region.column, region.columns))
+        )
+        expected = np.ldexp(tensor.double().numpy()[rows, columns], factors(ROWS)[rows, None].astype(int))
+        assert (floats(found).astype(np.float64) == expected).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_cut_gives_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor, powers = random(dtype, (4, ROWS // 4, COLUMNS)), Powers(factors(ROWS), factors(4, COLUMNS))
     [whole] = decoded(tmp_path, tensor, powers)
