@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.folder import Checkpoint
-from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.small_files import read_object
 from .checkpoint.weights import StoredTensor
 from .engines.block_scales import block_faults
@@ -28,6 +27,7 @@ from .engines.schemes import Shape
 from .engines.serving import Serving, serving_faults
 from .engines.tables import ENGINE_TITLES, ENGINES, Engine
 from .errors import UsageError, quote
+from .hub.opening import HubOptions, open_checkpoint
 from .limits import MAX_CONFIG_BYTES
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from .checkpoint.companions import FileChoice
 from .checkpoint.encoding import Encoding
 from .checkpoint.folder import Checkpoint
 from .checkpoint.header import TensorInfo
-from .checkpoint.hub import HubOptions, open_checkpoint
 from .checkpoint.weights import StoredTensor, name_pattern
 from .dtypes import DTYPE_BITS
 from .encodings.contents import read_contents
 from .encodings.fp4 import MXFP4
 from .errors import SourceError
+from .hub.opening import HubOptions, open_checkpoint
 from .planning.formats import FORMATS, QUANTIZATION_CONFIG
 from .planning.jobs import CAST
 from .planning.rules import TensorDecision

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .checkpoint.companions import FileChoice
-from .checkpoint.hub import HubOptions, open_checkpoint
 from .execution.prepare import Measuring
+from .hub.opening import HubOptions, open_checkpoint
 from .planning.building import build_plan
 from .planning.plan import ConversionPlan
 from .planning.settings import Decisions, Settings, check_decisions, input_margin

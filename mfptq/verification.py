@@ -13,7 +13,6 @@ from pathlib import Path
 from .calibration.reading import Calibration, load_calibration
 from .checkpoint.companions import FileChoice
 from .checkpoint.folder import Checkpoint
-from .checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from .checkpoint.weights import Weight, candidates, layer_pattern, name_pattern
 from .comparison.measuring import MeasuredPart
 from .comparison.pairing import pair
@@ -24,6 +23,7 @@ from .encodings.smoothed import Exponents, Smoothed
 from .errors import HubError, MfptqError, SourceError, StorageError, quote
 from .execution.events import OnEvent
 from .execution.output_errors import OutputErrors
+from .hub.opening import HubOptions, names_repo, open_checkpoint
 from .kernels import ErrorStats
 from .output.claim import MANIFEST, REPORT
 from .output.fault import Fault

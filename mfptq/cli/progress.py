@@ -94,7 +94,7 @@ def _is_shown(*, quiet: bool) -> bool:
 @contextmanager
 def _download_lines() -> Iterator[None]:
     """Let what is logged of downloads appear on stderr, for as long as the block lasts."""
-    logger, handler = logging.getLogger("mfptq.checkpoint.downloads"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("mfptq.hub.downloads"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("mfptq: %(message)s"))
     level, logger.propagate = logger.level, False
     logger.addHandler(handler)

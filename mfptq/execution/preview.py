@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoint.window import AHEAD_BYTES
+from ..hub.window import AHEAD_BYTES
 from ..kernels import QuantizeArgs, load_kernel
 from ..output.claim import OutputClaim
 from ..output.destination import examine

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..calibration.file import Description, Level, check_output
-from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..execution.executors import Request, ThreadExecutor
+from ..hub.opening import HubOptions, open_checkpoint
 from ..planning.building import build_plan
 from ..planning.settings import Decisions, check_decisions
 from ..storage.files import expanded

@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 from ..checkpoint.companions import FileChoice
 from ..checkpoint.folder import Checkpoint, Origin, read_checkpoint
-from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..errors import SourceError, UsageError, quote
+from ..hub.opening import HubOptions, open_checkpoint
 from ..output.estimates import Estimate, WindowSums
 from ..output.evaluations import check_writable, record_evaluation
 from ..storage.files import expanded

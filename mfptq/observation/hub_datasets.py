@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.hub_errors import hub_errors
 from ..errors import UsageError, listed, quote
+from ..hub.errors import hub_errors
 from ..storage.files import expanded, relative_name
 
 # huggingface_hub is imported where it is used: it takes 0.2 s, and a file of text needs none of it.

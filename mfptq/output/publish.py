@@ -16,8 +16,8 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoint.companions import CONFIG
-from ..checkpoint.hub_errors import hub_errors
 from ..errors import DestinationError, HubError, VerificationError, quote
+from ..hub.errors import hub_errors
 from ..limits import MAX_COMPANION_BYTES
 from ..storage.files import beneath, read_small
 from .claim import CARD, EVALUATION, MANIFEST, REPORT

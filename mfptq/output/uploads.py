@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.file_digests import HubFile
-from ..checkpoint.hub_errors import hub_errors
-from ..checkpoint.ranges import RangeReader
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..errors import HubError
+from ..hub.errors import hub_errors
+from ..hub.file_digests import HubFile
+from ..hub.ranges import RangeReader
 from ..storage.files import replace_text
 from .claim import REPORT, WORK
 from .journal import ShardResult

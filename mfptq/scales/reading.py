@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..checkpoint.folder import Checkpoint, read_shard, stored_tensors
-from ..checkpoint.hub import HubOptions, names_repo, open_checkpoint
 from ..checkpoint.source import FolderSource, Source
 from ..checkpoint.stored_bytes import read_bytes
 from ..checkpoint.strict_json import StrictJsonError, parse_json
 from ..checkpoint.weights import StoredTensor
 from ..encodings.declared import read_declared
 from ..errors import ScaleError, SourceError, UsageError, quote
+from ..hub.opening import HubOptions, names_repo, open_checkpoint
 from ..limits import MAX_SCALES_BYTES
 from ..names.bridge import SCALE_KINDS, ScaleKind, split_name
 from ..storage.files import expanded, read_small

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.hub import HubOptions, open_checkpoint
 from ..errors import ScaleError, SourceError, quote
+from ..hub.opening import HubOptions, open_checkpoint
 from ..names.bridge import split_name
 from ..names.engine import WEIGHT_SUFFIX
 from .input_scales import InputScales

@@ -18,8 +18,8 @@ from mfptq.calibration.file import (
     includes,
     write_calibration,
 )
-from mfptq.checkpoint.hub import open_checkpoint
 from mfptq.checkpoint.weights import candidates
+from mfptq.hub.opening import open_checkpoint
 from mfptq.planning.rules import Rules, select
 
 ABOUT = Description("demo", "main", "hessian", samples=2, requested=2, max_seq_length=64, dataset="a" * 64)

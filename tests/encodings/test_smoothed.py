@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from mfptq.checkpoint.encoding import Region
-from mfptq.checkpoint.hub import open_checkpoint
 from mfptq.dtypes import NUMPY_DTYPES
 from mfptq.encodings.codes import scale_codes
 from mfptq.encodings.smoothed import Powers, Smoothed
 from mfptq.errors import SmoothingError
+from mfptq.hub.opening import open_checkpoint
 from mfptq.kernels.decode import load_decoder
 
 ROWS, COLUMNS = 24, 80

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mfptq.checkpoint.hub import HubOptions, open_checkpoint
-from mfptq.checkpoint.hub_source import HubSource
 from mfptq.errors import HubError, MfptqError, SourceChangedError
+from mfptq.hub.opening import HubOptions, open_checkpoint
+from mfptq.hub.source import HubSource
 from tests.hub.conftest import TOKEN
 from tests.hub.proxy import proxying
 from tests.hub.server import REPO, LoopbackHub, storage_over_tls

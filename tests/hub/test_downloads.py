@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from mfptq.checkpoint import downloads
-from mfptq.checkpoint.hub import HubOptions, open_checkpoint
 from mfptq.cli.main import main
+from mfptq.hub.opening import HubOptions, open_checkpoint
 from mfptq.sizes import parse_size
 from tests.hub import server
 from tests.hub.server import REPO, LoopbackHub

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import mfptq
-from mfptq.checkpoint.hub import open_checkpoint
 from mfptq.errors import HubError, MfptqError, SourceChangedError
+from mfptq.hub.opening import open_checkpoint
 from tests.conftest import digests, sampled
 from tests.hub.conftest import TOKEN
 from tests.hub.server import REPO, Content, LoopbackHub, Repo, serving

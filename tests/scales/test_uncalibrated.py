@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import mfptq
 from mfptq.calibration.reading import load_calibration
-from mfptq.checkpoint.hub import open_checkpoint
 from mfptq.cli.main import main
 from mfptq.errors import UsageError
+from mfptq.hub.opening import open_checkpoint
 from mfptq.names.fusion import FusedGroup
 from mfptq.scales.uncalibrated import CONSTANT, HIGHEST, LOWEST, UncalibratedInputs
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from mfptq.checkpoint import window as windows
-from mfptq.checkpoint.file_digests import FileDigests, HubFile
 from mfptq.checkpoint.reads import ByteRange, ReadAhead, ReadUnit
-from mfptq.checkpoint.window import Window
 from mfptq.errors import SourceChangedError
+from mfptq.hub.file_digests import FileDigests, HubFile
+from mfptq.hub.window import Window
 
 FILES = {name: random.Random(name).randbytes(40_000) for name in ("a", "b")}
 

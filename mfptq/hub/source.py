@@ -9,12 +9,12 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..checkpoint.reads import ByteRange, ReadAhead, ReadUnit
+from ..checkpoint.source import FolderSource, Source
 from ..errors import HubError, SourceError, quote
 from .file_digests import FileDigests, HubFile, check_digest, new_digest
 from .network_rate import measured_rate
 from .ranges import RangeReader
-from .reads import ByteRange, ReadAhead, ReadUnit
-from .source import FolderSource, Source
 from .window import Window
 
 

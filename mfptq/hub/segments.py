@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 
-from .reads import ByteRange, ReadUnit
+from ..checkpoint.reads import ByteRange, ReadUnit
 
 
 @dataclass(eq=False, slots=True)

@@ -12,8 +12,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from ..checkpoint.reads import SEGMENT_BYTES, ByteRange, ReadAhead
 from .file_digests import FileDigests
-from .reads import SEGMENT_BYTES, ByteRange, ReadAhead
 from .segments import Segment, SegmentTable, overlap, private_memory
 
 AHEAD_BYTES = 32 * 2**20  # held of what is read once, or on its way; a larger unit may take its size instead

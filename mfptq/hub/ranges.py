@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from ..errors import HubError, SourceChangedError, quote
 from .answers import MOVED, PASSING, Headers, TransientError, check_place, check_status, etag, requested_wait, too_long
 from .connections import Connection, Connections, UnusableError, received
+from .errors import hub_errors, reason
 from .file_digests import HubFile
-from .hub_errors import hub_errors, reason
 
 # huggingface_hub is imported where it is used: it takes 0.2 s, and a checkpoint in a folder needs none of it.
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from ..checkpoint.reads import SEGMENT_BYTES
 from .file_digests import HubFile
 from .ranges import RangeReader
-from .reads import SEGMENT_BYTES
 from .window import CONNECTIONS
 
 SECONDS = 1.0

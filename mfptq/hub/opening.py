@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..checkpoint.companions import UNWANTED, FileChoice, is_wanted
+from ..checkpoint.folder import Checkpoint, Origin, read_checkpoint
+from ..checkpoint.source import FolderSource
 from ..errors import HubError, SourceError, did_you_mean, quote
 from ..limits import MAX_FILES
 from ..storage.files import expanded, relative_name
 from .answers import PASSING, requested_wait
-from .companions import UNWANTED, FileChoice, is_wanted
 from .downloads import watched
+from .errors import hub_errors, reason
 from .file_digests import HubFile
-from .folder import Checkpoint, Origin, read_checkpoint
-from .hub_errors import hub_errors, reason
-from .hub_source import HubSource, LocalFiles
 from .ranges import LONGEST_REQUESTED_WAIT, RangeReader
-from .source import FolderSource
+from .source import HubSource, LocalFiles
 
 # huggingface_hub is imported where it is used: it takes 0.2 s, and a checkpoint in a folder needs none of it.
 logger = logging.getLogger(__name__)
