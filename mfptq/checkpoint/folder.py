@@ -1,6 +1,6 @@
 """Read a checkpoint in Hugging Face layout: headers, index, config and companions, all checked before use.
 
-`hub.open_checkpoint` calls it for folders and Hub repos alike: it reads by way of a `Source` only, and no weight.
+`hub.opening` calls it for folders and Hub repos alike: it reads by way of a `Source` only, and no weight.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read the files of a checkpoint by name and range: the interface, and its form for a folder.
 
-Whatever reads a checkpoint calls a `Source`, wherever the files are: `hub_source` has the form for the Hub. Nothing here writes.
+Whatever reads a checkpoint calls a `Source`, wherever the files are: `hub.source` has the form for the Hub. Nothing here writes.
 """
 
 from __future__ import annotations

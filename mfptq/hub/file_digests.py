@@ -1,6 +1,6 @@
 """Compute the digests of remote files from their bytes as they arrive, as long as these arrive in order.
 
-Called by `hub_source` and `window`, from several threads. A file whose bytes leave a gap is left unchecked, never guessed.
+Called by `source` and `window`, from several threads. A file whose bytes leave a gap is left unchecked, never guessed.
 """
 
 from __future__ import annotations

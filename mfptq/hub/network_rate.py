@@ -1,4 +1,4 @@
-"""Measure how fast a Hub's files come: the connections of a run, for a second. Called by `hub_source`."""
+"""Measure how fast a Hub's files come: the connections of a run, for a second. Called by `source`."""
 
 from __future__ import annotations
 

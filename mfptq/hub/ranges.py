@@ -1,6 +1,6 @@
 """Fetch byte ranges of a Hub repo's files over HTTP, with the session, headers and redirects of huggingface_hub.
 
-`hub_source` calls it from several threads. A file's address is asked for once; the ranges are read from there. The client makes
+`source` calls it from several threads. A file's address is asked for once; the ranges are read from there. The client makes
 the first request to a host, and `connections` those that follow. Whatever passes (timeouts, broken connections, 429, 5xx, an
 address that ran out) is tried again from the byte that was reached. Bytes are taken only from an answer that says exactly which
 they are. A token goes only to the host that the client itself would send it to.

@@ -1,6 +1,6 @@
 """Read the files of a Hub repo by range, as `FolderSource` reads those of a folder; nothing is kept on disk.
 
-Made by `hub.open_checkpoint`; called through `source.Source`. The commit is fixed: every request names it, and every file is compared with the listing.
+Made by `opening.open_checkpoint`; called through `checkpoint.source.Source`. The commit is fixed: every request names it, and every file is compared with the listing.
 """
 
 from __future__ import annotations

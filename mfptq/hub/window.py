@@ -1,6 +1,6 @@
 """Hold ranges of remote files in memory, from the moment they are fetched until they are dropped, within a budget.
 
-Called by `hub_source` for every read. The work announces what it will read (`ReadAhead`); connections fetch that in its order, as
+Called by `source` for every read. The work announces what it will read (`ReadAhead`); connections fetch that in its order, as
 far ahead as AHEAD_BYTES or the largest unit allow. What is asked for before its turn goes first. What fits into no budget is
 not held: the reader fetches it itself, as often as it reads it. So a reader never waits for memory, and no order of reads can
 stop the run.

@@ -38,8 +38,7 @@ def client(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The Hub as this process's client sees it, with waits too short to notice."""
     from huggingface_hub import constants
 
-    from mfptq.checkpoint import ranges
-    from mfptq.hub import opening
+    from mfptq.hub import opening, ranges
 
     for name, value in hub_environment(hub, tmp_path).items():
         monkeypatch.setitem(os.environ, name, value)

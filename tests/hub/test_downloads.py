@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mfptq.checkpoint import downloads
 from mfptq.cli.main import main
+from mfptq.hub import downloads
 from mfptq.hub.opening import HubOptions, open_checkpoint
 from mfptq.sizes import parse_size
 from tests.hub import server

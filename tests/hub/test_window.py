@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mfptq.checkpoint import window as windows
 from mfptq.checkpoint.reads import ByteRange, ReadAhead, ReadUnit
 from mfptq.errors import SourceChangedError
+from mfptq.hub import window as windows
 from mfptq.hub.file_digests import FileDigests, HubFile
 from mfptq.hub.window import Window
 
