@@ -128,7 +128,7 @@ def test_the_command_says_that_it_smooths_and_how_to_turn_it_off(llama, path, tm
     assert "by default" not in asked
     off = json.loads(command("plan", llama, "--calibration", path, "--no-smooth", "--json").stdout)
     assert off["smoothing"] is None
-    done = command("convert", llama, tmp_path / "out", "--calibration", path).stdout
+    done = " ".join(command("convert", llama, tmp_path / "out", "--calibration", path).stdout.split())
     assert "inputs of 14 weights smoothed, their factors are in the norms before: --no-smooth turns it off" in done
     assert "smoothed" not in command("convert", llama, tmp_path / "off", "--calibration", path, "--no-smooth").stdout
 
