@@ -7,7 +7,7 @@ check:
     mypy
     python -m pytest
 
-# All faults, exhaustively; writes the figures into docs/reliability-figures.md. About half an hour on 2 cores.
+# All faults, exhaustively; writes the figures into docs/reliability-figures.md. About ten minutes on 2 cores.
 faults:
     python -m tests.faults.exhaustive
 

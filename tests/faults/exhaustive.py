@@ -1,4 +1,4 @@
-"""All faults, exhaustively, and the table of figures: `python -m tests.faults.exhaustive`, about half an hour on 2 cores.
+"""All faults, exhaustively, and the table of figures: `python -m tests.faults.exhaustive`, about ten minutes on 2 cores.
 
 `--part NAME` runs one part and prints what it found as JSON. Results are kept for as long as the package and these tests
 are what they were, so that an interrupted run goes on.
