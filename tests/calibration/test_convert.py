@@ -33,13 +33,6 @@ from .files import calibrate, described, layers_of, stored, write_file
 MERGED = "abcd" * 16
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "source"
-    write_demo(folder, replace(SMALL, layers=1))
-    return folder
-
-
 @pytest.fixture
 def path(source: Path, tmp_path: Path) -> Path:
     return calibrate(source, tmp_path / "demo.calibration.safetensors")

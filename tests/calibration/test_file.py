@@ -29,22 +29,14 @@ from mfptq.calibration.file import (
 from mfptq.calibration.merge import merge_calibrations, pooled
 from mfptq.calibration.methods import importance, local_hessian, shrinkage
 from mfptq.calibration.reading import load_calibration
-from mfptq.demo import write_demo
 from mfptq.errors import ScaleError, UsageError
 from mfptq.storage.digest import file_sha256
 
-from ..conftest import SMALL, command, sampled
+from ..conftest import command, sampled
 from .files import ABOUT, calibrate, described, random_inputs, statistics_of, write_file
 
 INFO = InputInfo("layers.0.qkv.input", 32, ("layers.0.q_proj", "layers.0.k_proj"))
 OTHER = InputInfo("layers.1.down.input", 48, ("layers.1.down_proj",))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "source"
-    write_demo(folder, replace(SMALL, layers=1))
-    return folder
 
 
 @pytest.fixture
